@@ -1,0 +1,25 @@
+//! Models: loading them, running them, choosing tokens. The only home of candle.
+//!
+//! A forward pass takes its KV cache as an argument ([`KvCache`]), so that one can be read layer by layer, moved to
+//! another process, injected there, and continued by another model from any position.
+
+pub mod cache;
+pub mod config;
+pub mod error;
+pub mod llama;
+pub mod pair;
+pub mod sample;
+pub mod solo;
+pub mod threads;
+pub mod transform;
+pub mod weights;
+
+pub use cache::KvCache;
+pub use candle_core::Device;
+pub use config::LlamaConfig;
+pub use error::ModelError;
+pub use llama::{Chunk, Llama};
+pub use pair::Pair;
+pub use sample::{Sampled, Sampler};
+pub use threads::Threads;
+pub use transform::Transform;

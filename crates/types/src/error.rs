@@ -1,0 +1,91 @@
+//! The closed set of reasons for which a request can fail.
+
+use std::fmt;
+
+/// What kind of failure it is: enough for a caller to decide what to do, and nothing more.
+///
+/// `overfill_proto::status` maps it to gRPC and back without loss, the router's HTTP side maps it to a status code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Code {
+    /// The request itself is wrong; sending it again does not help.
+    InvalidArgument,
+    /// It names a model, ticket or pair that is not here.
+    NotFound,
+    /// A bound is reached (KV blocks, queue, message size); later may help.
+    ResourceExhausted,
+    /// A node or a whole pair of them is away; another node or later may help.
+    Unavailable,
+    /// Its time ran out.
+    DeadlineExceeded,
+    /// The one who asked went away.
+    Cancelled,
+    /// Two sides do not fit together: other pair, KV geometry, tokenizer.
+    Mismatch,
+    /// It belongs to an older epoch, or to a ticket that was used already.
+    Stale,
+    /// Bytes were lost or changed on the way: checksum, order, digest.
+    DataLoss,
+    /// It is not built.
+    Unimplemented,
+    /// A defect of ours.
+    Internal,
+}
+
+impl Code {
+    /// All of them, for exhaustive tests.
+    pub const ALL: [Code; 11] = [
+        Code::InvalidArgument,
+        Code::NotFound,
+        Code::ResourceExhausted,
+        Code::Unavailable,
+        Code::DeadlineExceeded,
+        Code::Cancelled,
+        Code::Mismatch,
+        Code::Stale,
+        Code::DataLoss,
+        Code::Unimplemented,
+        Code::Internal,
+    ];
+
+    /// Stable name in snake case, as it stands in logs and in HTTP error bodies.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Code::InvalidArgument => "invalid_argument",
+            Code::NotFound => "not_found",
+            Code::ResourceExhausted => "resource_exhausted",
+            Code::Unavailable => "unavailable",
+            Code::DeadlineExceeded => "deadline_exceeded",
+            Code::Cancelled => "cancelled",
+            Code::Mismatch => "mismatch",
+            Code::Stale => "stale",
+            Code::DataLoss => "data_loss",
+            Code::Unimplemented => "unimplemented",
+            Code::Internal => "internal",
+        }
+    }
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A failure as it crosses a service boundary: a [`Code`] and a sentence that names what was wrong and what to do.
+///
+/// The sentence is read by clients: it holds no prompt, no answer and no path.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ServiceError {
+    /// What kind of failure.
+    pub code: Code,
+    /// What was wrong and what to do about it.
+    pub message: String,
+}
+
+impl ServiceError {
+    /// A failure of kind `code` with the sentence `message`.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}

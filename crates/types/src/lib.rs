@@ -1,0 +1,20 @@
+//! The project's words as Rust types.
+//!
+//! Every file is one entry of `docs/GLOSSARY.md`.
+//! Nothing here does I/O, spawns a task or knows a transport, so every other crate may depend on it.
+
+pub mod error;
+pub mod id;
+pub mod kv;
+pub mod node;
+pub mod outcome;
+pub mod pair;
+pub mod sampling;
+
+pub use error::{Code, ServiceError};
+pub use id::{Epoch, Fingerprint, NodeId, RequestId, Ticket};
+pub use kv::{KvGeometry, KvTransform, PruneStrategy};
+pub use node::{Endpoint, NodeInfo, Role};
+pub use outcome::{FinishReason, TokenLogprob, TopLogprob};
+pub use pair::PairManifest;
+pub use sampling::{Limits, SamplingParams, StopConditions};

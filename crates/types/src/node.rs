@@ -1,0 +1,46 @@
+//! Nodes as others see them: what a node says of itself, and the view that the router has.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{Fingerprint, NodeId};
+
+/// Which half of the pair a node holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Holds the full model, reads prompts.
+    Prefill,
+    /// Holds the decode model, writes answers.
+    Decode,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Role::Prefill => "prefill",
+            Role::Decode => "decode",
+        })
+    }
+}
+
+/// What a ready node says of itself; the value stored under its key in etcd (JSON).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// This run of this process.
+    pub id: NodeId,
+    /// Which half of the pair it holds.
+    pub role: Role,
+    /// `host:port` where its peers reach its gRPC service.
+    pub address: String,
+    /// Name of the pair, as clients ask for it.
+    pub model: String,
+    /// The pair's fingerprint. Nodes of different fingerprints never work together.
+    pub fingerprint: Fingerprint,
+    /// Longest sequence it takes, prompt and answer together, in tokens.
+    pub max_context: usize,
+}
+
+/// A ready node that may be sent work.
+pub type Endpoint = NodeInfo;

@@ -1,0 +1,161 @@
+//! How a token is chosen and when an answer ends.
+
+use crate::error::{Code, ServiceError};
+
+/// How the next token is chosen from the logits. Absent filters are off.
+///
+/// Order of application: repetition, presence and frequency penalties; temperature; top-k; top-p; min-p; draw.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy; else logits are divided by it. From 0 to 100.
+    pub temperature: f32,
+    /// Keep the smallest set of most likely tokens whose probabilities add up to this. In (0, 1]; 1 keeps all.
+    pub top_p: f32,
+    /// Keep this many of the most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep tokens at least this times as likely as the most likely one. In [0, 1]; 0 keeps all.
+    pub min_p: f32,
+    /// Logits of tokens seen in prompt or answer are divided by it where positive, multiplied where negative. Above 0; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted once from the logit of every token that the answer holds. In [-2, 2].
+    pub presence_penalty: f32,
+    /// Subtracted from a token's logit as often as the answer holds it. In [-2, 2].
+    pub frequency_penalty: f32,
+    /// Key of the counter-based generator; the counter is the token's position, so a resumed sequence draws the same.
+    pub seed: u64,
+    /// How many most likely tokens to report with each token; `None` reports no log-probabilities. At most 20.
+    pub logprobs: Option<u32>,
+}
+
+impl SamplingParams {
+    /// Greedy choice, nothing reported.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seed: 0,
+            logprobs: None,
+        }
+    }
+
+    /// Refuses what is out of range or not a number, naming the field, its value and its range.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`].
+    pub fn validate(&self) -> Result<(), ServiceError> {
+        let check = |ok: bool, name: &str, value: f32, range: &str| {
+            if ok { Ok(()) } else { Err(ServiceError::new(Code::InvalidArgument, format!("{name} is {value}: it must be {range}"))) }
+        };
+        // Ranges are written so that NaN fails every one of them.
+        check((0.0..=100.0).contains(&self.temperature), "temperature", self.temperature, "from 0 to 100")?;
+        check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")?;
+        check((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "from 0 to 1")?;
+        check(
+            self.repetition_penalty > 0.0 && self.repetition_penalty <= 10.0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "above 0 and at most 10",
+        )?;
+        check((-2.0..=2.0).contains(&self.presence_penalty), "presence_penalty", self.presence_penalty, "from -2 to 2")?;
+        check((-2.0..=2.0).contains(&self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "from -2 to 2")?;
+        if let Some(n) = self.logprobs.filter(|&n| n > 20) {
+            return Err(ServiceError::new(Code::InvalidArgument, format!("{n} logprobs were asked for: at most 20 are given")));
+        }
+        Ok(())
+    }
+}
+
+/// When an answer ends, as far as token ids can tell. (Stop strings are the router's: nodes see no text.)
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StopConditions {
+    /// Most tokens to write; at least 1.
+    pub max_tokens: usize,
+    /// The client's own stop token ids.
+    pub stop_token_ids: Vec<u32>,
+    /// Write on past the model's end-of-sequence tokens.
+    pub ignore_eos: bool,
+}
+
+/// Bounds on what one request may bring, checked by the router and again by the nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest sequence, prompt and answer together, in tokens.
+    pub max_context: usize,
+    /// Token ids are below it.
+    pub vocab_size: usize,
+}
+
+impl Limits {
+    /// Refuses an empty prompt, one that leaves no room for `max_tokens`, and token ids out of range.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`] with a sentence that names the figure and the bound.
+    pub fn check(&self, prompt: &[u32], stop: &StopConditions) -> Result<(), ServiceError> {
+        let refuse = |message: String| Err(ServiceError::new(Code::InvalidArgument, message));
+        if prompt.is_empty() {
+            return refuse("the prompt is empty: send at least one token".into());
+        }
+        if stop.max_tokens == 0 {
+            return refuse("max_tokens is 0: ask for at least 1 token".into());
+        }
+        if prompt.len().saturating_add(stop.max_tokens) > self.max_context {
+            return refuse(format!(
+                "the prompt has {} tokens and max_tokens is {}: together more than the context of {} tokens; shorten the prompt or ask for less",
+                prompt.len(),
+                stop.max_tokens,
+                self.max_context
+            ));
+        }
+        for (field, ids) in [("prompt", prompt), ("stop_token_ids", &stop.stop_token_ids)] {
+            if let Some((i, id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= self.vocab_size) {
+                return refuse(format!(
+                    "token id {id} at place {i} of {field} is out of range: the vocabulary has {} tokens",
+                    self.vocab_size
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn not_a_number_is_refused_in_every_field() {
+        let set: [fn(&mut SamplingParams); 6] = [
+            |p| p.temperature = f32::NAN,
+            |p| p.top_p = f32::NAN,
+            |p| p.min_p = f32::NAN,
+            |p| p.repetition_penalty = f32::NAN,
+            |p| p.presence_penalty = f32::NAN,
+            |p| p.frequency_penalty = f32::INFINITY,
+        ];
+        for set in set {
+            let mut params = SamplingParams::greedy();
+            assert_eq!(params.validate(), Ok(()));
+            set(&mut params);
+            assert_eq!(params.validate().unwrap_err().code, Code::InvalidArgument);
+        }
+    }
+
+    #[test]
+    fn limits_name_the_figure_and_the_bound() {
+        let limits = Limits { max_context: 8, vocab_size: 10 };
+        let stop = |max_tokens| StopConditions { max_tokens, stop_token_ids: vec![], ignore_eos: false };
+        assert_eq!(limits.check(&[1, 2, 3], &stop(5)), Ok(()));
+        for (prompt, max_tokens, word) in
+            [(&[][..], 1, "empty"), (&[1, 2], 0, "max_tokens"), (&[1, 2, 3], 6, "context of 8"), (&[1, 10], 1, "token id 10")]
+        {
+            let error = limits.check(prompt, &stop(max_tokens)).unwrap_err();
+            assert!(error.message.contains(word), "{error}");
+        }
+        assert!(limits.check(&[1], &stop(usize::MAX)).is_err());
+    }
+}

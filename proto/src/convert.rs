@@ -1,0 +1,110 @@
+//! Wire messages to our words and back. What the wire leaves out gets its documented default here.
+
+use overfill_types::{Code, FinishReason, SamplingParams, ServiceError, StopConditions, TokenLogprob, TopLogprob};
+
+use crate::v1;
+
+/// Sampling parameters of a client or peer, checked. `default_seed` is used where none was sent.
+///
+/// # Errors
+/// [`Code::InvalidArgument`] where a value is out of range.
+pub fn sampling(wire: Option<&v1::Sampling>, default_seed: u64) -> Result<SamplingParams, ServiceError> {
+    let wire = wire.copied().unwrap_or_default();
+    let params = SamplingParams {
+        temperature: wire.temperature.unwrap_or(1.0),
+        top_p: wire.top_p.unwrap_or(1.0),
+        top_k: wire.top_k.unwrap_or(0),
+        min_p: wire.min_p.unwrap_or(0.0),
+        repetition_penalty: wire.repetition_penalty.unwrap_or(1.0),
+        presence_penalty: wire.presence_penalty.unwrap_or(0.0),
+        frequency_penalty: wire.frequency_penalty.unwrap_or(0.0),
+        seed: wire.seed.unwrap_or(default_seed),
+        logprobs: wire.logprobs,
+    };
+    params.validate()?;
+    Ok(params)
+}
+
+/// Sampling parameters for a peer: every field is set.
+pub fn sampling_to_wire(params: &SamplingParams) -> v1::Sampling {
+    v1::Sampling {
+        temperature: Some(params.temperature),
+        top_p: Some(params.top_p),
+        top_k: Some(params.top_k),
+        min_p: Some(params.min_p),
+        repetition_penalty: Some(params.repetition_penalty),
+        presence_penalty: Some(params.presence_penalty),
+        frequency_penalty: Some(params.frequency_penalty),
+        seed: Some(params.seed),
+        logprobs: params.logprobs,
+    }
+}
+
+/// Stop conditions of a peer.
+///
+/// # Errors
+/// [`Code::InvalidArgument`] where they are absent.
+pub fn stop(wire: Option<v1::StopTokens>) -> Result<StopConditions, ServiceError> {
+    let wire = wire.ok_or_else(|| ServiceError::new(Code::InvalidArgument, "the stop conditions are missing: set `stop.max_tokens`"))?;
+    Ok(StopConditions { max_tokens: wire.max_tokens as usize, stop_token_ids: wire.stop_token_ids, ignore_eos: wire.ignore_eos })
+}
+
+/// Stop conditions for a peer.
+pub fn stop_to_wire(stop: &StopConditions) -> v1::StopTokens {
+    v1::StopTokens {
+        max_tokens: u32::try_from(stop.max_tokens).unwrap_or(u32::MAX),
+        stop_token_ids: stop.stop_token_ids.clone(),
+        ignore_eos: stop.ignore_eos,
+    }
+}
+
+/// Log-probabilities for the wire.
+pub fn logprob_to_wire(logprob: &TokenLogprob) -> v1::TokenLogprob {
+    v1::TokenLogprob {
+        logprob: logprob.logprob,
+        top: logprob.top.iter().map(|t| v1::TopLogprob { token_id: t.token, logprob: t.logprob }).collect(),
+    }
+}
+
+/// Log-probabilities off the wire.
+pub fn logprob(wire: &v1::TokenLogprob) -> TokenLogprob {
+    TokenLogprob { logprob: wire.logprob, top: wire.top.iter().map(|t| TopLogprob { token: t.token_id, logprob: t.logprob }).collect() }
+}
+
+/// Why it ended, for the wire.
+pub fn finish_to_wire(reason: FinishReason) -> v1::FinishReason {
+    match reason {
+        FinishReason::Stop => v1::FinishReason::Stop,
+        FinishReason::Length => v1::FinishReason::Length,
+    }
+}
+
+/// Why it ended, off the wire; `None` where it has not.
+pub fn finish(wire: v1::FinishReason) -> Option<FinishReason> {
+    match wire {
+        v1::FinishReason::Unspecified => None,
+        v1::FinishReason::Stop => Some(FinishReason::Stop),
+        v1::FinishReason::Length => Some(FinishReason::Length),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn absent_sampling_fields_get_their_documented_defaults() {
+        let params = sampling(None, 7).unwrap();
+        assert_eq!((params.temperature, params.top_p, params.top_k, params.seed, params.logprobs), (1.0, 1.0, 0, 7, None));
+        assert_eq!(sampling(Some(&sampling_to_wire(&params)), 9).unwrap(), params);
+        let bad = v1::Sampling { temperature: Some(f32::NAN), ..Default::default() };
+        assert_eq!(sampling(Some(&bad), 0).unwrap_err().code, Code::InvalidArgument);
+    }
+
+    #[test]
+    fn stop_conditions_survive_the_wire() {
+        let conditions = StopConditions { max_tokens: 5, stop_token_ids: vec![1, 2], ignore_eos: true };
+        assert_eq!(stop(Some(stop_to_wire(&conditions))).unwrap(), conditions);
+        assert!(stop(None).is_err());
+    }
+}

@@ -1,0 +1,22 @@
+//! The wire: generated gRPC code, and its mapping to and from the words of `overfill-types`.
+//!
+//! The `.proto` files in `overfill/v1` are the contract; `src/gen` is made from them and checked in, so that building
+//! needs no protobuf compiler. `tests/generated_code_is_current.rs` makes it anew and compares.
+
+pub mod convert;
+pub mod status;
+
+/// Generated from `overfill/v1/*.proto`.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
+pub mod v1 {
+    include!("gen/overfill.v1.rs");
+}
+
+/// All services' descriptors, for gRPC reflection (an encoded `FileDescriptorSet`).
+pub const DESCRIPTORS: &[u8] = include_bytes!("gen/descriptors.bin");
+
+/// Largest gRPC message that our services take, in bytes: a KV frame of [`MAX_FRAME_PAYLOAD`] and its header.
+pub const MAX_MESSAGE: usize = 8 << 20;
+
+/// Largest payload (keys and values together) of one KV frame, in bytes.
+pub const MAX_FRAME_PAYLOAD: usize = 4 << 20;

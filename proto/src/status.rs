@@ -1,0 +1,79 @@
+//! [`Code`] to gRPC status and back, without loss. The only such mapping.
+
+use std::error::Error;
+
+use overfill_types::{Code, ServiceError};
+use tonic::Status;
+
+/// gRPC's code for ours.
+pub fn grpc_code(code: Code) -> tonic::Code {
+    match code {
+        Code::InvalidArgument => tonic::Code::InvalidArgument,
+        Code::NotFound => tonic::Code::NotFound,
+        Code::ResourceExhausted => tonic::Code::ResourceExhausted,
+        Code::Unavailable => tonic::Code::Unavailable,
+        Code::DeadlineExceeded => tonic::Code::DeadlineExceeded,
+        Code::Cancelled => tonic::Code::Cancelled,
+        Code::Mismatch => tonic::Code::FailedPrecondition,
+        Code::Stale => tonic::Code::Aborted,
+        Code::DataLoss => tonic::Code::DataLoss,
+        Code::Unimplemented => tonic::Code::Unimplemented,
+        Code::Internal => tonic::Code::Internal,
+    }
+}
+
+/// The status that tells a caller of this error.
+pub fn to_status(error: &ServiceError) -> Status {
+    Status::new(grpc_code(error.code), error.message.clone())
+}
+
+/// The error that a peer's status tells of. `peer` names the peer in the sentence, for errors that it did not send itself.
+///
+/// A status that was made here because the connection broke or could not be made (it has a source) is [`Code::Unavailable`].
+pub fn from_status(status: &Status, peer: &str) -> ServiceError {
+    if let Some(source) = status.source() {
+        return ServiceError::new(Code::Unavailable, format!("the connection to {peer} failed: {}", innermost(source)));
+    }
+    let code = match status.code() {
+        tonic::Code::InvalidArgument | tonic::Code::OutOfRange => Code::InvalidArgument,
+        tonic::Code::NotFound => Code::NotFound,
+        tonic::Code::ResourceExhausted => Code::ResourceExhausted,
+        tonic::Code::Unavailable => Code::Unavailable,
+        tonic::Code::DeadlineExceeded => Code::DeadlineExceeded,
+        tonic::Code::Cancelled => Code::Cancelled,
+        tonic::Code::FailedPrecondition => Code::Mismatch,
+        tonic::Code::Aborted => Code::Stale,
+        tonic::Code::DataLoss => Code::DataLoss,
+        tonic::Code::Unimplemented => Code::Unimplemented,
+        _ => Code::Internal,
+    };
+    ServiceError::new(code, status.message())
+}
+
+fn innermost<'a>(mut error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_survives_the_wire() {
+        for code in Code::ALL {
+            let error = ServiceError::new(code, "why");
+            assert_eq!(from_status(&to_status(&error), "peer"), error);
+        }
+    }
+
+    #[test]
+    fn a_broken_connection_is_unavailable() {
+        let status = Status::from_error(Box::new(std::io::Error::other("reset")));
+        let error = from_status(&status, "decode node d");
+        assert_eq!(error.code, Code::Unavailable);
+        assert!(error.message.contains("decode node d") && error.message.contains("reset"), "{error}");
+    }
+}
