@@ -1,1 +1,15 @@
-//! overfill-kernels
+//! CPU kernels: products with dense weights, and attention over a paged KV cache.
+//!
+//! **Invariant:** every output is computed in one fixed order of operations, whatever else is in the batch, however a
+//! prompt was cut, on any number of threads. So a sequence's logits are the same bits alone and in company.
+//!
+//! Each kernel is written once over the eight lanes of [`simd::Simd`]; the scalar lanes are the reference that the fast
+//! ones are tested against, bit for bit. No candle, no async.
+
+mod attention;
+mod exp;
+mod packed;
+mod simd;
+
+pub use attention::{KvLayer, Span, paged_attention};
+pub use packed::PackedMatrix;

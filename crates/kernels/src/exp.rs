@@ -1,0 +1,61 @@
+//! The exponential function on eight lanes.
+
+use crate::simd::Simd;
+
+/// `e^x` for `x <= 0`, within 2 units in the last place; 0 below about -87 (and for minus infinity).
+///
+/// Cody and Waite's range reduction to |r| <= ln(2) / 2, then a polynomial of degree 6 (Taylor's, its last terms
+/// adjusted for the range as in Cephes' `expf`).
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
+    // Below -87.3 the result is no normal number: it is set to the smallest one and the factor below makes it 0.
+    const LOWEST: f32 = -87.0;
+    let clamped = s.max(x, s.splat(LOWEST));
+    let n = s.round(s.mul(clamped, s.splat(std::f32::consts::LOG2_E)));
+    let r = s.fma(n, s.splat(-0.693_359_4), clamped);
+    let r = s.fma(n, s.splat(2.121_944_4e-4), r);
+    let mut p = s.splat(1.987_569_1e-4);
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.0e-1] {
+        p = s.fma(p, r, s.splat(c));
+    }
+    let p = s.add(s.fma(p, s.mul(r, r), r), s.splat(1.0));
+    let scaled = s.mul(p, s.exp2_integral(n));
+    // 1 where x >= LOWEST, 0 where it is much less: min(max(x - LOWEST + 1, 0) * huge, 1), without a comparison.
+    let inside = s.max(s.add(s.sub(x, s.splat(LOWEST)), s.splat(1.0)), s.splat(0.0));
+    let gate = s.sub(s.splat(1.0), s.max(s.sub(s.splat(1.0), s.mul(inside, s.splat(1e30))), s.splat(0.0)));
+    s.mul(scaled, gate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::Scalar;
+
+    #[test]
+    fn it_is_close_to_the_library_and_zero_far_below() {
+        let mut x = 0.0f32;
+        while x > -86.0 {
+            let got = exp(Scalar, [x; 8])[0];
+            let want = f64::from(x).exp() as f32;
+            assert!((got - want).abs() <= 3.0 * f32::EPSILON * want, "exp({x}) = {got}, not {want}");
+            x -= 0.0137;
+        }
+        assert_eq!(exp(Scalar, [0.0; 8])[0], 1.0);
+        for x in [-89.0, -1000.0, f32::MIN, f32::NEG_INFINITY] {
+            assert_eq!(exp(Scalar, [x; 8])[0], 0.0, "exp({x})");
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn avx2_gives_the_same_bits() {
+        let Some(simd) = crate::simd::Avx2::detect() else { return };
+        for i in 0..20_000 {
+            let x: [f32; 8] = std::array::from_fn(|l| -((i * 8 + l) as f32) * 0.000_6);
+            let mut fast = [0.0; 8];
+            // SAFETY: both arrays have eight elements.
+            unsafe { simd.store(fast.as_mut_ptr(), exp(simd, simd.load(x.as_ptr()))) };
+            assert_eq!(fast.map(f32::to_bits), exp(Scalar, x).map(f32::to_bits));
+        }
+    }
+}

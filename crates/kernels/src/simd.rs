@@ -1,0 +1,236 @@
+//! Eight lanes of f32, on the CPU features that are there at run time.
+
+/// Eight f32 lanes. A value of an implementing type is proof that its CPU features are there.
+///
+/// Every operation rounds as IEEE 754 says, [`Simd::fma`] once; so all implementations give the same bits.
+pub(crate) trait Simd: Copy {
+    /// Eight lanes.
+    type V: Copy;
+
+    fn splat(self, x: f32) -> Self::V;
+    /// # Safety
+    /// Eight values can be read at `p`.
+    unsafe fn load(self, p: *const f32) -> Self::V;
+    /// # Safety
+    /// Eight bfloat16 values can be read at `p`.
+    unsafe fn load_bf16(self, p: *const u16) -> Self::V;
+    /// # Safety
+    /// Eight half-precision values can be read at `p`.
+    unsafe fn load_f16(self, p: *const u16) -> Self::V;
+    /// # Safety
+    /// Eight values can be written at `p`.
+    unsafe fn store(self, p: *mut f32, v: Self::V);
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The greater of each lane; `b` where `a` is not a number.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even.
+    fn round(self, a: Self::V) -> Self::V;
+    /// Two to the power of integral lanes from -126 to 127.
+    fn exp2_integral(self, a: Self::V) -> Self::V;
+    /// The sums of four vectors' lanes, each `((0+1)+(2+3)) + ((4+5)+(6+7))`.
+    fn sums(self, v: [Self::V; 4]) -> [f32; 4];
+
+    /// The sum of one vector's lanes, in the order of [`Simd::sums`].
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        self.sums([v; 4])[0]
+    }
+}
+
+/// Runs a generic kernel on the best lanes that this CPU has.
+macro_rules! dispatch {
+    ($kernel:ident::<$($ty:ty),*>($($arg:expr),* $(,)?)) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(simd) = $crate::simd::Avx2::detect() {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn with_avx2<R>(run: impl FnOnce() -> R) -> R {
+                    run()
+                }
+                // SAFETY: `detect` saw the features that `with_avx2` is compiled for.
+                unsafe { with_avx2(#[inline(always)] || $kernel::<$crate::simd::Avx2, $($ty),*>(simd, $($arg),*)) }
+            } else {
+                $kernel::<$crate::simd::Scalar, $($ty),*>($crate::simd::Scalar, $($arg),*)
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        $kernel::<$crate::simd::Scalar, $($ty),*>($crate::simd::Scalar, $($arg),*)
+    }};
+}
+pub(crate) use dispatch;
+
+/// Eight lanes in an array: the reference, and what runs where nothing faster does.
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+#[inline(always)]
+fn lanes(f: impl FnMut(usize) -> f32) -> [f32; 8] {
+    std::array::from_fn(f)
+}
+
+impl Simd for Scalar {
+    type V = [f32; 8];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; 8] {
+        [x; 8]
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> [f32; 8] {
+        // SAFETY: the caller says that eight values are there; an array needs no more alignment than its elements.
+        unsafe { p.cast::<[f32; 8]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u16) -> [f32; 8] {
+        // SAFETY: as above.
+        let raw = unsafe { p.cast::<[u16; 8]>().read_unaligned() };
+        lanes(|i| half::bf16::from_bits(raw[i]).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const u16) -> [f32; 8] {
+        // SAFETY: as above.
+        let raw = unsafe { p.cast::<[u16; 8]>().read_unaligned() };
+        lanes(|i| half::f16::from_bits(raw[i]).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: [f32; 8]) {
+        // SAFETY: the caller says that there is room for eight values.
+        unsafe { p.cast::<[f32; 8]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    fn fma(self, a: [f32; 8], b: [f32; 8], c: [f32; 8]) -> [f32; 8] {
+        lanes(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        lanes(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        lanes(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        lanes(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn max(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        lanes(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn round(self, a: [f32; 8]) -> [f32; 8] {
+        lanes(|i| a[i].round_ties_even())
+    }
+    #[inline(always)]
+    fn exp2_integral(self, a: [f32; 8]) -> [f32; 8] {
+        lanes(|i| f32::from_bits(((a[i] as i32 + 127) << 23) as u32))
+    }
+    #[inline(always)]
+    fn sums(self, v: [[f32; 8]; 4]) -> [f32; 4] {
+        v.map(|x| ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    use super::Simd;
+
+    /// AVX2, FMA and F16C. Made by [`Avx2::detect`] alone: a value is proof that the CPU has them.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx2(());
+
+    impl Avx2 {
+        /// The proof, where this CPU can give it.
+        #[inline]
+        pub(crate) fn detect() -> Option<Self> {
+            (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")).then_some(Self(()))
+        }
+    }
+
+    // SAFETY of every block below: `self` proves AVX2, FMA and F16C; what a pointer must bear, the trait's contract says,
+    // and all loads and stores are the unaligned ones.
+    impl Simd for Avx2 {
+        type V = __m256;
+
+        #[inline(always)]
+        fn splat(self, x: f32) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(self, p: *const f32) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_loadu_ps(p) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(self, p: *const u16) -> __m256 {
+            // SAFETY: see above; a bfloat16 is the upper half of an f32.
+            unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(self, p: *const u16) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32, v: __m256) {
+            // SAFETY: see above.
+            unsafe { _mm256_storeu_ps(p, v) }
+        }
+        #[inline(always)]
+        fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn add(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_add_ps(a, b) }
+        }
+        #[inline(always)]
+        fn sub(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_sub_ps(a, b) }
+        }
+        #[inline(always)]
+        fn mul(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        fn max(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_max_ps(a, b) }
+        }
+        #[inline(always)]
+        fn round(self, a: __m256) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+        }
+        #[inline(always)]
+        fn exp2_integral(self, a: __m256) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127)))) }
+        }
+        #[inline(always)]
+        fn sums(self, v: [__m256; 4]) -> [f32; 4] {
+            // SAFETY: see above. Two horizontal adds leave each half's four sums, the last add joins the halves.
+            unsafe {
+                let halves = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+                let sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+                let mut out = [0.0; 4];
+                _mm_storeu_ps(out.as_mut_ptr(), sums);
+                out
+            }
+        }
+    }
+}
