@@ -138,9 +138,9 @@ impl PackedMatrix {
         let panels = self.outputs.div_ceil(PANEL);
         let y = Output { at: y.as_mut_ptr(), width: self.outputs };
         let run = |range: std::ops::Range<usize>| match &self.lines {
-            Lines::F32(lines) => dispatch!(multiply_panels::<f32>(lines.as_ptr().cast(), self.inputs, x, rows, y, range)),
-            Lines::Bf16(lines) => dispatch!(multiply_panels::<Bf16Bits>(lines.as_ptr().cast(), self.inputs, x, rows, y, range)),
-            Lines::F16(lines) => dispatch!(multiply_panels::<F16Bits>(lines.as_ptr().cast(), self.inputs, x, rows, y, range)),
+            Lines::F32(lines) => dispatch!(multiply_panels(lines.as_ptr().cast::<f32>(), self.inputs, x, rows, y, range)),
+            Lines::Bf16(lines) => dispatch!(multiply_panels(lines.as_ptr().cast::<Bf16Bits>(), self.inputs, x, rows, y, range)),
+            Lines::F16(lines) => dispatch!(multiply_panels(lines.as_ptr().cast::<F16Bits>(), self.inputs, x, rows, y, range)),
         };
         let threads = rayon::current_num_threads();
         if threads == 1 || rows * self.outputs * self.inputs < SERIAL {

@@ -43,7 +43,7 @@ pub(crate) trait Simd: Copy {
 
 /// Runs a generic kernel on the best lanes that this CPU has.
 macro_rules! dispatch {
-    ($kernel:ident::<$($ty:ty),*>($($arg:expr),* $(,)?)) => {{
+    ($kernel:ident($($arg:expr),* $(,)?)) => {{
         #[cfg(target_arch = "x86_64")]
         {
             if let Some(simd) = $crate::simd::Avx2::detect() {
@@ -52,13 +52,13 @@ macro_rules! dispatch {
                     run()
                 }
                 // SAFETY: `detect` saw the features that `with_avx2` is compiled for.
-                unsafe { with_avx2(#[inline(always)] || $kernel::<$crate::simd::Avx2, $($ty),*>(simd, $($arg),*)) }
+                unsafe { with_avx2(#[inline(always)] || $kernel(simd, $($arg),*)) }
             } else {
-                $kernel::<$crate::simd::Scalar, $($ty),*>($crate::simd::Scalar, $($arg),*)
+                $kernel($crate::simd::Scalar, $($arg),*)
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        $kernel::<$crate::simd::Scalar, $($ty),*>($crate::simd::Scalar, $($arg),*)
+        $kernel($crate::simd::Scalar, $($arg),*)
     }};
 }
 pub(crate) use dispatch;

@@ -3,11 +3,15 @@
 //! A forward pass takes its KV cache as an argument ([`KvCache`]), so that one can be read layer by layer, moved to
 //! another process, injected there, and continued by another model from any position.
 
+mod attention;
 pub mod cache;
 pub mod config;
 pub mod error;
+mod host;
+mod linear;
 pub mod llama;
 pub mod pair;
+mod rope;
 pub mod sample;
 pub mod solo;
 pub mod threads;

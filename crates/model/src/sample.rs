@@ -1,6 +1,11 @@
 //! Choosing a token from logits.
 
-use overfill_types::{SamplingParams, TokenLogprob};
+use std::cmp::Ordering;
+use std::collections::HashMap;
+
+use overfill_types::{SamplingParams, TokenLogprob, TopLogprob};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 /// A chosen token.
 #[derive(Clone, Debug, PartialEq)]
@@ -12,23 +17,220 @@ pub struct Sampled {
 }
 
 /// Chooses one sequence's tokens.
-pub struct Sampler {}
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    params: SamplingParams,
+    /// How often the answer holds each token; 0 for tokens of the prompt alone.
+    seen: HashMap<u32, u32>,
+}
 
-#[allow(unused_variables)]
 impl Sampler {
     /// For a sequence with this prompt (the repetition penalty sees it).
     pub fn new(params: SamplingParams, prompt: &[u32]) -> Self {
-        todo!()
+        let seen = if params.repetition_penalty == 1.0 { HashMap::new() } else { prompt.iter().map(|&t| (t, 0)).collect() };
+        Self { params, seen }
     }
 
     /// Counts a token of the answer that was chosen elsewhere (the full model's first token, a replayed one).
     pub fn observe(&mut self, token: u32) {
-        todo!()
+        *self.seen.entry(token).or_insert(0) += 1;
     }
 
     /// Chooses the token for `position` (prompt length + index in the answer), and counts it.
     /// The draw depends on the logits, the parameters, the seed and `position` alone.
+    ///
+    /// `logits` is `[vocab]`, not empty; the penalties are applied in place.
     pub fn sample(&mut self, logits: &mut [f32], position: usize) -> Sampled {
-        todo!()
+        self.penalise(logits);
+        let token = if self.params.temperature == 0.0 { greatest(logits) } else { self.draw(logits, position) };
+        self.observe(token);
+        Sampled { token, logprob: self.params.logprobs.map(|n| logprob(logits, token, n as usize)) }
+    }
+
+    fn penalise(&self, logits: &mut [f32]) {
+        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.params;
+        for (&token, &count) in &self.seen {
+            let Some(logit) = logits.get_mut(token as usize) else { continue };
+            *logit = if *logit > 0.0 { *logit / repetition_penalty } else { *logit * repetition_penalty };
+            if count > 0 {
+                *logit -= presence_penalty + frequency_penalty * count as f32;
+            }
+        }
+    }
+
+    fn draw(&self, logits: &[f32], position: usize) -> u32 {
+        let SamplingParams { temperature, top_p, top_k, min_p, seed, .. } = self.params;
+        let highest = logits[greatest(logits) as usize];
+        let weight = |logit: f32| ((logit - highest) / temperature).exp();
+        let mut candidates: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, &l)| (i as u32, weight(l))).collect();
+
+        // Most likely first; equal ones by id, so that the order never depends on the sort.
+        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
+        let keep = top_k as usize;
+        if keep > 0 && keep < candidates.len() {
+            candidates.select_nth_unstable_by(keep - 1, order);
+            candidates.truncate(keep);
+        }
+        if top_p < 1.0 {
+            let total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
+            candidates.sort_unstable_by(order);
+            let mut sum = 0.0;
+            // The first candidate whose predecessors hold top_p already is the first to go.
+            let kept = candidates.iter().position(|c| {
+                let enough = sum >= f64::from(top_p) * total;
+                sum += f64::from(c.1);
+                enough
+            });
+            candidates.truncate(kept.unwrap_or(candidates.len()).max(1));
+        }
+        if min_p > 0.0 {
+            // The most likely token has weight 1.
+            candidates.retain(|c| c.1 >= min_p);
+        }
+
+        // By id, so that the draw is the same whichever filters ran.
+        candidates.sort_unstable_by_key(|c| c.0);
+        let total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
+        let mut left = uniform(seed, position) * total;
+        for &(token, weight) in &candidates {
+            left -= f64::from(weight);
+            if left < 0.0 {
+                return token;
+            }
+        }
+        // Rounding can leave a rest: then it is the last one that has any weight.
+        candidates.iter().rev().find(|c| c.1 > 0.0).map_or_else(|| greatest(logits), |c| c.0)
+    }
+}
+
+/// A number in [0, 1) that depends on `seed` and `position` alone: ChaCha8 keyed by the seed, its stream the position.
+fn uniform(seed: u64, position: usize) -> f64 {
+    let mut generator = ChaCha8Rng::seed_from_u64(seed);
+    generator.set_stream(position as u64);
+    generator.random()
+}
+
+/// Id of the greatest logit; the lowest id of several. Not-a-number never wins.
+fn greatest(logits: &[f32]) -> u32 {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (i, &logit) in logits.iter().enumerate() {
+        if logit > best.1 {
+            best = (i, logit);
+        }
+    }
+    best.0 as u32
+}
+
+/// Log-probability of `token`, and of the `n` most likely ones.
+fn logprob(logits: &[f32], token: u32, n: usize) -> TokenLogprob {
+    let highest = f64::from(logits[greatest(logits) as usize]);
+    let sum: f64 = logits.iter().map(|&l| (f64::from(l) - highest).exp()).sum();
+    let of = |logit: f32| (f64::from(logit) - highest - sum.ln()) as f32;
+    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+    let order = |a: &u32, b: &u32| {
+        let (a_logit, b_logit) = (logits[*a as usize], logits[*b as usize]);
+        b_logit.partial_cmp(&a_logit).unwrap_or(Ordering::Equal).then(a.cmp(b))
+    };
+    let n = n.min(ids.len());
+    if n > 0 && n < ids.len() {
+        ids.select_nth_unstable_by(n - 1, order);
+    }
+    ids.truncate(n);
+    ids.sort_unstable_by(order);
+    TokenLogprob {
+        logprob: of(logits[token as usize]),
+        top: ids.into_iter().map(|token| TopLogprob { token, logprob: of(logits[token as usize]) }).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 6] = [1.0, 3.0, 2.0, -1.0, 3.0, 0.0];
+
+    fn params() -> SamplingParams {
+        SamplingParams { temperature: 1.0, ..SamplingParams::greedy() }
+    }
+
+    /// How often each token is drawn over many positions.
+    fn shares(params: &SamplingParams) -> [f64; 6] {
+        let mut shares = [0.0; 6];
+        let draws = 20_000;
+        for position in 0..draws {
+            let token = Sampler::new(params.clone(), &[]).sample(&mut LOGITS.clone(), position).token;
+            shares[token as usize] += 1.0 / draws as f64;
+        }
+        shares
+    }
+
+    fn expect(params: &SamplingParams, weights: [f64; 6]) {
+        let total: f64 = weights.iter().sum();
+        for (token, (got, weight)) in shares(params).into_iter().zip(weights).enumerate() {
+            let want = weight / total;
+            assert!((got - want).abs() < 0.012 && (want > 0.0 || got == 0.0), "token {token}: {got}, not {want} ({params:?})");
+        }
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_greatest() {
+        assert_eq!(Sampler::new(SamplingParams::greedy(), &[]).sample(&mut LOGITS.clone(), 0).token, 1);
+    }
+
+    #[test]
+    fn draws_follow_the_distribution_and_its_filters() {
+        let e = LOGITS.map(|l| f64::from(l).exp());
+        expect(&params(), e);
+        expect(&SamplingParams { temperature: 2.0, ..params() }, LOGITS.map(|l| (f64::from(l) / 2.0).exp()));
+        expect(&SamplingParams { top_k: 2, ..params() }, [0.0, e[1], 0.0, 0.0, e[4], 0.0]);
+        expect(&SamplingParams { top_p: 0.5, ..params() }, [0.0, e[1], 0.0, 0.0, e[4], 0.0]);
+        expect(&SamplingParams { top_p: 0.01, ..params() }, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
+        expect(&SamplingParams { min_p: 0.3, ..params() }, [0.0, e[1], e[2], 0.0, e[4], 0.0]);
+    }
+
+    #[test]
+    fn a_draw_depends_on_seed_and_position_alone() {
+        let one = SamplingParams { seed: 7, ..params() };
+        let mut run = Sampler::new(one.clone(), &[]);
+        let straight: Vec<u32> = (0..50).map(|p| run.sample(&mut LOGITS.clone(), p).token).collect();
+        // Resumed in the middle: the same continuation.
+        let mut resumed = Sampler::new(one, &[]);
+        straight[..20].iter().for_each(|&t| resumed.observe(t));
+        let rest: Vec<u32> = (20..50).map(|p| resumed.sample(&mut LOGITS.clone(), p).token).collect();
+        assert_eq!(rest, straight[20..]);
+        let mut other = Sampler::new(SamplingParams { seed: 8, ..params() }, &[]);
+        let differs: Vec<u32> = (0..50).map(|p| other.sample(&mut LOGITS.clone(), p).token).collect();
+        assert_ne!(differs, straight);
+    }
+
+    #[test]
+    fn penalties_touch_what_was_seen() {
+        let mut logits = LOGITS;
+        let mut sampler = Sampler::new(SamplingParams { repetition_penalty: 2.0, ..SamplingParams::greedy() }, &[1, 3]);
+        sampler.penalise(&mut logits);
+        assert_eq!(logits, [1.0, 1.5, 2.0, -2.0, 3.0, 0.0]);
+        sampler.params = SamplingParams { presence_penalty: 0.5, frequency_penalty: 0.25, ..SamplingParams::greedy() };
+        sampler.observe(4);
+        sampler.observe(4);
+        let mut logits = LOGITS;
+        sampler.penalise(&mut logits);
+        assert_eq!(logits, [1.0, 3.0, 2.0, -1.0, 2.0, 0.0]);
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_softmax() {
+        let mut sampler = Sampler::new(SamplingParams { logprobs: Some(3), ..SamplingParams::greedy() }, &[]);
+        let logprob = sampler.sample(&mut LOGITS.clone(), 0).logprob.unwrap();
+        let sum: f32 = LOGITS.iter().map(|l| l.exp()).sum();
+        assert!((logprob.logprob - (3.0 - sum.ln())).abs() < 1e-6);
+        assert_eq!(logprob.top.iter().map(|t| t.token).collect::<Vec<_>>(), [1, 4, 2]);
+    }
+
+    #[test]
+    fn hopeless_logits_still_give_a_token() {
+        for bad in [f32::NEG_INFINITY, f32::NAN] {
+            let token = Sampler::new(params(), &[]).sample(&mut [bad; 4], 0).token;
+            assert!(token < 4);
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! How a token is chosen and when an answer ends.
 
 use crate::error::{Code, ServiceError};
+use crate::outcome::FinishReason;
 
 /// How the next token is chosen from the logits. Absent filters are off.
 ///
@@ -81,6 +82,20 @@ pub struct StopConditions {
     pub ignore_eos: bool,
 }
 
+impl StopConditions {
+    /// Why the answer ends with `token`, its `written`th token (from 1); `None` if it goes on. `eos` are the model's own
+    /// end-of-sequence tokens.
+    pub fn after(&self, token: u32, written: usize, eos: &[u32]) -> Option<FinishReason> {
+        if self.stop_token_ids.contains(&token) || (!self.ignore_eos && eos.contains(&token)) {
+            Some(FinishReason::Stop)
+        } else if written >= self.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+}
+
 /// Bounds on what one request may bring, checked by the router and again by the nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -143,6 +158,18 @@ mod tests {
             set(&mut params);
             assert_eq!(params.validate().unwrap_err().code, Code::InvalidArgument);
         }
+    }
+
+    #[test]
+    fn an_answer_ends_as_it_was_asked_to() {
+        let mut stop = StopConditions { max_tokens: 3, stop_token_ids: vec![7], ignore_eos: false };
+        assert_eq!(stop.after(5, 2, &[2]), None);
+        assert_eq!(stop.after(5, 3, &[2]), Some(FinishReason::Length));
+        assert_eq!(stop.after(2, 1, &[2]), Some(FinishReason::Stop));
+        assert_eq!(stop.after(7, 3, &[2]), Some(FinishReason::Stop));
+        stop.ignore_eos = true;
+        assert_eq!(stop.after(2, 1, &[2]), None);
+        assert_eq!(stop.after(7, 1, &[2]), Some(FinishReason::Stop));
     }
 
     #[test]

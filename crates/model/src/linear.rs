@@ -1,0 +1,99 @@
+//! Weight matrices as the forward pass uses them: products and look-ups.
+
+use std::sync::Arc;
+
+use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::{DType, Device, Module, Tensor};
+use half::{bf16, f16};
+use overfill_kernels::PackedMatrix;
+use overfill_types::pair::WeightFormat;
+
+use crate::error::ModelError;
+use crate::host;
+use crate::weights::{Weight, Weights};
+
+/// A weight matrix `[out, in]` on its device.
+///
+/// On the CPU it is packed for our kernels, whose results do not depend on the batch; elsewhere candle multiplies.
+#[derive(Clone)]
+pub(crate) enum Matrix {
+    /// Dense, on the CPU.
+    Packed(Arc<PackedMatrix>),
+    /// Dense, on another device, `[out, in]`.
+    Dense(Tensor),
+    /// Quantised.
+    Quantised(Arc<QTensor>),
+}
+
+impl Matrix {
+    pub(crate) fn load(weights: &Weights, name: &str, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
+        Ok(match weights.matrix(name, format, device)? {
+            Weight::Quantised(q) => Matrix::Quantised(Arc::new(q)),
+            Weight::Dense(t) if device.is_cpu() => {
+                let (outputs, inputs) = t.dims2()?;
+                Matrix::Packed(Arc::new(match t.dtype() {
+                    DType::BF16 => host::read(&t, |w: &[bf16]| PackedMatrix::from_bf16(w, outputs, inputs))?,
+                    DType::F16 => host::read(&t, |w: &[f16]| PackedMatrix::from_f16(w, outputs, inputs))?,
+                    _ => host::read(&t.to_dtype(DType::F32)?, |w: &[f32]| PackedMatrix::from_f32(w, outputs, inputs))?,
+                }))
+            }
+            Weight::Dense(t) => Matrix::Dense(t),
+        })
+    }
+
+    /// `x W^T`: `[n, in]` to `[n, out]`.
+    pub(crate) fn multiply(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(match self {
+            Matrix::Packed(w) => {
+                let (rows, _) = x.dims2()?;
+                let mut y = vec![0.0; rows * w.outputs()];
+                host::read(x, |x: &[f32]| w.multiply(x, rows, &mut y))?;
+                Tensor::from_vec(y, (rows, w.outputs()), x.device())?
+            }
+            Matrix::Dense(w) => x.to_dtype(w.dtype())?.matmul(&w.t()?)?.to_dtype(DType::F32)?,
+            Matrix::Quantised(w) => QMatMul::from_arc(w.clone())?.forward(x)?,
+        })
+    }
+
+    /// Rows `ids` as `[n, in]`.
+    pub(crate) fn rows(&self, ids: &[u32], device: &Device) -> Result<Tensor, ModelError> {
+        let index = || Tensor::from_slice(ids, ids.len(), device);
+        Ok(match self {
+            Matrix::Packed(w) => {
+                let width = w.inputs();
+                let mut rows = vec![0.0; ids.len() * width];
+                for (row, &id) in rows.chunks_exact_mut(width).zip(ids) {
+                    w.row(id as usize, row);
+                }
+                Tensor::from_vec(rows, (ids.len(), width), device)?
+            }
+            Matrix::Dense(w) => w.index_select(&index()?, 0)?.to_dtype(DType::F32)?,
+            Matrix::Quantised(w) => w.embedding(&index()?)?.to_dtype(DType::F32)?,
+        })
+    }
+}
+
+/// A linear map with an optional bias.
+pub(crate) struct Linear {
+    weight: Matrix,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Loads `{name}.weight`, and `{name}.bias` where the file has one.
+    pub(crate) fn load(weights: &Weights, name: &str, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
+        let weight = Matrix::load(weights, &format!("{name}.weight"), format, device)?;
+        let bias = format!("{name}.bias");
+        let bias = if weights.has(&bias) { Some(weights.vector(&bias, device)?) } else { None };
+        Ok(Self { weight, bias })
+    }
+
+    /// `[n, in]` to `[n, out]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let y = self.weight.multiply(x)?;
+        Ok(match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+}

@@ -1,0 +1,49 @@
+//! The rotary embedding: frequencies, and their cosines and sines at given positions.
+
+use std::f64::consts::TAU;
+
+use candle_core::{Device, Tensor};
+
+use crate::config::{Rope, RopeScaling};
+use crate::error::ModelError;
+
+/// Frequencies of one model's rotary embedding, `[head_dim / 2]`.
+pub(crate) struct Frequencies(Vec<f32>);
+
+impl Frequencies {
+    /// From the base and the scaling. Formulas: Su et al. 2021 for the base, Llama 3.1's release for `llama3`.
+    pub(crate) fn new(rope: &Rope, head_dim: usize) -> Self {
+        let half = head_dim / 2;
+        let base = (0..half).map(|i| 1.0 / rope.theta.powf(2.0 * i as f64 / head_dim as f64));
+        let scaled: Vec<f64> = match &rope.scaling {
+            RopeScaling::None => base.collect(),
+            RopeScaling::Linear { factor } => base.map(|f| f / factor).collect(),
+            RopeScaling::Factors { factors } => base.zip(factors).map(|(f, factor)| f / factor).collect(),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                let original = *original_context as f64;
+                base.map(|f| {
+                    let wavelength = TAU / f;
+                    if wavelength < original / high_freq_factor {
+                        f
+                    } else if wavelength > original / low_freq_factor {
+                        f / factor
+                    } else {
+                        let smooth = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        (1.0 - smooth) * f / factor + smooth * f
+                    }
+                })
+                .collect()
+            }
+        };
+        Self(scaled.into_iter().map(|f| f as f32).collect())
+    }
+
+    /// Cosines and sines at `positions`, each `[positions, head_dim / 2]`.
+    pub(crate) fn at(&self, positions: &[usize], device: &Device) -> Result<(Tensor, Tensor), ModelError> {
+        let angles: Vec<f32> = positions.iter().flat_map(|&p| self.0.iter().map(move |f| p as f32 * f)).collect();
+        let shape = (positions.len(), self.0.len());
+        let cos = Tensor::from_vec(angles.iter().map(|a| a.cos()).collect(), shape, device)?;
+        let sin = Tensor::from_vec(angles.iter().map(|a| a.sin()).collect(), shape, device)?;
+        Ok((cos, sin))
+    }
+}
