@@ -1,4 +1,4 @@
-//! CPU kernels: products with dense weights, and attention over a paged KV cache.
+//! CPU kernels: products with dense and quantised weights, and attention over a paged KV cache.
 //!
 //! **Invariant:** every output is computed in one fixed order of operations, whatever else is in the batch, however a
 //! prompt was cut, on any number of threads. So a sequence's logits are the same bits alone and in company.
@@ -8,8 +8,14 @@
 
 mod attention;
 mod exp;
+mod ggml;
+mod output;
 mod packed;
+mod quantised;
 mod simd;
+mod split;
 
 pub use attention::{KvLayer, Span, paged_attention};
+pub use ggml::BlockFormat;
 pub use packed::PackedMatrix;
+pub use quantised::QuantisedMatrix;

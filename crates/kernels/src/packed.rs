@@ -8,7 +8,9 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::output::Output;
 use crate::simd::{Simd, dispatch};
+use crate::split;
 
 /// Output columns in a panel.
 const PANEL: usize = 16;
@@ -16,8 +18,6 @@ const PANEL: usize = 16;
 const TILE: usize = 6;
 /// Bytes of `x` that are kept in the second-level cache while panels pass.
 const X_BLOCK: usize = 256 << 10;
-/// Multiply-adds below which a second thread costs more than it brings.
-const SERIAL: usize = 1 << 15;
 
 /// One input's weights for the 16 outputs of a panel. Aligned so that no load of eight crosses a cache line; its size has no padding.
 #[derive(Clone, Copy)]
@@ -136,34 +136,14 @@ impl PackedMatrix {
         assert_eq!(x.len(), rows * self.inputs, "x is [rows, inputs]");
         assert_eq!(y.len(), rows * self.outputs, "y is [rows, outputs]");
         let panels = self.outputs.div_ceil(PANEL);
-        let y = Output { at: y.as_mut_ptr(), width: self.outputs };
-        let run = |range: std::ops::Range<usize>| match &self.lines {
+        let y = Output::new(y, self.outputs);
+        split::panels(panels, rows, self.outputs * self.inputs, |range| match &self.lines {
             Lines::F32(lines) => dispatch!(multiply_panels(lines.as_ptr().cast::<f32>(), self.inputs, x, rows, y, range)),
             Lines::Bf16(lines) => dispatch!(multiply_panels(lines.as_ptr().cast::<Bf16Bits>(), self.inputs, x, rows, y, range)),
             Lines::F16(lines) => dispatch!(multiply_panels(lines.as_ptr().cast::<F16Bits>(), self.inputs, x, rows, y, range)),
-        };
-        let threads = rayon::current_num_threads();
-        if threads == 1 || rows * self.outputs * self.inputs < SERIAL {
-            return run(0..panels);
-        }
-        // A few parts a thread, so that one that is held up by another process does not hold up all.
-        let part = panels.div_ceil(threads * if rows < TILE { 1 } else { 4 }).max(1);
-        (0..panels.div_ceil(part)).into_par_iter().for_each(|i| run(i * part..((i + 1) * part).min(panels)));
+        });
     }
 }
-
-/// Where results go. Each part of a product writes the columns of its own panels only.
-#[derive(Clone, Copy)]
-struct Output {
-    at: *mut f32,
-    width: usize,
-}
-
-// SAFETY: parts that run on different threads write different columns (see `multiply`), and the slice behind the
-// pointer is borrowed mutably for as long as they run.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
 
 /// The product's columns of `panels`.
 #[inline(always)]
@@ -217,16 +197,15 @@ fn tile<S: Simd, T: Element, const R: usize>(s: S, weights: *const T, inputs: us
         }
     }
     let (row, panel) = at;
-    let columns = PANEL.min(y.width - panel * PANEL);
     for (r, sum) in sums.into_iter().enumerate() {
         let mut line = [0.0f32; PANEL];
-        // SAFETY: `line` has 16 values; y has `width` columns for every row of x, of which `columns` from the panel's
-        // first are there, and no other thread touches this panel's.
+        // SAFETY: sixteen values have room.
         unsafe {
             s.store(line.as_mut_ptr(), sum[0]);
             s.store(line.as_mut_ptr().add(8), sum[1]);
-            std::ptr::copy_nonoverlapping(line.as_ptr(), y.at.add((row + r) * y.width + panel * PANEL), columns);
         }
+        // SAFETY: no other thread writes this panel's columns.
+        unsafe { y.write(row + r, panel * PANEL, &line) };
     }
 }
 
@@ -270,7 +249,7 @@ mod tests {
             assert_eq!(parallel, want);
             let mut scalar = vec![f32::NAN; rows * outputs];
             if let Lines::F32(lines) = &packed.lines {
-                let y = Output { at: scalar.as_mut_ptr(), width: outputs };
+                let y = Output::new(&mut scalar, outputs);
                 multiply_panels::<Scalar, f32>(Scalar, lines.as_ptr().cast(), inputs, &x, rows, y, 0..outputs.div_ceil(PANEL));
             }
             assert_eq!(scalar, want);

@@ -34,6 +34,28 @@ pub(crate) trait Simd: Copy {
     /// The sums of four vectors' lanes, each `((0+1)+(2+3)) + ((4+5)+(6+7))`.
     fn sums(self, v: [Self::V; 4]) -> [f32; 4];
 
+    /// Eight i32 lanes.
+    type I: Copy;
+
+    /// For each of `R` rows: the products of 32 four-bit codes (0 to 15) of eight outputs with 32 values, summed for each output.
+    ///
+    /// `codes` are four lines of 32 bytes. Line `l` holds, for each output in turn, its codes of the inputs `4l..4l + 4` in
+    /// the low halves of four bytes and those of `16 + 4l..16 + 4l + 4` in the high halves.
+    ///
+    /// # Safety
+    /// 128 bytes can be read at `codes`, 32 at each of `x`.
+    unsafe fn dot_u4<const R: usize>(self, codes: *const u8, x: [*const i8; R]) -> [Self::I; R];
+    /// For each of `R` rows: the products of `4 * lines` signed codes (-127 to 127, or -128 beside values that are not) of eight
+    /// outputs with as many values, summed for each output.
+    ///
+    /// Line `l` of 32 bytes holds, for each output in turn, its codes of the inputs `4l..4l + 4`.
+    ///
+    /// # Safety
+    /// `32 * lines` bytes can be read at `codes`, `4 * lines` at each of `x`.
+    unsafe fn dot_i8<const R: usize>(self, codes: *const i8, lines: usize, x: [*const i8; R]) -> [Self::I; R];
+    /// `a - b` in each lane, as f32 (exact below 2^24).
+    fn difference(self, a: Self::I, b: i32) -> Self::V;
+
     /// The sum of one vector's lanes, in the order of [`Simd::sums`].
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
@@ -129,6 +151,37 @@ impl Simd for Scalar {
     fn exp2_integral(self, a: [f32; 8]) -> [f32; 8] {
         lanes(|i| f32::from_bits(((a[i] as i32 + 127) << 23) as u32))
     }
+    type I = [i32; 8];
+
+    #[inline(always)]
+    unsafe fn dot_u4<const R: usize>(self, codes: *const u8, x: [*const i8; R]) -> [[i32; 8]; R] {
+        // SAFETY: the caller says that these can be read.
+        let (codes, x) = unsafe { (std::slice::from_raw_parts(codes, 128), x.map(|x| std::slice::from_raw_parts(x, 32))) };
+        x.map(|x| {
+            std::array::from_fn(|output| {
+                let mut sum = 0;
+                for line in 0..4 {
+                    for i in 0..4 {
+                        let code = codes[line * 32 + output * 4 + i];
+                        sum += i32::from(code & 15) * i32::from(x[line * 4 + i]) + i32::from(code >> 4) * i32::from(x[16 + line * 4 + i]);
+                    }
+                }
+                sum
+            })
+        })
+    }
+    #[inline(always)]
+    unsafe fn dot_i8<const R: usize>(self, codes: *const i8, lines: usize, x: [*const i8; R]) -> [[i32; 8]; R] {
+        // SAFETY: the caller says that these can be read.
+        let (codes, x) = unsafe { (std::slice::from_raw_parts(codes, 32 * lines), x.map(|x| std::slice::from_raw_parts(x, 4 * lines))) };
+        x.map(|x| {
+            std::array::from_fn(|output| (0..4 * lines).map(|i| i32::from(codes[i / 4 * 32 + output * 4 + i % 4]) * i32::from(x[i])).sum())
+        })
+    }
+    #[inline(always)]
+    fn difference(self, a: [i32; 8], b: i32) -> [f32; 8] {
+        a.map(|a| (a - b) as f32)
+    }
     #[inline(always)]
     fn sums(self, v: [[f32; 8]; 4]) -> [f32; 4] {
         v.map(|x| ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])))
@@ -220,6 +273,50 @@ mod avx2 {
         fn exp2_integral(self, a: __m256) -> __m256 {
             // SAFETY: see above.
             unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127)))) }
+        }
+        type I = __m256i;
+
+        #[inline(always)]
+        unsafe fn dot_u4<const R: usize>(self, codes: *const u8, x: [*const i8; R]) -> [__m256i; R] {
+            // SAFETY: see above. A pair of products is at most 2 x 15 x 128, eight of them fit 16 bits.
+            unsafe {
+                let low = _mm256_set1_epi8(15);
+                let mut sums = [_mm256_setzero_si256(); R];
+                for line in 0..4 {
+                    let both = _mm256_loadu_si256(codes.add(line * 32).cast());
+                    let (first, second) = (_mm256_and_si256(both, low), _mm256_and_si256(_mm256_srli_epi16::<4>(both), low));
+                    for (sum, x) in sums.iter_mut().zip(x) {
+                        let quad = |i: usize| _mm256_set1_epi32(x.add(i).cast::<i32>().read_unaligned());
+                        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(first, quad(line * 4)));
+                        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(second, quad(16 + line * 4)));
+                    }
+                }
+                sums.map(|sum| _mm256_madd_epi16(sum, _mm256_set1_epi16(1)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn dot_i8<const R: usize>(self, codes: *const i8, lines: usize, x: [*const i8; R]) -> [__m256i; R] {
+            // SAFETY: see above. The magnitude of the code times the value with the code's sign: a pair of products is at
+            // most 2 x 128 x 127, which fits 16 bits, and pairs are widened before they are summed.
+            unsafe {
+                let ones = _mm256_set1_epi16(1);
+                let mut sums = [_mm256_setzero_si256(); R];
+                for line in 0..lines {
+                    let code = _mm256_loadu_si256(codes.add(line * 32).cast());
+                    let magnitude = _mm256_abs_epi8(code);
+                    for (sum, x) in sums.iter_mut().zip(x) {
+                        let quad = _mm256_set1_epi32(x.add(line * 4).cast::<i32>().read_unaligned());
+                        let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(quad, code));
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+                sums
+            }
+        }
+        #[inline(always)]
+        fn difference(self, a: __m256i, b: i32) -> __m256 {
+            // SAFETY: see above.
+            unsafe { _mm256_cvtepi32_ps(_mm256_sub_epi32(a, _mm256_set1_epi32(b))) }
         }
         #[inline(always)]
         fn sums(self, v: [__m256; 4]) -> [f32; 4] {
