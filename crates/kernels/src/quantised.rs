@@ -148,7 +148,7 @@ impl Rounded {
         let mut codes = vec![0i8; x.len()];
         let mut scales = vec![0.0; x.len() / ROUNDED];
         let mut sums = vec![0; x.len() / group];
-        let row = |((codes, scales), (sums, x)): ((&mut [i8], &mut [f32]), (&mut [i32], &[f32]))| {
+        let round = |codes: &mut [i8], scales: &mut [f32], sums: &mut [i32], x: &[f32]| {
             for ((codes, scale), x) in codes.chunks_exact_mut(ROUNDED).zip(scales).zip(x.chunks_exact(ROUNDED)) {
                 let greatest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
                 *scale = greatest / 127.0;
@@ -164,7 +164,7 @@ impl Rounded {
             .zip(scales.par_chunks_mut(inputs / ROUNDED))
             .zip(sums.par_chunks_mut(inputs / group).zip(x.par_chunks(inputs)))
             .with_min_len(8)
-            .for_each(row);
+            .for_each(|((codes, scales), (sums, x))| round(codes, scales, sums, x));
         Self { codes, scales, sums }
     }
 }

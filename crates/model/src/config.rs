@@ -1,6 +1,10 @@
 //! A Llama-family model's shape, as its files tell it.
+//!
+//! A Hugging Face `config.json` is read in both spellings: `rope_theta` with `rope_scaling`, and the `rope_parameters` of
+//! transformers 5. What a GGUF file says is read in [`crate::gguf`].
 
 use overfill_types::KvGeometry;
+use serde_json::Value;
 
 /// Shape and constants of a Llama-family model.
 #[derive(Clone, Debug, PartialEq)]
@@ -64,4 +68,173 @@ pub enum RopeScaling {
         /// `head_dim / 2` divisors.
         factors: Vec<f64>,
     },
+}
+
+impl LlamaConfig {
+    /// Reads `config.json`, and `generation_config.json` if there is one (it may name more end-of-sequence tokens).
+    ///
+    /// # Errors
+    /// A sentence that names the key that is missing or not supported.
+    pub fn from_hugging_face(config: &str, generation: Option<&str>) -> Result<Self, String> {
+        let parse = |text: &str, file: &str| serde_json::from_str::<Value>(text).map_err(|e| format!("{file} is no JSON: {e}"));
+        let json = parse(config, "config.json")?;
+        let architecture = match json["model_type"].as_str() {
+            Some(name @ ("llama" | "qwen2")) => name.to_owned(),
+            other => return Err(format!("model_type is {}: llama and qwen2 are supported", other.unwrap_or("missing"))),
+        };
+        match json["hidden_act"].as_str() {
+            None | Some("silu" | "swish") => {}
+            Some(other) => return Err(format!("hidden_act is {other}: only silu is supported")),
+        }
+        if json["use_sliding_window"].as_bool() == Some(true) {
+            return Err("use_sliding_window is true: sliding-window attention is not supported".into());
+        }
+        let hidden_size = number(&json, "hidden_size")?;
+        let heads = number(&json, "num_attention_heads")?;
+        let kv = KvGeometry {
+            layers: number(&json, "num_hidden_layers")?,
+            kv_heads: optional(&json, "num_key_value_heads")?.unwrap_or(heads),
+            head_dim: optional(&json, "head_dim")?.unwrap_or(hidden_size / heads.max(1)),
+        };
+        let mut eos_token_ids = token_ids(&json["eos_token_id"]);
+        if let Some(generation) = generation {
+            eos_token_ids.extend(token_ids(&parse(generation, "generation_config.json")?["eos_token_id"]));
+        }
+        eos_token_ids.sort_unstable();
+        eos_token_ids.dedup();
+        let config = Self {
+            architecture,
+            hidden_size,
+            intermediate_size: number(&json, "intermediate_size")?,
+            vocab_size: number(&json, "vocab_size")?,
+            heads,
+            kv,
+            rms_norm_eps: json["rms_norm_eps"].as_f64().unwrap_or(1e-6),
+            rope: rope(&json)?,
+            max_context: optional(&json, "max_position_embeddings")?.unwrap_or(2048),
+            tied_embeddings: json["tie_word_embeddings"].as_bool().unwrap_or(false),
+            eos_token_ids,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Refuses shapes that no Llama has.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let sizes = [
+            ("hidden size", self.hidden_size),
+            ("MLP width", self.intermediate_size),
+            ("vocabulary", self.vocab_size),
+            ("number of heads", self.heads),
+            ("number of layers", self.kv.layers),
+            ("number of KV heads", self.kv.kv_heads),
+            ("head size", self.kv.head_dim),
+            ("context", self.max_context),
+        ];
+        if let Some((name, _)) = sizes.iter().find(|s| s.1 == 0) {
+            return Err(format!("the {name} is 0"));
+        }
+        if !self.heads.is_multiple_of(self.kv.kv_heads) {
+            return Err(format!("{} heads cannot share {} KV heads", self.heads, self.kv.kv_heads));
+        }
+        if !self.kv.head_dim.is_multiple_of(2) {
+            return Err(format!("the head size {} is odd: the rotary embedding needs pairs", self.kv.head_dim));
+        }
+        Ok(())
+    }
+}
+
+fn number(json: &Value, key: &str) -> Result<usize, String> {
+    optional(json, key)?.ok_or_else(|| format!("{key} is missing"))
+}
+
+fn optional(json: &Value, key: &str) -> Result<Option<usize>, String> {
+    match &json[key] {
+        Value::Null => Ok(None),
+        value => match value.as_u64() {
+            Some(n) => Ok(Some(n as usize)),
+            None => Err(format!("{key} is {value}, not a whole number")),
+        },
+    }
+}
+
+/// One id or a list of them.
+fn token_ids(value: &Value) -> Vec<u32> {
+    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Value::Array(ids) => ids.iter().filter_map(id).collect(),
+        other => id(other).into_iter().collect(),
+    }
+}
+
+fn rope(json: &Value) -> Result<Rope, String> {
+    let (parameters, theta) = match &json["rope_parameters"] {
+        Value::Null => (&json["rope_scaling"], &json["rope_theta"]),
+        parameters => (parameters, &parameters["rope_theta"]),
+    };
+    let theta = theta.as_f64().or_else(|| json["rope_theta"].as_f64()).unwrap_or(10_000.0);
+    let field = |key: &str| parameters[key].as_f64().ok_or_else(|| format!("{key} of the rope scaling is missing"));
+    let kind = parameters["rope_type"].as_str().or_else(|| parameters["type"].as_str()).unwrap_or("default");
+    let scaling = match kind {
+        "default" => RopeScaling::None,
+        "linear" => RopeScaling::Linear { factor: field("factor")? },
+        "llama3" => RopeScaling::Llama3 {
+            factor: field("factor")?,
+            low_freq_factor: field("low_freq_factor")?,
+            high_freq_factor: field("high_freq_factor")?,
+            original_context: field("original_max_position_embeddings")? as usize,
+        },
+        other => return Err(format!("rope scaling {other} is not supported: default, linear and llama3 are")),
+    };
+    Ok(Rope { theta, scaling })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BASE: &str = r#""model_type":"llama","hidden_size":64,"num_attention_heads":4,"num_key_value_heads":2,"num_hidden_layers":3,
+        "intermediate_size":128,"vocab_size":256,"max_position_embeddings":512,"rms_norm_eps":1e-5,"eos_token_id":2"#;
+
+    fn read(rest: &str) -> Result<LlamaConfig, String> {
+        LlamaConfig::from_hugging_face(&format!("{{{BASE}{rest}}}"), None)
+    }
+
+    #[test]
+    fn both_spellings_of_rope_say_the_same() {
+        let scaling =
+            r#""rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":128"#;
+        let old = read(&format!(r#","rope_theta":500000.0,"rope_scaling":{{{scaling}}}"#)).unwrap();
+        let new = read(&format!(r#","rope_parameters":{{"rope_theta":500000.0,{scaling}}}"#)).unwrap();
+        assert_eq!(old, new);
+        assert_eq!(old.rope.theta, 500_000.0);
+        assert_eq!(old.kv, KvGeometry { layers: 3, kv_heads: 2, head_dim: 16 });
+        assert_eq!(read(r#","rope_scaling":null"#).unwrap().rope, Rope { theta: 10_000.0, scaling: RopeScaling::None });
+        let linear = read(r#","rope_scaling":{"type":"linear","factor":2.0}"#).unwrap();
+        assert_eq!(linear.rope.scaling, RopeScaling::Linear { factor: 2.0 });
+    }
+
+    #[test]
+    fn end_of_sequence_tokens_come_from_both_files() {
+        let config = LlamaConfig::from_hugging_face(&format!("{{{BASE}}}"), Some(r#"{"eos_token_id":[7,2]}"#)).unwrap();
+        assert_eq!(config.eos_token_ids, [2, 7]);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        for (rest, word) in [
+            (r#","hidden_act":"gelu""#, "gelu"),
+            (r#","use_sliding_window":true"#, "sliding"),
+            (r#","rope_scaling":{"rope_type":"yarn","factor":2.0}"#, "yarn"),
+            (r#","rope_scaling":{"rope_type":"llama3","factor":2.0}"#, "low_freq_factor"),
+            (r#","head_dim":15"#, "odd"),
+            (r#","head_dim":"x""#, "head_dim"),
+        ] {
+            assert!(read(rest).unwrap_err().contains(word), "{rest}");
+        }
+        assert!(LlamaConfig::from_hugging_face(r#"{"model_type":"gpt2"}"#, None).unwrap_err().contains("gpt2"));
+        assert!(LlamaConfig::from_hugging_face("{", None).is_err());
+        let zero = BASE.replace("\"num_key_value_heads\":2", "\"num_key_value_heads\":0");
+        assert!(LlamaConfig::from_hugging_face(&format!("{{{zero}}}"), None).unwrap_err().contains("KV heads"));
+    }
 }

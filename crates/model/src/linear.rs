@@ -5,10 +5,11 @@ use std::sync::Arc;
 use candle_core::quantized::{QMatMul, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use half::{bf16, f16};
-use overfill_kernels::PackedMatrix;
+use overfill_kernels::{PackedMatrix, QuantisedMatrix};
 use overfill_types::pair::WeightFormat;
 
 use crate::error::ModelError;
+use crate::gguf::block_format;
 use crate::host;
 use crate::weights::{Weight, Weights};
 
@@ -21,13 +22,31 @@ pub(crate) enum Matrix {
     Packed(Arc<PackedMatrix>),
     /// Dense, on another device, `[out, in]`.
     Dense(Tensor),
-    /// Quantised.
+    /// Quantised, on the CPU.
+    Blocks(Arc<QuantisedMatrix>),
+    /// Quantised, on another device.
     Quantised(Arc<QTensor>),
 }
 
 impl Matrix {
     pub(crate) fn load(weights: &Weights, name: &str, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
         Ok(match weights.matrix(name, format, device)? {
+            Weight::Quantised(q) if device.is_cpu() => {
+                let (outputs, inputs) = q.shape().dims2()?;
+                let blocks = match block_format(q.dtype()) {
+                    Some(format) => QuantisedMatrix::from_blocks(format, &q.data()?, outputs, inputs),
+                    None => None,
+                };
+                match blocks {
+                    Some(blocks) => Matrix::Blocks(Arc::new(blocks)),
+                    None => {
+                        return Err(ModelError::Device(format!(
+                            "tensor {name} is {:?}, which is not multiplied on a CPU: load the model as f32, bf16 or f16",
+                            q.dtype()
+                        )));
+                    }
+                }
+            }
             Weight::Quantised(q) => Matrix::Quantised(Arc::new(q)),
             Weight::Dense(t) if device.is_cpu() => {
                 let (outputs, inputs) = t.dims2()?;
@@ -50,6 +69,12 @@ impl Matrix {
                 host::read(x, |x: &[f32]| w.multiply(x, rows, &mut y))?;
                 Tensor::from_vec(y, (rows, w.outputs()), x.device())?
             }
+            Matrix::Blocks(w) => {
+                let (rows, _) = x.dims2()?;
+                let mut y = vec![0.0; rows * w.outputs()];
+                host::read(x, |x: &[f32]| w.multiply(x, rows, &mut y))?;
+                Tensor::from_vec(y, (rows, w.outputs()), x.device())?
+            }
             Matrix::Dense(w) => x.to_dtype(w.dtype())?.matmul(&w.t()?)?.to_dtype(DType::F32)?,
             Matrix::Quantised(w) => QMatMul::from_arc(w.clone())?.forward(x)?,
         })
@@ -59,18 +84,20 @@ impl Matrix {
     pub(crate) fn rows(&self, ids: &[u32], device: &Device) -> Result<Tensor, ModelError> {
         let index = || Tensor::from_slice(ids, ids.len(), device);
         Ok(match self {
-            Matrix::Packed(w) => {
-                let width = w.inputs();
-                let mut rows = vec![0.0; ids.len() * width];
-                for (row, &id) in rows.chunks_exact_mut(width).zip(ids) {
-                    w.row(id as usize, row);
-                }
-                Tensor::from_vec(rows, (ids.len(), width), device)?
-            }
+            Matrix::Packed(w) => look_up(ids, w.inputs(), |id, row| w.row(id, row))?,
+            Matrix::Blocks(w) => look_up(ids, w.inputs(), |id, row| w.row(id, row))?,
             Matrix::Dense(w) => w.index_select(&index()?, 0)?.to_dtype(DType::F32)?,
             Matrix::Quantised(w) => w.embedding(&index()?)?.to_dtype(DType::F32)?,
         })
     }
+}
+
+fn look_up(ids: &[u32], width: usize, read: impl Fn(usize, &mut [f32])) -> Result<Tensor, ModelError> {
+    let mut rows = vec![0.0; ids.len() * width];
+    for (row, &id) in rows.chunks_exact_mut(width).zip(ids) {
+        read(id as usize, row);
+    }
+    Ok(Tensor::from_vec(rows, (ids.len(), width), &Device::Cpu)?)
 }
 
 /// A linear map with an optional bias.

@@ -1,11 +1,18 @@
-//! A pair on disk: opened, checked, loaded, made.
+//! A pair on disk: opened, checked, loaded. [`crate::pair_make`] makes one.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use candle_core::Device;
 use overfill_types::PairManifest;
+use overfill_types::pair::{ModelManifest, PAIR_FILE, WeightFormat};
+use sha2::{Digest, Sha256};
 
+use crate::config::LlamaConfig;
 use crate::error::ModelError;
+use crate::hugging_face;
 use crate::llama::Llama;
 use crate::transform::Transform;
 
@@ -17,25 +24,114 @@ pub struct Pair {
     pub dir: PathBuf,
 }
 
-#[allow(unused_variables)]
 impl Pair {
     /// Reads and checks `pair.json` in `dir`, without loading weights.
+    ///
+    /// # Errors
+    /// [`ModelError::Read`] where it is not there, [`ModelError::Mismatch`] where it is malformed or was changed by hand.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
-        todo!()
+        let text = hugging_face::read(&dir.join(PAIR_FILE))?;
+        let manifest = PairManifest::from_json(&text).map_err(|e| ModelError::Mismatch(e.message))?;
+        Ok(Self { manifest, dir: dir.to_owned() })
     }
 
-    /// Loads the full model; its weights' hash and geometry must be the manifest's.
+    /// Loads the full model; its weights' hash and shape must be the manifest's.
+    ///
+    /// # Errors
+    /// [`ModelError::Mismatch`] naming both sides where they are not; as [`Llama::load`].
     pub fn load_full(&self, device: &Device) -> Result<Llama, ModelError> {
-        todo!()
+        self.load("full model", &self.manifest.full, device)
     }
 
-    /// Loads the decode model; its weights' hash and geometry must be the manifest's.
+    /// Loads the decode model; its weights' hash and shape must be the manifest's.
+    ///
+    /// # Errors
+    /// As [`Pair::load_full`].
     pub fn load_decode(&self, device: &Device) -> Result<Llama, ModelError> {
-        todo!()
+        self.load("decode model", &self.manifest.decode, device)
     }
 
     /// Loads the KV transform.
+    ///
+    /// # Errors
+    /// As [`Transform::load`].
     pub fn load_transform(&self) -> Result<Transform, ModelError> {
-        todo!()
+        Transform::load(&self.manifest.kv, &self.dir, self.manifest.full.kv, self.manifest.decode.kv)
+    }
+
+    fn load(&self, which: &str, said: &ModelManifest, device: &Device) -> Result<Llama, ModelError> {
+        let begun = Instant::now();
+        let path = self.dir.join(&said.path);
+        let sha256 = weights_sha256(&path)?;
+        if sha256 != said.sha256 {
+            return Err(ModelError::Mismatch(format!(
+                "the {which}'s weights have sha256 {sha256}, {PAIR_FILE} says {}: the files are not those that the pair was made of; make it anew with `overfill pair`",
+                said.sha256
+            )));
+        }
+        let hashed = begun.elapsed();
+        let model = Llama::load(&path, said.weights, device)?;
+        let found = describe(model.config(), said.path.clone(), sha256, said.weights);
+        if found != *said {
+            return Err(ModelError::Mismatch(format!(
+                "the {which} is {} with {}, {PAIR_FILE} says {} with {}: make the pair anew with `overfill pair`",
+                found.architecture, found.kv, said.architecture, said.kv
+            )));
+        }
+        tracing::info!(model = which, hash_seconds = hashed.as_secs_f32(), seconds = begun.elapsed().as_secs_f32(), "model loaded");
+        Ok(model)
+    }
+}
+
+/// What a manifest says of a model of this shape.
+pub(crate) fn describe(config: &LlamaConfig, path: String, sha256: String, weights: WeightFormat) -> ModelManifest {
+    ModelManifest {
+        path,
+        sha256,
+        weights,
+        architecture: config.architecture.clone(),
+        hidden_size: config.hidden_size,
+        intermediate_size: config.intermediate_size,
+        heads: config.heads,
+        vocab_size: config.vocab_size,
+        max_context: config.max_context,
+        kv: config.kv,
+    }
+}
+
+/// sha256 of a model's weights, as `pair.json` has it: of the one file, or of the lines `<sha256>  <file name>` of several.
+///
+/// # Errors
+/// [`ModelError::Read`].
+pub fn weights_sha256(path: &Path) -> Result<String, ModelError> {
+    if path.is_file() {
+        return file_sha256(path);
+    }
+    let files = hugging_face::weight_files(path)?;
+    if let [file] = files.as_slice() {
+        return file_sha256(file);
+    }
+    let mut all = Sha256::new();
+    for file in &files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        all.update(format!("{}  {name}\n", file_sha256(file)?));
+    }
+    Ok(hex::encode(all.finalize()))
+}
+
+/// sha256 of a file.
+///
+/// # Errors
+/// [`ModelError::Read`].
+pub fn file_sha256(path: &Path) -> Result<String, ModelError> {
+    let failed = |source| ModelError::Read { path: path.to_owned(), source };
+    let mut file = File::open(path).map_err(failed)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer).map_err(failed)? {
+            0 => return Ok(hex::encode(hash.finalize())),
+            n => hash.update(&buffer[..n]),
+        }
     }
 }

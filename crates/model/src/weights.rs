@@ -3,11 +3,13 @@
 use std::path::Path;
 
 use candle_core::quantized::QTensor;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use overfill_types::pair::WeightFormat;
 
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
+use crate::gguf::GgufFile;
+use crate::hugging_face::HuggingFaceFolder;
 
 /// One weight as it will be held.
 pub enum Weight {
@@ -19,32 +21,87 @@ pub enum Weight {
 
 /// An opened checkpoint. Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`) whatever the file's are;
 /// query and key rows come in Hugging Face's order (halves, not interleaved) also from a GGUF file.
-pub struct Weights {}
+pub enum Weights {
+    /// A folder with `config.json` and safetensors.
+    HuggingFace(HuggingFaceFolder),
+    /// One `.gguf` file.
+    Gguf(GgufFile),
+}
 
-#[allow(unused_variables)]
 impl Weights {
     /// Opens a Hugging Face folder or a `.gguf` file.
+    ///
+    /// # Errors
+    /// [`ModelError::Read`] and [`ModelError::Format`].
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        todo!()
+        let file = std::fs::metadata(path).map_err(|source| ModelError::Read { path: path.to_owned(), source })?.is_file();
+        Ok(if file { Self::Gguf(GgufFile::open(path)?) } else { Self::HuggingFace(HuggingFaceFolder::open(path)?) })
     }
 
     /// Its shape.
     pub fn config(&self) -> &LlamaConfig {
-        todo!()
+        match self {
+            Self::HuggingFace(folder) => &folder.config,
+            Self::Gguf(file) => &file.config,
+        }
     }
 
     /// Whether it has a tensor of that name.
     pub fn has(&self, name: &str) -> bool {
-        todo!()
+        match self {
+            Self::HuggingFace(folder) => folder.has(name),
+            Self::Gguf(file) => file.has(name),
+        }
     }
 
     /// A matrix `[out, in]`, held as `format` says.
+    ///
+    /// # Errors
+    /// [`ModelError::Format`] where it is missing, is no matrix, or cannot be read.
     pub fn matrix(&self, name: &str, format: WeightFormat, device: &Device) -> Result<Weight, ModelError> {
-        todo!()
+        let tensor = match self {
+            Self::HuggingFace(folder) => folder.tensor(name, device)?,
+            Self::Gguf(file) => match (file.tensor(name, device)?, format) {
+                (Weight::Quantised(q), WeightFormat::Native) => return Ok(Weight::Quantised(q)),
+                (Weight::Quantised(q), _) => q.dequantize(device)?,
+                (Weight::Dense(t), _) => t,
+            },
+        };
+        if tensor.rank() != 2 {
+            return Err(self.format_error(format!("tensor {name} has shape {:?}, not that of a matrix", tensor.dims())));
+        }
+        let dtype = match format {
+            WeightFormat::F32 => DType::F32,
+            WeightFormat::Bf16 => DType::BF16,
+            WeightFormat::F16 => DType::F16,
+            WeightFormat::Native => tensor.dtype(),
+        };
+        Ok(Weight::Dense(tensor.to_dtype(dtype)?))
     }
 
     /// A vector (norm weight, bias) as f32 `[n]`.
+    ///
+    /// # Errors
+    /// [`ModelError::Format`] where it is missing, is no vector, or cannot be read.
     pub fn vector(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
-        todo!()
+        let tensor = match self {
+            Self::HuggingFace(folder) => folder.tensor(name, device)?,
+            Self::Gguf(file) => match file.tensor(name, device)? {
+                Weight::Dense(t) => t,
+                Weight::Quantised(q) => q.dequantize(device)?,
+            },
+        };
+        if tensor.rank() != 1 {
+            return Err(self.format_error(format!("tensor {name} has shape {:?}, not that of a vector", tensor.dims())));
+        }
+        Ok(tensor.to_dtype(DType::F32)?)
+    }
+
+    fn format_error(&self, what: String) -> ModelError {
+        let path = match self {
+            Self::HuggingFace(folder) => folder.path.clone(),
+            Self::Gguf(file) => file.path.clone(),
+        };
+        ModelError::Format { path, what }
     }
 }

@@ -1,1 +1,14 @@
-//! overfill-text
+//! Text on one side, token ids on the other: tokenizer, chat template, incremental detokenisation, stop strings.
+//!
+//! Text ends here: nodes see token ids only. No candle, no network.
+
+pub mod detokenize;
+pub mod gguf;
+pub mod stop;
+pub mod template;
+pub mod tokenizer;
+
+pub use detokenize::Detokenizer;
+pub use stop::StopMatcher;
+pub use template::{ChatTemplate, Message};
+pub use tokenizer::TextModel;

@@ -1,0 +1,77 @@
+//! A checkpoint as Hugging Face has it: a folder with `config.json` and safetensors, one file or several shards.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{Device, Tensor};
+
+use crate::config::LlamaConfig;
+use crate::error::ModelError;
+
+/// An opened folder.
+pub struct HuggingFaceFolder {
+    pub(crate) path: PathBuf,
+    pub(crate) config: LlamaConfig,
+    tensors: MmapedSafetensors,
+}
+
+impl HuggingFaceFolder {
+    /// Opens `path`; tensors are read when they are asked for.
+    ///
+    /// # Errors
+    /// [`ModelError::Read`] and [`ModelError::Format`], naming the file.
+    pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
+        let config_path = path.join("config.json");
+        let config = read(&config_path)?;
+        let generation = path.join("generation_config.json");
+        let generation = if generation.exists() { Some(read(&generation)?) } else { None };
+        let config = LlamaConfig::from_hugging_face(&config, generation.as_deref())
+            .map_err(|what| ModelError::Format { path: config_path, what })?;
+        let files = weight_files(path)?;
+        // SAFETY: the files are mapped for reading. Whoever changes a checkpoint while a node loads it gets wrong weights,
+        // which the check of the weights' hash finds when a pair is loaded; no memory of ours is at stake.
+        let tensors = unsafe { MmapedSafetensors::multi(&files) }
+            .map_err(|e| ModelError::Format { path: path.to_owned(), what: format!("no whole safetensors: {e}") })?;
+        Ok(Self { path: path.to_owned(), config, tensors })
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.tensors.get(name).is_ok()
+    }
+
+    pub(crate) fn tensor(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
+        if !self.has(name) {
+            return Err(ModelError::Format { path: self.path.clone(), what: format!("tensor {name} is missing") });
+        }
+        Ok(self.tensors.load(name, device)?)
+    }
+}
+
+/// The safetensors files of a folder, in order of name.
+///
+/// # Errors
+/// [`ModelError::Read`] where there are none or a shard that the index names is missing; [`ModelError::Format`] where the index is broken.
+pub(crate) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let index_path = folder.join("model.safetensors.index.json");
+    let files: Vec<PathBuf> = if index_path.exists() {
+        let broken = |what: String| ModelError::Format { path: index_path.clone(), what };
+        let index: serde_json::Value = serde_json::from_str(&read(&index_path)?).map_err(|e| broken(format!("no JSON: {e}")))?;
+        let map = index["weight_map"].as_object().ok_or_else(|| broken("weight_map is missing".into()))?;
+        let names: BTreeSet<&str> = map.values().filter_map(|v| v.as_str()).collect();
+        if let Some(name) = names.iter().find(|n| n.contains(['/', '\\'])) {
+            return Err(broken(format!("shard {name} is not in the folder itself")));
+        }
+        names.into_iter().map(|name| folder.join(name)).collect()
+    } else {
+        vec![folder.join("model.safetensors")]
+    };
+    for file in &files {
+        std::fs::metadata(file).map_err(|source| ModelError::Read { path: file.clone(), source })?;
+    }
+    Ok(files)
+}
+
+pub(crate) fn read(path: &Path) -> Result<String, ModelError> {
+    std::fs::read_to_string(path).map_err(|source| ModelError::Read { path: path.to_owned(), source })
+}

@@ -1,0 +1,283 @@
+//! Making a pair: two checkpoints and a KV transform become a folder that every node can open.
+//!
+//! Everything that would make the two unfit for each other is refused here, by name, before anything is written.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use overfill_text::gguf::GgufVocabulary;
+use overfill_text::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
+use overfill_types::pair::{PAIR_FILE, PAIR_FORMAT, TokenizerManifest, WeightFormat};
+use overfill_types::{Fingerprint, KvTransform, PairManifest, PruneStrategy};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::config::LlamaConfig;
+use crate::error::ModelError;
+use crate::gguf::{GgufFile, whole};
+use crate::hugging_face;
+use crate::pair::{Pair, describe, file_sha256, weights_sha256};
+use crate::transform::Transform;
+use crate::weights::Weights;
+
+/// Name of the projection's file in a pair's folder.
+const PROJECTION_FILE: &str = "projection.safetensors";
+
+/// The KV transform as it is asked for: `identity`, `prune:firstlast`, `prune:first`, `prune:last`, `projection:FILE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KvSpec {
+    /// Both models have the same KV geometry.
+    Identity,
+    /// The decode model has fewer layers.
+    Prune(PruneStrategy),
+    /// A linear map per layer, from this file.
+    Projection(PathBuf),
+}
+
+impl FromStr for KvSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "identity" => Ok(Self::Identity),
+            Some(("prune", strategy)) => Ok(Self::Prune(strategy.parse()?)),
+            Some(("projection", file)) if !file.is_empty() => Ok(Self::Projection(file.into())),
+            _ => Err(format!("'{text}' is no KV transform: use identity, prune:firstlast, prune:first, prune:last or projection:FILE")),
+        }
+    }
+}
+
+/// What a pair is made of.
+#[derive(Clone, Debug)]
+pub struct MakePair {
+    /// Name that clients ask for.
+    pub name: String,
+    /// Hugging Face folder or GGUF file of the full model.
+    pub full: PathBuf,
+    /// How its weights are held.
+    pub full_weights: WeightFormat,
+    /// Hugging Face folder or GGUF file of the decode model.
+    pub decode: PathBuf,
+    /// How its weights are held.
+    pub decode_weights: WeightFormat,
+    /// From the one's KV cache to the other's.
+    pub kv: KvSpec,
+    /// How the decode model was made, for people.
+    pub provenance: Map<String, Value>,
+}
+
+impl MakePair {
+    /// Makes the pair in `out`, which must not exist. Weights are linked where the file system allows it, else copied.
+    /// The folder appears whole or not at all.
+    ///
+    /// # Errors
+    /// [`ModelError::Mismatch`] naming both sides where the two do not fit together; [`ModelError::Read`] and
+    /// [`ModelError::Format`] where a file is not there or not whole.
+    pub fn make(&self, out: &Path) -> Result<Pair, ModelError> {
+        if out.exists() {
+            return Err(ModelError::Mismatch(format!("{} exists already: name another folder, or remove it", out.display())));
+        }
+        let (full, decode) = (Weights::open(&self.full)?, Weights::open(&self.decode)?);
+        let kv = self.transform(full.config(), decode.config())?;
+        self.check_rope(full.config(), decode.config())?;
+        let tokenizer = TokenizerFiles::of(&self.full, &full)?;
+        let other = TokenizerFiles::of(&self.decode, &decode)?;
+        if tokenizer.vocabulary()? != other.vocabulary()? {
+            return Err(ModelError::Mismatch(format!(
+                "the full model's tokenizer ({}) and the decode model's ({}) have different vocabularies: a pair needs one tokenizer",
+                self.full.display(),
+                self.decode.display()
+            )));
+        }
+
+        // Beside the target, so that the last step is a rename within one file system.
+        let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        std::fs::create_dir_all(parent).map_err(|source| ModelError::Read { path: parent.to_owned(), source })?;
+        let making = tempfile::Builder::new()
+            .prefix(".pair-")
+            .tempdir_in(parent)
+            .map_err(|source| ModelError::Read { path: parent.to_owned(), source })?;
+        let dir = making.path();
+        let full_path = install(&self.full, dir, "full")?;
+        let decode_path = install(&self.decode, dir, "decode")?;
+        if let KvSpec::Projection(file) = &self.kv {
+            link_or_copy(file, &dir.join(PROJECTION_FILE))?;
+        }
+        write(&dir.join(TOKENIZER_FILE), &tokenizer.tokenizer)?;
+        write(&dir.join(TOKENIZER_CONFIG_FILE), &pretty(&tokenizer.config))?;
+
+        let mut eos_token_ids = full.config().eos_token_ids.clone();
+        eos_token_ids.extend(&decode.config().eos_token_ids);
+        eos_token_ids.sort_unstable();
+        eos_token_ids.dedup();
+        let mut manifest = PairManifest {
+            format: PAIR_FORMAT,
+            name: self.name.clone(),
+            fingerprint: Fingerprint::new(""),
+            full: describe(full.config(), full_path, weights_sha256(&self.full)?, self.full_weights),
+            decode: describe(decode.config(), decode_path, weights_sha256(&self.decode)?, self.decode_weights),
+            kv,
+            tokenizer: TokenizerManifest { sha256: hex::encode(Sha256::digest(&tokenizer.tokenizer)), eos_token_ids },
+            provenance: self.provenance.clone(),
+        };
+        manifest.fingerprint = manifest.compute_fingerprint();
+        Transform::load(&manifest.kv, dir, manifest.full.kv, manifest.decode.kv)?;
+        write(&dir.join(PAIR_FILE), &pretty(&manifest))?;
+
+        let made = making.keep();
+        if let Err(source) = std::fs::rename(&made, out) {
+            // Best effort: what is left over is hidden and harmless.
+            let _ = std::fs::remove_dir_all(&made);
+            return Err(ModelError::Read { path: out.to_owned(), source });
+        }
+        Pair::open(out)
+    }
+
+    fn transform(&self, full: &LlamaConfig, decode: &LlamaConfig) -> Result<KvTransform, ModelError> {
+        let unfit = |why: &str| ModelError::Mismatch(format!("the full model has {}, the decode model {}: {why}", full.kv, decode.kv));
+        let same_rows = (full.kv.kv_heads, full.kv.head_dim) == (decode.kv.kv_heads, decode.kv.head_dim);
+        match &self.kv {
+            KvSpec::Identity if full.kv != decode.kv => {
+                Err(unfit("`identity` needs equal KV geometries; try `prune:…` or `projection:FILE`"))
+            }
+            KvSpec::Identity => Ok(KvTransform::Identity),
+            KvSpec::Prune(_) if !same_rows => Err(unfit("`prune` cuts layers only and needs equal KV heads and head sizes")),
+            KvSpec::Prune(strategy) => match strategy.kept(full.kv.layers, decode.kv.layers) {
+                Some(layers) => Ok(KvTransform::Prune { strategy: *strategy, layers }),
+                None => Err(unfit("`prune` needs a decode model with at most as many layers")),
+            },
+            KvSpec::Projection(file) => Ok(KvTransform::Projection {
+                file: PROJECTION_FILE.into(),
+                sha256: file_sha256(file)?,
+                layers: KvTransform::projection_layers(full.kv.layers, decode.kv.layers),
+            }),
+        }
+    }
+
+    /// Keys that go over as they are were rotated by the full model: the decode model must rotate alike.
+    fn check_rope(&self, full: &LlamaConfig, decode: &LlamaConfig) -> Result<(), ModelError> {
+        if matches!(self.kv, KvSpec::Projection(_)) || full.rope == decode.rope {
+            return Ok(());
+        }
+        Err(ModelError::Mismatch(format!(
+            "the full model's rotary embedding is {:?}, the decode model's {:?}: keys cannot go over",
+            full.rope, decode.rope
+        )))
+    }
+}
+
+/// The files that the text side opens.
+struct TokenizerFiles {
+    tokenizer: Vec<u8>,
+    config: Value,
+}
+
+impl TokenizerFiles {
+    fn of(path: &Path, weights: &Weights) -> Result<Self, ModelError> {
+        match weights {
+            Weights::HuggingFace(_) => Self::from_folder(path),
+            Weights::Gguf(file) => Self::from_gguf(path, file),
+        }
+    }
+
+    fn from_folder(folder: &Path) -> Result<Self, ModelError> {
+        let path = folder.join(TOKENIZER_FILE);
+        let tokenizer = std::fs::read(&path).map_err(|source| ModelError::Read { path, source })?;
+        let config = folder.join(TOKENIZER_CONFIG_FILE);
+        let mut config: Value = if config.exists() {
+            serde_json::from_str(&hugging_face::read(&config)?)
+                .map_err(|e| ModelError::Format { path: config, what: format!("no JSON: {e}") })?
+        } else {
+            json!({})
+        };
+        let template = folder.join("chat_template.jinja");
+        if template.exists() {
+            config["chat_template"] = Value::String(hugging_face::read(&template)?);
+        }
+        Ok(Self { tokenizer, config })
+    }
+
+    fn from_gguf(path: &Path, file: &GgufFile) -> Result<Self, ModelError> {
+        let format = |what: String| ModelError::Format { path: path.to_owned(), what };
+        let vocabulary = vocabulary(file);
+        let tokenizer = vocabulary.tokenizer().map_err(|e| format(e.message))?;
+        let tokenizer = tokenizer.to_string(true).map_err(|e| format(e.to_string()))?.into_bytes();
+        let token = |id: Option<u32>| id.and_then(|id| vocabulary.token(id).ok());
+        let mut config = json!({ "bos_token": token(vocabulary.bos), "eos_token": token(vocabulary.eos) });
+        if let Some(template) = vocabulary.chat_template {
+            config["chat_template"] = Value::String(template);
+        }
+        Ok(Self { tokenizer, config })
+    }
+
+    /// What two tokenizers must have in common: tokens and merges, whatever the file says besides.
+    fn vocabulary(&self) -> Result<(Value, Value), ModelError> {
+        let json: Value =
+            serde_json::from_slice(&self.tokenizer).map_err(|e| ModelError::Mismatch(format!("{TOKENIZER_FILE} is no JSON: {e}")))?;
+        Ok((json["model"]["vocab"].clone(), json["model"]["merges"].clone()))
+    }
+}
+
+fn vocabulary(file: &GgufFile) -> GgufVocabulary {
+    use candle_core::quantized::gguf_file::Value;
+    let get = |key: &str| file.metadata(&format!("tokenizer.{key}"));
+    let text = |key: &str| get(key).and_then(|v| v.to_string().ok()).cloned();
+    let id = |key: &str| get(key).and_then(whole).and_then(|id| u32::try_from(id).ok());
+    let list = |key: &str| get(key).and_then(|v| v.to_vec().ok()).map_or(&[][..], Vec::as_slice);
+    let texts = |key: &str| list(key).iter().filter_map(|v: &Value| v.to_string().ok().cloned()).collect();
+    let model = text("ggml.model").unwrap_or_default();
+    let flag = |key: &str, default: bool| get(key).and_then(|v| v.to_bool().ok()).unwrap_or(default);
+    GgufVocabulary {
+        pre: text("ggml.pre"),
+        tokens: texts("ggml.tokens"),
+        token_types: list("ggml.token_type").iter().map(|v| whole(v).unwrap_or(1) as u32).collect(),
+        merges: texts("ggml.merges"),
+        scores: list("ggml.scores").iter().filter_map(|v| v.to_f32().ok()).collect(),
+        bos: id("ggml.bos_token_id"),
+        eos: id("ggml.eos_token_id"),
+        unknown: id("ggml.unknown_token_id"),
+        // llama.cpp's defaults where a file is silent: SentencePiece models begin with both, byte-level ones with neither.
+        add_bos: flag("ggml.add_bos_token", model == "llama"),
+        add_space_prefix: flag("ggml.add_space_prefix", model == "llama"),
+        chat_template: text("chat_template"),
+        model,
+    }
+}
+
+/// Puts a model into the pair's folder; gives its path there.
+fn install(model: &Path, dir: &Path, name: &str) -> Result<String, ModelError> {
+    if model.is_file() {
+        let file = format!("{name}.gguf");
+        link_or_copy(model, &dir.join(&file))?;
+        return Ok(file);
+    }
+    let target = dir.join(name);
+    std::fs::create_dir(&target).map_err(|source| ModelError::Read { path: target.clone(), source })?;
+    let mut files = hugging_face::weight_files(model)?;
+    files.extend(
+        ["config.json", "generation_config.json", "model.safetensors.index.json"].map(|f| model.join(f)).into_iter().filter(|f| f.exists()),
+    );
+    for file in files {
+        let Some(name) = file.file_name() else { continue };
+        link_or_copy(&file, &target.join(name))?;
+    }
+    Ok(name.to_owned())
+}
+
+fn link_or_copy(from: &Path, to: &Path) -> Result<(), ModelError> {
+    // A link of a link would point nowhere in a folder that is mounted elsewhere.
+    let from = from.canonicalize().map_err(|source| ModelError::Read { path: from.to_owned(), source })?;
+    if std::fs::hard_link(&from, to).is_ok() {
+        return Ok(());
+    }
+    std::fs::copy(&from, to).map(drop).map_err(|source| ModelError::Read { path: from, source })
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    std::fs::write(path, bytes).map_err(|source| ModelError::Read { path: path.to_owned(), source })
+}
+
+fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
+    // Our own types and JSON values have string keys only: nothing that could fail.
+    serde_json::to_vec_pretty(value).unwrap_or_default()
+}

@@ -1,0 +1,119 @@
+//! Tokens to text as they come, never splitting a character.
+//!
+//! A token may end in the middle of a UTF-8 character, and how it reads may depend on the one before it (a leading space
+//! that only the first token loses). So a token is decoded together with the piece before it, and held back while the
+//! text ends in a replacement character, which is what an unfinished character decodes to.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use tokenizers::Tokenizer;
+
+/// Unfinished characters have at most three bytes, a token at least one: what lies this far back cannot change any more.
+const SETTLED: usize = 4;
+
+/// Writes one answer's text. The texts that it gives, put together, are the decoding of all the tokens.
+pub struct Detokenizer {
+    tokenizer: Arc<Tokenizer>,
+    /// The last piece that was given, and the tokens after it.
+    window: Vec<u32>,
+    /// How many tokens of `window` were given.
+    given: usize,
+    /// The text of those.
+    given_text: String,
+}
+
+impl Detokenizer {
+    pub(crate) fn new(tokenizer: Arc<Tokenizer>) -> Self {
+        Self { tokenizer, window: Vec::new(), given: 0, given_text: String::new() }
+    }
+
+    /// Takes the next token; gives the text that is whole now, often empty in scripts whose characters are several tokens.
+    pub fn push(&mut self, token: u32) -> String {
+        self.window.push(token);
+        let text = self.decode(0..self.window.len());
+        if !text.ends_with(char::REPLACEMENT_CHARACTER) {
+            return self.give(self.window.len(), text);
+        }
+        // Bytes that are no text at all: give what cannot change any more.
+        let settled = self.window.len().saturating_sub(SETTLED);
+        for end in (self.given + 1..=settled).rev() {
+            // A cut within a character would give two replacement characters where the whole has one.
+            let (part, rest) = (self.decode(0..end), self.decode(end..self.window.len()));
+            if text.strip_prefix(part.as_str()) == Some(rest.as_str()) {
+                return self.give(end, part);
+            }
+        }
+        String::new()
+    }
+
+    /// The rest, at the answer's end: an unfinished character becomes a replacement character.
+    pub fn finish(&mut self) -> String {
+        let text = self.decode(0..self.window.len());
+        self.give(self.window.len(), text)
+    }
+
+    /// Gives the window's first `end` tokens, whose text is `text`.
+    fn give(&mut self, end: usize, text: String) -> String {
+        let new = text.strip_prefix(self.given_text.as_str()).unwrap_or_default().to_owned();
+        if end > self.given {
+            // The piece that was just given is all that the next one needs to be read with.
+            self.window.drain(..self.given);
+            self.given = end - self.given;
+            self.given_text = self.decode(0..self.given);
+        }
+        new
+    }
+
+    fn decode(&self, tokens: Range<usize>) -> String {
+        // Ids were checked against the vocabulary; one without text decodes to none.
+        self.tokenizer.decode(&self.window[tokens], true).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::gguf::tests::{byte_level, sentence_piece};
+
+    fn check(tokenizer: &Arc<Tokenizer>, ids: &[u32]) {
+        let mut detokenizer = Detokenizer::new(tokenizer.clone());
+        let mut text: String = ids.iter().map(|id| detokenizer.push(*id)).collect();
+        text += &detokenizer.finish();
+        assert_eq!(text, tokenizer.decode(ids, true).unwrap(), "{ids:?}");
+        assert_eq!(detokenizer.finish(), "");
+    }
+
+    #[test]
+    fn a_character_of_several_tokens_comes_whole() {
+        let tokenizer = Arc::new(byte_level());
+        let ids = tokenizer.encode("né 🦀!", false).unwrap().get_ids().to_vec();
+        let mut detokenizer = Detokenizer::new(tokenizer.clone());
+        let pieces: Vec<String> = ids.iter().map(|id| detokenizer.push(*id)).collect();
+        assert!(pieces.len() > pieces.iter().filter(|p| !p.is_empty()).count(), "{pieces:?}");
+        assert!(pieces.iter().all(|p| !p.contains(char::REPLACEMENT_CHARACTER)), "{pieces:?}");
+        assert_eq!(pieces.concat(), "né 🦀!");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn all_pieces_are_the_whole(ids in prop::collection::vec(0u32..270, 0..60)) {
+            check(&Arc::new(byte_level()), &ids);
+        }
+
+        #[test]
+        fn real_text_in_any_script(text in "\\PC{0,40}") {
+            // A replacement character that is really meant looks like an unfinished one.
+            let text = text.replace(char::REPLACEMENT_CHARACTER, "");
+            for tokenizer in [byte_level(), sentence_piece()] {
+                let tokenizer = Arc::new(tokenizer);
+                let ids = tokenizer.encode(text.as_str(), false).unwrap().get_ids().to_vec();
+                check(&tokenizer, &ids);
+            }
+        }
+    }
+}

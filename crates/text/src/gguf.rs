@@ -1,0 +1,292 @@
+//! The vocabulary of a GGUF file as a Hugging Face tokenizer.
+//!
+//! The two kinds that Llama-family files have: byte-level BPE (`gpt2`), whose pre-tokenizer the file names, and
+//! SentencePiece BPE (`llama`), whose merges follow from the pieces' scores.
+
+use ahash::AHashMap;
+use overfill_types::{Code, ServiceError};
+use tokenizers::decoders::DecoderWrapper;
+use tokenizers::decoders::byte_fallback::ByteFallback;
+use tokenizers::decoders::fuse::Fuse;
+use tokenizers::decoders::sequence::Sequence as DecoderSequence;
+use tokenizers::decoders::strip::Strip;
+use tokenizers::models::bpe::BPE;
+use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as NormalizerSequence};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizerSequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
+
+/// What a GGUF file's header says of its tokenizer (keys `tokenizer.ggml.*`).
+#[derive(Clone, Debug, Default)]
+pub struct GgufVocabulary {
+    /// `model`: `gpt2` or `llama`.
+    pub model: String,
+    /// `pre`: which pre-tokenizer.
+    pub pre: Option<String>,
+    /// `tokens`, by id.
+    pub tokens: Vec<String>,
+    /// `token_type`, by id: 3 is control, 4 user-defined; others are ordinary.
+    pub token_types: Vec<u32>,
+    /// `merges`, each two pieces with a space between.
+    pub merges: Vec<String>,
+    /// `scores`, by id.
+    pub scores: Vec<f32>,
+    /// `bos_token_id`.
+    pub bos: Option<u32>,
+    /// `eos_token_id`.
+    pub eos: Option<u32>,
+    /// `unknown_token_id`.
+    pub unknown: Option<u32>,
+    /// `add_bos_token`.
+    pub add_bos: bool,
+    /// `add_space_prefix`.
+    pub add_space_prefix: bool,
+    /// `tokenizer.chat_template`.
+    pub chat_template: Option<String>,
+}
+
+/// How GPT-4's tokenizer splits text, with numbers of up to three digits (Llama 3).
+const LLAMA3_SPLIT: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The same with single digits (Qwen 2).
+const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+impl GgufVocabulary {
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`] naming what is missing, or the kind or pre-tokenizer that is not known.
+    pub fn tokenizer(&self) -> Result<Tokenizer, ServiceError> {
+        if self.tokens.is_empty() {
+            return Err(refuse("the GGUF file holds no vocabulary"));
+        }
+        let mut tokenizer = match self.model.as_str() {
+            "gpt2" => self.byte_level()?,
+            "llama" => self.sentence_piece()?,
+            other => return Err(refuse(format!("tokenizer model '{other}' is not known: gpt2 and llama are"))),
+        };
+        for (id, kind) in self.token_types.iter().enumerate() {
+            let Some(token) = self.tokens.get(id).filter(|_| matches!(kind, 3 | 4)) else { continue };
+            tokenizer.add_tokens([AddedToken::from(token.clone(), *kind == 3).normalized(false)]).map_err(refuse)?;
+        }
+        if let Some(bos) = self.bos.filter(|_| self.add_bos) {
+            let processor = TemplateProcessing::builder()
+                .try_single(vec!["B:0".to_owned().replace('B', &self.token(bos)?), "$A:0".into()])
+                .map_err(refuse)?
+                .special_tokens(vec![(self.token(bos)?, bos)])
+                .build()
+                .map_err(refuse)?;
+            tokenizer.with_post_processor(Some(processor));
+        }
+        Ok(tokenizer)
+    }
+
+    /// The token with this id.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`] where there is none.
+    pub fn token(&self, id: u32) -> Result<String, ServiceError> {
+        self.tokens
+            .get(id as usize)
+            .cloned()
+            .ok_or_else(|| refuse(format!("token id {id} is not in the vocabulary of {}", self.tokens.len())))
+    }
+
+    fn vocabulary(&self) -> impl Iterator<Item = (String, u32)> + '_ {
+        self.tokens.iter().zip(0..).map(|(token, id)| (token.clone(), id))
+    }
+
+    fn byte_level(&self) -> Result<Tokenizer, ServiceError> {
+        let merges = self
+            .merges
+            .iter()
+            .map(|merge| {
+                // A piece may begin with a space only in files that are broken: byte-level pieces have none.
+                merge
+                    .split_once(' ')
+                    .map(|(a, b)| (a.to_owned(), b.to_owned()))
+                    .ok_or_else(|| refuse(format!("merge '{merge}' has no two pieces")))
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let bpe = BPE::builder().vocab_and_merges(self.vocabulary().collect::<AHashMap<_, _>>(), merges).build().map_err(refuse)?;
+        let split = |pattern: &str| -> Result<PreTokenizerWrapper, ServiceError> {
+            Ok(Split::new(SplitPattern::Regex(pattern.into()), SplitDelimiterBehavior::Isolated, false).map_err(refuse)?.into())
+        };
+        let bytes = |regex: bool| PreTokenizerWrapper::from(ByteLevel::new(false, true, regex));
+        let pre = match self.pre.as_deref() {
+            None | Some("default" | "gpt-2") => vec![bytes(true)],
+            Some("smollm") => vec![Digits::new(true).into(), bytes(true)],
+            Some("llama-bpe" | "llama3" | "llama-v3") => vec![split(LLAMA3_SPLIT)?, bytes(false)],
+            Some("qwen2") => vec![split(QWEN2_SPLIT)?, bytes(false)],
+            Some(other) => {
+                return Err(refuse(format!("pre-tokenizer '{other}' is not known: smollm, llama-bpe, qwen2 and gpt-2 are")));
+            }
+        };
+        let mut tokenizer = Tokenizer::new(bpe);
+        tokenizer.with_pre_tokenizer(Some(PreTokenizerSequence::new(pre)));
+        tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
+        Ok(tokenizer)
+    }
+
+    fn sentence_piece(&self) -> Result<Tokenizer, ServiceError> {
+        if self.scores.len() != self.tokens.len() {
+            return Err(refuse(format!("{} scores for {} tokens", self.scores.len(), self.tokens.len())));
+        }
+        let vocabulary: AHashMap<String, u32> = self.vocabulary().collect();
+        let mut builder =
+            BPE::builder().vocab_and_merges(vocabulary.clone(), self.merges_by_score(&vocabulary)).byte_fallback(true).fuse_unk(true);
+        if let Some(unknown) = self.unknown {
+            builder = builder.unk_token(self.token(unknown)?);
+        }
+        let mut tokenizer = Tokenizer::new(builder.build().map_err(refuse)?);
+        let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
+        if self.add_space_prefix {
+            normalizers.push(Prepend::new("▁".into()).into());
+        }
+        normalizers.push(Replace::new(" ", "▁").map_err(refuse)?.into());
+        tokenizer.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(refuse)?;
+        let mut decoders: Vec<DecoderWrapper> =
+            vec![Replace::new("▁", " ").map_err(refuse)?.into(), ByteFallback::new().into(), Fuse::new().into()];
+        if self.add_space_prefix {
+            decoders.push(Strip::new(' ', 1, 0).into());
+        }
+        tokenizer.with_decoder(Some(DecoderSequence::new(decoders)));
+        Ok(tokenizer)
+    }
+
+    /// All ways to make a piece of two others, best score of the result first; for one result in order of the parts' ids.
+    fn merges_by_score(&self, vocabulary: &AHashMap<String, u32>) -> Vec<(String, String)> {
+        let mut merges = Vec::new();
+        for (piece, score) in self.tokens.iter().zip(&self.scores) {
+            let mut ways: Vec<(u32, u32, &str, &str)> = piece
+                .char_indices()
+                .skip(1)
+                .filter_map(|(at, _)| {
+                    let (a, b) = piece.split_at(at);
+                    Some((*vocabulary.get(a)?, *vocabulary.get(b)?, a, b))
+                })
+                .collect();
+            ways.sort_unstable_by_key(|w| (w.0, w.1));
+            merges.extend(ways.into_iter().map(|(_, _, a, b)| (*score, a.to_owned(), b.to_owned())));
+        }
+        merges.sort_by(|a, b| b.0.total_cmp(&a.0));
+        merges.into_iter().map(|(_, a, b)| (a, b)).collect()
+    }
+}
+
+fn refuse(what: impl std::fmt::Display) -> ServiceError {
+    ServiceError::new(Code::InvalidArgument, what.to_string())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// The 256 bytes, a few merges, and a few special tokens.
+    pub(crate) fn byte_level_vocabulary() -> GgufVocabulary {
+        let mut tokens: Vec<String> = ByteLevel::alphabet().into_iter().map(String::from).collect();
+        tokens.sort_unstable();
+        let merges = ["h e", "l l", "he ll", "hell o", "Ġ w"].map(str::to_owned).to_vec();
+        tokens.extend(merges.iter().map(|m| m.replace(' ', "")));
+        let first = tokens.len();
+        tokens.extend(["<|start|>", "<|end|>", "<tool>"].map(str::to_owned));
+        let mut token_types = vec![1; first];
+        token_types.extend([3, 3, 4]);
+        GgufVocabulary {
+            model: "gpt2".into(),
+            pre: Some("smollm".into()),
+            tokens,
+            token_types,
+            merges,
+            bos: Some(first as u32),
+            eos: Some(first as u32 + 1),
+            ..Default::default()
+        }
+    }
+
+    pub(crate) fn byte_level() -> Tokenizer {
+        byte_level_vocabulary().tokenizer().unwrap()
+    }
+
+    pub(crate) fn sentence_piece() -> Tokenizer {
+        let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
+        tokens.extend((0..=255).map(|b| format!("<0x{b:02X}>")));
+        let mut scores = vec![0.0; tokens.len()];
+        for (i, piece) in ["▁", "a", "b", "c", "▁a", "ab", "▁ab", "abc"].iter().enumerate() {
+            tokens.push((*piece).to_owned());
+            scores.push(-(i as f32) - 1.0);
+        }
+        let mut token_types = vec![2, 3, 3];
+        token_types.extend(vec![6; 256]);
+        token_types.extend(vec![1; 8]);
+        let vocabulary = GgufVocabulary {
+            model: "llama".into(),
+            tokens,
+            token_types,
+            scores,
+            bos: Some(1),
+            eos: Some(2),
+            unknown: Some(0),
+            add_bos: true,
+            add_space_prefix: true,
+            ..Default::default()
+        };
+        vocabulary.tokenizer().unwrap()
+    }
+
+    #[test]
+    fn byte_level_text_survives_the_round_trip() {
+        let tokenizer = byte_level();
+        for text in ["hello world", "né 🦀 漢字", "  two  spaces\n\ttab", "x1234", "", "fn main() { \"quoted\" }\r\n"] {
+            let ids = tokenizer.encode(text, false).unwrap().get_ids().to_vec();
+            assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
+        }
+        let hello = tokenizer.encode("hello", false).unwrap();
+        assert_eq!(hello.get_tokens(), ["hello"]);
+        assert_eq!(tokenizer.encode("12", false).unwrap().get_tokens(), ["1", "2"], "digits stand alone");
+    }
+
+    #[test]
+    fn control_tokens_are_special_and_user_defined_ones_are_text() {
+        let tokenizer = byte_level();
+        let ids = tokenizer.encode("<|start|>hello<tool><|end|>", false).unwrap().get_ids().to_vec();
+        assert_eq!(ids.len(), 4);
+        assert_eq!(tokenizer.decode(&ids, true).unwrap(), "hello<tool>");
+    }
+
+    #[test]
+    fn sentence_piece_merges_follow_the_scores() {
+        let tokenizer = sentence_piece();
+        // "▁a" has a better score than "ab", "▁ab" can be made of it.
+        let encoding = tokenizer.encode("abc", true).unwrap();
+        assert_eq!(encoding.get_tokens(), ["<s>", "▁ab", "c"]);
+        for text in ["abc cab", "a é b", "🦀"] {
+            let ids = tokenizer.encode(text, false).unwrap().get_ids().to_vec();
+            assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_named() {
+        let with = |change: fn(&mut GgufVocabulary)| {
+            let mut vocabulary = byte_level_vocabulary();
+            change(&mut vocabulary);
+            vocabulary.tokenizer().unwrap_err().message
+        };
+        assert!(with(|v| v.pre = Some("exotic".into())).contains("exotic"));
+        assert!(with(|v| v.model = "bert".into()).contains("bert"));
+        assert!(with(|v| v.tokens.clear()).contains("no vocabulary"));
+        assert!(with(|v| v.merges.push("single".into())).contains("single"));
+        assert!(
+            with(|v| {
+                v.add_bos = true;
+                v.bos = Some(9999);
+            })
+            .contains("9999")
+        );
+    }
+}

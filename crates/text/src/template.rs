@@ -1,0 +1,142 @@
+//! Chat templates, rendered as Hugging Face's `apply_chat_template` does.
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, Error, ErrorKind, Value, context};
+use overfill_types::{Code, ServiceError};
+use serde::{Deserialize, Serialize};
+
+const NAME: &str = "chat";
+
+/// One message of a chat.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, …: what the template knows.
+    pub role: String,
+    /// What was said.
+    pub content: String,
+}
+
+/// A model's chat template.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos_token: String,
+    eos_token: String,
+}
+
+impl ChatTemplate {
+    /// Compiles `source`, a Jinja template that may use `bos_token` and `eos_token`.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`] where it is no template.
+    pub fn new(source: String, bos_token: String, eos_token: String) -> Result<Self, ServiceError> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| ServiceError::new(Code::Internal, e.to_string()))?);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_function("strftime_now", |format: &str| chrono::Local::now().format(format).to_string());
+        environment.add_filter("tojson", to_json);
+        environment
+            .add_template_owned(NAME, source)
+            .map_err(|e| ServiceError::new(Code::InvalidArgument, format!("the chat template is malformed: {e}")))?;
+        Ok(Self { environment, bos_token, eos_token })
+    }
+
+    /// The chat as text, up to where the assistant's answer begins.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`] where the template refuses the messages (its own words are given) or fails.
+    pub fn render(&self, messages: &[Message]) -> Result<String, ServiceError> {
+        let refuse = |e: Error| {
+            let why = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
+            ServiceError::new(Code::InvalidArgument, format!("the chat template refuses the messages: {why}"))
+        };
+        let messages: Vec<Value> =
+            messages.iter().map(|m| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())])).collect();
+        let template = self.environment.get_template(NAME).map_err(refuse)?;
+        template
+            .render(context! {
+                messages => messages,
+                add_generation_prompt => true,
+                bos_token => self.bos_token.as_str(),
+                eos_token => self.eos_token.as_str(),
+                tools => (),
+                documents => (),
+            })
+            .map_err(refuse)
+    }
+}
+
+/// `json.dumps` with its default separators, nothing escaped for HTML; `indent` as in Python.
+fn to_json(value: &Value, kwargs: minijinja::value::Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = kwargs.get("indent")?;
+    kwargs.get::<Option<bool>>("ensure_ascii")?;
+    kwargs.assert_all_used()?;
+    let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
+    let mut text = Vec::new();
+    match indent {
+        Some(n) => {
+            let spaces = " ".repeat(n);
+            let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, formatter)).map_err(failed)?;
+        }
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, PythonFormatter)).map_err(failed)?,
+    }
+    let text = String::from_utf8(text).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    Ok(Value::from_safe_string(text))
+}
+
+/// Python's separators: `, ` and `: `.
+struct PythonFormatter;
+
+impl serde_json::ser::Formatter for PythonFormatter {
+    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn say(role: &str, content: &str) -> Message {
+        Message { role: role.into(), content: content.into() }
+    }
+
+    fn render(source: &str, messages: &[Message]) -> Result<String, ServiceError> {
+        ChatTemplate::new(source.into(), "<s>".into(), "</s>".into())?.render(messages)
+    }
+
+    #[test]
+    fn chatml_with_its_default_system_message() {
+        let source = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+        assert_eq!(
+            render(source, &[say("user", "Hi <b> & 'you'")]).unwrap(),
+            "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\nHi <b> & 'you'<|im_end|>\n<|im_start|>assistant\n"
+        );
+    }
+
+    #[test]
+    fn what_templates_of_the_field_use() {
+        let source = "{{ bos_token }}\n{%- for m in messages %}\n    {%- if m.role == 'skip' %}{% continue %}{% endif %}\n    {{- m.content.strip().upper() | trim }}|{{ {'a': [1, m.content]} | tojson }}\n{%- endfor %}{{ strftime_now('%Y') | length }}";
+        assert_eq!(render(source, &[say("skip", "no"), say("user", " <x> ")]).unwrap(), "<s><X>|{\"a\": [1, \" <x> \"]}4");
+    }
+
+    #[test]
+    fn a_refusal_speaks_in_the_templates_words() {
+        let error = render("{{ raise_exception('roles must alternate') }}", &[]).unwrap_err();
+        assert_eq!(error.code, Code::InvalidArgument);
+        assert!(error.message.contains("roles must alternate"), "{error}");
+        assert!(render("{% if %}", &[]).is_err());
+    }
+}

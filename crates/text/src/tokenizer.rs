@@ -1,0 +1,152 @@
+//! A pair's text side: its manifest, its tokenizer, and its chat template if it has one.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use overfill_types::pair::PAIR_FILE;
+use overfill_types::{Code, PairManifest, ServiceError};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use tokenizers::Tokenizer;
+
+use crate::detokenize::Detokenizer;
+use crate::template::{ChatTemplate, Message};
+
+/// The tokenizer in a pair's folder.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+/// Chat template and special tokens in a pair's folder.
+pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+
+/// What the router knows of a pair.
+pub struct TextModel {
+    /// What `pair.json` says.
+    pub manifest: PairManifest,
+    tokenizer: Arc<Tokenizer>,
+    template: Option<ChatTemplate>,
+}
+
+/// What we read of `tokenizer_config.json`.
+#[derive(Deserialize)]
+struct TokenizerConfig {
+    chat_template: Option<Templates>,
+    bos_token: Option<SpecialToken>,
+    eos_token: Option<SpecialToken>,
+}
+
+/// One template, or several with names of which `default` is meant.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Templates {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+/// A token's text, or an object that holds it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum SpecialToken {
+    Text(String),
+    Object { content: String },
+}
+
+impl SpecialToken {
+    fn into_text(self) -> String {
+        match self {
+            Self::Text(text) | Self::Object { content: text } => text,
+        }
+    }
+}
+
+impl TextModel {
+    /// Opens a pair's folder: `pair.json`, `tokenizer.json`, `tokenizer_config.json`. Weights are not touched.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`] where a file cannot be read, [`Code::InvalidArgument`] where it is malformed, [`Code::Mismatch`]
+    /// where the tokenizer is not the manifest's.
+    pub fn open(dir: &Path) -> Result<Self, ServiceError> {
+        let read = |name: &str| {
+            let path = dir.join(name);
+            std::fs::read(&path).map_err(|e| ServiceError::new(Code::NotFound, format!("cannot read {}: {e}", path.display())))
+        };
+        let malformed =
+            |name: &str, e: &dyn std::fmt::Display| ServiceError::new(Code::InvalidArgument, format!("{name} cannot be read: {e}"));
+        let manifest = PairManifest::from_json(&String::from_utf8_lossy(&read(PAIR_FILE)?))?;
+        let bytes = read(TOKENIZER_FILE)?;
+        let sha256 = hex::encode(Sha256::digest(&bytes));
+        if sha256 != manifest.tokenizer.sha256 {
+            return Err(ServiceError::new(
+                Code::Mismatch,
+                format!(
+                    "{TOKENIZER_FILE} has sha256 {sha256}, {PAIR_FILE} says {}: make the pair anew with `overfill pair`",
+                    manifest.tokenizer.sha256
+                ),
+            ));
+        }
+        let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| malformed(TOKENIZER_FILE, &e))?;
+        let config: TokenizerConfig =
+            serde_json::from_slice(&read(TOKENIZER_CONFIG_FILE)?).map_err(|e| malformed(TOKENIZER_CONFIG_FILE, &e))?;
+        Self::new(manifest, tokenizer, config)
+    }
+
+    fn new(manifest: PairManifest, tokenizer: Tokenizer, config: TokenizerConfig) -> Result<Self, ServiceError> {
+        let source = config.chat_template.and_then(|templates| match templates {
+            Templates::One(source) => Some(source),
+            Templates::Named(all) => all.into_iter().find(|t| t.name == "default").map(|t| t.template),
+        });
+        let text = |token: Option<SpecialToken>| token.map(SpecialToken::into_text).unwrap_or_default();
+        let template = source.map(|source| ChatTemplate::new(source, text(config.bos_token), text(config.eos_token))).transpose()?;
+        Ok(Self { manifest, tokenizer: Arc::new(tokenizer), template })
+    }
+
+    /// Token ids of a text that is continued as it is, with what the tokenizer puts before every text (Llama's
+    /// beginning-of-sequence token).
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`] where the tokenizer refuses the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, ServiceError> {
+        self.tokens(text, true)
+    }
+
+    /// Token ids of a chat, rendered with the template, up to where the assistant's answer begins.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`] where there is no template, or it refuses the messages.
+    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>, ServiceError> {
+        let Some(template) = &self.template else {
+            return Err(ServiceError::new(
+                Code::InvalidArgument,
+                format!("model {} has no chat template: send the prompt as text or token ids instead", self.manifest.name),
+            ));
+        };
+        // The template writes the special tokens itself.
+        self.tokens(&template.render(messages)?, false)
+    }
+
+    /// Whether chats can be rendered.
+    pub fn has_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// A detokeniser for one answer.
+    pub fn detokenizer(&self) -> Detokenizer {
+        Detokenizer::new(self.tokenizer.clone())
+    }
+
+    /// The text of one token by itself, special tokens included: what log-probabilities name tokens by.
+    pub fn token_text(&self, id: u32) -> String {
+        self.tokenizer.decode(&[id], false).unwrap_or_default()
+    }
+
+    fn tokens(&self, text: &str, add_special: bool) -> Result<Vec<u32>, ServiceError> {
+        match self.tokenizer.encode_fast(text, add_special) {
+            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+            Err(e) => Err(ServiceError::new(Code::InvalidArgument, format!("the text cannot be tokenised: {e}"))),
+        }
+    }
+}
