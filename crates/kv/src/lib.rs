@@ -2,6 +2,10 @@
 //!
 //! Pure: no tokio, no candle, no tonic.
 
+pub mod assembler;
+pub mod frame;
 pub mod pool;
 
+pub use assembler::{Assembler, Expected, FrameError};
+pub use frame::{HandoffDigest, RowsHeader, prompt_digest};
 pub use pool::{BlockId, BlockPool, PoolFull, Reservation};
