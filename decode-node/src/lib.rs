@@ -1,1 +1,95 @@
-//! overfill-decode-node
+//! The decode node: holds the decode model, writes answers.
+//!
+//! A request is admitted (`admission`: blocks are reserved or it is refused), waits for its KV cache (`receiver`), then runs
+//! in the engine's batch until it ends (`engine`). Whatever ends it, dropping its sequence frees its blocks.
+
+mod admission;
+pub mod config;
+mod engine;
+mod error;
+mod receiver;
+mod sequence;
+mod service;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use overfill_cluster::Discovery;
+use overfill_kv::BlockPool;
+use overfill_lifecycle::{Drain, grpc};
+use overfill_model::{KvCache, Pair, Threads};
+use overfill_proto::v1::decode_server::DecodeServer;
+use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
+use overfill_types::{Limits, NodeId, NodeInfo, Role};
+use tokio::net::TcpListener;
+use tonic::service::Routes;
+
+use crate::admission::Admission;
+use crate::engine::{Engine, Settings};
+use crate::service::DecodeService;
+
+pub use crate::config::DecodeConfig;
+pub use crate::error::RunError;
+
+/// Loads the decode model, serves on `listener`, and registers once it is ready; returns when `drain` was given and what
+/// ran is finished.
+///
+/// # Errors
+/// Where the pair cannot be loaded or the transport fails.
+pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
+    let node = config.node.clone();
+    let id = NodeId::new(format!("decode-{}", uuid::Uuid::new_v4()));
+    let loading = tokio::task::spawn_blocking(move || {
+        let pair = Pair::open(&node.pair)?;
+        let device = overfill_model::device::parse(&node.device)?;
+        let threads = Threads::new(node.threads()).map_err(|e| overfill_model::ModelError::Device(e.to_string()))?;
+        let model = threads.run(|| pair.load_decode(&device))?;
+        let geometry = model.config().kv;
+        let blocks = node.blocks(geometry.values_per_token() * size_of::<f32>());
+        let cache = KvCache::new(geometry, blocks as usize, node.block_tokens as usize, &device)?;
+        Ok::<_, overfill_model::ModelError>((pair.manifest, threads, model, cache, blocks))
+    });
+    let (manifest, threads, model, cache, blocks) = loading.await??;
+
+    let pool = BlockPool::new(blocks, config.node.block_tokens as usize);
+    let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
+    let admission = Arc::new(Admission::new(&manifest, limits, pool, config.max_sequences, config.reservation_timeout()));
+    let settings =
+        Settings { eos: manifest.tokenizer.eos_token_ids.clone(), max_batch: config.max_batch, patience: config.reservation_timeout() };
+    let end = Drain::new();
+    let (commands, engine_thread) = Engine { model, cache, threads, settings }.start(end.clone())?;
+    let service = DecodeService::new(id.clone(), manifest.name.clone(), admission.clone(), commands, drain.clone());
+    let routes = Routes::new(DecodeServer::new(service).max_decoding_message_size(MAX_MESSAGE));
+    let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
+
+    let address = listener.local_addr()?;
+    let info = NodeInfo {
+        id,
+        role: Role::Decode,
+        address: config.node.advertised(address),
+        model: manifest.name,
+        fingerprint: manifest.fingerprint,
+        max_context: limits.max_context,
+    };
+    tracing::info!(%address, node = %info.id, pair = info.fingerprint.short(), model = %info.model, blocks, threads = config.node.threads(), "decode node ready");
+    let serving = tokio::spawn(grpc::serve(listener, routes, end.clone()));
+    let serving = tokio_util::task::AbortOnDropHandle::new(serving);
+    health.set_ready(true).await;
+    let registration = discovery.register(info);
+
+    drain.signaled().await;
+    health.set_ready(false).await;
+    registration.withdraw().await;
+    let finished = async {
+        while admission.sequences() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    if tokio::time::timeout(config.node.drain_timeout(), finished).await.is_err() {
+        tracing::warn!(sequences = admission.sequences(), "drain limit reached: the rest is broken off");
+    }
+    end.start();
+    serving.await??;
+    tokio::task::spawn_blocking(move || engine_thread.join()).await?.map_err(|_| RunError::Engine)?;
+    Ok(())
+}

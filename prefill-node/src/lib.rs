@@ -1,1 +1,129 @@
-//! overfill-prefill-node
+//! The prefill node: holds the full model, reads prompts.
+//!
+//! A prompt waits in the queue until the pool has blocks for it (`queue`), is read in chunks together with others (`engine`),
+//! and its KV cache goes to a decode node layer by layer while it is computed (`handoff`).
+
+pub mod config;
+mod engine;
+mod error;
+mod handoff;
+mod queue;
+mod service;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use overfill_cluster::Discovery;
+use overfill_kv::BlockPool;
+use overfill_lifecycle::{Drain, grpc};
+use overfill_model::{KvCache, Pair, Threads};
+use overfill_proto::v1::prefill_server::PrefillServer;
+use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
+use overfill_types::{Limits, NodeId, NodeInfo, Role};
+use tokio::net::TcpListener;
+use tonic::service::Routes;
+
+use crate::engine::{Engine, Settings};
+use crate::service::{PrefillService, Served};
+
+pub use crate::config::PrefillConfig;
+pub use crate::error::RunError;
+
+/// Loads the full model, serves on `listener`, and registers once it is ready; returns when `drain` was given and what
+/// ran is finished.
+///
+/// # Errors
+/// Where the pair cannot be loaded or the transport fails.
+pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
+    let node = config.node.clone();
+    let id = NodeId::new(format!("prefill-{}", uuid::Uuid::new_v4()));
+    let loading = tokio::task::spawn_blocking(move || {
+        let pair = Pair::open(&node.pair)?;
+        let device = overfill_model::device::parse(&node.device)?;
+        let threads = Threads::new(node.threads()).map_err(|e| overfill_model::ModelError::Device(e.to_string()))?;
+        let model = threads.run(|| pair.load_full(&device))?;
+        let transform = pair.load_transform()?;
+        let geometry = model.config().kv;
+        let blocks = node.blocks(geometry.values_per_token() * size_of::<f32>());
+        let cache = KvCache::new(geometry, blocks as usize, node.block_tokens as usize, &device)?;
+        Ok::<_, overfill_model::ModelError>((pair.manifest, threads, model, transform, cache, blocks))
+    });
+    let (manifest, threads, model, transform, cache, blocks) = loading.await??;
+
+    let pool = BlockPool::new(blocks, config.node.block_tokens as usize);
+    let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
+    let settings = Settings {
+        eos: manifest.tokenizer.eos_token_ids.clone(),
+        chunk_tokens: config.chunk_tokens as usize,
+    };
+    let end = Drain::new();
+    let engine = Engine { model, cache, transform, threads, pool: pool.clone(), settings };
+    let (jobs, counts, engine_thread) = engine.start(config.max_queue as usize, end.clone())?;
+    let served = Served {
+        id: id.clone(),
+        model: manifest.name.clone(),
+        fingerprint: manifest.fingerprint.clone(),
+        limits,
+        pool,
+        decode_geometry: manifest.decode.kv,
+        max_queue: config.max_queue as usize,
+    };
+    let service = PrefillService::new(served, jobs, counts.clone(), drain.clone());
+    let routes = Routes::new(PrefillServer::new(service).max_decoding_message_size(MAX_MESSAGE));
+    let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
+
+    let address = listener.local_addr()?;
+    let info = NodeInfo {
+        id,
+        role: Role::Prefill,
+        address: config.node.advertised(address),
+        model: manifest.name,
+        fingerprint: manifest.fingerprint,
+        max_context: limits.max_context,
+    };
+    tracing::info!(%address, node = %info.id, pair = info.fingerprint.short(), model = %info.model, blocks, threads = config.node.threads(), "prefill node ready");
+    let serving = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(grpc::serve(listener, routes, end.clone())));
+    health.set_ready(true).await;
+    let registration = discovery.register(info);
+
+    drain.signaled().await;
+    health.set_ready(false).await;
+    registration.withdraw().await;
+    let held = || counts.held.load(Ordering::Acquire);
+    let finished = async {
+        while held() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    if tokio::time::timeout(config.node.drain_timeout(), finished).await.is_err() {
+        tracing::warn!(sequences = held(), "drain limit reached: the rest is broken off");
+    }
+    end.start();
+    serving.await??;
+    tokio::task::spawn_blocking(move || engine_thread.join()).await?.map_err(|_| RunError::Engine)?;
+    Ok(())
+}
+
+/// How many prompts this node holds. Each is counted by a guard that lives as long as anything of it.
+#[derive(Default)]
+struct Counts {
+    held: std::sync::atomic::AtomicUsize,
+    running: std::sync::atomic::AtomicUsize,
+}
+
+/// One prompt's count; dropping it counts down.
+struct Counted(Arc<Counts>);
+
+impl Counted {
+    fn new(counts: &Arc<Counts>) -> Self {
+        counts.held.fetch_add(1, Ordering::AcqRel);
+        Self(counts.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.held.fetch_sub(1, Ordering::AcqRel);
+    }
+}

@@ -6,6 +6,7 @@
 mod attention;
 pub mod cache;
 pub mod config;
+pub mod device;
 pub mod error;
 pub mod gguf;
 mod host;

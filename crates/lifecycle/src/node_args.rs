@@ -1,0 +1,94 @@
+//! Flags that both kinds of node have.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+/// What a node holds, where it listens, and what it may use.
+#[derive(Args, Clone, Debug)]
+pub struct NodeArgs {
+    /// The pair's folder (made by `overfill pair` or `overfill fetch`)
+    #[arg(long, env = "OVERFILL_PAIR")]
+    pub pair: PathBuf,
+    /// Where peers reach this node, host:port [default: the address that it listens on]
+    #[arg(long, env = "OVERFILL_ADVERTISE")]
+    pub advertise: Option<String>,
+    /// Compute threads [default: all cores]
+    #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Where the model computes: cpu or cuda:N
+    #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// Memory of the KV cache in bytes; K, M and G are understood
+    #[arg(long, env = "OVERFILL_KV_MEMORY", default_value = "1G", value_parser = parse_bytes)]
+    pub kv_memory: u64,
+    /// Token positions in a block of the KV cache
+    #[arg(long, env = "OVERFILL_BLOCK_TOKENS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub block_tokens: u32,
+    /// Longest sequence, prompt and answer together, in tokens [default: the pair's, at most 8192]
+    #[arg(long, env = "OVERFILL_MAX_CONTEXT")]
+    pub max_context: Option<usize>,
+    /// Seconds that running sequences get to finish after SIGTERM
+    #[arg(long, env = "OVERFILL_DRAIN_TIMEOUT", default_value_t = 60)]
+    pub drain_timeout: u64,
+}
+
+impl NodeArgs {
+    /// Compute threads: the flag's, or one for each core.
+    pub fn threads(&self) -> usize {
+        self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
+    }
+
+    /// Longest sequence of a pair that was made for `made_for` tokens.
+    pub fn max_context(&self, made_for: usize) -> usize {
+        self.max_context.unwrap_or(8192).min(made_for)
+    }
+
+    /// Blocks of the pool, if a token position takes `bytes_per_token`; at least one.
+    pub fn blocks(&self, bytes_per_token: usize) -> u32 {
+        let block = bytes_per_token as u64 * u64::from(self.block_tokens);
+        u32::try_from(self.kv_memory / block.max(1)).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// What peers are told.
+    pub fn advertised(&self, listening: SocketAddr) -> String {
+        self.advertise.clone().unwrap_or_else(|| listening.to_string())
+    }
+
+    /// How long running sequences get at a drain.
+    pub fn drain_timeout(&self) -> Duration {
+        Duration::from_secs(self.drain_timeout)
+    }
+}
+
+/// `1500`, `64K`, `512M`, `4G` (powers of 1024) as a number of bytes.
+///
+/// # Errors
+/// A sentence that says what is understood.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.trim_end_matches(['B', 'b', 'i']).char_indices().last() {
+        Some((at, 'k' | 'K')) => (&text[..at], 1 << 10),
+        Some((at, 'm' | 'M')) => (&text[..at], 1 << 20),
+        Some((at, 'g' | 'G')) => (&text[..at], 1 << 30),
+        _ => (text, 1),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("'{text}' is no size: write a number of bytes, or one with K, M or G behind it"))?;
+    number.checked_mul(unit).filter(|bytes| *bytes > 0).ok_or_else(|| format!("'{text}' is no size that memory can have"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_understood() {
+        for (text, bytes) in [("1500", 1500), ("64K", 64 << 10), ("512m", 512 << 20), ("4G", 4 << 30), ("2GiB", 2 << 30)] {
+            assert_eq!(parse_bytes(text), Ok(bytes));
+        }
+        for text in ["", "G", "-1", "1.5G", "0", "99999999999G"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! One push: frames come in, are checked, and go to the engine. Whatever breaks it ends the sequence that waits.
+
+use std::time::Duration;
+
+use overfill_kv::{Assembler, RowsHeader};
+use overfill_proto::v1::{KvDtype, KvFrame, PushSummary, kv_frame};
+use overfill_proto::{MAX_FRAME_PAYLOAD, status};
+use overfill_types::{Code, Epoch, Fingerprint, ServiceError, Ticket};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+use tonic::Streaming;
+
+use crate::admission::Admission;
+use crate::engine::Command;
+
+/// Takes one handoff.
+///
+/// # Errors
+/// The first thing that was wrong; the sequence that waited for it has been told.
+pub(crate) async fn receive(
+    admission: &Admission,
+    commands: &mpsc::Sender<Command>,
+    frames: &mut Streaming<KvFrame>,
+) -> Result<PushSummary, ServiceError> {
+    let patience = admission.reservation_timeout();
+    let Some(first) = next(frames, patience).await? else {
+        return Err(ServiceError::new(Code::InvalidArgument, "a push without frames: send the rows and the commit"));
+    };
+    let (fingerprint, ticket, epoch) = names(&first);
+    let expected = admission.claim(&fingerprint, &ticket, epoch)?;
+    let mut guard = Guard { ticket: ticket.clone(), commands: commands.clone(), armed: true };
+    let taken = take(Assembler::new(expected), first, commands, frames, patience).await;
+    guard.armed = false;
+    if let Err(error) = &taken {
+        send(commands, Command::Fail { ticket, error: error.clone() }).await?;
+    }
+    taken
+}
+
+async fn take(
+    mut assembler: Assembler,
+    first: KvFrame,
+    commands: &mpsc::Sender<Command>,
+    frames: &mut Streaming<KvFrame>,
+    patience: Duration,
+) -> Result<PushSummary, ServiceError> {
+    let mut summary = PushSummary::default();
+    let mut frame = first;
+    loop {
+        let (fingerprint, ticket, epoch) = names(&frame);
+        let index = frame.index;
+        match frame.body {
+            Some(kv_frame::Body::Rows(rows)) => {
+                if rows.dtype() != KvDtype::F32 {
+                    let message = format!("frame {index} of {ticket} has rows of type {:?}: this node takes f32", rows.dtype());
+                    return Err(ServiceError::new(Code::InvalidArgument, message));
+                }
+                let payload = rows.k.len() + rows.v.len();
+                if payload > MAX_FRAME_PAYLOAD {
+                    let message = format!("frame {index} of {ticket} has {payload} bytes: at most {MAX_FRAME_PAYLOAD} are taken");
+                    return Err(ServiceError::new(Code::ResourceExhausted, message));
+                }
+                let (layer, start) = (rows.layer, rows.start);
+                let header = RowsHeader { fingerprint, ticket: ticket.clone(), epoch, index, layer, start, tokens: rows.tokens };
+                assembler.rows(&header, &rows.k, &rows.v, rows.checksum)?;
+                summary.frames += 1;
+                summary.bytes += payload as u64;
+                send(commands, Command::Rows { ticket, layer: layer as usize, start: start as usize, k: rows.k, v: rows.v }).await?;
+            }
+            Some(kv_frame::Body::Commit(commit)) => {
+                assembler.commit(&fingerprint, &ticket, epoch, index, (&commit.digest, &commit.prompt_digest))?;
+                let (answer, answered) = oneshot::channel();
+                send(commands, Command::Start { ticket, first: commit.first_token, answer }).await?;
+                answered.await.map_err(|_| stopping())??;
+                return Ok(summary);
+            }
+            None => return Err(ServiceError::new(Code::InvalidArgument, format!("frame {index} of {ticket} is empty"))),
+        }
+        frame = match next(frames, patience).await? {
+            Some(frame) => frame,
+            None => return Err(ServiceError::new(Code::DataLoss, "the push ended before its commit: the prefill node gave up or is gone")),
+        };
+    }
+}
+
+fn names(frame: &KvFrame) -> (Fingerprint, Ticket, Epoch) {
+    (Fingerprint::new(frame.fingerprint.as_str()), Ticket::new(frame.ticket.as_str()), Epoch(frame.epoch))
+}
+
+async fn next(frames: &mut Streaming<KvFrame>, patience: Duration) -> Result<Option<KvFrame>, ServiceError> {
+    match timeout(patience, frames.message()).await {
+        Ok(Ok(frame)) => Ok(frame),
+        Ok(Err(error)) => {
+            let error = status::from_status(&error, "the prefill node");
+            // A stream that is reset is how a node that goes away looks from here.
+            let code = if error.code == Code::Cancelled { Code::Unavailable } else { error.code };
+            Err(ServiceError::new(code, format!("the push broke off: {error}")))
+        }
+        Err(_) => Err(ServiceError::new(Code::DeadlineExceeded, format!("no frame came for {} s", patience.as_secs()))),
+    }
+}
+
+async fn send(commands: &mpsc::Sender<Command>, command: Command) -> Result<(), ServiceError> {
+    commands.send(command).await.map_err(|_| stopping())
+}
+
+fn stopping() -> ServiceError {
+    ServiceError::new(Code::Unavailable, "this decode node is stopping")
+}
+
+/// Ends the waiting sequence if the push itself is dropped, as it is when its connection breaks.
+struct Guard {
+    ticket: Ticket,
+    commands: mpsc::Sender<Command>,
+    armed: bool,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        let error = ServiceError::new(Code::Unavailable, "the prefill node went away in the middle of the handoff; send the request again");
+        let (commands, ticket) = (self.commands.clone(), self.ticket.clone());
+        // Ends as soon as the engine takes the command, or is gone.
+        tokio::spawn(async move { commands.send(Command::Fail { ticket, error }).await });
+    }
+}

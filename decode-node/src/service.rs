@@ -1,0 +1,98 @@
+//! The decode node's gRPC service.
+
+use std::sync::Arc;
+
+use overfill_lifecycle::Drain;
+use overfill_proto::v1::decode_server::Decode;
+use overfill_proto::v1::{DecodeEvent, DecodeRequest, KvFrame, NodeStatus, Phase, PushSummary, Reserved, StatusRequest, decode_event};
+use overfill_proto::{convert, status};
+use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServiceError};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::admission::{Admission, Asked};
+use crate::engine::Command;
+use crate::receiver;
+use crate::sequence::Sequence;
+
+pub(crate) struct DecodeService {
+    id: NodeId,
+    model: String,
+    admission: Arc<Admission>,
+    commands: mpsc::Sender<Command>,
+    drain: Drain,
+}
+
+impl DecodeService {
+    pub(crate) fn new(id: NodeId, model: String, admission: Arc<Admission>, commands: mpsc::Sender<Command>, drain: Drain) -> Self {
+        Self { id, model, admission, commands, drain }
+    }
+
+    async fn reserve(&self, request: DecodeRequest) -> Result<mpsc::Receiver<Result<DecodeEvent, Status>>, ServiceError> {
+        if self.drain.draining() {
+            return Err(ServiceError::new(Code::Unavailable, "this decode node is draining: try another"));
+        }
+        let asked = Asked {
+            fingerprint: Fingerprint::new(request.fingerprint),
+            request: RequestId::new(request.request_id),
+            epoch: Epoch(request.epoch),
+            prompt: request.prompt,
+            sampling: convert::sampling(request.sampling.as_ref(), 0)?,
+            stop: convert::stop(request.stop)?,
+        };
+        let place = self.admission.admit(&asked)?;
+        let patience = self.admission.reservation_timeout();
+        // Room for the reservation, every token and the end.
+        let (events, answer) = mpsc::channel(asked.stop.max_tokens + 2);
+        let reserved = Reserved {
+            ticket: place.ticket.to_string(),
+            epoch: asked.epoch.0,
+            expires_in_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
+        };
+        // The channel is empty and its reader is here: it has room.
+        let _ = events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }));
+        let sequence = Sequence::new(asked, place, events, patience);
+        let admitted = self.commands.send(Command::Admit(Box::new(sequence))).await;
+        admitted.map_err(|_| ServiceError::new(Code::Unavailable, "this decode node is stopping: try another"))?;
+        Ok(answer)
+    }
+}
+
+#[tonic::async_trait]
+impl Decode for DecodeService {
+    type GenerateStream = ReceiverStream<Result<DecodeEvent, Status>>;
+
+    async fn generate(&self, request: Request<DecodeRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        match self.reserve(request.into_inner()).await {
+            Ok(answer) => Ok(Response::new(ReceiverStream::new(answer))),
+            Err(error) => Err(status::to_status(&error)),
+        }
+    }
+
+    async fn push_kv(&self, request: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
+        let summary = receiver::receive(&self.admission, &self.commands, &mut request.into_inner()).await;
+        summary.map(Response::new).map_err(|error| {
+            tracing::info!(code = %error.code, %error, "push refused");
+            status::to_status(&error)
+        })
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
+        let pool = self.admission.pool();
+        let sequences = self.admission.sequences() as u32;
+        Ok(Response::new(NodeStatus {
+            node_id: self.id.to_string(),
+            fingerprint: self.admission.fingerprint().to_string(),
+            phase: if self.drain.draining() { Phase::Draining } else { Phase::Ready }.into(),
+            sequences,
+            running: self.admission.running() as u32,
+            blocks_total: pool.total() as u64,
+            blocks_held: pool.held() as u64,
+            blocks_free: pool.free() as u64,
+            block_tokens: pool.block_tokens() as u32,
+            model: self.model.clone(),
+            max_context: self.admission.max_context() as u32,
+        }))
+    }
+}

@@ -1,0 +1,40 @@
+//! The prefill node's flags.
+
+use std::net::SocketAddr;
+
+use clap::{Args, Parser};
+use overfill_cluster::DiscoveryArgs;
+use overfill_lifecycle::NodeArgs;
+use overfill_lifecycle::telemetry::LogArgs;
+
+/// Holds the full model of a pair and reads prompts.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "prefill-node", version)]
+pub struct Cli {
+    /// Where it listens (gRPC)
+    #[arg(long, env = "OVERFILL_LISTEN", default_value = "127.0.0.1:7001")]
+    pub listen: SocketAddr,
+    /// The node's own settings.
+    #[command(flatten)]
+    pub config: PrefillConfig,
+    /// Where nodes are found.
+    #[command(flatten)]
+    pub discovery: DiscoveryArgs,
+    /// Logs.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// What a prefill node needs to know.
+#[derive(Args, Clone, Debug)]
+pub struct PrefillConfig {
+    /// What both kinds of node have.
+    #[command(flatten)]
+    pub node: NodeArgs,
+    /// Most prompt tokens in one forward pass, over all prompts
+    #[arg(long, env = "OVERFILL_CHUNK_TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub chunk_tokens: u32,
+    /// Most prompts held at a time, waiting and running
+    #[arg(long, env = "OVERFILL_MAX_QUEUE", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_queue: u32,
+}

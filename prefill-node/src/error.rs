@@ -1,0 +1,24 @@
+//! Why a prefill node could not run.
+
+/// A prefill node that could not start, or broke.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The pair cannot be loaded.
+    #[error("the pair cannot be loaded")]
+    Model(#[from] overfill_model::ModelError),
+    /// The transport failed.
+    #[error("the gRPC server failed")]
+    Transport(#[from] tonic::transport::Error),
+    /// The reflection service could not be made.
+    #[error("the gRPC descriptors are malformed")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// The system refused a thread or a socket's address.
+    #[error("the system refused a thread or an address")]
+    System(#[from] std::io::Error),
+    /// A task panicked.
+    #[error("a task panicked")]
+    Task(#[from] tokio::task::JoinError),
+    /// The engine's thread panicked.
+    #[error("the engine panicked")]
+    Engine,
+}

@@ -1,0 +1,134 @@
+//! The prefill node's gRPC service.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use overfill_kv::BlockPool;
+use overfill_lifecycle::Drain;
+use overfill_proto::v1::prefill_server::Prefill;
+use overfill_proto::v1::{NodeStatus, Phase, PrefillEvent, PrefillRequest, StatusRequest, prefill_event};
+use overfill_proto::{convert, status};
+use overfill_types::{Code, Epoch, Fingerprint, KvGeometry, Limits, NodeId, ServiceError, Ticket};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::engine::Job;
+use crate::handoff::{Target, handoff};
+use crate::{Counted, Counts};
+
+/// A prompt has at most a first token, a handoff's end, and an error.
+const EVENTS: usize = 3;
+
+/// What this node serves.
+pub(crate) struct Served {
+    pub(crate) id: NodeId,
+    pub(crate) model: String,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) limits: Limits,
+    pub(crate) pool: BlockPool,
+    pub(crate) decode_geometry: KvGeometry,
+    pub(crate) max_queue: usize,
+}
+
+pub(crate) struct PrefillService {
+    served: Served,
+    jobs: mpsc::Sender<Job>,
+    counts: Arc<Counts>,
+    drain: Drain,
+}
+
+impl PrefillService {
+    pub(crate) fn new(served: Served, jobs: mpsc::Sender<Job>, counts: Arc<Counts>, drain: Drain) -> Self {
+        Self { served, jobs, counts, drain }
+    }
+
+    fn admit(&self, request: PrefillRequest) -> Result<mpsc::Receiver<Result<PrefillEvent, Status>>, ServiceError> {
+        if self.drain.draining() {
+            return Err(ServiceError::new(Code::Unavailable, "this prefill node is draining: try another"));
+        }
+        let Served { fingerprint, limits, pool, .. } = &self.served;
+        let got = Fingerprint::new(request.fingerprint);
+        if got != *fingerprint {
+            let message =
+                format!("the router's pair is {}, this prefill node serves {}: every node needs the same pair", got.short(), fingerprint.short());
+            return Err(ServiceError::new(Code::Mismatch, message));
+        }
+        let sampling = convert::sampling(request.sampling.as_ref(), 0)?;
+        let stop = convert::stop(request.stop)?;
+        limits.check(&request.prompt, &stop)?;
+        let needed = request.prompt.len().div_ceil(pool.block_tokens());
+        if needed > pool.total() {
+            let message = format!("the prompt needs {needed} KV blocks, this prefill node has {} in all: give it more --kv-memory", pool.total());
+            return Err(ServiceError::new(Code::ResourceExhausted, message));
+        }
+        let full = || {
+            let message = format!("this prefill node holds {} prompts, its most: try another node, or later", self.served.max_queue);
+            ServiceError::new(Code::ResourceExhausted, message)
+        };
+        let counted = Arc::new(Counted::new(&self.counts));
+        if self.counts.held.load(Ordering::Acquire) > self.served.max_queue {
+            return Err(full());
+        }
+        let (events, answer) = mpsc::channel(EVENTS);
+        let (sender, push) = request
+            .handoff
+            .map(|h| {
+                let target = Target { address: h.address, fingerprint: fingerprint.clone(), ticket: Ticket::new(h.ticket), epoch: Epoch(h.epoch) };
+                handoff(target, self.served.decode_geometry, request.prompt.len())
+            })
+            .unzip();
+        let job = Job { prompt: request.prompt, sampling, stop, events: events.clone(), handoff: sender, _counted: counted.clone() };
+        self.jobs.try_send(job).map_err(|_| full())?;
+        if let Some(push) = push {
+            // Owned by the answer: it ends when the router has gone, when the engine gave up, or when all is pushed.
+            tokio::spawn(async move {
+                let _counted = counted;
+                let ended = tokio::select! {
+                    ended = push.run() => ended,
+                    () = events.closed() => return,
+                };
+                let event = match ended {
+                    Ok(Some(done)) => Ok(PrefillEvent { event: Some(prefill_event::Event::HandoffDone(done)) }),
+                    Ok(None) => return,
+                    Err(error) => {
+                        tracing::info!(code = %error.code, %error, "handoff failed");
+                        Err(status::to_status(&error))
+                    }
+                };
+                // Closed: the router has gone.
+                let _ = events.try_send(event);
+            });
+        }
+        Ok(answer)
+    }
+}
+
+#[tonic::async_trait]
+impl Prefill for PrefillService {
+    type PrefillStream = ReceiverStream<Result<PrefillEvent, Status>>;
+
+    async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
+        match self.admit(request.into_inner()) {
+            Ok(answer) => Ok(Response::new(ReceiverStream::new(answer))),
+            Err(error) => Err(status::to_status(&error)),
+        }
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
+        let Served { id, model, fingerprint, limits, pool, .. } = &self.served;
+        Ok(Response::new(NodeStatus {
+            node_id: id.to_string(),
+            fingerprint: fingerprint.to_string(),
+            phase: if self.drain.draining() { Phase::Draining } else { Phase::Ready }.into(),
+            sequences: self.counts.held.load(Ordering::Acquire) as u32,
+            running: self.counts.running.load(Ordering::Acquire) as u32,
+            blocks_total: pool.total() as u64,
+            blocks_held: pool.held() as u64,
+            blocks_free: pool.free() as u64,
+            block_tokens: pool.block_tokens() as u32,
+            model: model.clone(),
+            max_context: limits.max_context as u32,
+        }))
+    }
+}
