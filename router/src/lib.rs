@@ -1,1 +1,143 @@
-//! overfill-router
+//! The router: the front door of a cluster.
+//!
+//! A request comes in by gRPC or HTTP (`frontend`), becomes token ids within bounds (`admission`), gets a prefill and a decode
+//! node at once (`pairing`), and its tokens are relayed as they are written (`relay`).
+//!
+//! **Invariant:** the router holds no model and no KV cache, and neither passes through it.
+
+mod admission;
+pub mod config;
+mod error;
+pub mod frontend;
+mod pairing;
+mod peers;
+mod relay;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use overfill_cluster::{Discovery, Snapshot};
+use overfill_lifecycle::{Drain, grpc};
+use overfill_proto::DESCRIPTORS;
+use overfill_proto::v1::inference_server::InferenceServer;
+use overfill_text::TextModel;
+use overfill_types::Role;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::service::Routes;
+
+pub use crate::config::RouterConfig;
+pub use crate::error::RunError;
+use crate::frontend::grpc::InferenceService;
+use crate::pairing::Pairing;
+use crate::peers::Peers;
+
+/// What all requests share.
+pub(crate) struct Router {
+    config: RouterConfig,
+    models: Vec<Arc<TextModel>>,
+    view: watch::Receiver<Arc<Snapshot>>,
+    pairing: Pairing,
+    peers: Peers,
+    /// One permit for each request that may be under way.
+    places: Arc<Semaphore>,
+    drain: Drain,
+}
+
+/// The two sockets of the front door.
+pub struct Listeners {
+    /// OpenAI-compatible HTTP.
+    pub http: TcpListener,
+    /// `overfill.v1.Inference`.
+    pub grpc: TcpListener,
+}
+
+/// Opens the pairs' text side and serves both front ends until `drain` was given and what ran is finished. Needs no nodes to start.
+///
+/// # Errors
+/// Where a pair cannot be opened or a transport fails.
+pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
+    let models = config.pair.iter().map(|dir| TextModel::open(dir).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+    let most = config.max_requests as usize;
+    let router = Arc::new(Router {
+        models,
+        view: discovery.watch(),
+        pairing: Pairing::default(),
+        peers: Peers::default(),
+        places: Arc::new(Semaphore::new(most)),
+        drain: drain.clone(),
+        config,
+    });
+    let service = InferenceServer::new(InferenceService::new(router.clone())).max_decoding_message_size(router.config.max_body);
+    let (routes, health) = grpc::with_health(Routes::new(service), DESCRIPTORS).await?;
+    tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.model_names(), "router ready");
+
+    let end = Drain::new();
+    let rpc = AbortOnDropHandle::new(tokio::spawn(grpc::serve(listeners.grpc, routes, end.clone())));
+    let (app, http_end) = (frontend::http::app(router.clone()), end.clone());
+    let http = AbortOnDropHandle::new(tokio::spawn(async move {
+        let serving = axum::serve(listeners.http, app).with_graceful_shutdown({
+            let end = http_end.clone();
+            async move { end.signaled().await }
+        });
+        tokio::select! {
+            served = serving => served,
+            // Idle keep-alive connections do not close by themselves.
+            () = async { http_end.signaled().await; tokio::time::sleep(Duration::from_secs(2)).await } => Ok(()),
+        }
+    }));
+    let readiness = {
+        let router = router.clone();
+        let mut view = router.view.clone();
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            loop {
+                health.set_ready(router.ready().is_ok()).await;
+                tokio::select! {
+                    changed = view.changed() => if changed.is_err() { return },
+                    () = router.drain.signaled() => {
+                        health.set_ready(false).await;
+                        return;
+                    }
+                }
+            }
+        }))
+    };
+
+    drain.signaled().await;
+    let finished = router.places.acquire_many(u32::try_from(most).unwrap_or(u32::MAX));
+    if tokio::time::timeout(Duration::from_secs(router.config.drain_timeout), finished).await.is_err() {
+        tracing::warn!(requests = most - router.places.available_permits(), "drain limit reached: the rest is broken off");
+    }
+    drop(readiness);
+    end.start();
+    rpc.await??;
+    http.await??;
+    Ok(())
+}
+
+impl Router {
+    fn model_names(&self) -> Vec<&str> {
+        self.models.iter().map(|m| m.manifest.name.as_str()).collect()
+    }
+
+    /// Whether a prefill and a decode node of some pair are there.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub(crate) fn ready(&self) -> Result<(), String> {
+        if self.drain.draining() {
+            return Err("the router is draining".into());
+        }
+        let view = self.view.borrow();
+        let missing: Vec<String> = self.models.iter().map(|m| pairing::missing(&view, &m.manifest)).collect();
+        if missing.iter().any(String::is_empty) { Ok(()) } else { Err(missing.join("; ")) }
+    }
+
+    /// Longest sequence that a model's nodes take now, in tokens.
+    pub(crate) fn max_context(&self, model: &TextModel) -> usize {
+        let view = self.view.borrow();
+        let nodes = [Role::Prefill, Role::Decode].into_iter().flat_map(|role| view.of(role, &model.manifest.fingerprint).collect::<Vec<_>>());
+        nodes.map(|n| n.max_context).chain([model.manifest.max_context()]).min().unwrap_or(0)
+    }
+}

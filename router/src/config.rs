@@ -1,0 +1,84 @@
+//! The router's flags.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser};
+use overfill_cluster::DiscoveryArgs;
+use overfill_lifecycle::node_args::parse_bytes;
+use overfill_lifecycle::telemetry::LogArgs;
+
+/// The front door of a cluster: OpenAI-compatible HTTP and gRPC.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "router", version)]
+pub struct Cli {
+    /// Where it listens for HTTP
+    #[arg(long, env = "OVERFILL_HTTP", default_value = "127.0.0.1:8000")]
+    pub http: SocketAddr,
+    /// Where it listens for gRPC
+    #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:8001")]
+    pub grpc: SocketAddr,
+    /// The pairs that it serves: their folders, separated by commas (pair.json and the tokenizer are read)
+    #[arg(long, env = "OVERFILL_PAIR", value_delimiter = ',', required = true)]
+    pub pair: Vec<PathBuf>,
+    /// Bounds.
+    #[command(flatten)]
+    pub bounds: Bounds,
+    /// Where nodes are found.
+    #[command(flatten)]
+    pub discovery: DiscoveryArgs,
+    /// Logs.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// What bounds a request, and all of them.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Tokens that a chat or gRPC request gets if it does not say how many it wants
+    #[arg(long, env = "OVERFILL_DEFAULT_MAX_TOKENS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub default_max_tokens: u32,
+    /// Largest request, in bytes; K, M and G are understood
+    #[arg(long, env = "OVERFILL_MAX_BODY", default_value = "8M", value_parser = parse_bytes)]
+    pub max_body: u64,
+    /// Most requests under way
+    #[arg(long, env = "OVERFILL_MAX_REQUESTS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_requests: u32,
+    /// Seconds after which a request is given up
+    #[arg(long, env = "OVERFILL_REQUEST_TIMEOUT", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub request_timeout: u64,
+    /// Seconds that requests get to finish after SIGTERM
+    #[arg(long, env = "OVERFILL_ROUTER_DRAIN_TIMEOUT", default_value_t = 60)]
+    pub router_drain_timeout: u64,
+}
+
+/// What a router needs to know.
+#[derive(Clone, Debug)]
+pub struct RouterConfig {
+    /// Folders of the pairs that it serves.
+    pub pair: Vec<PathBuf>,
+    /// See [`Bounds::default_max_tokens`].
+    pub default_max_tokens: usize,
+    /// Largest request, in bytes.
+    pub max_body: usize,
+    /// Most requests under way.
+    pub max_requests: u32,
+    /// Seconds after which a request is given up.
+    pub request_timeout: u64,
+    /// Seconds that requests get to finish at a drain.
+    pub drain_timeout: u64,
+}
+
+impl RouterConfig {
+    /// A router for `pair` within `bounds`.
+    pub fn new(pair: Vec<PathBuf>, bounds: Bounds) -> Self {
+        Self {
+            pair,
+            default_max_tokens: bounds.default_max_tokens as usize,
+            max_body: usize::try_from(bounds.max_body).unwrap_or(usize::MAX),
+            max_requests: bounds.max_requests,
+            request_timeout: bounds.request_timeout,
+            drain_timeout: bounds.router_drain_timeout,
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! Why a router could not run.
+
+/// A router that could not start, or broke.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A pair's manifest or tokenizer cannot be opened.
+    #[error("a pair cannot be opened")]
+    Pair(#[from] overfill_types::ServiceError),
+    /// The gRPC server failed.
+    #[error("the gRPC server failed")]
+    Transport(#[from] tonic::transport::Error),
+    /// The reflection service could not be made.
+    #[error("the gRPC descriptors are malformed")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// A socket failed.
+    #[error("a socket failed")]
+    System(#[from] std::io::Error),
+    /// A task panicked.
+    #[error("a task panicked")]
+    Task(#[from] tokio::task::JoinError),
+}

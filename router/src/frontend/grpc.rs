@@ -1,0 +1,135 @@
+//! `overfill.v1.Inference`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use overfill_proto::v1::inference_server::Inference;
+use overfill_proto::v1::{
+    Delta, Finished, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse, Model, Started, generate_event, generate_request,
+};
+use overfill_proto::{convert, status};
+use overfill_text::Message;
+use overfill_types::{Code, ServiceError};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status};
+
+use crate::Router;
+use crate::admission::{Asked, Input};
+use crate::pairing;
+use crate::relay::{self, Event};
+
+pub(crate) struct InferenceService {
+    router: Arc<Router>,
+}
+
+impl InferenceService {
+    pub(crate) fn new(router: Arc<Router>) -> Self {
+        Self { router }
+    }
+}
+
+#[tonic::async_trait]
+impl Inference for InferenceService {
+    type GenerateStream = std::pin::Pin<Box<dyn Stream<Item = Result<GenerateEvent, Status>> + Send>>;
+
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let timeout = request.metadata().get("grpc-timeout").and_then(|t| t.to_str().ok()).and_then(parse_timeout);
+        let request = request.into_inner();
+        let echo = request.echo_prompt_token_ids;
+        let valid = asked(request, timeout).and_then(|asked| self.router.admit(asked)).map_err(|e| status::to_status(&e))?;
+        let prompt_tokens = valid.prompt.len() as u32;
+        let started = Started {
+            request_id: valid.id.to_string(),
+            model: valid.model.manifest.name.clone(),
+            prompt_tokens,
+            prompt_token_ids: if echo { valid.prompt.clone() } else { Vec::new() },
+        };
+        let answer = ReceiverStream::new(relay::start(self.router.clone(), valid));
+        let first = Ok(GenerateEvent { event: Some(generate_event::Event::Started(started)) });
+        let rest = answer.map(move |event| match event {
+            Ok(event) => Ok(GenerateEvent { event: Some(to_wire(event, prompt_tokens)) }),
+            Err(error) => Err(status::to_status(&error)),
+        });
+        Ok(Response::new(Box::pin(tokio_stream::once(first).chain(rest))))
+    }
+
+    async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
+        let view = self.router.view.borrow().clone();
+        let models = self
+            .router
+            .models
+            .iter()
+            .map(|m| Model {
+                name: m.manifest.name.clone(),
+                fingerprint: m.manifest.fingerprint.to_string(),
+                max_context: self.router.max_context(m) as u32,
+                ready: pairing::missing(&view, &m.manifest).is_empty(),
+            })
+            .collect();
+        Ok(Response::new(ListModelsResponse { models }))
+    }
+}
+
+fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<Asked, ServiceError> {
+    let input = match request.input {
+        Some(generate_request::Input::Text(text)) => Input::Text(text),
+        Some(generate_request::Input::Chat(chat)) => {
+            Input::Chat(chat.messages.into_iter().map(|m| Message { role: m.role, content: m.content }).collect())
+        }
+        Some(generate_request::Input::TokenIds(ids)) => Input::TokenIds(ids.ids),
+        None => return Err(ServiceError::new(Code::InvalidArgument, "the input is missing: set text, chat or token_ids")),
+    };
+    Ok(Asked {
+        model: request.model,
+        input,
+        sampling: convert::sampling(request.sampling.as_ref(), rand::random())?,
+        max_tokens: request.max_tokens.map(|n| n as usize),
+        stop: request.stop,
+        stop_token_ids: request.stop_token_ids,
+        ignore_eos: request.ignore_eos,
+        timeout,
+    })
+}
+
+fn to_wire(event: Event, prompt_tokens: u32) -> generate_event::Event {
+    match event {
+        Event::Delta { text, tokens } => generate_event::Event::Delta(Delta { text, tokens }),
+        Event::Finished(end) => generate_event::Event::Finished(Finished {
+            reason: convert::finish_to_wire(end.reason).into(),
+            prompt_tokens,
+            completion_tokens: end.completion_tokens as u32,
+            served_by: Some(end.served_by),
+            matched_stop: end.matched_stop.unwrap_or_default(),
+        }),
+    }
+}
+
+/// The `grpc-timeout` header: up to eight digits and a unit (gRPC over HTTP/2).
+fn parse_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let n: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(n * 3600),
+        "M" => Duration::from_secs(n * 60),
+        "S" => Duration::from_secs(n),
+        "m" => Duration::from_millis(n),
+        "u" => Duration::from_micros(n),
+        "n" => Duration::from_nanos(n),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_have_units() {
+        assert_eq!(parse_timeout("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(parse_timeout("3S"), Some(Duration::from_secs(3)));
+        assert_eq!(parse_timeout(""), None);
+        assert_eq!(parse_timeout("S"), None);
+        assert_eq!(parse_timeout("1€"), None);
+    }
+}

@@ -1,0 +1,20 @@
+//! `router`: settings, logs, listen, run until drained.
+
+use anyhow::Context;
+use clap::Parser;
+use overfill_lifecycle::Drain;
+use overfill_router::config::Cli;
+use overfill_router::{Listeners, RouterConfig};
+use tokio::net::TcpListener;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    cli.log.init().context("--log cannot be read")?;
+    let http = TcpListener::bind(cli.http).await.with_context(|| format!("cannot listen on {}", cli.http))?;
+    let grpc = TcpListener::bind(cli.grpc).await.with_context(|| format!("cannot listen on {}", cli.grpc))?;
+    let drain = Drain::on_signal()?;
+    let discovery = cli.discovery.connect();
+    overfill_router::run(RouterConfig::new(cli.pair, cli.bounds), Listeners { http, grpc }, discovery, drain).await?;
+    Ok(())
+}
