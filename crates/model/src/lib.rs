@@ -24,6 +24,7 @@ pub mod weights;
 
 pub use cache::KvCache;
 pub use candle_core::Device;
+pub use candle_core::quantized::GgmlDType;
 pub use config::LlamaConfig;
 pub use error::ModelError;
 pub use llama::{Chunk, Llama};

@@ -1,0 +1,19 @@
+//! `overfill bench`: speed, measured by programs.
+
+mod engine;
+
+use clap::Subcommand;
+
+use crate::Home;
+
+#[derive(Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Tokens per second of one model, without a server
+    Engine(engine::EngineArgs),
+}
+
+pub(crate) fn run(what: BenchCommand, home: &Home) -> anyhow::Result<()> {
+    match what {
+        BenchCommand::Engine(args) => engine::run(args, home),
+    }
+}

@@ -1,0 +1,117 @@
+//! `overfill`: one command for everything that is not a server of its own.
+
+mod bench;
+mod fetch;
+mod generate;
+mod inspect;
+mod pair;
+mod progress;
+mod serve;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use overfill_lifecycle::telemetry::LogArgs;
+
+/// Two-stage language models: a full model reads the prompt, a smaller decode model writes the answer
+#[derive(Parser)]
+#[command(
+    name = "overfill",
+    version,
+    after_help = "Examples:\n  overfill generate \"Why is the sky blue?\"\n  overfill serve\n  overfill pair --full big/ --decode small/ --kv identity --out my-pair"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    home: Home,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+/// Where pairs are kept.
+#[derive(Args)]
+struct Home {
+    /// Where the default pair is kept [default: ~/.cache/overfill]
+    #[arg(long = "home", env = "OVERFILL_HOME", global = true)]
+    dir: Option<PathBuf>,
+    /// Only to find the default of --home
+    #[arg(long, env = "HOME", hide = true, hide_env_values = true, global = true)]
+    user_home: Option<PathBuf>,
+}
+
+impl Home {
+    fn dir(&self) -> anyhow::Result<PathBuf> {
+        match (&self.dir, &self.user_home) {
+            (Some(dir), _) => Ok(dir.clone()),
+            (None, Some(user)) => Ok(user.join(".cache/overfill")),
+            (None, None) => anyhow::bail!("there is no home folder: name one with --home or OVERFILL_HOME"),
+        }
+    }
+}
+
+/// Which pair: a folder, or the default one.
+#[derive(Args, Clone)]
+struct PairArgs {
+    /// The pair's folder [default: smollm2-135m, fetched when it is not there]
+    #[arg(long, env = "OVERFILL_PAIR")]
+    pair: Option<PathBuf>,
+}
+
+impl PairArgs {
+    fn dir(&self, home: &Home) -> anyhow::Result<PathBuf> {
+        match &self.pair {
+            Some(dir) => Ok(dir.clone()),
+            None => fetch::install(&home.dir()?),
+        }
+    }
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Router, one prefill node and one decode node in one process
+    Serve(serve::ServeArgs),
+    /// Answer one prompt
+    Generate(generate::GenerateArgs),
+    /// Install the default pair
+    Fetch(fetch::FetchArgs),
+    /// Tell what a pair is made of
+    Inspect(inspect::InspectArgs),
+    /// Make a pair of two models
+    Pair(pair::MakePairArgs),
+    /// Measure speed
+    Bench {
+        #[command(subcommand)]
+        what: bench::BenchCommand,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let mut log = cli.log;
+    // What a person types at a terminal should answer, not log; a server should.
+    if !matches!(cli.command, Command::Serve(_)) && log.log == "info" {
+        log.log = "warn".into();
+    }
+    log.init().context("--log cannot be read")?;
+    match cli.command {
+        Command::Serve(args) => serve::run(args, &cli.home),
+        Command::Generate(args) => generate::run(args, &cli.home),
+        Command::Fetch(args) => fetch::run(args, &cli.home),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Pair(args) => pair::run(args),
+        Command::Bench { what } => bench::run(what, &cli.home),
+    }
+}

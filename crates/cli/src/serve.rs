@@ -1,0 +1,80 @@
+//! `overfill serve`: a whole cluster in one process.
+
+use std::net::SocketAddr;
+
+use anyhow::Context;
+use clap::Args;
+use overfill_cluster::Discovery;
+use overfill_decode_node::DecodeConfig;
+use overfill_lifecycle::{Drain, NodeArgs};
+use overfill_prefill_node::PrefillConfig;
+use overfill_router::config::Bounds;
+use overfill_router::{Listeners, RouterConfig};
+use tokio::net::TcpListener;
+
+use crate::{Home, PairArgs};
+
+#[derive(Args)]
+#[command(after_help = "Then, for example:\n  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{\"model\": \"smollm2-135m\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'")]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pair: PairArgs,
+    /// Where it listens for HTTP
+    #[arg(long, env = "OVERFILL_HTTP", default_value = "127.0.0.1:8000")]
+    http: SocketAddr,
+    /// Where it listens for gRPC
+    #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:8001")]
+    grpc: SocketAddr,
+    /// Compute threads of each of the two models [default: all cores; they mostly take turns]
+    #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Where the models compute: cpu or cuda:N
+    #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
+    device: String,
+    /// Memory of each of the two KV caches; K, M and G are understood
+    #[arg(long, env = "OVERFILL_KV_MEMORY", default_value = "1G", value_parser = overfill_lifecycle::node_args::parse_bytes)]
+    kv_memory: u64,
+    /// Most prompt tokens in one forward pass of the full model
+    #[arg(long, env = "OVERFILL_CHUNK_TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    chunk_tokens: u32,
+    #[command(flatten)]
+    bounds: Bounds,
+}
+
+pub(crate) fn run(args: ServeArgs, home: &Home) -> anyhow::Result<()> {
+    let pair = args.pair.dir(home)?;
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let drain = Drain::on_signal()?;
+        let http = TcpListener::bind(args.http).await.with_context(|| format!("cannot listen on {}", args.http))?;
+        let grpc = TcpListener::bind(args.grpc).await.with_context(|| format!("cannot listen on {}", args.grpc))?;
+        let discovery = Discovery::memory();
+        let node = NodeArgs {
+            pair: pair.clone(),
+            advertise: None,
+            threads: args.threads,
+            device: args.device,
+            kv_memory: args.kv_memory,
+            block_tokens: 16,
+            max_context: None,
+            drain_timeout: args.bounds.router_drain_timeout,
+        };
+        let prefill = PrefillConfig { node: node.clone(), chunk_tokens: args.chunk_tokens, max_queue: 256 };
+        let decode = DecodeConfig { node, max_sequences: 64, max_batch: 32, reservation_timeout: 30 };
+        let local = || TcpListener::bind("127.0.0.1:0");
+        // The router drains first; its requests need the nodes until they are finished.
+        let nodes = Drain::new();
+        let prefill = overfill_prefill_node::run(prefill, local().await?, discovery.clone(), nodes.clone());
+        let decode = overfill_decode_node::run(decode, local().await?, discovery.clone(), nodes.clone());
+        let router = async {
+            let served = overfill_router::run(RouterConfig::new(vec![pair], args.bounds), Listeners { http, grpc }, discovery, drain).await;
+            nodes.start();
+            served.context("the router failed")
+        };
+        tokio::try_join!(
+            router,
+            async { prefill.await.context("the prefill node failed") },
+            async { decode.await.context("the decode node failed") }
+        )?;
+        Ok(())
+    })
+}
