@@ -1,1 +1,5 @@
-//! overfill-tests
+//! What the end-to-end tests share: tiny random pairs, clusters in this process and of real processes, clients.
+
+pub mod cluster;
+pub mod processes;
+pub mod tiny;

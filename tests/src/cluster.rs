@@ -1,0 +1,184 @@
+//! A cluster within this process: real servers on free ports, found through memory.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use overfill_cluster::Discovery;
+use overfill_lifecycle::Drain;
+use overfill_proto::v1::decode_client::DecodeClient;
+use overfill_proto::v1::inference_client::InferenceClient;
+use overfill_proto::v1::prefill_client::PrefillClient;
+use overfill_proto::v1::{GenerateRequest, NodeStatus, Sampling, StatusRequest, TokenIds, generate_event, generate_request};
+use overfill_types::{Endpoint, Role, SamplingParams};
+use tokio::net::TcpListener;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::Status;
+use tonic::transport::Channel;
+
+/// How the cluster of a test is made.
+pub struct Builder {
+    pair: PathBuf,
+    prefill: usize,
+    decode: usize,
+    prefill_flags: Vec<String>,
+    decode_flags: Vec<String>,
+    router_flags: Vec<String>,
+}
+
+/// A running cluster; dropping it ends everything.
+pub struct Cluster {
+    /// `http://host:port` of the router's HTTP.
+    pub http: String,
+    /// `http://host:port` of the router's gRPC.
+    pub grpc: String,
+    /// Where its nodes are found.
+    pub discovery: Discovery,
+    _tasks: Vec<AbortOnDropHandle<()>>,
+}
+
+impl Builder {
+    /// One prefill and one decode node of `pair`.
+    pub fn new(pair: &Path) -> Self {
+        Self { pair: pair.to_owned(), prefill: 1, decode: 1, prefill_flags: vec![], decode_flags: vec![], router_flags: vec![] }
+    }
+
+    /// So many nodes of each kind.
+    pub fn nodes(mut self, prefill: usize, decode: usize) -> Self {
+        (self.prefill, self.decode) = (prefill, decode);
+        self
+    }
+
+    /// Flags of the prefill nodes.
+    pub fn prefill_flags(mut self, flags: &[&str]) -> Self {
+        self.prefill_flags.extend(flags.iter().map(|f| (*f).to_owned()));
+        self
+    }
+
+    /// Flags of the decode nodes.
+    pub fn decode_flags(mut self, flags: &[&str]) -> Self {
+        self.decode_flags.extend(flags.iter().map(|f| (*f).to_owned()));
+        self
+    }
+
+    /// Flags of the router.
+    pub fn router_flags(mut self, flags: &[&str]) -> Self {
+        self.router_flags.extend(flags.iter().map(|f| (*f).to_owned()));
+        self
+    }
+
+    /// Starts it and waits until every node is listed.
+    pub async fn start(self) -> Cluster {
+        let discovery = Discovery::memory();
+        let mut tasks = Vec::new();
+        let pair = self.pair.display().to_string();
+        let node = |own: &[String]| {
+            let mut flags: Vec<String> = ["node", "--pair", &pair, "--threads", "1", "--kv-memory", "32M"].map(str::to_owned).to_vec();
+            flags.extend_from_slice(own);
+            flags
+        };
+        let spawn = |task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>>| AbortOnDropHandle::new(tokio::spawn(task));
+        for _ in 0..self.prefill {
+            let config = overfill_prefill_node::config::Cli::parse_from(node(&self.prefill_flags)).config;
+            let run = overfill_prefill_node::run(config, listener().await, discovery.clone(), Drain::new());
+            tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
+        }
+        for _ in 0..self.decode {
+            let config = overfill_decode_node::config::Cli::parse_from(node(&self.decode_flags)).config;
+            let run = overfill_decode_node::run(config, listener().await, discovery.clone(), Drain::new());
+            tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
+        }
+        let mut flags: Vec<String> = ["router", "--pair", &pair].map(str::to_owned).to_vec();
+        flags.extend(self.router_flags);
+        let cli = overfill_router::config::Cli::parse_from(flags);
+        let listeners = overfill_router::Listeners { http: listener().await, grpc: listener().await };
+        let url = |l: &TcpListener| format!("http://{}", l.local_addr().unwrap());
+        let (http, grpc) = (url(&listeners.http), url(&listeners.grpc));
+        let config = overfill_router::RouterConfig::new(cli.pair, cli.bounds);
+        let run = overfill_router::run(config, listeners, discovery.clone(), Drain::new());
+        tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
+        let mut view = discovery.watch();
+        let all = self.prefill + self.decode;
+        tokio::time::timeout(Duration::from_secs(60), view.wait_for(|v| v.nodes.len() == all)).await.expect("nodes come up").unwrap();
+        Cluster { http, grpc, discovery, _tasks: tasks }
+    }
+}
+
+async fn listener() -> TcpListener {
+    TcpListener::bind("127.0.0.1:0").await.unwrap()
+}
+
+impl Cluster {
+    /// A gRPC client of the router.
+    pub async fn client(&self) -> InferenceClient<Channel> {
+        InferenceClient::connect(self.grpc.clone()).await.unwrap()
+    }
+
+    /// The nodes of a role.
+    pub fn nodes(&self, role: Role) -> Vec<Endpoint> {
+        self.discovery.watch().borrow().nodes.iter().filter(|n| n.role == role).cloned().collect()
+    }
+
+    /// What every node says of itself.
+    pub async fn statuses(&self) -> Vec<NodeStatus> {
+        let nodes = self.discovery.watch().borrow().nodes.clone();
+        let mut statuses = Vec::new();
+        for node in nodes {
+            statuses.push(status(&node).await);
+        }
+        statuses
+    }
+
+    /// Waits until no node holds a sequence or a block, at most `limit`.
+    pub async fn nothing_is_held(&self, limit: Duration) {
+        let until = Instant::now() + limit;
+        loop {
+            let statuses = self.statuses().await;
+            if statuses.iter().all(|s| s.sequences == 0 && s.blocks_held == 0) {
+                return;
+            }
+            assert!(Instant::now() < until, "still held after {limit:?}: {statuses:#?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// What a node says of itself.
+pub async fn status(node: &Endpoint) -> NodeStatus {
+    let url = format!("http://{}", node.address);
+    let answer = match node.role {
+        Role::Prefill => PrefillClient::connect(url).await.unwrap().status(StatusRequest {}).await,
+        Role::Decode => DecodeClient::connect(url).await.unwrap().status(StatusRequest {}).await,
+    };
+    answer.unwrap().into_inner()
+}
+
+/// A request for `max_tokens` tokens after `prompt`.
+pub fn request(prompt: &[u32], sampling: &SamplingParams, max_tokens: u32) -> GenerateRequest {
+    let sampling: Sampling = overfill_proto::convert::sampling_to_wire(sampling);
+    GenerateRequest {
+        input: Some(generate_request::Input::TokenIds(TokenIds { ids: prompt.to_vec() })),
+        sampling: Some(sampling),
+        max_tokens: Some(max_tokens),
+        ..Default::default()
+    }
+}
+
+/// The answer's token ids.
+///
+/// # Errors
+/// The status that the request or its stream ended with.
+pub async fn tokens(mut client: InferenceClient<Channel>, request: GenerateRequest) -> Result<Vec<u32>, Status> {
+    let mut events = client.generate(request).await?.into_inner();
+    let mut ids = Vec::new();
+    let mut finished = false;
+    while let Some(event) = events.message().await? {
+        match event.event.unwrap() {
+            generate_event::Event::Delta(delta) => ids.extend(delta.tokens.iter().map(|t| t.id)),
+            generate_event::Event::Finished(_) => finished = true,
+            generate_event::Event::Started(_) => {}
+        }
+    }
+    assert!(finished, "an answer ends with `finished` or an error");
+    Ok(ids)
+}

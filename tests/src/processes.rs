@@ -1,0 +1,125 @@
+//! Real processes: etcd and our binaries, on free ports, ended with the test.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// One process; dropping it kills it.
+pub struct Process {
+    child: Child,
+    name: String,
+}
+
+impl Process {
+    fn start(mut command: Command, name: &str) -> Self {
+        let child = command.stdin(Stdio::null()).spawn().unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
+        Self { child, name: name.into() }
+    }
+
+    /// One of our binaries, from the folder that this test was built into.
+    pub fn ours(name: &str, flags: &[&str]) -> Self {
+        let mut command = Command::new(binary(name));
+        command.args(flags).env("OVERFILL_LOG", "warn").stdout(Stdio::null());
+        Self::start(command, name)
+    }
+
+    /// Sends a signal by name, e.g. `TERM`.
+    pub fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args([&format!("-{signal}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success(), "cannot send {signal} to {}", self.name);
+    }
+
+    /// SIGKILL, at once.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Waits for its end, at most `limit`; gives the exit code.
+    pub fn wait(&mut self, limit: Duration) -> Option<i32> {
+        let until = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < until, "{} did not end within {limit:?}", self.name);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Where a binary of ours lies; the test command builds all of them first.
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let path = test.parent().and_then(Path::parent).unwrap().join(name);
+    assert!(path.exists(), "{} is not there: build the binaries first (`cargo build --release --bins`)", path.display());
+    path
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A real etcd that can be stopped and started again with its data.
+pub struct Etcd {
+    /// `host:port` of its client interface.
+    pub address: String,
+    peer: u16,
+    data: TempDir,
+    process: Option<Process>,
+}
+
+impl Etcd {
+    /// Starts one on free ports.
+    pub fn start() -> Self {
+        let mut etcd =
+            Self { address: format!("127.0.0.1:{}", free_port()), peer: free_port(), data: tempfile::tempdir().unwrap(), process: None };
+        etcd.resume();
+        etcd
+    }
+
+    /// Starts it again with its data.
+    pub fn resume(&mut self) {
+        let client = format!("http://{}", self.address);
+        let peer = format!("http://127.0.0.1:{}", self.peer);
+        let mut command = Command::new("etcd");
+        command.args(["--name", "test", "--data-dir"]).arg(self.data.path());
+        command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client, "--listen-peer-urls", &peer]);
+        command.args(["--initial-advertise-peer-urls", &peer, "--initial-cluster", &format!("test={peer}")]);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        self.process = Some(Process::start(command, "etcd (Debian's package etcd-server has it)"));
+    }
+
+    /// Kills it; the data stays.
+    pub fn stop(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.kill();
+        }
+    }
+
+    /// Its process, for signals.
+    pub fn process(&self) -> &Process {
+        self.process.as_ref().expect("etcd runs")
+    }
+}
+
+/// Waits for `check`, at most `limit`.
+pub async fn eventually<F: Future<Output = bool>>(limit: Duration, what: &str, mut check: impl FnMut() -> F) {
+    let until = Instant::now() + limit;
+    while !check().await {
+        assert!(Instant::now() < until, "not within {limit:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}

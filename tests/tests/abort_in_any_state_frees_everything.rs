@@ -1,0 +1,79 @@
+//! A client that goes away, whatever its request is doing: within a second no node holds a sequence or a block.
+
+use std::time::Duration;
+
+use overfill_proto::v1::decode_client::DecodeClient;
+use overfill_proto::v1::{DecodeRequest, StopTokens, decode_event, generate_event};
+use overfill_tests::cluster::{Builder, request};
+use overfill_tests::tiny::{self, Kind};
+use overfill_types::{Role, SamplingParams};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn queued_reserved_computing_and_pushing() {
+    let pair = tiny::pair(Kind::Identity, 3);
+    // One token a step: the prompts are in every state for a long time.
+    let cluster = Builder::new(&pair.dir).prefill_flags(&["--chunk-tokens", "1"]).start().await;
+    let client = cluster.client().await;
+    let prompt = tiny::prompt(3000, 1);
+    for wait in [0, 1, 5, 20, 100, 300] {
+        let tasks: Vec<_> = (0..8)
+            .map(|_| {
+                let (mut client, request) = (client.clone(), request(&prompt, &SamplingParams::greedy(), 50));
+                tokio::spawn(async move {
+                    let mut events = client.generate(request).await.unwrap().into_inner();
+                    while events.message().await.unwrap().is_some() {}
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(wait)).await;
+        if wait >= 100 {
+            assert!(cluster.statuses().await.iter().all(|s| s.sequences == 8), "all are under way");
+        }
+        tasks.iter().for_each(tokio::task::JoinHandle::abort);
+        for task in tasks {
+            assert!(task.await.unwrap_err().is_cancelled());
+        }
+        cluster.nothing_is_held(SECOND).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_decoding() {
+    let pair = tiny::pair(Kind::Identity, 3);
+    let cluster = Builder::new(&pair.dir).start().await;
+    let mut request = request(&tiny::prompt(40, 1), &SamplingParams::greedy(), 3000);
+    request.ignore_eos = true;
+    let mut events = cluster.client().await.generate(request).await.unwrap().into_inner();
+    let mut tokens = 0;
+    while tokens < 5 {
+        if let Some(generate_event::Event::Delta(delta)) = events.message().await.unwrap().unwrap().event {
+            tokens += delta.tokens.len();
+        }
+    }
+    drop(events);
+    cluster.nothing_is_held(SECOND).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reservation_whose_cache_never_comes_runs_out() {
+    let pair = tiny::pair(Kind::Identity, 3);
+    let cluster = Builder::new(&pair.dir).decode_flags(&["--reservation-timeout", "1"]).start().await;
+    let node = cluster.nodes(Role::Decode).remove(0);
+    let mut decode = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
+    let request = DecodeRequest {
+        fingerprint: node.fingerprint.to_string(),
+        request_id: "r".into(),
+        epoch: 1,
+        prompt: vec![1, 2, 3],
+        sampling: None,
+        stop: Some(StopTokens { max_tokens: 10, ..Default::default() }),
+    };
+    let mut events = decode.generate(request).await.unwrap().into_inner();
+    assert!(matches!(events.message().await.unwrap().unwrap().event, Some(decode_event::Event::Reserved(_))));
+    assert_eq!(cluster.statuses().await.iter().map(|s| s.blocks_held).sum::<u64>(), 1);
+    let error = events.message().await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::DeadlineExceeded);
+    cluster.nothing_is_held(SECOND).await;
+}
