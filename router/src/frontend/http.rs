@@ -19,7 +19,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::Router;
-use crate::frontend::openai::{ChatRequest, CompletionRequest, Frame, OpenAiRequest, Shape};
+use crate::frontend::openai::{ChatRequest, Common, CompletionRequest, Frame, OpenAiRequest, Shape};
 use crate::relay::{self, Answer, End, Event};
 
 /// Comments that keep an idle stream's connection open.
@@ -87,15 +87,10 @@ fn begin<R: OpenAiRequest>(router: &Arc<Router>, body: Result<Bytes, BytesReject
         };
         Failed { status: rejection.status(), error: ServiceError::new(code, message) }
     })?;
-    let mut json = serde_json::Deserializer::from_slice(&body);
-    let request: R = serde_path_to_error::deserialize(&mut json).map_err(|e| {
-        let message = match e.path().to_string().as_str() {
-            "." | "?" => format!("the body is not understood: {}", e.inner()),
-            path => format!("{path}: {}", e.inner()),
-        };
-        Failed::from(ServiceError::new(Code::InvalidArgument, message))
-    })?;
-    let (asked, common) = request.asked()?;
+    // Twice, so that an error names the field: with both parts in one the path to it is lost.
+    let request: R = parse(&body)?;
+    let mut common: Common = parse(&body)?;
+    let asked = request.asked(&mut common)?;
     let valid = router.admit(asked)?;
     let frame = Frame {
         shape: R::SHAPE,
@@ -111,6 +106,17 @@ fn begin<R: OpenAiRequest>(router: &Arc<Router>, body: Result<Bytes, BytesReject
         stream: common.stream.unwrap_or(false),
         include_usage: common.stream_options.unwrap_or_default().include_usage,
         answer: relay::start(router.clone(), valid),
+    })
+}
+
+fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ServiceError> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    serde_path_to_error::deserialize(&mut json).map_err(|e| {
+        let message = match e.path().to_string().as_str() {
+            "." | "?" => format!("the body is not understood: {}", e.inner()),
+            path => format!("{path}: {}", e.inner()),
+        };
+        ServiceError::new(Code::InvalidArgument, message)
     })
 }
 

@@ -58,8 +58,6 @@ pub(crate) struct ChatRequest {
     logprobs: Option<bool>,
     #[serde(default)]
     top_logprobs: Option<u32>,
-    #[serde(flatten)]
-    pub(crate) common: Common,
 }
 
 #[derive(Debug, Deserialize)]
@@ -90,8 +88,6 @@ pub(crate) struct CompletionRequest {
     prompt: Prompt,
     #[serde(default)]
     logprobs: Option<u32>,
-    #[serde(flatten)]
-    pub(crate) common: Common,
 }
 
 #[derive(Debug, Deserialize)]
@@ -158,28 +154,27 @@ pub(crate) trait OpenAiRequest: for<'de> Deserialize<'de> + Send {
     /// How its answers look.
     const SHAPE: Shape;
 
-    /// What it asks.
+    /// What it asks; `common` is what was read of the same body.
     ///
     /// # Errors
     /// [`Code::InvalidArgument`] naming the field.
-    fn asked(self) -> Result<(Asked, Common), ServiceError>;
+    fn asked(self, common: &mut Common) -> Result<Asked, ServiceError>;
 }
 
 impl OpenAiRequest for ChatRequest {
     const SHAPE: Shape = Shape::Chat;
 
-    fn asked(mut self) -> Result<(Asked, Common), ServiceError> {
+    fn asked(self, common: &mut Common) -> Result<Asked, ServiceError> {
         let messages = self.messages.into_iter().map(ChatMessage::into_message).collect::<Result<_, _>>()?;
         let logprobs = if self.logprobs.unwrap_or(false) { Some(self.top_logprobs.unwrap_or(0)) } else { None };
-        let asked = self.common.asked(Input::Chat(messages), None, logprobs)?;
-        Ok((asked, self.common))
+        common.asked(Input::Chat(messages), None, logprobs)
     }
 }
 
 impl OpenAiRequest for CompletionRequest {
     const SHAPE: Shape = Shape::Completion;
 
-    fn asked(mut self) -> Result<(Asked, Common), ServiceError> {
+    fn asked(self, common: &mut Common) -> Result<Asked, ServiceError> {
         let several = |n: usize| refuse(format!("prompt: {n} prompts were sent; send each in a request of its own"));
         let input = match self.prompt {
             Prompt::Text(text) => Input::Text(text),
@@ -193,8 +188,7 @@ impl OpenAiRequest for CompletionRequest {
                 (_, rest) => return several(rest + 1),
             },
         };
-        let asked = self.common.asked(input, Some(COMPLETION_TOKENS), self.logprobs)?;
-        Ok((asked, self.common))
+        common.asked(input, Some(COMPLETION_TOKENS), self.logprobs)
     }
 }
 

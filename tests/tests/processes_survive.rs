@@ -1,0 +1,186 @@
+//! Real processes and a real etcd: they start in any order, survive etcd's absence and each other's death, and stop cleanly.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use overfill_proto::v1::inference_client::InferenceClient;
+use overfill_tests::cluster::{request, tokens};
+use overfill_tests::processes::{Etcd, Process, eventually, free_port};
+use overfill_tests::tiny::{self, Kind};
+use overfill_types::SamplingParams;
+use tonic::Status;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A router and nodes of one pair, by way of etcd.
+struct Cluster {
+    etcd: Etcd,
+    router: Process,
+    prefill: Vec<Process>,
+    decode: Vec<Process>,
+    http: String,
+    grpc: String,
+}
+
+impl Cluster {
+    fn start(pair: &Path, prefill: usize, decode: usize) -> Self {
+        let etcd = Etcd::start();
+        let (http, grpc) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
+        let pair = pair.display().to_string();
+        let node = |name: &str| {
+            let flags = ["--pair", &pair, "--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M"];
+            Process::ours(name, &[&flags[..], &["--etcd", &etcd.address, "--cluster", "test", "--lease-ttl", "2"]].concat())
+        };
+        Self {
+            router: Process::ours(
+                "router",
+                &["--pair", &pair, "--http", &http, "--grpc", &grpc, "--etcd", &etcd.address, "--cluster", "test", "--lease-ttl", "2"],
+            ),
+            prefill: (0..prefill).map(|_| node("prefill-node")).collect(),
+            decode: (0..decode).map(|_| node("decode-node")).collect(),
+            http: format!("http://{http}"),
+            grpc: format!("http://{grpc}"),
+            etcd,
+        }
+    }
+
+    async fn ready(&self) -> bool {
+        reqwest::get(format!("{}/ready", self.http)).await.is_ok_and(|r| r.status().is_success())
+    }
+
+    async fn until_ready(&self) {
+        eventually(PATIENCE, "the cluster is ready", || self.ready()).await;
+    }
+
+    async fn answer(&self, prompt: &[u32], new: u32) -> Result<Vec<u32>, Status> {
+        let client = InferenceClient::connect(self.grpc.clone()).await.unwrap();
+        let mut request = request(prompt, &SamplingParams::greedy(), new);
+        request.ignore_eos = true;
+        tokens(client, request).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn etcd_may_go_and_come_back() {
+    let pair = tiny::pair(Kind::Identity, 5);
+    let mut cluster = Cluster::start(&pair.dir, 2, 2);
+    cluster.until_ready().await;
+    let prompt = tiny::prompt(50, 1);
+    let expected = cluster.answer(&prompt, 20).await.unwrap();
+
+    cluster.etcd.stop();
+    for _ in 0..5 {
+        assert_eq!(cluster.answer(&prompt, 20).await.unwrap(), expected, "the last view serves");
+        tokio::time::sleep(Duration::from_millis(700)).await;
+    }
+    cluster.etcd.resume();
+    // A node that comes now is found: leases and watches have recovered.
+    cluster.decode.clear();
+    eventually(PATIENCE, "dead decode nodes are given up", || async { !cluster.ready().await }).await;
+    let flags = ["--pair", &pair.dir.display().to_string(), "--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M"];
+    cluster.decode.push(Process::ours("decode-node", &[&flags[..], &["--etcd", &cluster.etcd.address, "--cluster", "test"]].concat()));
+    cluster.until_ready().await;
+    assert_eq!(cluster.answer(&prompt, 20).await.unwrap(), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_etcd_changes_nothing() {
+    let pair = tiny::pair(Kind::Identity, 5);
+    let cluster = Cluster::start(&pair.dir, 1, 1);
+    cluster.until_ready().await;
+    cluster.etcd.process().signal("STOP");
+    for _ in 0..5 {
+        cluster.answer(&tiny::prompt(20, 1), 5).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(700)).await;
+    }
+    cluster.etcd.process().signal("CONT");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    cluster.until_ready().await;
+    cluster.answer(&tiny::prompt(20, 1), 5).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_dies_costs_its_requests_only() {
+    let pair = tiny::pair(Kind::Identity, 5);
+    for role in ["prefill", "decode"] {
+        let mut cluster = Cluster::start(&pair.dir, 2, 2);
+        cluster.until_ready().await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let prompt = tiny::prompt(200, 1);
+        let expected = cluster.answer(&prompt, 20).await.unwrap();
+
+        let cluster_ref = &cluster;
+        let load: Vec<_> = (0..12)
+            .map(|i| {
+                let (grpc, prompt) = (cluster_ref.grpc.clone(), tiny::prompt(300, i));
+                tokio::spawn(async move {
+                    let client = InferenceClient::connect(grpc).await.unwrap();
+                    let mut request = request(&prompt, &SamplingParams::greedy(), 600);
+                    request.ignore_eos = true;
+                    (tokens(client, request).await, Instant::now())
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let nodes = if role == "prefill" { &mut cluster.prefill } else { &mut cluster.decode };
+        nodes.remove(0).kill();
+        let killed = Instant::now();
+        let (mut done, mut failed) = (0, 0);
+        for request in load {
+            let (answer, ended) = tokio::time::timeout(Duration::from_secs(60), request).await.expect("no request hangs").unwrap();
+            match answer {
+                Ok(ids) => {
+                    assert_eq!(ids.len(), 600);
+                    done += 1;
+                }
+                Err(error) => {
+                    assert_eq!(error.code(), tonic::Code::Unavailable, "{error}");
+                    assert!(error.message().contains("node"), "{error}");
+                    assert!(ended - killed < Duration::from_secs(3), "told at once, not after {:?}", ended - killed);
+                    failed += 1;
+                }
+            }
+        }
+        println!("one of two {role} nodes killed under 12 requests: {done} answered, {failed} failed with a clear error");
+        for _ in 0..8 {
+            assert_eq!(cluster.answer(&prompt, 20).await.unwrap(), expected, "the next requests go to the nodes that live");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_may_start_before_its_peers_and_stops_when_told() {
+    let pair = tiny::pair(Kind::Identity, 5);
+    let mut cluster = Cluster::start(&pair.dir, 0, 0);
+    eventually(PATIENCE, "the router listens", || async { reqwest::get(format!("{}/live", cluster.http)).await.is_ok() }).await;
+    let response = reqwest::get(format!("{}/ready", cluster.http)).await.unwrap();
+    assert_eq!(response.status(), 503);
+    assert!(response.text().await.unwrap().contains("no prefill node and no decode node"));
+    let body = serde_json::json!({ "model": "tiny", "prompt": "x" });
+    let refused = reqwest::Client::new().post(format!("{}/v1/completions", cluster.http)).json(&body).send().await.unwrap();
+    assert_eq!(refused.status(), 503);
+    assert!(refused.headers().contains_key("retry-after"));
+
+    let dir = pair.dir.display().to_string();
+    for (name, nodes) in [("prefill-node", &mut cluster.prefill), ("decode-node", &mut cluster.decode)] {
+        let flags = ["--pair", &dir, "--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M", "--etcd", &cluster.etcd.address];
+        nodes.push(Process::ours(name, &[&flags[..], &["--cluster", "test"]].concat()));
+    }
+    cluster.until_ready().await;
+
+    // What runs is finished, then every process ends with 0.
+    let (grpc, prompt) = (cluster.grpc.clone(), tiny::prompt(100, 1));
+    let running = tokio::spawn(async move {
+        let client = InferenceClient::connect(grpc).await.unwrap();
+        let mut request = request(&prompt, &SamplingParams::greedy(), 2000);
+        request.ignore_eos = true;
+        tokens(client, request).await
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let mut all: Vec<Process> = cluster.prefill.drain(..).chain(cluster.decode.drain(..)).chain([cluster.router]).collect();
+    all.iter().for_each(|p| p.signal("TERM"));
+    assert_eq!(running.await.unwrap().unwrap().len(), 2000);
+    for process in &mut all {
+        assert_eq!(process.wait(PATIENCE), Some(0));
+    }
+}
