@@ -75,7 +75,10 @@ impl Admission {
             if held.expected.epoch >= asked.epoch {
                 return Err(ServiceError::new(
                     Code::Stale,
-                    format!("attempt {} at request {} is not newer than attempt {}, which is held", asked.epoch, asked.request, held.expected.epoch),
+                    format!(
+                        "attempt {} at request {} is not newer than attempt {}, which is held",
+                        asked.epoch, asked.request, held.expected.epoch
+                    ),
                 ));
             }
             held.superseded = true;
@@ -84,10 +87,9 @@ impl Admission {
             let message = format!("this decode node holds {} sequences, its most: try another node, or later", table.held.len());
             return Err(ServiceError::new(Code::ResourceExhausted, message));
         }
-        let reservation = self
-            .pool
-            .reserve(asked.prompt.len() + asked.stop.max_tokens)
-            .map_err(|full| ServiceError::new(Code::ResourceExhausted, format!("{full}: ask for fewer tokens, or try another node or later")))?;
+        let reservation = self.pool.reserve(asked.prompt.len() + asked.stop.max_tokens).map_err(|full| {
+            ServiceError::new(Code::ResourceExhausted, format!("{full}: ask for fewer tokens, or try another node or later"))
+        })?;
         let ticket = Ticket::new(uuid::Uuid::new_v4().to_string());
         let expected = Expected {
             fingerprint: self.fingerprint.clone(),
@@ -117,7 +119,10 @@ impl Admission {
             });
         };
         if held.expected.epoch != epoch {
-            return Err(ServiceError::new(Code::Stale, format!("ticket {ticket} is of epoch {}, the frames are of epoch {epoch}", held.expected.epoch)));
+            return Err(ServiceError::new(
+                Code::Stale,
+                format!("ticket {ticket} is of epoch {}, the frames are of epoch {epoch}", held.expected.epoch),
+            ));
         }
         if std::mem::replace(&mut held.claimed, true) {
             return Err(ServiceError::new(Code::Stale, format!("ticket {ticket} is in use by another push: a ticket serves one handoff")));
@@ -161,7 +166,11 @@ impl Admission {
         if *got == self.fingerprint {
             return Ok(());
         }
-        let message = format!("the sender's pair is {}, this decode node serves {}: every node needs the same pair", got.short(), self.fingerprint.short());
+        let message = format!(
+            "the sender's pair is {}, this decode node serves {}: every node needs the same pair",
+            got.short(),
+            self.fingerprint.short()
+        );
         Err(ServiceError::new(Code::Mismatch, message))
     }
 

@@ -13,13 +13,13 @@ use overfill_kv::BlockId;
 use overfill_lifecycle::Drain;
 use overfill_model::{Chunk, KvCache, Llama, ModelError, Threads};
 use overfill_types::{Code, ServiceError, Ticket};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 use crate::sequence::{Sequence, State};
 
 /// Commands on their way to the engine. Each row frame is at most 4 MiB, so this bounds what waits in memory.
 const COMMANDS: usize = 64;
-/// How often an idle engine looks for sequences that nobody waits for.
+/// How often an idle engine looks for sequences that nobody waits for, and whether it is to end.
 const SWEEP: Duration = Duration::from_millis(20);
 
 /// What the engine is told.
@@ -51,12 +51,11 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    /// Starts the thread; it ends when `end` is given.
-    pub(crate) fn start(self, end: Drain) -> std::io::Result<(mpsc::Sender<Command>, JoinHandle<()>)> {
-        let (sender, commands) = mpsc::channel(COMMANDS);
-        let runtime = tokio::runtime::Handle::current();
+    /// Starts the thread; it ends when `end` is given, or when all senders of commands are gone.
+    pub(crate) fn start(self, end: Drain) -> std::io::Result<(flume::Sender<Command>, JoinHandle<()>)> {
+        let (sender, commands) = flume::bounded(COMMANDS);
         let thread = std::thread::Builder::new().name("decode-engine".into()).spawn(move || {
-            Loop { engine: self, waiting: HashMap::new(), running: Vec::new(), turn: 0 }.run(commands, &end, &runtime);
+            Loop { engine: self, waiting: HashMap::new(), running: Vec::new(), turn: 0 }.run(&commands, &end);
         })?;
         Ok((sender, thread))
     }
@@ -71,20 +70,13 @@ struct Loop {
 }
 
 impl Loop {
-    fn run(mut self, mut commands: mpsc::Receiver<Command>, end: &Drain, runtime: &tokio::runtime::Handle) {
+    fn run(mut self, commands: &flume::Receiver<Command>, end: &Drain) {
         while !end.draining() {
             if self.running.is_empty() {
-                // The sweep is needed only while somebody waits.
-                let limit = if self.waiting.is_empty() { Duration::from_secs(3600) } else { SWEEP };
-                let command = runtime.block_on(async {
-                    tokio::select! {
-                        command = commands.recv() => command,
-                        () = end.signaled() => None,
-                        () = tokio::time::sleep(limit) => None,
-                    }
-                });
-                if let Some(command) = command {
-                    self.take(command);
+                match commands.recv_timeout(SWEEP) {
+                    Ok(command) => self.take(command),
+                    Err(flume::RecvTimeoutError::Timeout) => {}
+                    Err(flume::RecvTimeoutError::Disconnected) => return,
                 }
             }
             while let Ok(command) = commands.try_recv() {
@@ -156,7 +148,8 @@ impl Loop {
             if sequence.place.superseded() {
                 supersede(sequence);
             } else if !sequence.abandoned() {
-                let message = format!("no KV cache came for reservation {ticket} in time: the prefill node is slow or gone; send the request again");
+                let message =
+                    format!("no KV cache came for reservation {ticket} in time: the prefill node is slow or gone; send the request again");
                 sequence.fail(&ServiceError::new(Code::DeadlineExceeded, message));
             }
         }

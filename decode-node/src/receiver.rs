@@ -6,7 +6,7 @@ use overfill_kv::{Assembler, RowsHeader};
 use overfill_proto::v1::{KvDtype, KvFrame, PushSummary, kv_frame};
 use overfill_proto::{MAX_FRAME_PAYLOAD, status};
 use overfill_types::{Code, Epoch, Fingerprint, ServiceError, Ticket};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tonic::Streaming;
 
@@ -19,7 +19,7 @@ use crate::engine::Command;
 /// The first thing that was wrong; the sequence that waited for it has been told.
 pub(crate) async fn receive(
     admission: &Admission,
-    commands: &mpsc::Sender<Command>,
+    commands: &flume::Sender<Command>,
     frames: &mut Streaming<KvFrame>,
 ) -> Result<PushSummary, ServiceError> {
     let patience = admission.reservation_timeout();
@@ -40,7 +40,7 @@ pub(crate) async fn receive(
 async fn take(
     mut assembler: Assembler,
     first: KvFrame,
-    commands: &mpsc::Sender<Command>,
+    commands: &flume::Sender<Command>,
     frames: &mut Streaming<KvFrame>,
     patience: Duration,
 ) -> Result<PushSummary, ServiceError> {
@@ -100,8 +100,8 @@ async fn next(frames: &mut Streaming<KvFrame>, patience: Duration) -> Result<Opt
     }
 }
 
-async fn send(commands: &mpsc::Sender<Command>, command: Command) -> Result<(), ServiceError> {
-    commands.send(command).await.map_err(|_| stopping())
+async fn send(commands: &flume::Sender<Command>, command: Command) -> Result<(), ServiceError> {
+    commands.send_async(command).await.map_err(|_| stopping())
 }
 
 fn stopping() -> ServiceError {
@@ -111,7 +111,7 @@ fn stopping() -> ServiceError {
 /// Ends the waiting sequence if the push itself is dropped, as it is when its connection breaks.
 struct Guard {
     ticket: Ticket,
-    commands: mpsc::Sender<Command>,
+    commands: flume::Sender<Command>,
     armed: bool,
 }
 
@@ -123,6 +123,6 @@ impl Drop for Guard {
         let error = ServiceError::new(Code::Unavailable, "the prefill node went away in the middle of the handoff; send the request again");
         let (commands, ticket) = (self.commands.clone(), self.ticket.clone());
         // Ends as soon as the engine takes the command, or is gone.
-        tokio::spawn(async move { commands.send(Command::Fail { ticket, error }).await });
+        tokio::spawn(async move { commands.send_async(Command::Fail { ticket, error }).await });
     }
 }

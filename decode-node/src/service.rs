@@ -20,12 +20,12 @@ pub(crate) struct DecodeService {
     id: NodeId,
     model: String,
     admission: Arc<Admission>,
-    commands: mpsc::Sender<Command>,
+    commands: flume::Sender<Command>,
     drain: Drain,
 }
 
 impl DecodeService {
-    pub(crate) fn new(id: NodeId, model: String, admission: Arc<Admission>, commands: mpsc::Sender<Command>, drain: Drain) -> Self {
+    pub(crate) fn new(id: NodeId, model: String, admission: Arc<Admission>, commands: flume::Sender<Command>, drain: Drain) -> Self {
         Self { id, model, admission, commands, drain }
     }
 
@@ -53,7 +53,7 @@ impl DecodeService {
         // The channel is empty and its reader is here: it has room.
         let _ = events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }));
         let sequence = Sequence::new(asked, place, events, patience);
-        let admitted = self.commands.send(Command::Admit(Box::new(sequence))).await;
+        let admitted = self.commands.send_async(Command::Admit(Box::new(sequence))).await;
         admitted.map_err(|_| ServiceError::new(Code::Unavailable, "this decode node is stopping: try another"))?;
         Ok(answer)
     }

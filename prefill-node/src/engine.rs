@@ -26,7 +26,7 @@ use crate::{Counted, Counts};
 /// Prompt events on their way to the router.
 pub(crate) type Events = mpsc::Sender<Result<PrefillEvent, Status>>;
 
-/// How often an engine whose prompts wait for blocks looks for those that nobody waits for.
+/// How often an idle engine looks for prompts that nobody waits for, and whether it is to end.
 const SWEEP: Duration = Duration::from_millis(20);
 
 /// One prompt that is to be read.
@@ -66,14 +66,13 @@ struct Running {
 }
 
 impl Engine {
-    /// Starts the thread; it ends when `end` is given. At most `queue` jobs are on their way to it.
-    pub(crate) fn start(self, queue: usize, end: Drain) -> std::io::Result<(mpsc::Sender<Job>, Arc<Counts>, JoinHandle<()>)> {
-        let (sender, jobs) = mpsc::channel(queue);
-        let runtime = tokio::runtime::Handle::current();
+    /// Starts the thread; it ends when `end` is given, or when all senders of jobs are gone. At most `queue` jobs are on their way to it.
+    pub(crate) fn start(self, queue: usize, end: Drain) -> std::io::Result<(flume::Sender<Job>, Arc<Counts>, JoinHandle<()>)> {
+        let (sender, jobs) = flume::bounded(queue);
         let counts = Arc::new(Counts::default());
         let shared = counts.clone();
         let thread = std::thread::Builder::new().name("prefill-engine".into()).spawn(move || {
-            Loop { engine: self, counts: shared, waiting: VecDeque::new(), running: Vec::new() }.run(jobs, &end, &runtime);
+            Loop { engine: self, counts: shared, waiting: VecDeque::new(), running: Vec::new() }.run(&jobs, &end);
         })?;
         Ok((sender, counts, thread))
     }
@@ -87,18 +86,14 @@ struct Loop {
 }
 
 impl Loop {
-    fn run(mut self, mut jobs: mpsc::Receiver<Job>, end: &Drain, runtime: &tokio::runtime::Handle) {
+    fn run(mut self, jobs: &flume::Receiver<Job>, end: &Drain) {
         while !end.draining() {
             if self.running.is_empty() {
-                let limit = if self.waiting.is_empty() { Duration::from_secs(3600) } else { SWEEP };
-                let job = runtime.block_on(async {
-                    tokio::select! {
-                        job = jobs.recv() => job,
-                        () = end.signaled() => None,
-                        () = tokio::time::sleep(limit) => None,
-                    }
-                });
-                self.waiting.extend(job);
+                match jobs.recv_timeout(SWEEP) {
+                    Ok(job) => self.waiting.push_back(job),
+                    Err(flume::RecvTimeoutError::Timeout) => {}
+                    Err(flume::RecvTimeoutError::Disconnected) => return,
+                }
             }
             while let Ok(job) = jobs.try_recv() {
                 self.waiting.push_back(job);
@@ -128,9 +123,7 @@ impl Loop {
         let given = share(&remaining, self.engine.settings.chunk_tokens);
         let Engine { model, cache, transform, threads, .. } = &mut self.engine;
         // Whatever a forward pass does wrong ends the prompts of its step, not the node.
-        let computed = catch_unwind(AssertUnwindSafe(|| {
-            threads.run(|| read(model, cache, transform, &mut self.running, &given))
-        }));
+        let computed = catch_unwind(AssertUnwindSafe(|| threads.run(|| read(model, cache, transform, &mut self.running, &given))));
         let error = match computed {
             Ok(Ok(logits)) => return self.advance(&given, logits),
             Ok(Err(error)) => ServiceError::new(Code::Internal, format!("the full model failed: {error}")),

@@ -103,8 +103,13 @@ impl Sender {
 
     fn send(&mut self, body: kv_frame::Body) {
         let Target { fingerprint, ticket, epoch, .. } = &self.target;
-        let frame =
-            KvFrame { fingerprint: fingerprint.to_string(), ticket: ticket.to_string(), epoch: epoch.0, index: self.next, body: Some(body) };
+        let frame = KvFrame {
+            fingerprint: fingerprint.to_string(),
+            ticket: ticket.to_string(),
+            epoch: epoch.0,
+            index: self.next,
+            body: Some(body),
+        };
         self.next += 1;
         // Closed: the push has ended, which `broken` tells.
         let _ = self.frames.try_send(frame);

@@ -53,10 +53,7 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
 
     let pool = BlockPool::new(blocks, config.node.block_tokens as usize);
     let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
-    let settings = Settings {
-        eos: manifest.tokenizer.eos_token_ids.clone(),
-        chunk_tokens: config.chunk_tokens as usize,
-    };
+    let settings = Settings { eos: manifest.tokenizer.eos_token_ids.clone(), chunk_tokens: config.chunk_tokens as usize };
     let end = Drain::new();
     let engine = Engine { model, cache, transform, threads, pool: pool.clone(), settings };
     let (jobs, counts, engine_thread) = engine.start(config.max_queue as usize, end.clone())?;

@@ -2,8 +2,8 @@
 
 use anyhow::Context;
 use clap::Parser;
-use overfill_prefill_node::config::Cli;
 use overfill_lifecycle::Drain;
+use overfill_prefill_node::config::Cli;
 use tokio::net::TcpListener;
 
 #[tokio::main]

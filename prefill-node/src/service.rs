@@ -33,13 +33,13 @@ pub(crate) struct Served {
 
 pub(crate) struct PrefillService {
     served: Served,
-    jobs: mpsc::Sender<Job>,
+    jobs: flume::Sender<Job>,
     counts: Arc<Counts>,
     drain: Drain,
 }
 
 impl PrefillService {
-    pub(crate) fn new(served: Served, jobs: mpsc::Sender<Job>, counts: Arc<Counts>, drain: Drain) -> Self {
+    pub(crate) fn new(served: Served, jobs: flume::Sender<Job>, counts: Arc<Counts>, drain: Drain) -> Self {
         Self { served, jobs, counts, drain }
     }
 
@@ -50,8 +50,11 @@ impl PrefillService {
         let Served { fingerprint, limits, pool, .. } = &self.served;
         let got = Fingerprint::new(request.fingerprint);
         if got != *fingerprint {
-            let message =
-                format!("the router's pair is {}, this prefill node serves {}: every node needs the same pair", got.short(), fingerprint.short());
+            let message = format!(
+                "the router's pair is {}, this prefill node serves {}: every node needs the same pair",
+                got.short(),
+                fingerprint.short()
+            );
             return Err(ServiceError::new(Code::Mismatch, message));
         }
         let sampling = convert::sampling(request.sampling.as_ref(), 0)?;
@@ -59,7 +62,8 @@ impl PrefillService {
         limits.check(&request.prompt, &stop)?;
         let needed = request.prompt.len().div_ceil(pool.block_tokens());
         if needed > pool.total() {
-            let message = format!("the prompt needs {needed} KV blocks, this prefill node has {} in all: give it more --kv-memory", pool.total());
+            let message =
+                format!("the prompt needs {needed} KV blocks, this prefill node has {} in all: give it more --kv-memory", pool.total());
             return Err(ServiceError::new(Code::ResourceExhausted, message));
         }
         let full = || {
@@ -74,7 +78,8 @@ impl PrefillService {
         let (sender, push) = request
             .handoff
             .map(|h| {
-                let target = Target { address: h.address, fingerprint: fingerprint.clone(), ticket: Ticket::new(h.ticket), epoch: Epoch(h.epoch) };
+                let target =
+                    Target { address: h.address, fingerprint: fingerprint.clone(), ticket: Ticket::new(h.ticket), epoch: Epoch(h.epoch) };
                 handoff(target, self.served.decode_geometry, request.prompt.len())
             })
             .unzip();

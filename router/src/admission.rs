@@ -93,7 +93,10 @@ impl Router {
             models => models.iter().find(|m| m.manifest.name == name),
         };
         found.cloned().ok_or_else(|| {
-            ServiceError::new(Code::NotFound, format!("model '{name}' is not served here: ask for one of {}", self.model_names().join(", ")))
+            ServiceError::new(
+                Code::NotFound,
+                format!("model '{name}' is not served here: ask for one of {}", self.model_names().join(", ")),
+            )
         })
     }
 }

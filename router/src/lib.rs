@@ -137,7 +137,8 @@ impl Router {
     /// Longest sequence that a model's nodes take now, in tokens.
     pub(crate) fn max_context(&self, model: &TextModel) -> usize {
         let view = self.view.borrow();
-        let nodes = [Role::Prefill, Role::Decode].into_iter().flat_map(|role| view.of(role, &model.manifest.fingerprint).collect::<Vec<_>>());
+        let nodes =
+            [Role::Prefill, Role::Decode].into_iter().flat_map(|role| view.of(role, &model.manifest.fingerprint).collect::<Vec<_>>());
         nodes.map(|n| n.max_context).chain([model.manifest.max_context()]).min().unwrap_or(0)
     }
 }

@@ -34,13 +34,7 @@ impl Pairing {
     ///
     /// # Errors
     /// [`Code::Unavailable`] naming the half that is missing.
-    pub(crate) fn choose(
-        &self,
-        view: &Snapshot,
-        pair: &PairManifest,
-        excluded: &[NodeId],
-        now: Instant,
-    ) -> Result<Chosen, ServiceError> {
+    pub(crate) fn choose(&self, view: &Snapshot, pair: &PairManifest, excluded: &[NodeId], now: Instant) -> Result<Chosen, ServiceError> {
         let mut nodes = self.lock();
         nodes.suspects.retain(|_, until| *until > now);
         let pick = |role| {

@@ -255,7 +255,8 @@ impl Relay {
 
     /// The prefill node failed: what does the decode node say?
     async fn failed(&self, chosen: &Chosen, error: Option<&Status>, decode: Option<&mut Streaming<DecodeEvent>>) -> Failure {
-        let mut failure = error.map_or_else(|| broken("prefill", &chosen.prefill.id), |e| Failure::of(e, "prefill node", &chosen.prefill.id));
+        let mut failure =
+            error.map_or_else(|| broken("prefill", &chosen.prefill.id), |e| Failure::of(e, "prefill node", &chosen.prefill.id));
         let Some(events) = decode.filter(|_| failure.lost.is_none()) else { return failure };
         let asked = async {
             loop {

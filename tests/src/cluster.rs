@@ -73,7 +73,10 @@ impl Builder {
         let mut tasks = Vec::new();
         let pair = self.pair.display().to_string();
         let node = |own: &[String]| {
-            let mut flags: Vec<String> = ["node", "--pair", &pair, "--threads", "1", "--kv-memory", "32M"].map(str::to_owned).to_vec();
+            let mut flags: Vec<String> = ["node", "--pair", &pair, "--threads", "1"].map(str::to_owned).to_vec();
+            if !own.contains(&"--kv-memory".to_owned()) {
+                flags.extend(["--kv-memory", "32M"].map(str::to_owned));
+            }
             flags.extend_from_slice(own);
             flags
         };

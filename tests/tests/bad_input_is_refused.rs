@@ -4,7 +4,8 @@ use overfill_kv::{HandoffDigest, RowsHeader, prompt_digest};
 use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::prefill_client::PrefillClient;
 use overfill_proto::v1::{
-    DecodeEvent, DecodeRequest, KvCommit, KvDtype, KvFrame, KvRows, PrefillRequest, PushSummary, Sampling, StopTokens, decode_event, kv_frame,
+    DecodeEvent, DecodeRequest, KvCommit, KvDtype, KvFrame, KvRows, PrefillRequest, PushSummary, Sampling, StopTokens, decode_event,
+    kv_frame,
 };
 use overfill_tests::cluster::{Builder, Cluster, request, tokens};
 use overfill_tests::tiny::{self, Kind};
@@ -155,11 +156,8 @@ fn frames(reserved: &Reserved, epoch: u64) -> Vec<KvFrame> {
             frame(reserved, epoch, layer, kv_frame::Body::Rows(rows))
         })
         .collect();
-    let commit = KvCommit {
-        digest: digest.finish().to_vec().into(),
-        prompt_digest: prompt_digest(&PROMPT).to_vec().into(),
-        first_token: 7,
-    };
+    let commit =
+        KvCommit { digest: digest.finish().to_vec().into(), prompt_digest: prompt_digest(&PROMPT).to_vec().into(), first_token: 7 };
     frames.push(frame(reserved, epoch, layers as u32, kv_frame::Body::Commit(commit)));
     frames
 }
@@ -187,11 +185,15 @@ async fn kv_frames() {
     let cluster = Builder::new(&pair.dir).start().await;
     type Change = fn(&mut Vec<KvFrame>);
     let cases: [(&str, Change, Code); 12] = [
-        ("a flipped bit", |f| {
-            let mut k = rows(&mut f[1]).k.to_vec();
-            k[5] ^= 4;
-            rows(&mut f[1]).k = k.into();
-        }, Code::DataLoss),
+        (
+            "a flipped bit",
+            |f| {
+                let mut k = rows(&mut f[1]).k.to_vec();
+                k[5] ^= 4;
+                rows(&mut f[1]).k = k.into();
+            },
+            Code::DataLoss,
+        ),
         ("truncated", |f| rows(&mut f[1]).v.truncate(8), Code::InvalidArgument),
         ("twice", |f| f.insert(1, f[0].clone()), Code::DataLoss),
         ("left out", |f| drop(f.remove(1)), Code::DataLoss),
@@ -201,11 +203,15 @@ async fn kv_frames() {
         ("of an older epoch", |f| f.iter_mut().for_each(|f| f.epoch -= 1), Code::Aborted),
         ("unknown ticket", |f| f.iter_mut().for_each(|f| f.ticket = "other".into()), Code::NotFound),
         ("no commit", |f| drop(f.pop()), Code::DataLoss),
-        ("another prompt", |f| {
-            if let Some(kv_frame::Body::Commit(commit)) = &mut f.last_mut().unwrap().body {
-                commit.prompt_digest = vec![0; 32].into();
-            }
-        }, Code::InvalidArgument),
+        (
+            "another prompt",
+            |f| {
+                if let Some(kv_frame::Body::Commit(commit)) = &mut f.last_mut().unwrap().body {
+                    commit.prompt_digest = vec![0; 32].into();
+                }
+            },
+            Code::InvalidArgument,
+        ),
         ("another type", |f| rows(&mut f[0]).dtype = 0, Code::InvalidArgument),
     ];
     for (i, (name, change, code)) in cases.into_iter().enumerate() {

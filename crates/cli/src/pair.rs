@@ -10,7 +10,9 @@ use overfill_types::pair::WeightFormat;
 use crate::progress::spinner;
 
 #[derive(Args)]
-#[command(after_help = "The decode model keeps the full model's tokenizer and rotary embedding. What does not fit is refused, naming both sides.")]
+#[command(
+    after_help = "The decode model keeps the full model's tokenizer and rotary embedding. What does not fit is refused, naming both sides."
+)]
 pub(crate) struct MakePairArgs {
     /// The full model: a Hugging Face folder or a .gguf file
     #[arg(long, env = "OVERFILL_FULL")]

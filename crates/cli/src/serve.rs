@@ -15,7 +15,9 @@ use tokio::net::TcpListener;
 use crate::{Home, PairArgs};
 
 #[derive(Args)]
-#[command(after_help = "Then, for example:\n  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{\"model\": \"smollm2-135m\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'")]
+#[command(
+    after_help = "Then, for example:\n  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{\"model\": \"smollm2-135m\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'"
+)]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     pair: PairArgs,
@@ -70,11 +72,9 @@ pub(crate) fn run(args: ServeArgs, home: &Home) -> anyhow::Result<()> {
             nodes.start();
             served.context("the router failed")
         };
-        tokio::try_join!(
-            router,
-            async { prefill.await.context("the prefill node failed") },
-            async { decode.await.context("the decode node failed") }
-        )?;
+        tokio::try_join!(router, async { prefill.await.context("the prefill node failed") }, async {
+            decode.await.context("the decode node failed")
+        })?;
         Ok(())
     })
 }

@@ -43,7 +43,11 @@ impl Etcd {
     }
 
     async fn connect(&self) -> Result<Client, Error> {
-        let options = ConnectOptions::new().with_connect_timeout(LIMIT).with_timeout(LIMIT).with_keep_alive(LIMIT, LIMIT).with_keep_alive_while_idle(true);
+        let options = ConnectOptions::new()
+            .with_connect_timeout(LIMIT)
+            .with_timeout(LIMIT)
+            .with_keep_alive(LIMIT, LIMIT)
+            .with_keep_alive_while_idle(true);
         within(Client::connect(&self.settings.endpoints, Some(options))).await
     }
 

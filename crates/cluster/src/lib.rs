@@ -11,6 +11,6 @@ mod memory;
 mod snapshot;
 
 pub use args::DiscoveryArgs;
-pub use etcd::EtcdSettings;
 pub use discovery::{Discovery, Registration};
+pub use etcd::EtcdSettings;
 pub use snapshot::Snapshot;

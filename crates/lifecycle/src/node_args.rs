@@ -74,7 +74,8 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         Some((at, 'g' | 'G')) => (&text[..at], 1 << 30),
         _ => (text, 1),
     };
-    let number: u64 = digits.parse().map_err(|_| format!("'{text}' is no size: write a number of bytes, or one with K, M or G behind it"))?;
+    let number: u64 =
+        digits.parse().map_err(|_| format!("'{text}' is no size: write a number of bytes, or one with K, M or G behind it"))?;
     number.checked_mul(unit).filter(|bytes| *bytes > 0).ok_or_else(|| format!("'{text}' is no size that memory can have"))
 }
 

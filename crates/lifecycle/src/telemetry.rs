@@ -31,7 +31,8 @@ impl LogArgs {
     /// Where the directives are malformed.
     pub fn init(&self) -> Result<(), tracing_subscriber::filter::ParseError> {
         let filter = EnvFilter::try_new(&self.log)?;
-        let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
+        let builder =
+            tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr);
         match self.log_format {
             LogFormat::Text => builder.init(),
             LogFormat::Json => builder.json().init(),

@@ -15,7 +15,8 @@ pub fn parse(name: &str) -> Result<Device, ModelError> {
     let Some(index) = name.strip_prefix("cuda:").and_then(|n| n.parse().ok()) else {
         return Err(ModelError::Device(format!("'{name}' is no device: use cpu or cuda:N")));
     };
-    Device::new_cuda(index).map_err(|e| ModelError::Device(format!("{name} cannot be used: {e} (a GPU needs a build with `--features cuda`)")))
+    Device::new_cuda(index)
+        .map_err(|e| ModelError::Device(format!("{name} cannot be used: {e} (a GPU needs a build with `--features cuda`)")))
 }
 
 #[cfg(test)]

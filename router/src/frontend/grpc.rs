@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use overfill_proto::v1::inference_server::Inference;
 use overfill_proto::v1::{
-    Delta, Finished, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse, Model, Started, generate_event, generate_request,
+    Delta, Finished, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse, Model, Started, generate_event,
+    generate_request,
 };
 use overfill_proto::{convert, status};
 use overfill_text::Message;

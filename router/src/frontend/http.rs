@@ -36,7 +36,9 @@ pub(crate) fn app(router: Arc<Router>) -> Routes {
         .route("/v1/models", get(models))
         .route("/live", get(|| async { "live\n" }))
         .route("/ready", get(ready))
-        .fallback(|| async { Failed::from(ServiceError::new(Code::NotFound, "there is no such path: see /v1/models, /v1/chat/completions, /v1/completions")) })
+        .fallback(|| async {
+            Failed::from(ServiceError::new(Code::NotFound, "there is no such path: see /v1/models, /v1/chat/completions, /v1/completions"))
+        })
         .layer(limit)
         .with_state(router)
 }
