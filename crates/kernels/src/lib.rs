@@ -3,7 +3,7 @@
 //! **Invariant:** every output is computed in one fixed order of operations, whatever else is in the batch, however a
 //! prompt was cut, on any number of threads. So a sequence's logits are the same bits alone and in company.
 //!
-//! Each kernel is written once over the eight lanes of [`simd::Simd`]; the scalar lanes are the reference that the fast
+//! Each kernel is written once over the eight lanes of `simd.rs`; the scalar lanes are the reference that the fast
 //! ones are tested against, bit for bit. No candle, no async.
 
 mod attention;
