@@ -124,3 +124,42 @@ impl Linear {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+
+    use candle_core::quantized::{GgmlDType, QStorage};
+
+    use super::*;
+
+    #[test]
+    fn our_reading_of_every_block_format_is_candles() {
+        let (rows, columns) = (3, 512);
+        for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q5_0, GgmlDType::Q5_1, GgmlDType::Q8_0, GgmlDType::Q4K, GgmlDType::Q6K] {
+            let format = block_format(dtype).unwrap();
+            let mut bytes: Vec<u8> = (0..rows * columns / format.block() * format.bytes()).map(|i| (i * 7919 >> 3) as u8).collect();
+            // The scales: half-precision numbers that are not odd.
+            let halves: &[usize] = match dtype {
+                GgmlDType::Q6K => &[208],
+                GgmlDType::Q4_1 | GgmlDType::Q5_1 | GgmlDType::Q4K => &[0, 2],
+                _ => &[0],
+            };
+            for (b, block) in bytes.chunks_exact_mut(format.bytes()).enumerate() {
+                for &at in halves {
+                    block[at..at + 2].copy_from_slice(&f16::from_f32((b % 17 + at) as f32 * 0.01 - 0.05).to_le_bytes());
+                }
+            }
+            let storage = QStorage::from_data(Cow::Borrowed(&bytes), &Device::Cpu, dtype).unwrap();
+            let expected = QTensor::new(storage, (rows, columns)).unwrap().dequantize(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+            let ours = QuantisedMatrix::from_blocks(format, &bytes, rows, columns).unwrap();
+            let mut row = vec![0.0; columns];
+            for (r, expected) in expected.iter().enumerate() {
+                ours.row(r, &mut row);
+                for (i, (got, want)) in row.iter().zip(expected).enumerate() {
+                    assert!((got - want).abs() <= 1e-6 * want.abs().max(1.0), "{dtype:?} [{r}, {i}]: {got}, not {want}");
+                }
+            }
+        }
+    }
+}

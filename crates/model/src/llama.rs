@@ -219,3 +219,34 @@ impl Norm {
         Ok(rms_norm(x, &self.weight, self.eps)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What runs on a GPU (tensors for the cache, candle's operations for attention), on the CPU.
+    #[test]
+    fn the_device_form_of_the_cache_gives_the_same_logits() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/logits/llama_plain");
+        let model = Llama::load(&folder, WeightFormat::F32, &Device::Cpu).unwrap();
+        let geometry = model.config().kv;
+        let host = KvCache::new(geometry, 12, 4, &Device::Cpu).unwrap();
+        let device = KvCache::in_tensors(geometry, 12, 4);
+        let tables: [Vec<BlockId>; 2] = [vec![BlockId(7), BlockId(2), BlockId(3)], vec![BlockId(0), BlockId(9)]];
+        let run = |mut cache: KvCache| {
+            let mut all = Vec::new();
+            let steps: [&[(&[u32], usize, usize)]; 3] =
+                [&[(&[5, 9, 1, 80, 3], 0, 0), (&[4, 4], 0, 1)], &[(&[77, 2, 2, 9], 5, 0)], &[(&[1], 9, 0), (&[8], 2, 1)]];
+            for step in steps {
+                let chunks: Vec<Chunk<'_>> = step
+                    .iter()
+                    .map(|&(tokens, start, sequence)| Chunk { tokens, start, blocks: &tables[sequence], logits: true })
+                    .collect();
+                all.extend(model.forward(&chunks, &mut cache, &mut |_, _| Ok(())).unwrap());
+            }
+            all.concat()
+        };
+        let difference = run(host).iter().zip(run(device)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(difference < 1e-4, "{difference}");
+    }
+}
