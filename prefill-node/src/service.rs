@@ -94,7 +94,10 @@ impl PrefillService {
                     () = events.closed() => return,
                 };
                 let event = match ended {
-                    Ok(Some(done)) => Ok(PrefillEvent { event: Some(prefill_event::Event::HandoffDone(done)) }),
+                    Ok(Some(done)) => {
+                        tracing::info!(frames = done.frames, bytes = done.bytes, tail_us = done.tail_us, "handoff complete");
+                        Ok(PrefillEvent { event: Some(prefill_event::Event::HandoffDone(done)) })
+                    }
                     Ok(None) => return,
                     Err(error) => {
                         tracing::info!(code = %error.code, %error, "handoff failed");

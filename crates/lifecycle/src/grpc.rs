@@ -47,11 +47,14 @@ pub async fn with_health(routes: Routes, descriptors: &'static [u8]) -> Result<(
     let (reporter, service) = tonic_health::server::health_reporter();
     reporter.set_service_status("", ServingStatus::NotServing).await;
     reporter.set_service_status(LIVE, ServingStatus::Serving).await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(descriptors)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()?;
-    Ok((routes.add_service(service).add_service(reflection), Health { reporter }))
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(descriptors)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    // Both versions: Python's and older clients ask for the first.
+    let routes = routes.add_service(service).add_service(reflection().build_v1alpha()?).add_service(reflection().build_v1()?);
+    Ok((routes, Health { reporter }))
 }
 
 /// Serves until `end` is given and running calls are over, or a little longer at most.
