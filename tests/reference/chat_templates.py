@@ -69,7 +69,8 @@ ALTERNATING = """{%- set loop_messages = messages -%}
 {%- endfor -%}
 """
 
-LOOP_CONTROLS = """{% set ns = namespace(seen=0, last='') %}
+LOOP_CONTROLS = """{%- macro quote(role) -%}[{{ role }}: {{ caller() }}]{%- endmacro -%}
+{% set ns = namespace(seen=0, last='') %}
 {% for m in messages %}
     {% if m.role == 'system' %}
         {% continue %}
@@ -80,10 +81,15 @@ LOOP_CONTROLS = """{% set ns = namespace(seen=0, last='') %}
     {% set ns.seen = ns.seen + 1 %}
     {% set ns.last = m.content %}
 {{ loop.index }}/{{ loop.length }}{{ ' first' if loop.first }}{{ ' last' if loop.last }} {{ m.role | upper }}: {{ m.content | tojson }}
-{% else %}
-nothing
 {% endfor %}
+{% for m in messages if m.role == 'tool' %}{{ m.content }}{% else %}no tool{% endfor %}
+
 {{ {'seen': ns.seen, 'last': ns.last, 'roles': messages | map(attribute='role') | list, 'none': none, 'yes': true, 'x': 1.5} | tojson }}
+{% call quote(messages[-1].role) %}{{ messages[-1].content | trim | replace('"', "'") }}{% endcall %}
+{% for role, group in messages | groupby('role') %}{{ role }} {{ group | length }}{{ ', ' if not loop.last }}{% endfor %}
+
+{% set whole %}{{ messages | map(attribute='content') | map('upper') | join(' ~ ') }}{% endset %}
+{{ whole[:20] }}{{ whole[-3:] if whole | length > 23 }}
 {{ messages | tojson(indent=2) }}
 """
 
@@ -131,6 +137,7 @@ TEMPLATES = {
     "printed": PRINTED,
 }
 
+# Each is a list of (role, content).
 CHATS = {
     "one question": [("user", "Hi <b> & 'you'! \"Quotes\", \\ and /slashes/.")],
     "with a system message": [("system", "  Be terse.\n"), ("user", "  2 + 2?  "), ("assistant", "<think>\n4\n</think>\n\nFour."), ("user", "/and_you")],

@@ -100,14 +100,12 @@ def main():
 
 def make_models():
     """Random weights with large deviations, so that logits vary and errors show. All but one are stored as bfloat16."""
-    save_model("wide", random_weights(WIDE | {"head_dim": 16}), torch.float32)
-    tied = random_weights(TIED)
-    del tied["lm_head.weight"]
-    save_model("tied", tied)
-    save_model("qwen2", random_weights(QWEN2 | {"head_dim": 12}, biases=True), shards=2)
-    save_model("full", random_weights(FULL))
-    save_model("narrow", random_weights(NARROW))
-    save_model("projected", random_weights(PROJECTED))
+    save_model("wide", LOGITS["plain"][1], torch.float32)
+    save_model("tied", TIED)
+    save_model("qwen2", QWEN2, shards=2)
+    save_model("full", FULL)
+    save_model("narrow", NARROW)
+    save_model("projected", PROJECTED)
     full, decode = (c["num_key_value_heads"] * c["head_dim"] for c in (FULL, PROJECTED))
     projection = {}
     for i in range(PROJECTED["num_hidden_layers"]):
@@ -116,10 +114,10 @@ def make_models():
     save_file(projection, OUT / "models" / "projection.safetensors")
 
 
-def random_weights(config, biases=False):
-    hidden, mlp, heads, kv_heads, head_dim = (
-        config[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    )
+def random_weights(config):
+    hidden, mlp, heads, kv_heads = (config[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"))
+    head_dim = config.get("head_dim", hidden // heads)
+    biases = config["model_type"] == "qwen2"
     weights = {}
 
     def matrix(name, outputs, inputs, bias=False):
@@ -142,14 +140,16 @@ def random_weights(config, biases=False):
         matrix(f"{layer}.mlp.up_proj", mlp, hidden)
         matrix(f"{layer}.mlp.down_proj", hidden, mlp)
     norm("model.norm")
-    matrix("lm_head", VOCABULARY, hidden)
+    if not config["tie_word_embeddings"]:
+        matrix("lm_head", VOCABULARY, hidden)
     return weights
 
 
-def save_model(name, weights, dtype=torch.bfloat16, shards=1):
+def save_model(name, config, dtype=torch.bfloat16, shards=1):
     folder = OUT / "models" / name
     folder.mkdir(parents=True)
-    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    write_json(folder / "config.json", config)
+    weights = {name: tensor.to(dtype) for name, tensor in random_weights(config).items()}
     if shards == 1:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return
@@ -157,7 +157,11 @@ def save_model(name, weights, dtype=torch.bfloat16, shards=1):
     places = {name: names[i * shards // len(weights)] for i, name in enumerate(weights)}
     for file in names:
         save_file({n: t for n, t in weights.items() if places[n] == file}, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1) + "\n")
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_weights(name):
@@ -192,7 +196,7 @@ def make_logits():
             tensors[f"prompt.{i}"] = torch.tensor(prompt)
             tensors[f"logits.{i}"] = model(torch.tensor([prompt])).logits[0]
         save_file(tensors, folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps({"model": weights, "config": config}, indent=1) + "\n")
+        write_json(folder / f"{name}.json", {"model": weights, "config": config})
         print(f"{name}: logits deviate by {tensors['logits.2'].std():.2f}")
 
 
@@ -218,7 +222,7 @@ def make_two_models():
         layers = two_models.kept_layers(kind, full.layers, decode.layers)
         said = {"kv": kind, "layers": layers, "full": {"model": "full", "config": FULL}, "decode": {"model": weights, "config": config}}
         save_file(tensors, folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps(said, indent=1) + "\n")
+        write_json(folder / f"{name}.json", said)
 
 
 def worth_testing(tokens, logits):
@@ -256,7 +260,7 @@ def make_chats():
             cases.append({"template": name, "chat": about, **expected})
     chats = {about: [{"role": role, "content": content} for role, content in chat] for about, chat in CHATS.items()}
     said = {"bos_token": "<s>", "eos_token": "</s>", "templates": TEMPLATES, "chats": chats, "expected": cases}
-    (OUT / "chat_templates.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(OUT / "chat_templates.json", said)
 
 
 if __name__ == "__main__":

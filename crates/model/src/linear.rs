@@ -138,7 +138,7 @@ mod tests {
         let (rows, columns) = (3, 512);
         for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q5_0, GgmlDType::Q5_1, GgmlDType::Q8_0, GgmlDType::Q4K, GgmlDType::Q6K] {
             let format = block_format(dtype).unwrap();
-            let mut bytes: Vec<u8> = (0..rows * columns / format.block() * format.bytes()).map(|i| (i * 7919 >> 3) as u8).collect();
+            let mut bytes: Vec<u8> = (0..rows * columns / format.block() * format.bytes()).map(|i| ((i * 7919) >> 3) as u8).collect();
             // The scales: half-precision numbers that are not odd.
             let halves: &[usize] = match dtype {
                 GgmlDType::Q6K => &[208],

@@ -227,7 +227,7 @@ mod tests {
     /// What runs on a GPU (tensors for the cache, candle's operations for attention), on the CPU.
     #[test]
     fn the_device_form_of_the_cache_gives_the_same_logits() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/logits/llama_plain");
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models/wide");
         let model = Llama::load(&folder, WeightFormat::F32, &Device::Cpu).unwrap();
         let geometry = model.config().kv;
         let host = KvCache::new(geometry, 12, 4, &Device::Cpu).unwrap();

@@ -1,74 +1,117 @@
-//! Logits of the forward pass against Hugging Face transformers on the same weights, at every position, and bit for bit
-//! the same however the prompt is cut and wherever its blocks lie.
+//! Logits against Hugging Face transformers on the same weights, at every position; and the same bits however a prompt is
+//! cut, wherever its blocks lie, in any company, on any number of threads.
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+#![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
-use candle_core::{DType, Device, Tensor};
+mod fixture;
+mod sequence;
+
+use candle_core::Device;
+use fixture::{Fixture, checkpoint};
 use overfill_kv::BlockId;
-use overfill_model::{Chunk, KvCache, Llama};
+use overfill_model::{Chunk, KvCache, Llama, Threads};
 use overfill_types::pair::WeightFormat;
+use sequence::{Sequence, difference, same_bits};
 
-const BLOCK: usize = 4;
+const PROMPTS: usize = 3;
 
-fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/logits")
-}
-
-/// Logits after each of the prompt's tokens, which are read `cut` at a time.
-fn logits(model: &Llama, prompt: &[u32], cut: usize) -> Vec<Vec<f32>> {
-    let needed = prompt.len().div_ceil(BLOCK);
-    let mut cache = KvCache::new(model.config().kv, needed + 3, BLOCK, &Device::Cpu).unwrap();
-    // Not in order, and not from the beginning of the pool.
-    let blocks: Vec<BlockId> = (0..needed as u32).map(|i| BlockId(needed as u32 + 2 - i)).collect();
-    let mut all = Vec::new();
-    for (i, tokens) in prompt.chunks(cut).enumerate() {
-        // One token more at a time, from the chunk's beginning: rows that are written again are the same.
-        for end in 1..=tokens.len() {
-            let chunk = Chunk { tokens: &tokens[..end], start: i * cut, blocks: &blocks, logits: true };
-            all.extend(model.forward(&[chunk], &mut cache, &mut |_, _| Ok(())).unwrap());
-        }
-    }
-    all
+fn load(case: &Fixture, format: WeightFormat) -> Llama {
+    Llama::load(checkpoint(&case.said).path(), format, &Device::Cpu).unwrap()
 }
 
 fn check(name: &str) {
-    let folder = fixtures().join(name);
-    let model = Llama::load(&folder, WeightFormat::F32, &Device::Cpu).unwrap();
-    let expected: HashMap<String, Tensor> = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap();
-    for n in [1, 7, 40] {
-        let prompt: Vec<u32> = expected[&format!("prompt.{n}")].to_dtype(DType::U32).unwrap().to_vec1().unwrap();
-        let want: Vec<Vec<f32>> = expected[&format!("logits.{n}")].to_vec2().unwrap();
-        let got = logits(&model, &prompt, prompt.len());
-        let difference = got.iter().flatten().zip(want.iter().flatten()).map(|(g, w)| (g - w).abs()).fold(0.0, f32::max);
-        assert!(difference < 1e-3, "{name}, {n} tokens: logits differ by {difference}");
-        for cut in [1, 3, 16] {
-            assert_eq!(logits(&model, &prompt, cut), got, "{name}, {n} tokens in chunks of {cut}");
+    let case = Fixture::open(&format!("logits/{name}"));
+    // As they are stored: most are bf16, and both ways multiply the same numbers.
+    for format in [WeightFormat::F32, WeightFormat::Native] {
+        let model = load(&case, format);
+        for prompt in 0..PROMPTS {
+            let expected = case.logits(&format!("logits.{prompt}"));
+            let prompt = case.tokens(&format!("prompt.{prompt}"));
+            let whole = uncut(&model, &prompt);
+            assert_eq!(whole.len(), expected.len());
+            for (position, (got, expected)) in whole.iter().zip(&expected).enumerate() {
+                let difference = difference(got, expected);
+                assert!(difference < 1e-3, "{name} as {format:?}: {} tokens, position {position}: {difference}", prompt.len());
+            }
+            for (cut, threads) in [(1, 2), (3, 1), (16, 3)] {
+                let threads = Threads::new(threads).unwrap();
+                let mut sequence = Sequence::new(model.config().kv, prompt.len(), 4);
+                for tokens in prompt.chunks(cut) {
+                    let got = threads.run(|| sequence.read(&model, tokens));
+                    let last = sequence.length - 1;
+                    assert!(same_bits(&got, &whole[last]), "{name} as {format:?}: position {last} in chunks of {cut}");
+                }
+            }
         }
     }
 }
 
+/// Logits after each of the prompt's tokens, all up to it being read in one chunk.
+fn uncut(model: &Llama, prompt: &[u32]) -> Vec<Vec<f32>> {
+    (1..=prompt.len()).map(|n| Sequence::new(model.config().kv, n, 64).read(model, &prompt[..n])).collect()
+}
+
 #[test]
-fn llama_plain() {
-    check("llama_plain");
+fn plain() {
+    check("plain");
 }
 
 #[test]
 fn llama3_scaling() {
-    check("llama3_scaling");
+    check("llama3");
 }
 
 #[test]
-fn llama_rope_parameters() {
-    check("llama_rope_parameters");
+fn llama3_scaling_as_rope_parameters() {
+    check("llama3-parameters");
 }
 
 #[test]
-fn llama_linear_wide_heads() {
-    check("llama_linear_wide_heads");
+fn linear_scaling() {
+    check("linear");
 }
 
 #[test]
-fn qwen2_biases() {
-    check("qwen2_biases");
+fn tied_with_odd_widths_and_one_kv_head() {
+    check("tied");
+}
+
+#[test]
+fn qwen2_with_biases_in_two_shards() {
+    check("qwen2");
+}
+
+/// What decides that the tests above could fail: the configs that share weights disagree.
+#[test]
+fn the_rotary_embedding_matters() {
+    let prompt = Fixture::open("logits/plain").tokens("prompt.2");
+    let read = |name: &str| {
+        let model = load(&Fixture::open(&format!("logits/{name}")), WeightFormat::F32);
+        Sequence::new(model.config().kv, prompt.len(), 64).read(&model, &prompt)
+    };
+    let plain = read("plain");
+    for name in ["llama3", "llama3-parameters", "linear"] {
+        assert!(difference(&plain, &read(name)) > 0.1, "{name}");
+    }
+}
+
+#[test]
+fn company_changes_no_bit() {
+    let case = Fixture::open("logits/plain");
+    let model = load(&case, WeightFormat::F32);
+    let [one, few, many] = [0, 1, 2].map(|i| case.tokens(&format!("prompt.{i}")));
+    let expected = |prompt: &[u32]| uncut(&model, prompt).pop().unwrap();
+
+    let mut cache = KvCache::new(model.config().kv, 8, 16, &Device::Cpu).unwrap();
+    let tables = [&[BlockId(5)][..], &[BlockId(1)], &[BlockId(7), BlockId(0), BlockId(3)]];
+    let mut forward = |chunks: &[Chunk<'_>]| model.forward(chunks, &mut cache, &mut |_, _| Ok(())).unwrap();
+    let chunk = |sequence: usize, tokens, start, logits| Chunk { tokens, start, blocks: tables[sequence], logits };
+    let first = forward(&[chunk(2, &many[..13], 0, false), chunk(0, &one, 0, true), chunk(1, &few, 0, true)]);
+    let second = forward(&[chunk(1, &one, few.len(), true), chunk(2, &many[13..], 13, true), chunk(0, &few[..1], 1, true)]);
+
+    let one_then_one = [&one[..], &few[..1]].concat();
+    let few_then_one = [&few[..], &one[..]].concat();
+    for (got, prompt) in first.iter().chain(&second).zip([&one, &few, &few_then_one, &many, &one_then_one]) {
+        assert!(same_bits(got, &expected(prompt)), "after {prompt:?}");
+    }
 }
