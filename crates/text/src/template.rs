@@ -69,10 +69,13 @@ impl ChatTemplate {
     }
 }
 
-/// `json.dumps` with its default separators, nothing escaped for HTML; `indent` as in Python.
+/// `json.dumps` as Hugging Face calls it: nothing escaped for HTML or ASCII; `indent` and `separators` as in Python.
 fn to_json(value: &Value, kwargs: minijinja::value::Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
-    kwargs.get::<Option<bool>>("ensure_ascii")?;
+    let separators: Option<Vec<String>> = kwargs.get("separators")?;
+    if kwargs.get::<Option<bool>>("ensure_ascii")? == Some(true) {
+        return Err(Error::new(ErrorKind::InvalidOperation, "tojson(ensure_ascii=true) is not supported"));
+    }
     kwargs.assert_all_used()?;
     let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
     let mut text = Vec::new();
@@ -82,26 +85,36 @@ fn to_json(value: &Value, kwargs: minijinja::value::Kwargs) -> Result<Value, Err
             let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
             value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, formatter)).map_err(failed)?;
         }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, PythonFormatter)).map_err(failed)?,
+        None => {
+            let formatter = match separators.as_deref() {
+                None => Separated { item: ", ", key: ": " },
+                Some([item, key]) => Separated { item, key },
+                Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "separators are two texts")),
+            };
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, formatter)).map_err(failed)?;
+        }
     }
     let text = String::from_utf8(text).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
     Ok(Value::from_safe_string(text))
 }
 
-/// Python's separators: `, ` and `: `.
-struct PythonFormatter;
+/// JSON on one line with these between items, and between keys and values.
+struct Separated<'a> {
+    item: &'a str,
+    key: &'a str,
+}
 
-impl serde_json::ser::Formatter for PythonFormatter {
+impl serde_json::ser::Formatter for Separated<'_> {
     fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+        if first { Ok(()) } else { writer.write_all(self.item.as_bytes()) }
     }
 
     fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+        if first { Ok(()) } else { writer.write_all(self.item.as_bytes()) }
     }
 
     fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        writer.write_all(b": ")
+        writer.write_all(self.key.as_bytes())
     }
 }
 
@@ -130,6 +143,15 @@ mod tests {
     fn what_templates_of_the_field_use() {
         let source = "{{ bos_token }}\n{%- for m in messages %}\n    {%- if m.role == 'skip' %}{% continue %}{% endif %}\n    {{- m.content.strip().upper() | trim }}|{{ {'a': [1, m.content]} | tojson }}\n{%- endfor %}{{ strftime_now('%Y') | length }}";
         assert_eq!(render(source, &[say("skip", "no"), say("user", " <x> ")]).unwrap(), "<s><X>|{\"a\": [1, \" <x> \"]}4");
+    }
+
+    #[test]
+    fn json_as_python_writes_it() {
+        let messages = [say("user", "é <x>")];
+        let json = |arguments: &str| render(&format!("{{{{ messages | tojson({arguments}) }}}}"), &messages).unwrap();
+        assert_eq!(json(""), r#"[{"role": "user", "content": "é <x>"}]"#);
+        assert_eq!(json("separators=(',', ':')"), r#"[{"role":"user","content":"é <x>"}]"#);
+        assert_eq!(json("indent=2"), "[\n  {\n    \"role\": \"user\",\n    \"content\": \"é <x>\"\n  }\n]");
     }
 
     #[test]
