@@ -40,6 +40,26 @@ async fn queued_reserved_computing_and_pushing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn waiting_for_the_full_models_blocks() {
+    let pair = tiny::pair(Kind::Identity, 3);
+    // 512 bytes a token: room for one prompt, all others wait behind it.
+    let cluster = Builder::new(&pair.dir).prefill_flags(&["--chunk-tokens", "1", "--kv-memory", "2M"]).start().await;
+    let client = cluster.client().await;
+    let prompt = tiny::prompt(3000, 1);
+    let tasks: Vec<_> = (0..5)
+        .map(|_| tokio::spawn(overfill_tests::cluster::tokens(client.clone(), request(&prompt, &SamplingParams::greedy(), 50))))
+        .collect();
+    let prefill = cluster.nodes(Role::Prefill).remove(0);
+    overfill_tests::processes::eventually(SECOND * 5, "one runs and four wait", || async {
+        let status = overfill_tests::cluster::status(&prefill).await;
+        (status.sequences, status.running) == (5, 1)
+    })
+    .await;
+    tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    cluster.nothing_is_held(SECOND).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn while_decoding() {
     let pair = tiny::pair(Kind::Identity, 3);
     let cluster = Builder::new(&pair.dir).start().await;

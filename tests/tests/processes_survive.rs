@@ -184,3 +184,26 @@ async fn everything_may_start_before_its_peers_and_stops_when_told() {
         assert_eq!(process.wait(PATIENCE), Some(0));
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fixed_list_of_nodes_needs_no_etcd() {
+    let pair = tiny::pair(Kind::Identity, 5);
+    let dir = pair.dir.display().to_string();
+    let address = || format!("127.0.0.1:{}", free_port());
+    let (prefill, decode, http, grpc) = (address(), address(), address(), address());
+    let router = Process::ours(
+        "router",
+        &["--pair", &dir, "--http", &http, "--grpc", &grpc, "--prefill-nodes", &prefill, "--decode-nodes", &decode],
+    );
+    let node =
+        |name: &str, listen: &str| Process::ours(name, &["--pair", &dir, "--listen", listen, "--threads", "1", "--kv-memory", "32M"]);
+    let ready = || async { reqwest::get(format!("http://{http}/ready")).await.is_ok_and(|r| r.status().is_success()) };
+    let first = node("prefill-node", &prefill);
+    let second = node("decode-node", &decode);
+    eventually(PATIENCE, "both nodes are found", ready).await;
+    let client = InferenceClient::connect(format!("http://{grpc}")).await.unwrap();
+    assert_eq!(tokens(client, request(&[1, 2, 3], &SamplingParams::greedy(), 1)).await.unwrap().len(), 1);
+    second.kill();
+    eventually(PATIENCE, "a dead node is no longer listed", || async { !ready().await }).await;
+    drop((first, router));
+}

@@ -9,7 +9,8 @@ use overfill_tests::cluster::{Builder, Cluster, request, tokens};
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::{SamplingParams, StopConditions};
 
-const LENGTHS: [usize; 12] = [1, 2, 3, 15, 16, 17, 31, 64, 100, 255, 300, 700];
+/// Lengths of prompts, in tokens; each is asked greedily and sampled, which makes 50 requests.
+const LENGTHS: [usize; 25] = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 127, 200, 255, 256, 257, 300, 512, 700, 1000, 1499, 1500];
 const NEW: usize = 24;
 
 fn requests() -> Vec<(Vec<u32>, SamplingParams)> {
