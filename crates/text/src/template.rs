@@ -39,7 +39,7 @@ impl ChatTemplate {
         environment.add_function("strftime_now", |format: &str| chrono::Local::now().format(format).to_string());
         environment.add_filter("tojson", to_json);
         environment
-            .add_template_owned(NAME, source)
+            .add_template_owned(NAME, without_generation_blocks(source))
             .map_err(|e| ServiceError::new(Code::InvalidArgument, format!("the chat template is malformed: {e}")))?;
         Ok(Self { environment, bos_token, eos_token })
     }
@@ -67,6 +67,16 @@ impl ChatTemplate {
             })
             .map_err(refuse)
     }
+}
+
+/// Hugging Face's `{% generation %}` marks the assistant's words for training; what is in it is rendered as it is.
+fn without_generation_blocks(mut source: String) -> String {
+    for (begin, end) in [("{%", "%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%-", "-%}")] {
+        for (from, to) in [("generation", "if true"), ("endgeneration", "endif")] {
+            source = source.replace(&format!("{begin} {from} {end}"), &format!("{begin} {to} {end}"));
+        }
+    }
+    source
 }
 
 /// `json.dumps` as Hugging Face calls it: nothing escaped for HTML or ASCII; `indent` and `separators` as in Python.
@@ -143,6 +153,12 @@ mod tests {
     fn what_templates_of_the_field_use() {
         let source = "{{ bos_token }}\n{%- for m in messages %}\n    {%- if m.role == 'skip' %}{% continue %}{% endif %}\n    {{- m.content.strip().upper() | trim }}|{{ {'a': [1, m.content]} | tojson }}\n{%- endfor %}{{ strftime_now('%Y') | length }}";
         assert_eq!(render(source, &[say("skip", "no"), say("user", " <x> ")]).unwrap(), "<s><X>|{\"a\": [1, \" <x> \"]}4");
+    }
+
+    #[test]
+    fn generation_blocks_are_rendered_as_they_are() {
+        let source = "{% for m in messages %}{%- generation %}{{ m.content }}{% endgeneration -%} {% endfor %}";
+        assert_eq!(render(source, &[say("assistant", "yes")]).unwrap(), "yes");
     }
 
     #[test]
