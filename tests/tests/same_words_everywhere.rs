@@ -2,12 +2,16 @@
 //! the number of nodes, greedy and sampled.
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use overfill_model::solo::Solo;
 use overfill_model::{Device, Threads};
-use overfill_tests::cluster::{Builder, Cluster, request, tokens};
+use overfill_proto::v1::inference_client::InferenceClient;
+use overfill_tests::cluster::{Builder, request, tokens};
+use overfill_tests::processes::{Etcd, Process, eventually, free_port};
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::{SamplingParams, StopConditions};
+use tonic::transport::Channel;
 
 /// Lengths of prompts, in tokens; each is asked greedily and sampled, which makes 50 requests.
 const LENGTHS: [usize; 25] = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 127, 200, 255, 256, 257, 300, 512, 700, 1000, 1499, 1500];
@@ -44,8 +48,7 @@ fn reference(pair: &tiny::TinyPair, requests: &[(Vec<u32>, SamplingParams)]) -> 
 }
 
 /// `company` at a time.
-async fn written(cluster: &Cluster, requests: &[(Vec<u32>, SamplingParams)], company: usize) -> Vec<Vec<u32>> {
-    let client = cluster.client().await;
+async fn written(client: &InferenceClient<Channel>, requests: &[(Vec<u32>, SamplingParams)], company: usize) -> Vec<Vec<u32>> {
     let mut answers = Vec::new();
     for some in requests.chunks(company) {
         let tasks: Vec<_> =
@@ -67,12 +70,12 @@ async fn check(kind: Kind) {
         let cluster = Builder::new(&pair.dir).nodes(nodes.0, nodes.1).prefill_flags(&["--chunk-tokens", chunk]).start().await;
         for company in [1, 16] {
             assert_eq!(
-                written(&cluster, &requests, company).await,
+                written(&cluster.client().await, &requests, company).await,
                 expected,
                 "{kind:?}, {nodes:?} nodes, chunks of {chunk}, {company} at a time"
             );
         }
-        cluster.nothing_is_held(std::time::Duration::from_secs(1)).await;
+        cluster.nothing_is_held(Duration::from_secs(1)).await;
     }
 }
 
@@ -99,4 +102,29 @@ async fn prune_last() {
 #[tokio::test(flavor = "multi_thread")]
 async fn projection() {
     check(Kind::Projection).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn real_processes_that_etcd_brings_together() {
+    let pair = tiny::pair(Kind::Identity, 11);
+    let requests = requests();
+    let expected = reference(&pair, &requests);
+    let dir = pair.dir.display().to_string();
+    let etcd = Etcd::start();
+    let (http, grpc) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
+    let by_etcd = ["--pair", &dir, "--etcd", &etcd.address];
+    let mut processes = vec![Process::ours("router", &[&by_etcd[..], &["--http", &http, "--grpc", &grpc]].concat())];
+    for node in ["prefill-node", "prefill-node", "decode-node", "decode-node"] {
+        let flags = ["--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M"];
+        processes.push(Process::ours(node, &[&by_etcd[..], &flags].concat()));
+    }
+    eventually(Duration::from_secs(30), "the cluster is ready", || async {
+        reqwest::get(format!("http://{http}/ready")).await.is_ok_and(|r| r.status().is_success())
+    })
+    .await;
+    let client = InferenceClient::connect(format!("http://{grpc}")).await.unwrap();
+    for company in [1, 16] {
+        assert_eq!(written(&client, &requests, company).await, expected, "{company} at a time");
+    }
+    drop(processes);
 }
