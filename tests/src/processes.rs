@@ -109,6 +109,12 @@ impl Etcd {
         }
     }
 
+    /// Kills it and forgets its data.
+    pub fn wipe(&mut self) {
+        self.stop();
+        self.data = tempfile::tempdir().unwrap();
+    }
+
     /// Its process, for signals.
     pub fn process(&self) -> &Process {
         self.process.as_ref().expect("etcd runs")
