@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use overfill_kv::{BlockPool, Expected, Reservation, prompt_digest};
 use overfill_types::{
-    Code, Epoch, Fingerprint, KvGeometry, Limits, PairManifest, RequestId, SamplingParams, ServiceError, StopConditions, Ticket,
+    Code, Epoch, Fingerprint, KvGeometry, Limits, PairManifest, RequestId, SamplingParams, ServiceError, StopConditions, Ticket, WireFormat,
 };
 
 /// How many ended tickets are remembered, so that a late frame is told what happened.
@@ -27,6 +27,7 @@ pub(crate) struct Asked {
 pub(crate) struct Admission {
     fingerprint: Fingerprint,
     geometry: KvGeometry,
+    wire: WireFormat,
     limits: Limits,
     pool: BlockPool,
     max_sequences: usize,
@@ -54,6 +55,7 @@ impl Admission {
         Self {
             fingerprint: manifest.fingerprint.clone(),
             geometry: manifest.decode.kv,
+            wire: manifest.kv_formats.wire,
             limits,
             pool,
             max_sequences: max_sequences as usize,
@@ -87,7 +89,7 @@ impl Admission {
             let message = format!("this decode node holds {} sequences, its most: try another node, or later", table.held.len());
             return Err(ServiceError::new(Code::ResourceExhausted, message));
         }
-        let reservation = self.pool.reserve(asked.prompt.len() + asked.stop.max_tokens).map_err(|full| {
+        let reservation = self.pool.reserve(&[], asked.prompt.len() + asked.stop.max_tokens).map_err(|full| {
             ServiceError::new(Code::ResourceExhausted, format!("{full}: ask for fewer tokens, or try another node or later"))
         })?;
         let ticket = Ticket::new(uuid::Uuid::new_v4().to_string());
@@ -96,7 +98,9 @@ impl Admission {
             ticket: ticket.clone(),
             epoch: asked.epoch,
             geometry: self.geometry,
+            wire: self.wire,
             prompt_tokens: asked.prompt.len(),
+            held_tokens: 0,
             prompt_digest: prompt_digest(&asked.prompt),
         };
         table.held.insert(ticket.clone(), Held { request: asked.request.clone(), expected, claimed: false, superseded: false });

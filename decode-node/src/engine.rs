@@ -9,10 +9,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use overfill_kv::BlockId;
+use overfill_kv::{BlockId, wire};
 use overfill_lifecycle::Drain;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Threads};
-use overfill_types::{Code, ServiceError, Ticket};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Workspace};
+use overfill_types::{Code, ServiceError, Ticket, WireFormat};
 use tokio::sync::oneshot;
 
 use crate::sequence::{Sequence, State};
@@ -26,7 +26,7 @@ const SWEEP: Duration = Duration::from_millis(20);
 pub(crate) enum Command {
     /// A sequence waits for its KV cache.
     Admit(Box<Sequence>),
-    /// Checked rows of one layer, `[tokens, kv_heads, head_dim]` little-endian f32 each.
+    /// Checked rows of one layer, `[tokens, kv_heads, head_dim]` each, as they came over the wire.
     Rows { ticket: Ticket, layer: usize, start: usize, k: Bytes, v: Bytes },
     /// The handoff is whole. Answered when the sequence runs, or with why it does not.
     Start { ticket: Ticket, first: u32, answer: oneshot::Sender<Result<(), ServiceError>> },
@@ -41,12 +41,16 @@ pub(crate) struct Settings {
     pub(crate) max_batch: u32,
     /// How long a sequence waits for the next frame of its KV cache.
     pub(crate) patience: Duration,
+    /// How rows come over the wire.
+    pub(crate) wire: WireFormat,
+    /// Cores that the threads keep to; none in particular if empty.
+    pub(crate) cpus: Vec<usize>,
 }
 
 pub(crate) struct Engine {
     pub(crate) model: Llama,
     pub(crate) cache: KvCache,
-    pub(crate) threads: Threads,
+    pub(crate) workspace: Workspace,
     pub(crate) settings: Settings,
 }
 
@@ -55,7 +59,9 @@ impl Engine {
     pub(crate) fn start(self, end: Drain) -> std::io::Result<(flume::Sender<Command>, JoinHandle<()>)> {
         let (sender, commands) = flume::bounded(COMMANDS);
         let thread = std::thread::Builder::new().name("decode-engine".into()).spawn(move || {
-            Loop { engine: self, waiting: HashMap::new(), running: Vec::new(), turn: 0 }.run(&commands, &end);
+            Pool::pin_caller(&self.settings.cpus);
+            let (k, v) = (Vec::new(), Vec::new());
+            Loop { engine: self, waiting: HashMap::new(), running: Vec::new(), turn: 0, k, v }.run(&commands, &end);
         })?;
         Ok((sender, thread))
     }
@@ -67,6 +73,9 @@ struct Loop {
     running: Vec<Sequence>,
     /// Where the next step's batch begins, so that all get their turn when there are more than fit.
     turn: usize,
+    /// Rows of the frame that is being written, kept so that none allocates.
+    k: Vec<f32>,
+    v: Vec<f32>,
 }
 
 impl Loop {
@@ -95,8 +104,12 @@ impl Loop {
             Command::Rows { ticket, layer, start, k, v } => {
                 // A sequence that is gone by now needs no rows.
                 let Some(sequence) = self.waiting.get_mut(&ticket) else { return };
-                let blocks = sequence.place.reservation.blocks();
-                let written = self.engine.cache.write(layer, blocks, start, &floats(&k), &floats(&v));
+                let Engine { cache, workspace, settings, .. } = &mut self.engine;
+                let geometry = cache.geometry();
+                // The assembler saw that both are whole rows.
+                wire::decode(settings.wire, &geometry, &k, &mut self.k);
+                wire::decode(settings.wire, &geometry, &v, &mut self.v);
+                let written = cache.write(workspace.pool(), layer, blocks(sequence), start, &self.k, &self.v);
                 if let State::Waiting { until } = &mut sequence.state {
                     // Frames come: the sender lives. The same patience again.
                     *until = Instant::now() + self.engine.settings.patience;
@@ -172,25 +185,28 @@ impl Loop {
                 State::Waiting { .. } => ([0], 0),
             })
             .collect();
-        let chunks: Vec<Chunk<'_>> = self.running[..size]
-            .iter()
-            .zip(&inputs)
-            .map(|(s, (tokens, start))| Chunk { tokens, start: *start, blocks: blocks(s), logits: true })
-            .collect();
-        let Engine { model, cache, threads, settings } = &mut self.engine;
+        let Engine { model, cache, workspace, settings } = &mut self.engine;
         // Whatever a forward pass does wrong ends the sequences of its batch, not the node.
-        let computed = catch_unwind(AssertUnwindSafe(|| threads.run(|| model.forward(&chunks, cache, &mut |_, _| Ok(())))));
-        let logits = match computed {
-            Ok(Ok(logits)) => logits,
+        let computed = catch_unwind(AssertUnwindSafe(|| {
+            let chunks: Vec<Chunk<'_>> = self.running[..size]
+                .iter()
+                .zip(&inputs)
+                .map(|(s, (tokens, start))| Chunk { tokens, start: *start, blocks: blocks(s), logits: true })
+                .collect();
+            model.forward(&chunks, cache, workspace, &mut |_, _, _| Ok(()))?;
+            let samplers = self.running[..size].iter_mut().zip(&inputs).map(|(s, (_, start))| (&mut s.sampler, start + 1));
+            Ok(workspace.sample(samplers))
+        }));
+        let sampled = match computed {
+            Ok(Ok(sampled)) => sampled,
             Ok(Err(error)) => return self.fail_batch(size, &internal(&error)),
             Err(_) => return self.fail_batch(size, &ServiceError::new(Code::Internal, "the decode step panicked; the node goes on")),
         };
 
         let batch: Vec<Sequence> = self.running.drain(..size).collect();
         let mut going_on = Vec::with_capacity(size);
-        for (mut sequence, mut logits) in batch.into_iter().zip(logits) {
+        for (mut sequence, sampled) in batch.into_iter().zip(sampled) {
             let State::Running { written, .. } = sequence.state else { continue };
-            let sampled = sequence.sampler.sample(&mut logits, sequence.prompt_tokens + written);
             match sequence.wrote(&sampled, written, &settings.eos) {
                 Some(reason) => sequence.finish(reason),
                 None => going_on.push(sequence),
@@ -218,12 +234,4 @@ fn supersede(sequence: Sequence) {
 
 fn internal(error: &ModelError) -> ServiceError {
     ServiceError::new(Code::Internal, format!("the decode model failed: {error}"))
-}
-
-/// Little-endian bytes as numbers; in place where they happen to be aligned.
-fn floats(bytes: &Bytes) -> std::borrow::Cow<'_, [f32]> {
-    match bytemuck::try_cast_slice(bytes) {
-        Ok(floats) if cfg!(target_endian = "little") => floats.into(),
-        _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect::<Vec<_>>().into(),
-    }
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 use overfill_cluster::Discovery;
 use overfill_kv::BlockPool;
 use overfill_lifecycle::{Drain, grpc};
-use overfill_model::{KvCache, Pair, Threads};
+use overfill_model::{KvCache, ModelError, Pair, Pool, Workspace, cache};
 use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
 use overfill_types::{Limits, NodeId, NodeInfo, Role};
@@ -42,22 +42,29 @@ pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discove
     let loading = tokio::task::spawn_blocking(move || {
         let pair = Pair::open(&node.pair)?;
         let device = overfill_model::device::parse(&node.device)?;
-        let threads = Threads::new(node.threads()).map_err(|e| overfill_model::ModelError::Device(e.to_string()))?;
-        let model = threads.run(|| pair.load_decode(&device))?;
+        let pool = Pool::new(node.threads(), &node.cpus)
+            .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
+        let model = pair.load_decode(&device, &pool)?;
         let geometry = model.config().kv;
-        let blocks = node.blocks(geometry.values_per_token() * size_of::<f32>());
-        let cache = KvCache::new(geometry, blocks as usize, node.block_tokens as usize, &device)?;
-        Ok::<_, overfill_model::ModelError>((pair.manifest, threads, model, cache, blocks))
+        let formats = pair.manifest.kv_formats;
+        let blocks = node.blocks(cache::bytes_per_token(geometry, formats.cache));
+        let cache = KvCache::new(geometry, formats.cache, blocks as usize, node.block_tokens as usize, &device)?;
+        Ok::<_, ModelError>((pair.manifest, Workspace::new(pool), model, cache, blocks))
     });
-    let (manifest, threads, model, cache, blocks) = loading.await??;
+    let (manifest, workspace, model, cache, blocks) = loading.await??;
 
     let pool = BlockPool::new(blocks, config.node.block_tokens as usize);
     let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
     let admission = Arc::new(Admission::new(&manifest, limits, pool, config.max_sequences, config.reservation_timeout()));
-    let settings =
-        Settings { eos: manifest.tokenizer.eos_token_ids.clone(), max_batch: config.max_batch, patience: config.reservation_timeout() };
+    let settings = Settings {
+        eos: manifest.tokenizer.eos_token_ids.clone(),
+        max_batch: config.max_batch,
+        patience: config.reservation_timeout(),
+        wire: manifest.kv_formats.wire,
+        cpus: config.node.cpus.clone(),
+    };
     let end = Drain::new();
-    let (commands, engine_thread) = Engine { model, cache, threads, settings }.start(end.clone())?;
+    let (commands, engine_thread) = Engine { model, cache, workspace, settings }.start(end.clone())?;
     let service = DecodeService::new(id.clone(), manifest.name.clone(), admission.clone(), commands, drain.clone());
     let routes = Routes::new(DecodeServer::new(service).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;

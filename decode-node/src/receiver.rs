@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use overfill_kv::{Assembler, RowsHeader};
-use overfill_proto::v1::{KvDtype, KvFrame, PushSummary, kv_frame};
-use overfill_proto::{MAX_FRAME_PAYLOAD, status};
+use overfill_proto::v1::{KvFrame, PushSummary, kv_frame};
+use overfill_proto::{MAX_FRAME_PAYLOAD, convert, status};
 use overfill_types::{Code, Epoch, Fingerprint, ServiceError, Ticket};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -51,8 +51,9 @@ async fn take(
         let index = frame.index;
         match frame.body {
             Some(kv_frame::Body::Rows(rows)) => {
-                if rows.dtype() != KvDtype::F32 {
-                    let message = format!("frame {index} of {ticket} has rows of type {:?}: this node takes f32", rows.dtype());
+                let wanted = assembler.wire();
+                if convert::wire_format(rows.dtype()) != Some(wanted) {
+                    let message = format!("frame {index} of {ticket} has rows of type {:?}: this pair's are {wanted}", rows.dtype());
                     return Err(ServiceError::new(Code::InvalidArgument, message));
                 }
                 let payload = rows.k.len() + rows.v.len();

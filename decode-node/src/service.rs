@@ -48,6 +48,7 @@ impl DecodeService {
         let reserved = Reserved {
             ticket: place.ticket.to_string(),
             epoch: asked.epoch.0,
+            held_tokens: 0,
             expires_in_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
         };
         // The channel is empty and its reader is here: it has room.
@@ -92,6 +93,9 @@ impl Decode for DecodeService {
             blocks_free: pool.free() as u64,
             block_tokens: pool.block_tokens() as u32,
             model: self.model.clone(),
+            prefix_queries: 0,
+            prefix_hits: 0,
+            preempted: 0,
             max_context: self.admission.max_context() as u32,
         }))
     }

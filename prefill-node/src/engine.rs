@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use overfill_kv::{BlockId, BlockPool, Reservation};
 use overfill_lifecycle::Drain;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Sampler, Threads, Transform};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Sampled, Sampler, Transform, Workspace};
 use overfill_proto::v1::{FirstToken, PrefillEvent, Token, prefill_event};
 use overfill_proto::{convert, status};
 use overfill_types::{Code, SamplingParams, ServiceError, StopConditions};
@@ -46,13 +46,15 @@ pub(crate) struct Settings {
     pub(crate) eos: Vec<u32>,
     /// Most tokens in one step.
     pub(crate) chunk_tokens: usize,
+    /// Cores that the threads keep to; none in particular if empty.
+    pub(crate) cpus: Vec<usize>,
 }
 
 pub(crate) struct Engine {
     pub(crate) model: Llama,
     pub(crate) cache: KvCache,
     pub(crate) transform: Transform,
-    pub(crate) threads: Threads,
+    pub(crate) workspace: Workspace,
     pub(crate) pool: BlockPool,
     pub(crate) settings: Settings,
 }
@@ -72,6 +74,7 @@ impl Engine {
         let counts = Arc::new(Counts::default());
         let shared = counts.clone();
         let thread = std::thread::Builder::new().name("prefill-engine".into()).spawn(move || {
+            Pool::pin_caller(&self.settings.cpus);
             Loop { engine: self, counts: shared, waiting: VecDeque::new(), running: Vec::new() }.run(&jobs, &end);
         })?;
         Ok((sender, counts, thread))
@@ -109,7 +112,7 @@ impl Loop {
     /// Gives blocks to those who waited longest; a prompt that does not fit yet is not overtaken, so it gets its turn.
     fn let_in(&mut self) {
         while let Some(job) = self.waiting.front() {
-            let Ok(reservation) = self.engine.pool.reserve(job.prompt.len()) else { return };
+            let Ok(reservation) = self.engine.pool.reserve(&[], job.prompt.len()) else { return };
             let Some(job) = self.waiting.pop_front() else { return };
             self.running.push(Running { job, reservation, done: 0 });
         }
@@ -121,11 +124,11 @@ impl Loop {
         }
         let remaining: Vec<usize> = self.running.iter().map(|r| r.job.prompt.len() - r.done).collect();
         let given = share(&remaining, self.engine.settings.chunk_tokens);
-        let Engine { model, cache, transform, threads, .. } = &mut self.engine;
+        let Engine { model, cache, transform, workspace, .. } = &mut self.engine;
         // Whatever a forward pass does wrong ends the prompts of its step, not the node.
-        let computed = catch_unwind(AssertUnwindSafe(|| threads.run(|| read(model, cache, transform, &mut self.running, &given))));
+        let computed = catch_unwind(AssertUnwindSafe(|| read(model, cache, transform, workspace, &mut self.running, &given)));
         let error = match computed {
-            Ok(Ok(logits)) => return self.advance(&given, logits),
+            Ok(Ok(sampled)) => return self.advance(&given, sampled),
             Ok(Err(error)) => ServiceError::new(Code::Internal, format!("the full model failed: {error}")),
             Err(_) => ServiceError::new(Code::Internal, "the prefill step panicked; the node goes on"),
         };
@@ -139,15 +142,15 @@ impl Loop {
         }
     }
 
-    /// After a step: counts what was read, and ends the prompts that were read to their end. `logits` are theirs, in order.
-    fn advance(&mut self, given: &[usize], logits: Vec<Vec<f32>>) {
-        let mut logits = logits.into_iter();
+    /// After a step: counts what was read, and ends the prompts that were read to their end. `sampled` are their first tokens, in order.
+    fn advance(&mut self, given: &[usize], sampled: Vec<Sampled>) {
+        let mut sampled = sampled.into_iter();
         let mut rest = Vec::with_capacity(self.running.len());
         for (mut running, given) in self.running.drain(..).zip(given) {
             running.done += given;
             if *given > 0 && running.done == running.job.prompt.len() {
-                if let Some(mut logits) = logits.next() {
-                    running.job.finish(&mut logits, &self.engine.settings.eos);
+                if let Some(sampled) = sampled.next() {
+                    running.job.finish(&sampled, &self.engine.settings.eos);
                 }
             } else {
                 rest.push(running);
@@ -158,13 +161,15 @@ impl Loop {
 }
 
 /// One forward pass over the given number of tokens of each prompt; every layer's rows leave as soon as they are there.
+/// Gives the first tokens of the answers to those prompts that were read to their end.
 fn read(
     model: &Llama,
     cache: &mut KvCache,
     transform: &Transform,
+    workspace: &mut Workspace,
     running: &mut [Running],
     given: &[usize],
-) -> Result<Vec<Vec<f32>>, ModelError> {
+) -> Result<Vec<Sampled>, ModelError> {
     /// One prompt's part in the step.
     struct Part<'a> {
         tokens: &'a [u32],
@@ -187,16 +192,30 @@ fn read(
         .collect();
     let chunks: Vec<Chunk<'_>> =
         parts.iter().map(|p| Chunk { tokens: p.tokens, start: p.start, blocks: p.blocks, logits: p.last }).collect();
-    model.forward(&chunks, cache, &mut |layer, cache| {
+    let (mut k, mut v) = (Vec::new(), Vec::new());
+    model.forward(&chunks, cache, workspace, &mut |layer, cache, pool| {
         for &target in transform.targets(layer) {
             for part in &mut parts {
                 let Some(handoff) = part.handoff.as_deref_mut().filter(|h| !h.broken()) else { continue };
-                let (k, v) = cache.read(layer, part.blocks, part.start, part.tokens.len())?;
-                handoff.rows(target, part.start, &transform.apply(target, k)?, &transform.apply(target, v)?);
+                cache.read(layer, part.blocks, part.start, part.tokens.len(), &mut k, &mut v)?;
+                transform.apply(pool, target, &mut k)?;
+                transform.apply(pool, target, &mut v)?;
+                handoff.rows(target, part.start, &k, &v);
             }
         }
         Ok(())
-    })
+    })?;
+    let mut samplers: Vec<(Sampler, usize)> = Vec::new();
+    for (running, given) in running.iter().zip(given) {
+        let length = running.job.prompt.len();
+        if *given > 0 && running.done + given == length {
+            samplers.push((Sampler::new(running.job.sampling.clone(), &running.job.prompt), length));
+        }
+    }
+    if samplers.is_empty() {
+        return Ok(Vec::new());
+    }
+    Ok(workspace.sample(samplers.iter_mut().map(|(sampler, position)| (sampler, *position))))
 }
 
 impl Job {
@@ -206,8 +225,7 @@ impl Job {
     }
 
     /// The first token, from the full model's logits after the whole prompt.
-    fn finish(mut self, logits: &mut [f32], eos: &[u32]) {
-        let sampled = Sampler::new(self.sampling.clone(), &self.prompt).sample(logits, self.prompt.len());
+    fn finish(mut self, sampled: &Sampled, eos: &[u32]) {
         let finish = self.stop.after(sampled.token, 1, eos);
         let token = Token { id: sampled.token, index: 0, logprob: sampled.logprob.as_ref().map(convert::logprob_to_wire) };
         let first = FirstToken { token: Some(token), finish: finish.map_or(0, |f| convert::finish_to_wire(f).into()) };

@@ -2,13 +2,12 @@
 
 use std::time::Instant;
 
-use bytes::Bytes;
-use overfill_kv::{HandoffDigest, RowsHeader, prompt_digest};
+use overfill_kv::{HandoffDigest, RowsHeader, prompt_digest, wire};
 use overfill_lifecycle::grpc;
 use overfill_proto::v1::decode_client::DecodeClient;
-use overfill_proto::v1::{HandoffDone, KvCommit, KvDtype, KvFrame, KvRows, kv_frame};
-use overfill_proto::{MAX_FRAME_PAYLOAD, MAX_MESSAGE, status};
-use overfill_types::{Code, Epoch, Fingerprint, KvGeometry, ServiceError, Ticket};
+use overfill_proto::v1::{HandoffDone, KvCommit, KvFrame, KvRows, kv_frame};
+use overfill_proto::{MAX_FRAME_PAYLOAD, MAX_MESSAGE, convert, status};
+use overfill_types::{Code, Epoch, Fingerprint, KvGeometry, ServiceError, Ticket, WireFormat};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -27,14 +26,15 @@ pub(crate) struct Target {
 }
 
 /// Tokens of one layer in a frame.
-pub(crate) fn tokens_per_frame(row: usize) -> usize {
-    (FRAME_PAYLOAD / (2 * row * size_of::<f32>())).max(1)
+pub(crate) fn tokens_per_frame(wire: WireFormat, geometry: &KvGeometry) -> usize {
+    (FRAME_PAYLOAD / (2 * wire::row_bytes(wire, geometry))).max(1)
 }
 
 /// Cuts rows into frames. Dropped without [`Sender::commit`] it breaks the push off, silently.
 pub(crate) struct Sender {
     target: Target,
-    row: usize,
+    geometry: KvGeometry,
+    wire: WireFormat,
     /// Has room for every frame of the prompt, so the engine never waits for a slow decode node. What it may hold is
     /// bounded by the prompts that are admitted.
     frames: mpsc::Sender<KvFrame>,
@@ -53,13 +53,13 @@ pub(crate) struct Push {
 }
 
 /// A handoff of a prompt of `tokens` tokens that is read at least one token a chunk.
-pub(crate) fn handoff(target: Target, geometry: KvGeometry, tokens: usize) -> (Sender, Push) {
+pub(crate) fn handoff(target: Target, geometry: KvGeometry, wire: WireFormat, tokens: usize) -> (Sender, Push) {
     let (frames, received) = mpsc::channel(geometry.layers * tokens + 1);
     let (committed, when) = oneshot::channel();
     let given_up = CancellationToken::new();
     let push = Push { target: target.clone(), frames: received, committed: when, given_up: given_up.clone() };
     let digest = HandoffDigest::default();
-    (Sender { target, row: geometry.row(), frames, next: 0, digest, committed, given_up: given_up.drop_guard() }, push)
+    (Sender { target, geometry, wire, frames, next: 0, digest, committed, given_up: given_up.drop_guard() }, push)
 }
 
 impl Sender {
@@ -70,7 +70,8 @@ impl Sender {
 
     /// Sends rows `[tokens, kv_heads, head_dim]` of one decode-model layer, the first of them at position `start`.
     pub(crate) fn rows(&mut self, layer: usize, start: usize, k: &[f32], v: &[f32]) {
-        let step = tokens_per_frame(self.row) * self.row;
+        let row = self.geometry.row();
+        let step = tokens_per_frame(self.wire, &self.geometry) * row;
         for (i, (k, v)) in k.chunks(step).zip(v.chunks(step)).enumerate() {
             let header = RowsHeader {
                 fingerprint: self.target.fingerprint.clone(),
@@ -78,14 +79,14 @@ impl Sender {
                 epoch: self.target.epoch,
                 index: self.next,
                 layer: layer as u32,
-                start: (start + i * step / self.row) as u32,
-                tokens: (k.len() / self.row) as u32,
+                start: (start + i * step / row) as u32,
+                tokens: (k.len() / row) as u32,
             };
-            let (k, v) = (little_endian(k), little_endian(v));
+            let (k, v) = (wire::encode(self.wire, &self.geometry, k), wire::encode(self.wire, &self.geometry, v));
             let checksum = header.checksum(&k, &v);
             self.digest.update(&header, checksum);
             let RowsHeader { layer, start, tokens, .. } = header;
-            let rows = KvRows { layer, start, tokens, dtype: KvDtype::F32.into(), k, v, checksum };
+            let rows = KvRows { layer, start, tokens, dtype: convert::wire_format_to_wire(self.wire).into(), k, v, checksum };
             self.send(kv_frame::Body::Rows(rows));
         }
     }
@@ -138,13 +139,6 @@ impl Push {
             })?
             .into_inner();
         let tail = self.committed.await.map_or(0, |at| at.elapsed().as_micros() as u64);
-        Ok(Some(HandoffDone { frames: summary.frames, bytes: summary.bytes, tail_us: tail }))
+        Ok(Some(HandoffDone { frames: summary.frames, bytes: summary.bytes, tail_us: tail, transfer_us: 0 }))
     }
-}
-
-fn little_endian(values: &[f32]) -> Bytes {
-    if cfg!(target_endian = "little") {
-        return Bytes::copy_from_slice(bytemuck::cast_slice(values));
-    }
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }

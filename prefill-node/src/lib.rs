@@ -17,7 +17,7 @@ use std::time::Duration;
 use overfill_cluster::Discovery;
 use overfill_kv::BlockPool;
 use overfill_lifecycle::{Drain, grpc};
-use overfill_model::{KvCache, Pair, Threads};
+use overfill_model::{KvCache, ModelError, Pair, Pool, Workspace, cache};
 use overfill_proto::v1::prefill_server::PrefillServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
 use overfill_types::{Limits, NodeId, NodeInfo, Role};
@@ -41,21 +41,27 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
     let loading = tokio::task::spawn_blocking(move || {
         let pair = Pair::open(&node.pair)?;
         let device = overfill_model::device::parse(&node.device)?;
-        let threads = Threads::new(node.threads()).map_err(|e| overfill_model::ModelError::Device(e.to_string()))?;
-        let model = threads.run(|| pair.load_full(&device))?;
-        let transform = pair.load_transform()?;
+        let pool = Pool::new(node.threads(), &node.cpus)
+            .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
+        let model = pair.load_full(&device, &pool)?;
+        let transform = pair.load_transform(&pool)?;
         let geometry = model.config().kv;
-        let blocks = node.blocks(geometry.values_per_token() * size_of::<f32>());
-        let cache = KvCache::new(geometry, blocks as usize, node.block_tokens as usize, &device)?;
-        Ok::<_, overfill_model::ModelError>((pair.manifest, threads, model, transform, cache, blocks))
+        let format = pair.manifest.kv_formats.cache;
+        let blocks = node.blocks(cache::bytes_per_token(geometry, format));
+        let cache = KvCache::new(geometry, format, blocks as usize, node.block_tokens as usize, &device)?;
+        Ok::<_, ModelError>((pair.manifest, Workspace::new(pool), model, transform, cache, blocks))
     });
-    let (manifest, threads, model, transform, cache, blocks) = loading.await??;
+    let (manifest, workspace, model, transform, cache, blocks) = loading.await??;
 
     let pool = BlockPool::new(blocks, config.node.block_tokens as usize);
     let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
-    let settings = Settings { eos: manifest.tokenizer.eos_token_ids.clone(), chunk_tokens: config.chunk_tokens as usize };
+    let settings = Settings {
+        eos: manifest.tokenizer.eos_token_ids.clone(),
+        chunk_tokens: config.chunk_tokens as usize,
+        cpus: config.node.cpus.clone(),
+    };
     let end = Drain::new();
-    let engine = Engine { model, cache, transform, threads, pool: pool.clone(), settings };
+    let engine = Engine { model, cache, transform, workspace, pool: pool.clone(), settings };
     let (jobs, counts, engine_thread) = engine.start(config.max_queue as usize, end.clone())?;
     let served = Served {
         id: id.clone(),
@@ -64,6 +70,7 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
         limits,
         pool,
         decode_geometry: manifest.decode.kv,
+        wire: manifest.kv_formats.wire,
         max_queue: config.max_queue as usize,
     };
     let service = PrefillService::new(served, jobs, counts.clone(), drain.clone());

@@ -8,7 +8,7 @@ use overfill_lifecycle::Drain;
 use overfill_proto::v1::prefill_server::Prefill;
 use overfill_proto::v1::{NodeStatus, Phase, PrefillEvent, PrefillRequest, StatusRequest, prefill_event};
 use overfill_proto::{convert, status};
-use overfill_types::{Code, Epoch, Fingerprint, KvGeometry, Limits, NodeId, ServiceError, Ticket};
+use overfill_types::{Code, Epoch, Fingerprint, KvGeometry, Limits, NodeId, ServiceError, Ticket, WireFormat};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -28,6 +28,7 @@ pub(crate) struct Served {
     pub(crate) limits: Limits,
     pub(crate) pool: BlockPool,
     pub(crate) decode_geometry: KvGeometry,
+    pub(crate) wire: WireFormat,
     pub(crate) max_queue: usize,
 }
 
@@ -80,7 +81,7 @@ impl PrefillService {
             .map(|h| {
                 let target =
                     Target { address: h.address, fingerprint: fingerprint.clone(), ticket: Ticket::new(h.ticket), epoch: Epoch(h.epoch) };
-                handoff(target, self.served.decode_geometry, request.prompt.len())
+                handoff(target, self.served.decode_geometry, self.served.wire, request.prompt.len())
             })
             .unzip();
         let job = Job { prompt: request.prompt, sampling, stop, events: events.clone(), handoff: sender, _counted: counted.clone() };
@@ -136,6 +137,9 @@ impl Prefill for PrefillService {
             blocks_free: pool.free() as u64,
             block_tokens: pool.block_tokens() as u32,
             model: model.clone(),
+            prefix_queries: 0,
+            prefix_hits: 0,
+            preempted: 0,
             max_context: limits.max_context as u32,
         }))
     }

@@ -1,6 +1,6 @@
 //! Wire messages to our words and back. What the wire leaves out gets its documented default here.
 
-use overfill_types::{Code, FinishReason, SamplingParams, ServiceError, StopConditions, TokenLogprob, TopLogprob};
+use overfill_types::{Code, FinishReason, SamplingParams, ServiceError, StopConditions, TokenLogprob, TopLogprob, WireFormat};
 
 use crate::v1;
 
@@ -37,6 +37,27 @@ pub fn sampling_to_wire(params: &SamplingParams) -> v1::Sampling {
         frequency_penalty: Some(params.frequency_penalty),
         seed: Some(params.seed),
         logprobs: params.logprobs,
+    }
+}
+
+/// How a frame's rows are sent; `None` where this version does not know the type.
+pub fn wire_format(dtype: v1::KvDtype) -> Option<WireFormat> {
+    match dtype {
+        v1::KvDtype::Unspecified => None,
+        v1::KvDtype::F32 => Some(WireFormat::F32),
+        v1::KvDtype::F16 => Some(WireFormat::F16),
+        v1::KvDtype::Bf16 => Some(WireFormat::Bf16),
+        v1::KvDtype::Int8 => Some(WireFormat::Int8),
+    }
+}
+
+/// The type that a frame's rows are sent as.
+pub fn wire_format_to_wire(format: WireFormat) -> v1::KvDtype {
+    match format {
+        WireFormat::F32 => v1::KvDtype::F32,
+        WireFormat::F16 => v1::KvDtype::F16,
+        WireFormat::Bf16 => v1::KvDtype::Bf16,
+        WireFormat::Int8 => v1::KvDtype::Int8,
     }
 }
 

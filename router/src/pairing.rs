@@ -130,6 +130,7 @@ mod tests {
             full: model.clone(),
             decode: model,
             kv: KvTransform::Identity,
+            kv_formats: overfill_types::KvFormats::default(),
             tokenizer: TokenizerManifest { sha256: String::new(), eos_token_ids: vec![] },
             provenance: serde_json::Map::new(),
         }

@@ -113,7 +113,12 @@ impl Relay {
             1 => None,
             _ => Some(self.reserve(chosen, epoch).await?),
         };
-        let handoff = decode.as_ref().map(|d| v1::Handoff { address: chosen.decode.address.clone(), ticket: d.ticket.clone(), epoch });
+        let handoff = decode.as_ref().map(|d| v1::Handoff {
+            address: chosen.decode.address.clone(),
+            ticket: d.ticket.clone(),
+            epoch,
+            held_tokens: d.held_tokens,
+        });
         let mut prefill = self.prefill(chosen, handoff).await?;
         // Tokens of the decode node that came before the first one, over the other connection.
         let mut early: Vec<DecodeEvent> = Vec::new();
@@ -144,6 +149,8 @@ impl Relay {
                         return Ok(());
                     },
                     Ok(Some(event)) => early.push(event),
+                    // All of it came before the first token did.
+                    Ok(None) if matches!(early.last(), Some(DecodeEvent { event: Some(decode_event::Event::Finished(_)) })) => decode = None,
                     Ok(None) => return Err(broken("decode", &chosen.decode.id)),
                     Err(error) => return Err(self.second(chosen, &error, &mut prefill).await),
                 },
@@ -155,6 +162,7 @@ impl Relay {
     async fn reserve(&self, chosen: &Chosen, epoch: u64) -> Result<Reserved, Failure> {
         let node = &chosen.decode;
         let request = DecodeRequest {
+            written: Vec::new(),
             fingerprint: node.fingerprint.to_string(),
             request_id: self.request.id.to_string(),
             epoch,
@@ -167,7 +175,9 @@ impl Relay {
         let refused = |e: Status| Failure::of(&e, "decode node", &node.id);
         let mut events = client.generate(request).await.map_err(refused)?.into_inner();
         match events.message().await.map_err(refused)? {
-            Some(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }) => Ok(Reserved { ticket: reserved.ticket, events }),
+            Some(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }) => {
+                Ok(Reserved { ticket: reserved.ticket, held_tokens: reserved.held_tokens, events })
+            }
             _ => Err(broken("decode", &node.id)),
         }
     }
@@ -308,6 +318,8 @@ impl Relay {
 /// A reservation and the stream that it writes to.
 struct Reserved {
     ticket: String,
+    /// Tokens of the prompt that the decode node holds already.
+    held_tokens: u32,
     events: Streaming<DecodeEvent>,
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use overfill_model::{KvSpec, MakePair, Pair};
 use overfill_text::gguf::GgufVocabulary;
 use overfill_types::pair::WeightFormat;
+use overfill_types::{KvFormat, KvFormats, WireFormat};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use safetensors::Dtype;
@@ -81,6 +82,13 @@ pub fn pair(kind: Kind, seed: u64) -> TinyPair {
             KvSpec::Projection(at("projection.safetensors"))
         }
     };
+    // Each kind has other number formats, so that all are tried.
+    let formats = match kind {
+        Kind::Identity => KvFormats::default(),
+        Kind::Prune("first") => KvFormats { cache: KvFormat::F16, wire: WireFormat::Bf16 },
+        Kind::Prune(_) => KvFormats { cache: KvFormat::F16, wire: WireFormat::F16 },
+        Kind::Projection => KvFormats { cache: KvFormat::F16, wire: WireFormat::Int8 },
+    };
     let making = MakePair {
         name: "tiny".into(),
         full: at("full"),
@@ -88,6 +96,7 @@ pub fn pair(kind: Kind, seed: u64) -> TinyPair {
         decode: at("decode"),
         decode_weights: WeightFormat::F32,
         kv,
+        kv_formats: formats,
         provenance: serde_json::Map::new(),
     };
     let dir = at("pair");

@@ -14,11 +14,11 @@ const SECOND: Duration = Duration::from_secs(1);
 async fn queued_reserved_computing_and_pushing() {
     let pair = tiny::pair(Kind::Identity, 3);
     // One token a step: the prompts are in every state for a long time.
-    let cluster = Builder::new(&pair.dir).prefill_flags(&["--chunk-tokens", "1"]).start().await;
+    let cluster = Builder::new(&pair.dir).prefill_flags(&["--chunk-tokens", "1"]).decode_flags(&["--kv-memory", "128M"]).start().await;
     let client = cluster.client().await;
     let prompt = tiny::prompt(3000, 1);
     for wait in [0, 1, 5, 20, 100, 300] {
-        let tasks: Vec<_> = (0..8)
+        let tasks: Vec<_> = (0..32)
             .map(|_| {
                 let (mut client, request) = (client.clone(), request(&prompt, &SamplingParams::greedy(), 50));
                 tokio::spawn(async move {
@@ -29,7 +29,7 @@ async fn queued_reserved_computing_and_pushing() {
             .collect();
         tokio::time::sleep(Duration::from_millis(wait)).await;
         if wait >= 100 {
-            assert!(cluster.statuses().await.iter().all(|s| s.sequences == 8), "all are under way");
+            assert!(cluster.statuses().await.iter().all(|s| s.sequences > 8), "many are under way");
         }
         tasks.iter().for_each(tokio::task::JoinHandle::abort);
         for task in tasks {
@@ -42,17 +42,18 @@ async fn queued_reserved_computing_and_pushing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn waiting_for_the_full_models_blocks() {
     let pair = tiny::pair(Kind::Identity, 3);
-    // 512 bytes a token: room for one prompt, all others wait behind it.
-    let cluster = Builder::new(&pair.dir).prefill_flags(&["--chunk-tokens", "1", "--kv-memory", "2M"]).start().await;
+    // 768 bytes a token: room for one prompt, all others wait behind it.
+    let flags = ["--chunk-tokens", "1", "--kv-memory", "3M"];
+    let cluster = Builder::new(&pair.dir).prefill_flags(&flags).decode_flags(&["--kv-memory", "128M"]).start().await;
     let client = cluster.client().await;
     let prompt = tiny::prompt(3000, 1);
-    let tasks: Vec<_> = (0..5)
+    let tasks: Vec<_> = (0..20)
         .map(|_| tokio::spawn(overfill_tests::cluster::tokens(client.clone(), request(&prompt, &SamplingParams::greedy(), 50))))
         .collect();
     let prefill = cluster.nodes(Role::Prefill).remove(0);
-    overfill_tests::processes::eventually(SECOND * 5, "one runs and four wait", || async {
+    overfill_tests::processes::eventually(SECOND * 5, "one runs and many wait", || async {
         let status = overfill_tests::cluster::status(&prefill).await;
-        (status.sequences, status.running) == (5, 1)
+        status.sequences > 10 && status.running == 1
     })
     .await;
     tasks.iter().for_each(tokio::task::JoinHandle::abort);
@@ -83,6 +84,7 @@ async fn a_reservation_whose_cache_never_comes_runs_out() {
     let node = cluster.nodes(Role::Decode).remove(0);
     let mut decode = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
     let request = DecodeRequest {
+        written: Vec::new(),
         fingerprint: node.fingerprint.to_string(),
         request_id: "r".into(),
         epoch: 1,

@@ -119,6 +119,7 @@ async fn reserve(cluster: &Cluster, request_id: &str, epoch: u64) -> Result<Rese
     let node = cluster.nodes(Role::Decode).remove(0);
     let mut client = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
     let request = DecodeRequest {
+        written: Vec::new(),
         fingerprint: node.fingerprint.to_string(),
         request_id: request_id.into(),
         epoch,

@@ -13,6 +13,7 @@ use overfill_model::gguf::quantise;
 use overfill_model::pair::file_sha256;
 use overfill_model::{GgmlDType, KvSpec, MakePair, Pair};
 use overfill_types::pair::{PAIR_FILE, WeightFormat};
+use overfill_types::{KvFormat, KvFormats, WireFormat};
 use serde_json::json;
 
 use crate::Home;
@@ -65,6 +66,7 @@ pub(crate) fn install(home: &Path) -> anyhow::Result<PathBuf> {
         decode,
         decode_weights: WeightFormat::Native,
         kv: KvSpec::Identity,
+        kv_formats: KvFormats { cache: KvFormat::F16, wire: WireFormat::F16 },
         provenance:
             json!({ "full": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1", "decode": "the same weights quantised to Q4_0" })
                 .as_object()

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use overfill_model::solo::Solo;
-use overfill_model::{Pair, Threads};
+use overfill_model::{Pair, Pool};
 use overfill_text::{Message, StopMatcher, TextModel};
 use overfill_types::{FinishReason, Limits, SamplingParams, StopConditions};
 use serde_json::json;
@@ -87,7 +87,7 @@ pub(crate) fn run(args: GenerateArgs, home: &Home) -> anyhow::Result<()> {
 
     let loading = spinner("loading the pair");
     let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
-    let solo = Solo::load(&Pair::open(&dir)?, &overfill_model::device::parse(&args.device)?, Threads::new(threads)?)?;
+    let mut solo = Solo::load(&Pair::open(&dir)?, &overfill_model::device::parse(&args.device)?, Pool::new(threads, &[])?)?;
     loading.finish_and_clear();
 
     let mut detokenizer = text.detokenizer();

@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use overfill_model::{KvSpec, MakePair};
 use overfill_types::pair::WeightFormat;
+use overfill_types::{KvFormat, KvFormats, WireFormat};
 
 use crate::progress::spinner;
 
@@ -23,6 +24,12 @@ pub(crate) struct MakePairArgs {
     /// From the full model's KV cache to the decode model's: identity, prune:firstlast, prune:first, prune:last or projection:FILE
     #[arg(long, env = "OVERFILL_KV")]
     kv: KvSpec,
+    /// How keys and values are stored in the nodes' caches: f32 or f16
+    #[arg(long, env = "OVERFILL_KV_CACHE", default_value_t = KvFormat::F16)]
+    kv_cache: KvFormat,
+    /// How they go from prefill to decode node: f32, f16, bf16 or int8
+    #[arg(long, env = "OVERFILL_KV_WIRE", default_value_t = WireFormat::F16)]
+    kv_wire: WireFormat,
     /// The folder to make
     #[arg(long, env = "OVERFILL_OUT")]
     out: PathBuf,
@@ -43,7 +50,16 @@ pub(crate) fn run(args: MakePairArgs) -> anyhow::Result<()> {
         None => args.out.file_name().context("--out names no folder")?.to_string_lossy().into_owned(),
     };
     let MakePairArgs { full, decode, kv, out, full_weights, decode_weights, .. } = args;
-    let making = MakePair { name, full, full_weights, decode, decode_weights, kv, provenance: serde_json::Map::new() };
+    let making = MakePair {
+        name,
+        full,
+        full_weights,
+        decode,
+        decode_weights,
+        kv,
+        kv_formats: KvFormats { cache: args.kv_cache, wire: args.kv_wire },
+        provenance: serde_json::Map::new(),
+    };
     let waiting = spinner("hashing weights");
     let pair = making.make(&out)?;
     waiting.finish_and_clear();

@@ -54,6 +54,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home) -> anyhow::Result<()> {
             pair: pair.clone(),
             advertise: None,
             threads: args.threads,
+            cpus: Vec::new(),
             device: args.device,
             kv_memory: args.kv_memory,
             block_tokens: 16,

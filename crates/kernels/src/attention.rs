@@ -1,265 +1,441 @@
-//! Causal attention of query rows over a paged KV cache, grouped-query heads, f32.
+//! Causal attention of query rows over the paged KV cache, grouped-query heads.
 //!
-//! For each query head and position: scores over all positions up to its own, softmax, weighted sum of the values.
-//! Scores are lane sums joined as [`Simd::sums`] does, the softmax's sum has one lane per position modulo 8, values are
-//! summed from position 0 up: so a row's result does not depend on the rows beside it. Positions after a row's own
-//! count with weight zero, which changes no bit of a finite sum.
+//! The context is cut into segments of 128 positions, counted from 0. Within one, for each query head and token: scores,
+//! softmax numerators with their sum and greatest score, weighted sum of the values. Segments are then joined in
+//! their order. A prompt's tokens go through the segments one after the other; a decode step's token has them computed
+//! on several threads, and joined after. Both give the same bits, since each number is one fixed chain of operations.
+//! Positions after a row's own count with weight zero, which changes no bit of a finite sum.
 
 use std::cell::RefCell;
 
-use rayon::prelude::*;
-
+use crate::disjoint::Disjoint;
 use crate::exp::exp;
+use crate::kv::{Both, KvLayer, KvShape, Run, Stored};
+use crate::number::Number;
+use crate::pool::Pool;
+use crate::rows::join;
 use crate::simd::{Simd, dispatch};
 
-/// Rows (query heads times tokens) that pass over the cache together.
+/// Positions whose scores are computed before any is used.
+const SEGMENT: usize = 128;
+/// Rows (query heads of one KV head times tokens) that pass over the cache together.
 const ROWS: usize = 24;
-/// Rows whose accumulators are in registers at the same time.
-const GROUP: usize = 3;
-/// Values of a head that are summed at the same time: 4 vectors of 8 lanes for each of `GROUP` rows.
-const WIDTH: usize = 32;
 
-/// One layer of the cache: keys and values, each `[slots, kv_heads, head_dim]`, a block being `block_tokens` slots.
-#[derive(Clone, Copy)]
-pub struct KvLayer<'a> {
-    /// Keys, after the rotary embedding.
-    pub k: &'a [f32],
-    /// Values.
-    pub v: &'a [f32],
-    /// Key/value heads.
-    pub kv_heads: usize,
-    /// Values in a head.
-    pub head_dim: usize,
-    /// Token positions in a block.
-    pub block_tokens: usize,
-}
-
-/// Consecutive query tokens of one sequence.
-#[derive(Clone, Copy)]
-pub struct Span<'a> {
-    /// Block numbers of the sequence's table; cover `start + tokens` positions at least.
-    pub blocks: &'a [u32],
-    /// Position of the first query token.
-    pub start: usize,
-    /// Query tokens.
-    pub tokens: usize,
-}
-
-/// Attention of all `spans`, whose query rows follow each other in `q` and `out`, both `[tokens, heads, head_dim]`.
-///
-/// The keys and values of the query tokens themselves lie in the cache already. Runs on the current rayon pool.
-pub fn paged_attention(layer: KvLayer<'_>, q: &[f32], heads: usize, spans: &[Span<'_>], out: &mut [f32]) {
-    let row = heads * layer.head_dim;
-    assert!(heads > 0 && heads.is_multiple_of(layer.kv_heads), "{heads} heads in groups of {}", layer.kv_heads);
-    let tokens: usize = spans.iter().map(|s| s.tokens).sum();
-    assert!(q.len() == tokens * row && out.len() == tokens * row, "q and out are [tokens, heads, head_dim]");
-    let slots = layer.k.len() / (layer.kv_heads * layer.head_dim);
-    assert_eq!(layer.k.len(), layer.v.len());
-    for span in spans {
-        let blocks = &span.blocks[..(span.start + span.tokens).div_ceil(layer.block_tokens)];
-        assert!(blocks.iter().all(|&b| (b as usize + 1) * layer.block_tokens <= slots), "a block table points outside of the cache");
-    }
-
-    let group = heads / layer.kv_heads;
-    let step = (ROWS / group).max(1);
-    let mut tasks = Vec::new();
-    let mut first = 0;
-    for span in spans {
-        for offset in (0..span.tokens).step_by(step) {
-            let tokens = step.min(span.tokens - offset);
-            for kv_head in 0..layer.kv_heads {
-                tasks.push(Task { blocks: span.blocks, position: span.start + offset, tokens, row: first + offset, kv_head });
-            }
-        }
-        first += span.tokens;
-    }
-    let out = Output(out.as_mut_ptr());
-    let run = |task: &Task<'_>| {
-        SCRATCH.with_borrow_mut(|scratch| dispatch!(attend(layer, q, group, *task, out, scratch)));
-    };
-    if tasks.len() == 1 || rayon::current_num_threads() == 1 {
-        tasks.iter().for_each(run);
-    } else {
-        tasks.par_iter().for_each(run);
-    }
+/// Buffers of [`paged_attention`], kept so that a step allocates nothing.
+#[derive(Default)]
+pub struct AttentionScratch {
+    tasks: Vec<Task>,
+    joins: Vec<Join>,
+    /// `[segment's rows, 2 + padded head]`: greatest score, sum of numerators, weighted sum.
+    partial: Vec<f32>,
 }
 
 /// The query heads of one KV head for a few consecutive tokens.
 #[derive(Clone, Copy)]
-struct Task<'a> {
-    blocks: &'a [u32],
+struct Task {
+    span: usize,
     /// Position of the first token.
     position: usize,
     tokens: usize,
     /// The first token's row in `q` and `out`.
     row: usize,
     kv_head: usize,
+    /// One segment, whose rows are left at this place among the partial results; `None` for all segments.
+    segment: Option<(usize, usize)>,
 }
 
-/// Where results go: each task writes its own tokens' and heads' rows only.
+/// Partial results that make up one token's heads of one KV head.
 #[derive(Clone, Copy)]
-struct Output(*mut f32);
+struct Join {
+    row: usize,
+    kv_head: usize,
+    first: usize,
+    segments: usize,
+}
 
-// SAFETY: tasks write disjoint rows, and the slice behind the pointer is borrowed mutably while they run.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
+/// Attention of all `spans`, whose query rows follow each other in `q`, `[tokens, stride]`; `out` is `[tokens, heads, head_dim]`.
+///
+/// The keys and values of the query tokens themselves lie in the cache already.
+///
+/// # Panics
+/// Where sizes do not fit or a block table points outside of the cache.
+#[allow(clippy::too_many_arguments)] // a kernel: pool, cache, input, output
+pub fn paged_attention(
+    pool: &Pool,
+    layer: &KvLayer,
+    q: &[f32],
+    stride: usize,
+    heads: usize,
+    spans: &[Run<'_>],
+    out: &mut [f32],
+    scratch: &mut AttentionScratch,
+) {
+    let shape = layer.shape();
+    let width = heads * shape.head_dim;
+    assert!(heads > 0 && heads.is_multiple_of(shape.kv_heads), "{heads} heads in groups of {}", shape.kv_heads);
+    let tokens: usize = spans.iter().map(|s| s.tokens).sum();
+    assert!(
+        width <= stride && q.len() >= tokens * stride && out.len() == tokens * width,
+        "q is [tokens, stride], out [tokens, heads, head_dim]"
+    );
+    for span in spans {
+        let blocks = &span.blocks[..(span.start + span.tokens).div_ceil(shape.block_tokens)];
+        assert!(blocks.iter().all(|&b| (b as usize) < shape.blocks), "a block table points outside of the cache");
+    }
 
-/// A thread's buffers, kept so that a step allocates nothing.
+    let group = heads / shape.kv_heads;
+    let AttentionScratch { tasks, joins, partial } = scratch;
+    let partial_rows = plan(shape, group, spans, tasks, joins);
+    partial.resize(partial_rows * (2 + shape.padded()), 0.0);
+    let context: usize = spans.iter().map(|s| s.start + s.tokens).sum();
+    let call = Call { shape, q, stride, group, out: Disjoint::new(out), partial: Disjoint::new(partial) };
+    let run = |i: usize| {
+        let task = &tasks[i];
+        SCRATCH.with_borrow_mut(|local| match &layer.stored {
+            Stored::F32(both) => dispatch!(attend(both, call, spans[task.span].blocks, *task, local)),
+            Stored::F16(both) => dispatch!(attend(both, call, spans[task.span].blocks, *task, local)),
+        });
+    };
+    // A position costs some ten nanoseconds for each KV head.
+    let cost = (context * shape.kv_heads * 10 / tasks.len().max(1)).max(1);
+    pool.rows(tasks.len(), cost, run);
+    pool.rows(joins.len(), shape.head_dim * group / 4, |i| dispatch!(join_segments(call, joins[i])));
+}
+
+/// Cuts the work into tasks; gives how many rows of partial results they leave.
+fn plan(shape: KvShape, group: usize, spans: &[Run<'_>], tasks: &mut Vec<Task>, joins: &mut Vec<Join>) -> usize {
+    tasks.clear();
+    joins.clear();
+    let step = (ROWS / group).max(1);
+    let (mut first, mut partial_rows) = (0, 0);
+    for (span, run) in spans.iter().enumerate() {
+        let segments = (run.start + run.tokens).div_ceil(SEGMENT);
+        for kv_head in 0..shape.kv_heads {
+            if run.tokens == 1 && segments > 1 {
+                joins.push(Join { row: first, kv_head, first: partial_rows, segments });
+                for segment in 0..segments {
+                    let segment = Some((segment, partial_rows));
+                    tasks.push(Task { span, position: run.start, tokens: 1, row: first, kv_head, segment });
+                    partial_rows += group;
+                }
+            } else {
+                for offset in (0..run.tokens).step_by(step) {
+                    let tokens = step.min(run.tokens - offset);
+                    tasks.push(Task { span, position: run.start + offset, tokens, row: first + offset, kv_head, segment: None });
+                }
+            }
+        }
+        first += run.tokens;
+    }
+    partial_rows
+}
+
+/// What the tasks of one call share.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    shape: KvShape,
+    q: &'a [f32],
+    stride: usize,
+    group: usize,
+    /// Each task writes its own tokens' and heads' numbers only.
+    out: Disjoint<'a, f32>,
+    /// Each task writes its own rows only.
+    partial: Disjoint<'a, f32>,
+}
+
+/// A thread's buffers.
 #[derive(Default)]
-struct Scratch {
-    /// `[rows, positions padded to 8]`
+struct Local {
+    /// `[rows, SEGMENT]`
     scores: Vec<f32>,
     /// `[rows, head_dim]`, scaled
     queries: Vec<f32>,
-    /// Offset of each position's row of this KV head.
-    offsets: Vec<usize>,
+    /// Of one segment: `[rows, 2 + padded head]`, as the partial results have it.
+    part: Vec<f32>,
+    /// Of all segments so far, likewise.
+    state: Vec<f32>,
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static SCRATCH: RefCell<Local> = RefCell::default();
 }
 
 #[inline(always)]
-fn attend<S: Simd>(s: S, layer: KvLayer<'_>, q: &[f32], group: usize, task: Task<'_>, out: Output, scratch: &mut Scratch) {
-    let KvLayer { kv_heads, head_dim, block_tokens, .. } = layer;
+fn attend<S: Simd, T: Number>(s: S, kv: &Both<T>, call: Call<'_>, blocks: &[u32], task: Task, local: &mut Local) {
+    let Call { shape, group, .. } = call;
+    let (head_dim, width) = (shape.head_dim, 2 + shape.padded());
     let rows = task.tokens * group;
     let context = task.position + task.tokens;
-    let padded = context.next_multiple_of(8);
+    let Local { scores, queries, part, state } = local;
     let scale = 1.0 / (head_dim as f32).sqrt();
-    // Row r is head r % group of the task's token r / group.
-    let place = |r: usize| ((task.row + r / group) * kv_heads * group + task.kv_head * group + r % group) * head_dim;
-
-    let Scratch { scores, queries, offsets } = scratch;
     queries.clear();
     for r in 0..rows {
-        queries.extend(q[place(r)..place(r) + head_dim].iter().map(|x| x * scale));
+        // Row r is head r % group of the task's token r / group.
+        let at = (task.row + r / group) * call.stride + (task.kv_head * group + r % group) * head_dim;
+        queries.extend(call.q[at..at + head_dim].iter().map(|x| x * scale));
     }
-    offsets.clear();
-    offsets.extend((0..context).map(|p| {
-        let slot = task.blocks[p / block_tokens] as usize * block_tokens + p % block_tokens;
-        (slot * kv_heads + task.kv_head) * head_dim
-    }));
-    scores.resize(rows * padded, 0.0);
+    scores.resize(rows * SEGMENT, 0.0);
+    part.resize(rows * width, 0.0);
+    state.resize(rows * width, 0.0);
 
-    // SAFETY (of the pointer reads below): `paged_attention` checked that all blocks lie in the cache, so every offset
-    // has `head_dim` values behind it in `k` and in `v`.
-    for p in (0..context).step_by(4) {
-        let keys: [&[f32]; 4] = std::array::from_fn(|i| {
-            let offset = offsets[(p + i).min(context - 1)];
-            &layer.k[offset..offset + head_dim]
-        });
+    let segments = task.segment.map_or(0..context.div_ceil(SEGMENT), |(segment, _)| segment..segment + 1);
+    for segment in segments {
+        let from = segment * SEGMENT;
+        let count = SEGMENT.min(context - from);
+        for tile in 0..count.div_ceil(16) {
+            let position = from + tile * 16;
+            let block = blocks[position / shape.block_tokens] as usize;
+            let offset = position % shape.block_tokens;
+            let keys = &kv.k[shape.k_at(block, task.kv_head) + offset..];
+            // Blocks lie anywhere, so the processor does not foresee them: the values that these keys' scores will weigh, and the next keys.
+            prefetch(s, &kv.v[shape.v_at(block, task.kv_head) + offset * shape.padded()..], 16 * shape.padded());
+            if let Some(&next) = blocks.get((position + 16) / shape.block_tokens)
+                && position + 16 < from + count
+                && shape.block_tokens == 16
+            {
+                prefetch(s, &kv.k[shape.k_at(next as usize, task.kv_head)..], 16 * head_dim);
+            }
+            score_rows(s, keys, shape.block_tokens, queries, head_dim, rows, &mut scores[tile * 16..]);
+        }
         for r in 0..rows {
-            let query = &queries[r * head_dim..(r + 1) * head_dim];
-            let dots = dot4(s, query, keys);
-            // `padded` is a multiple of 4 and at least p + 4.
-            scores[r * padded + p..r * padded + p + 4].copy_from_slice(&dots);
+            let scores = &mut scores[r * SEGMENT..][..count.next_multiple_of(16)];
+            let seen = (task.position + r / group + 1).saturating_sub(from).min(count);
+            scores[seen..].fill(f32::NEG_INFINITY);
+            part[r * width..][..2].copy_from_slice(&softmax_numerators(s, scores));
+        }
+        sum_values(s, kv, call, blocks, (from, count, task.kv_head), scores, rows, part);
+        for r in 0..rows {
+            // A segment that a row does not see changes nothing; its first one always is seen.
+            if segment == 0 || task.segment.is_some() {
+                state[r * width..(r + 1) * width].copy_from_slice(&part[r * width..(r + 1) * width]);
+            } else if task.position + r / group >= from {
+                join_segment(s, &mut state[r * width..(r + 1) * width], &part[r * width..(r + 1) * width]);
+            }
         }
     }
-
-    for r in 0..rows {
-        let scores = &mut scores[r * padded..(r + 1) * padded];
-        let seen = task.position + r / group + 1;
-        scores[seen..].fill(f32::NEG_INFINITY);
-        let inverse = 1.0 / softmax_numerators(s, scores);
-        // The numerators are left as they are; the sum divides the result below, through the query's place.
-        queries[r * head_dim] = inverse;
-    }
-
-    for first in (0..rows).step_by(GROUP) {
-        let count = GROUP.min(rows - first);
-        let weights: [&[f32]; GROUP] = std::array::from_fn(|i| {
-            let r = first + i.min(count - 1);
-            &scores[r * padded..r * padded + context]
-        });
-        let mut column = 0;
-        while column < head_dim {
-            let width = WIDTH.min(head_dim - column);
-            let mut sums = [[0.0f32; WIDTH]; GROUP];
-            if width == WIDTH {
-                sum_values::<S>(s, layer.v, offsets, column, weights, &mut sums);
-            } else {
-                for (p, &offset) in offsets.iter().enumerate() {
-                    for (row, weights) in sums.iter_mut().zip(weights) {
-                        for (sum, v) in row.iter_mut().zip(&layer.v[offset + column..offset + column + width]) {
-                            *sum = weights[p].mul_add(*v, *sum);
-                        }
-                    }
-                }
-            }
-            for (i, row) in sums.iter().enumerate().take(count) {
-                let r = first + i;
-                let inverse = queries[r * head_dim];
-                for (c, x) in row.iter().enumerate().take(width) {
-                    // SAFETY: `place(r)` and the head behind it lie in `out`, which has q's length, and are this task's alone.
-                    unsafe { *out.0.add(place(r) + column + c) = x * inverse };
-                }
-            }
-            column += width;
-        }
+    match task.segment {
+        // SAFETY: these rows are this task's alone.
+        Some((_, first)) => unsafe { call.partial.part(first * width, rows * width) }.copy_from_slice(&state[..rows * width]),
+        None => (0..rows)
+            .for_each(|r| finish(call, (task.row + r / group, task.kv_head * group + r % group), &state[r * width..(r + 1) * width])),
     }
 }
 
-/// Dot products of one query with four keys.
+/// Asks for the first `count` numbers.
 #[inline(always)]
-fn dot4<S: Simd>(s: S, query: &[f32], keys: [&[f32]; 4]) -> [f32; 4] {
-    let n = query.len();
-    let mut sums = [s.splat(0.0); 4];
-    let whole = n - n % 8;
-    for i in (0..whole).step_by(8) {
-        // SAFETY: query and keys have n values, i + 8 <= n.
-        unsafe {
-            let q = s.load(query.as_ptr().add(i));
+fn prefetch<S: Simd, T>(s: S, numbers: &[T], count: usize) {
+    for line in numbers[..count.min(numbers.len())].chunks(64 / size_of::<T>()) {
+        s.prefetch(line.as_ptr());
+    }
+}
+
+/// Joins the segments of one token's heads of one KV head.
+#[inline(always)]
+fn join_segments<S: Simd>(s: S, call: Call<'_>, join: Join) {
+    let width = 2 + call.shape.padded();
+    for head in 0..call.group {
+        // SAFETY: a join's partial results are its own, and the tasks that wrote them are over.
+        let at = |segment: usize| unsafe { call.partial.part((join.first + segment * call.group + head) * width, width) };
+        let state = at(0);
+        for segment in 1..join.segments {
+            join_segment(s, state, at(segment));
+        }
+        finish(call, (join.row, join.kv_head * call.group + head), state);
+    }
+}
+
+/// Weighted sums over a sum of weights; `at` is the row and the head.
+#[inline(always)]
+fn finish(call: Call<'_>, at: (usize, usize), state: &[f32]) {
+    let KvShape { kv_heads, head_dim, .. } = call.shape;
+    // SAFETY: each head of each row is written by one task.
+    let out = unsafe { call.out.part((at.0 * kv_heads * call.group + at.1) * head_dim, head_dim) };
+    let inverse = 1.0 / state[1];
+    out.iter_mut().zip(&state[2..]).for_each(|(out, sum)| *out = sum * inverse);
+}
+
+/// Takes the next segment's result, `[2 + padded head]`, into that of the segments before it.
+#[inline(always)]
+fn join_segment<S: Simd>(s: S, state: &mut [f32], part: &[f32]) {
+    let highest = if part[0] > state[0] { part[0] } else { state[0] };
+    let (mut from, mut factors) = ([0.0f32; 16], [0.0f32; 16]);
+    (from[0], from[1]) = (state[0] - highest, part[0] - highest);
+    // SAFETY: both have 16 values.
+    unsafe { s.store(factors.as_mut_ptr(), exp(s, s.load(from.as_ptr()))) };
+    let [old, new, ..] = factors;
+    state[0] = highest;
+    for (a, b) in state[1..].iter_mut().zip(&part[1..]) {
+        *a = b.mul_add(new, *a * old);
+    }
+}
+
+/// Scores of all rows for 16 positions, whose keys are `[head_dim, step]` from `keys` on; `to` is `[rows, SEGMENT]` from the first of them on.
+#[inline(always)]
+fn score_rows<S: Simd, T: Number>(s: S, keys: &[T], step: usize, queries: &[f32], head_dim: usize, rows: usize, to: &mut [f32]) {
+    let mut row = 0;
+    while row < rows {
+        let most = if S::LANES == 16 { 12 } else { 6 };
+        let count = most.min(rows - row);
+        let (queries, to) = (&queries[row * head_dim..], &mut to[row * SEGMENT..]);
+        macro_rules! rows {
+            ($($n:literal)*) => {
+                match count {
+                    $($n if S::LANES == 16 => score_tile::<S, T, $n, 1>(s, keys, step, queries, head_dim, to),
+                    $n => score_tile::<S, T, $n, 2>(s, keys, step, queries, head_dim, to),)*
+                    _ => unreachable!("a tile has at most 12 rows"),
+                }
+            };
+        }
+        rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+        row += count;
+    }
+}
+
+/// One chain of multiply-adds over the head for each row and position.
+#[inline(always)]
+fn score_tile<S: Simd, T: Number, const R: usize, const P: usize>(
+    s: S,
+    keys: &[T],
+    step: usize,
+    queries: &[f32],
+    head_dim: usize,
+    to: &mut [f32],
+) {
+    assert!(keys.len() >= (head_dim - 1) * step + 16 && queries.len() >= R * head_dim && to.len() >= (R - 1) * SEGMENT + 16);
+    let mut sums = [[s.splat(0.0); P]; R];
+    for d in 0..head_dim {
+        // SAFETY: 16 keys are there, `P` vectors.
+        let keys: [S::V; P] = std::array::from_fn(|p| unsafe { T::load(s, keys.as_ptr().add(d * step + p * S::LANES)) });
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: there are `R * head_dim` queries.
+            let q = s.splat(unsafe { *queries.get_unchecked(r * head_dim + d) });
             for (sum, key) in sums.iter_mut().zip(keys) {
-                debug_assert_eq!(key.len(), n);
-                *sum = s.fma(q, s.load(key.as_ptr().add(i)), *sum);
+                *sum = s.fma(q, key, *sum);
             }
         }
     }
-    let mut dots = s.sums(sums);
-    for (dot, key) in dots.iter_mut().zip(keys) {
-        for i in whole..n {
-            *dot = query[i].mul_add(key[i], *dot);
+    for (r, sums) in sums.into_iter().enumerate() {
+        for (p, sum) in sums.into_iter().enumerate() {
+            // SAFETY: 16 scores have room in each row.
+            unsafe { s.store(to.as_mut_ptr().add(r * SEGMENT + p * S::LANES), sum) };
         }
     }
-    dots
 }
 
-/// Turns scores into `e^(score - highest)` and returns their sum. The length is a multiple of 8.
+/// Turns scores into `e^(score - greatest)`; gives the greatest score and the sum. The length is a multiple of 16.
+/// Where no score is above minus infinity all become 0.
 #[inline(always)]
-fn softmax_numerators<S: Simd>(s: S, scores: &mut [f32]) -> f32 {
-    let highest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = s.splat(0.0);
-    for eight in scores.chunks_exact_mut(8) {
-        // SAFETY: eight values are there.
-        unsafe {
-            let e = exp(s, s.sub(s.load(eight.as_ptr()), s.splat(highest)));
-            s.store(eight.as_mut_ptr(), e);
-            sum = s.add(sum, e);
-        }
+fn softmax_numerators<S: Simd>(s: S, scores: &mut [f32]) -> [f32; 2] {
+    let mut highest = s.splat(f32::NEG_INFINITY);
+    for scores in scores.chunks_exact(S::LANES) {
+        // SAFETY: the chunk has `LANES` values.
+        highest = s.max(unsafe { s.load(scores.as_ptr()) }, highest);
     }
-    s.sum(sum)
-}
-
-/// Weighted sums of `WIDTH` columns of the values, for `GROUP` rows.
-#[inline(always)]
-fn sum_values<S: Simd>(s: S, v: &[f32], offsets: &[usize], column: usize, weights: [&[f32]; GROUP], to: &mut [[f32; WIDTH]; GROUP]) {
-    let mut sums = [[s.splat(0.0); WIDTH / 8]; GROUP];
-    for (p, &offset) in offsets.iter().enumerate() {
-        let values = &v[offset + column..offset + column + WIDTH];
-        // SAFETY: 32 values are there.
-        let values: [S::V; WIDTH / 8] = std::array::from_fn(|i| unsafe { s.load(values.as_ptr().add(i * 8)) });
-        for (sum, weights) in sums.iter_mut().zip(weights) {
-            let w = s.splat(weights[p]);
-            for (sum, v) in sum.iter_mut().zip(values) {
-                *sum = s.fma(w, v, *sum);
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    // SAFETY: there is room for 16.
+    unsafe { s.store(lanes.as_mut_ptr(), highest) };
+    let highest = lanes.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m });
+    if highest == f32::NEG_INFINITY {
+        scores.fill(0.0);
+        return [highest, 0.0];
+    }
+    let mut sums = [0.0f32; 16];
+    for scores in scores.chunks_exact_mut(16) {
+        for i in (0..16).step_by(S::LANES) {
+            // SAFETY: the chunk has 16 values, and so have the sums.
+            unsafe {
+                let e = exp(s, s.sub(s.load(scores.as_ptr().add(i)), s.splat(highest)));
+                s.store(scores.as_mut_ptr().add(i), e);
+                s.store(sums.as_mut_ptr().add(i), s.add(s.load(sums.as_ptr().add(i)), e));
             }
         }
     }
-    for (to, sums) in to.iter_mut().zip(sums) {
-        for (i, sum) in sums.into_iter().enumerate() {
-            // SAFETY: `to` has 32 values.
-            unsafe { s.store(to.as_mut_ptr().add(i * 8), sum) };
+    [highest, join(sums)]
+}
+
+/// Weighted sums of the values at positions `from..from + count`, into `part`, `[rows, 2 + padded head]`, from the third number of each row on.
+#[allow(clippy::too_many_arguments)] // one loop nest, cut out of `attend`
+#[inline(always)]
+fn sum_values<S: Simd, T: Number>(
+    s: S,
+    kv: &Both<T>,
+    call: Call<'_>,
+    blocks: &[u32],
+    (from, count, kv_head): (usize, usize, usize),
+    weights: &[f32],
+    rows: usize,
+    part: &mut [f32],
+) {
+    let padded = call.shape.padded();
+    let most = if S::LANES == 16 { 6 } else { 3 };
+    let mut column = 0;
+    while column < padded {
+        let wide = padded - column >= 4 * S::LANES;
+        let mut row = 0;
+        while row < rows {
+            let tile = ValueTile { blocks, shape: call.shape, kv_head, from, count, column, weights: &weights[row * SEGMENT..] };
+            let to = &mut part[row * (2 + padded)..];
+            let n = most.min(rows - row);
+            macro_rules! rows {
+                ($($n:literal)*) => {
+                    match n {
+                        $($n if wide => value_tile::<S, T, $n, 4>(s, &kv.v, tile, to),
+                        $n => value_tile::<S, T, $n, 1>(s, &kv.v, tile, to),)*
+                        _ => unreachable!("a tile has at most 6 rows"),
+                    }
+                };
+            }
+            rows!(1 2 3 4 5 6);
+            row += n;
+        }
+        column += if wide { 4 * S::LANES } else { S::LANES };
+    }
+}
+
+/// Which values are summed: of `count` positions from `from` on, columns of one KV head from `column` on.
+#[derive(Clone, Copy)]
+struct ValueTile<'a> {
+    blocks: &'a [u32],
+    shape: KvShape,
+    kv_head: usize,
+    from: usize,
+    count: usize,
+    column: usize,
+    /// `[rows, SEGMENT]`
+    weights: &'a [f32],
+}
+
+/// One chain of multiply-adds over the positions for each of `R` rows and `W` vectors of columns.
+#[inline(always)]
+fn value_tile<S: Simd, T: Number, const R: usize, const W: usize>(s: S, v: &[T], tile: ValueTile<'_>, to: &mut [f32]) {
+    let ValueTile { blocks, shape, kv_head, from, count, column, weights } = tile;
+    let padded = shape.padded();
+    assert!(column + W * S::LANES <= padded && weights.len() >= (R - 1) * SEGMENT + count && to.len() >= R * (2 + padded));
+    let mut sums = [[s.splat(0.0); W]; R];
+    let mut done = 0;
+    while done < count {
+        let position = from + done;
+        let offset = position % shape.block_tokens;
+        let run = (shape.block_tokens - offset).min(count - done);
+        let block = blocks[position / shape.block_tokens] as usize;
+        let values = &v[shape.v_at(block, kv_head) + offset * padded..][..run * padded];
+        for i in 0..run {
+            // SAFETY: position `i` has `padded` values, of which the columns are some.
+            let values: [S::V; W] = std::array::from_fn(|w| unsafe { T::load(s, values.as_ptr().add(i * padded + column + w * S::LANES)) });
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: row `r` has `count` weights from `r * SEGMENT` on.
+                let weight = s.splat(unsafe { *weights.get_unchecked(r * SEGMENT + done + i) });
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum = s.fma(weight, value, *sum);
+                }
+            }
+        }
+        done += run;
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        for (w, sum) in sums.into_iter().enumerate() {
+            // SAFETY: `to` has `R` rows of `2 + padded`.
+            unsafe { s.store(to.as_mut_ptr().add(r * (2 + padded) + 2 + column + w * S::LANES), sum) };
         }
     }
 }
@@ -267,66 +443,64 @@ fn sum_values<S: Simd>(s: S, v: &[f32], offsets: &[usize], column: usize, weight
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kv::KvFormat;
 
     struct Case {
+        pool: Pool,
         heads: usize,
-        kv_heads: usize,
-        head_dim: usize,
-        block_tokens: usize,
-        k: Vec<f32>,
-        v: Vec<f32>,
+        layer: KvLayer,
     }
 
     impl Case {
-        fn new(heads: usize, kv_heads: usize, head_dim: usize, block_tokens: usize, slots: usize) -> Self {
-            let noise = |seed: u64| {
-                let mut state = seed;
-                (0..slots * kv_heads * head_dim)
-                    .map(|_| {
-                        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-                    })
-                    .collect()
-            };
-            Self { heads, kv_heads, head_dim, block_tokens, k: noise(1), v: noise(2) }
-        }
-
-        fn layer(&self) -> KvLayer<'_> {
-            KvLayer { k: &self.k, v: &self.v, kv_heads: self.kv_heads, head_dim: self.head_dim, block_tokens: self.block_tokens }
+        /// A cache full of noise.
+        fn new(heads: usize, shape: KvShape, format: KvFormat, threads: usize) -> Self {
+            let pool = Pool::new(threads, &[]).unwrap();
+            let mut layer = KvLayer::new(shape, format);
+            let mut state = 1u64;
+            let rows: Vec<f32> = (0..shape.blocks * shape.block_tokens * shape.row() * 2)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    half::f16::from_f32((state >> 40) as f32 / (1u32 << 23) as f32 - 1.0).to_f32()
+                })
+                .collect();
+            let blocks: Vec<u32> = (0..shape.blocks as u32).collect();
+            let run = Run { blocks: &blocks, start: 0, tokens: shape.blocks * shape.block_tokens };
+            layer.write(&pool, &[run], &rows, &rows[shape.row()..], 2 * shape.row());
+            Self { pool, heads, layer }
         }
 
         fn queries(&self, tokens: usize) -> Vec<f32> {
-            (0..tokens * self.heads * self.head_dim).map(|i| ((i * 7919 % 1013) as f32 / 1013.0 - 0.5) * 3.0).collect()
+            (0..tokens * self.heads * self.layer.shape().head_dim).map(|i| ((i * 7919 % 1013) as f32 / 1013.0 - 0.5) * 3.0).collect()
         }
 
-        fn run(&self, q: &[f32], spans: &[Span<'_>]) -> Vec<f32> {
+        fn run(&self, q: &[f32], spans: &[Run<'_>]) -> Vec<f32> {
             let mut out = vec![f32::NAN; q.len()];
-            paged_attention(self.layer(), q, self.heads, spans, &mut out);
+            let stride = self.heads * self.layer.shape().head_dim;
+            paged_attention(&self.pool, &self.layer, q, stride, self.heads, spans, &mut out, &mut AttentionScratch::default());
             out
         }
 
         /// The definition, in f64.
-        fn reference(&self, q: &[f32], span: Span<'_>) -> Vec<f32> {
-            let Self { heads, kv_heads, head_dim, block_tokens, .. } = *self;
+        fn reference(&self, q: &[f32], span: Run<'_>) -> Vec<f32> {
+            let KvShape { kv_heads, head_dim, .. } = self.layer.shape();
+            let whole = Run { start: 0, tokens: span.start + span.tokens, ..span };
+            let (mut k, mut v) = (vec![0.0; whole.tokens * kv_heads * head_dim], vec![0.0; whole.tokens * kv_heads * head_dim]);
+            self.layer.read(whole, &mut k, &mut v);
             let mut out = Vec::new();
             for t in 0..span.tokens {
-                for h in 0..heads {
-                    let q = &q[(t * heads + h) * head_dim..][..head_dim];
-                    let at = |p: usize| {
-                        ((span.blocks[p / block_tokens] as usize * block_tokens + p % block_tokens) * kv_heads + h / (heads / kv_heads))
-                            * head_dim
-                    };
+                for h in 0..self.heads {
+                    let q = &q[(t * self.heads + h) * head_dim..][..head_dim];
+                    let at = |p: usize| (p * kv_heads + h / (self.heads / kv_heads)) * head_dim;
                     let scores: Vec<f64> = (0..=span.start + t)
                         .map(|p| {
-                            q.iter().zip(&self.k[at(p)..]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>()
-                                / (head_dim as f64).sqrt()
+                            q.iter().zip(&k[at(p)..]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() / (head_dim as f64).sqrt()
                         })
                         .collect();
                     let highest = scores.iter().copied().fold(f64::MIN, f64::max);
                     let e: Vec<f64> = scores.iter().map(|s| (s - highest).exp()).collect();
                     let sum: f64 = e.iter().sum();
                     for d in 0..head_dim {
-                        out.push((e.iter().enumerate().map(|(p, e)| e * f64::from(self.v[at(p) + d])).sum::<f64>() / sum) as f32);
+                        out.push((e.iter().enumerate().map(|(p, e)| e * f64::from(v[at(p) + d])).sum::<f64>() / sum) as f32);
                     }
                 }
             }
@@ -334,41 +508,79 @@ mod tests {
         }
     }
 
+    fn shape(kv_heads: usize, head_dim: usize, block_tokens: usize, blocks: usize) -> KvShape {
+        KvShape { kv_heads, head_dim, block_tokens, blocks }
+    }
+
     #[test]
     fn it_is_attention() {
-        for (heads, kv_heads, head_dim, start, tokens) in
-            [(9, 3, 64, 0, 37), (4, 4, 16, 5, 1), (8, 2, 40, 33, 12), (2, 1, 128, 0, 1), (3, 3, 6, 2, 3)]
-        {
-            let case = Case::new(heads, kv_heads, head_dim, 8, 128);
-            let span = Span { blocks: &[9, 2, 15, 4, 0, 7], start, tokens };
-            let q = case.queries(tokens);
-            for (got, want) in case.run(&q, &[span]).iter().zip(case.reference(&q, span)) {
-                assert!((got - want).abs() < 1e-5, "{got} is not {want}");
+        for (heads, kv_heads, head_dim, block, start, tokens) in [
+            (9, 3, 64, 16, 0, 37),
+            (4, 4, 16, 16, 5, 1),
+            (8, 2, 40, 32, 33, 12),
+            (2, 1, 128, 16, 0, 1),
+            (3, 3, 6, 16, 2, 3),
+            (9, 3, 64, 16, 300, 1),
+            (32, 1, 80, 64, 257, 1),
+            (9, 3, 64, 32, 120, 150),
+        ] {
+            for format in [KvFormat::F32, KvFormat::F16] {
+                let case = Case::new(heads, shape(kv_heads, head_dim, block, 24), format, 2);
+                let blocks: Vec<u32> = (0..24).map(|b| b * 7 % 24).filter(|b| b % 24 != 5).collect();
+                let span = Run { blocks: &blocks, start, tokens };
+                let q = case.queries(tokens);
+                for (got, want) in case.run(&q, &[span]).iter().zip(case.reference(&q, span)) {
+                    assert!((got - want).abs() < 1e-5, "{got} is not {want}");
+                }
             }
         }
     }
 
     #[test]
-    fn a_row_is_the_same_bits_in_any_company() {
-        let case = Case::new(9, 3, 64, 8, 256);
-        let blocks: Vec<u32> = (0..12).rev().collect();
-        let other: Vec<u32> = (12..24).collect();
-        let q = case.queries(80);
-        let row = 9 * 64;
-        let whole = case.run(&q, &[Span { blocks: &blocks, start: 3, tokens: 80 }]);
-        // Cut in pieces, and beside another sequence.
-        let mut first = 0;
-        for tokens in [1, 2, 7, 30, 40] {
-            let mut mixed = case.queries(5);
-            mixed.extend(&q[first * row..(first + tokens) * row]);
-            let spans = [Span { blocks: &other, start: 60, tokens: 5 }, Span { blocks: &blocks, start: 3 + first, tokens }];
-            assert_eq!(
-                case.run(&mixed, &spans)[5 * row..],
-                whole[first * row..(first + tokens) * row],
-                "tokens {first}..{}",
-                first + tokens
-            );
-            first += tokens;
+    fn a_row_is_the_same_bits_in_any_company_and_on_any_number_of_threads() {
+        for threads in [1, 3] {
+            let case = Case::new(9, shape(3, 64, 16, 60), KvFormat::F16, threads);
+            let blocks: Vec<u32> = (0..30).rev().collect();
+            let other: Vec<u32> = (30..60).collect();
+            let (tokens, row) = (400, 9 * 64);
+            let q = case.queries(tokens);
+            let whole = case.run(&q, &[Run { blocks: &blocks, start: 3, tokens }]);
+            // Cut in pieces, and beside another sequence. Pieces of one token are split over segments.
+            let mut first = 0;
+            for tokens in [1, 2, 7, 30, 40, 1, 150, 1, 1, 167] {
+                let mut mixed = case.queries(1);
+                mixed.extend(&q[first * row..(first + tokens) * row]);
+                let spans = [Run { blocks: &other, start: 200, tokens: 1 }, Run { blocks: &blocks, start: 3 + first, tokens }];
+                assert!(
+                    case.run(&mixed, &spans)[row..] == whole[first * row..(first + tokens) * row],
+                    "tokens {first}..{}",
+                    first + tokens
+                );
+                first += tokens;
+            }
+            assert_eq!(first, 400);
+        }
+    }
+
+    #[test]
+    fn other_lanes_give_the_same_bits() {
+        let case = Case::new(4, shape(2, 40, 16, 20), KvFormat::F16, 1);
+        let blocks: Vec<u32> = (0..20).collect();
+        let (tokens, stride) = (37, 160);
+        let q = case.queries(tokens);
+        let span = Run { blocks: &blocks, start: 200, tokens };
+        let want = case.run(&q, &[span]);
+        let Stored::F16(both) = &case.layer.stored else { unreachable!("it is half precision") };
+        for lanes in ["avx2", "scalar"] {
+            let (mut tasks, mut out) = (Vec::new(), vec![f32::NAN; q.len()]);
+            plan(case.layer.shape(), 2, &[span], &mut tasks, &mut Vec::new());
+            let call =
+                Call { shape: case.layer.shape(), q: &q, stride, group: 2, out: Disjoint::new(&mut out), partial: Disjoint::new(&mut []) };
+            for &task in &tasks {
+                let mut local = Local::default();
+                crate::avx2_or_scalar!(lanes, attend(both, call, &blocks, task, &mut local));
+            }
+            assert!(out == want, "{lanes}");
         }
     }
 }

@@ -15,14 +15,6 @@ pub enum BlockFormat {
     Q6K,
 }
 
-/// `N` consecutive weights of a row: `scale * code + min`.
-pub(crate) struct Group {
-    /// The first [`BlockFormat::group`] count.
-    pub(crate) codes: [i8; 32],
-    pub(crate) scale: f32,
-    pub(crate) min: f32,
-}
-
 impl BlockFormat {
     /// Weights in a block: a row's length is a multiple of it.
     pub fn block(self) -> usize {
@@ -62,42 +54,62 @@ impl BlockFormat {
 
     /// What is subtracted from each code before the scale: the weight is `scale * (code - zero) + min`.
     pub(crate) fn zero(self) -> i32 {
-        if self == Self::Q4_0 { 8 } else { 0 }
+        match self {
+            Self::Q4_0 => 8,
+            Self::Q4_1 | Self::Q4K => 0,
+            _ => 128,
+        }
     }
 
-    /// Group `index` of a row.
-    pub(crate) fn group_of(self, row: &[u8], index: usize) -> Group {
-        let half = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
+    /// Lines of 64 bytes that hold 16 outputs' codes of a group.
+    pub(crate) fn lines(self) -> usize {
+        if self.four_bits() { 4 } else { self.group() / 4 }
+    }
+
+    /// Group `index` of a row: its block's bytes, and its place in the block.
+    fn block_of(self, row: &[u8], index: usize) -> (&[u8], usize) {
         let per_block = self.block() / self.group();
-        let b = &row[index / per_block * self.bytes()..][..self.bytes()];
-        let part = index % per_block;
-        // Low halves are the first 16 weights, high halves the other 16.
-        let nibbles = |bytes: &[u8]| std::array::from_fn::<i8, 32, _>(|i| (if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 }) as i8);
-        let fifths = |bits: &[u8], bytes: &[u8]| {
-            let bits = u32::from_le_bytes([bits[0], bits[1], bits[2], bits[3]]);
-            let mut codes = nibbles(bytes);
-            codes.iter_mut().enumerate().for_each(|(i, code)| *code |= ((bits >> i & 1) << 4) as i8);
-            codes
-        };
+        (&row[index / per_block * self.bytes()..][..self.bytes()], index % per_block)
+    }
+
+    /// Scale and minimum of group `index` of a row.
+    pub(crate) fn factors(self, row: &[u8], index: usize) -> (f32, f32) {
+        let half = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
+        let (b, part) = self.block_of(row, index);
         match self {
-            Self::Q4_0 => Group { codes: nibbles(&b[2..]), scale: half(b), min: 0.0 },
-            Self::Q4_1 => Group { codes: nibbles(&b[4..]), scale: half(b), min: half(&b[2..]) },
-            Self::Q5_0 => Group { codes: fifths(&b[2..], &b[6..]).map(|c| c - 16), scale: half(b), min: 0.0 },
-            Self::Q5_1 => Group { codes: fifths(&b[4..], &b[8..]), scale: half(b), min: half(&b[2..]) },
-            Self::Q8_0 => Group { codes: std::array::from_fn(|i| b[2 + i] as i8), scale: half(b), min: 0.0 },
+            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 => (half(b), 0.0),
+            Self::Q4_1 | Self::Q5_1 => (half(b), half(&b[2..])),
             Self::Q4K => {
-                let (scales, codes) = (&b[4..16], &b[16..]);
+                let scales = &b[4..16];
                 let (scale, min) = if part < 4 {
                     (scales[part] & 63, scales[part + 4] & 63)
                 } else {
                     ((scales[part + 4] & 15) | (scales[part - 4] >> 6 << 4), (scales[part + 4] >> 4) | (scales[part] >> 6 << 4))
                 };
-                Group {
-                    codes: std::array::from_fn(|i| (codes[part / 2 * 32 + i] >> (part % 2 * 4) & 15) as i8),
-                    scale: half(b) * f32::from(scale),
-                    min: -(half(&b[2..]) * f32::from(min)),
-                }
+                (half(b) * f32::from(scale), -(half(&b[2..]) * f32::from(min)))
             }
+            Self::Q6K => (half(&b[208..]) * f32::from(b[192 + part] as i8), 0.0),
+        }
+    }
+
+    /// Codes of group `index` of a row, the first [`BlockFormat::group`] of the array.
+    pub(crate) fn codes(self, row: &[u8], index: usize) -> [u8; 32] {
+        let (b, part) = self.block_of(row, index);
+        // Low halves are the first 16 weights, high halves the other 16.
+        let nibbles = |bytes: &[u8]| std::array::from_fn::<u8, 32, _>(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 });
+        let fifths = |bits: &[u8], bytes: &[u8]| {
+            let bits = u32::from_le_bytes([bits[0], bits[1], bits[2], bits[3]]);
+            let mut codes = nibbles(bytes);
+            codes.iter_mut().enumerate().for_each(|(i, code)| *code |= ((bits >> i & 1) << 4) as u8);
+            codes
+        };
+        match self {
+            Self::Q4_0 => nibbles(&b[2..]),
+            Self::Q4_1 => nibbles(&b[4..]),
+            Self::Q5_0 => fifths(&b[2..], &b[6..]).map(|c| c + 128 - 16),
+            Self::Q5_1 => fifths(&b[4..], &b[8..]).map(|c| c + 128),
+            Self::Q8_0 => std::array::from_fn(|i| b[2 + i] ^ 128),
+            Self::Q4K => std::array::from_fn(|i| (b[16 + part / 2 * 32 + i] >> (part % 2 * 4)) & 15),
             Self::Q6K => {
                 // Halves of 128; in each, four runs of 32 share the bytes of `high`, two bits each.
                 let (run, first) = (part % 8 / 2, part % 2 * 16);
@@ -105,9 +117,53 @@ impl BlockFormat {
                 let high = &b[128 + part / 8 * 32 + first..];
                 let mut codes = [0; 32];
                 for (i, code) in codes.iter_mut().take(16).enumerate() {
-                    *code = ((low[i] >> (run / 2 * 4) & 15) | (high[i] >> (run * 2) & 3) << 4) as i8 - 32;
+                    *code = ((low[i] >> (run / 2 * 4) & 15) | (high[i] >> (run * 2) & 3) << 4) + 128 - 32;
                 }
-                Group { codes, scale: half(&b[208..]) * f32::from(b[192 + part] as i8), min: 0.0 }
+                codes
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) const FORMATS: [BlockFormat; 7] =
+        [BlockFormat::Q4_0, BlockFormat::Q4_1, BlockFormat::Q5_0, BlockFormat::Q5_1, BlockFormat::Q8_0, BlockFormat::Q4K, BlockFormat::Q6K];
+
+    /// Random blocks whose half-precision fields are small numbers.
+    pub(crate) fn blocks(format: BlockFormat, count: usize) -> Vec<u8> {
+        let mut state = 88_172_645_463_325_252u64;
+        let mut bytes: Vec<u8> = (0..count * format.bytes())
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 24) as u8
+            })
+            .collect();
+        let halves: &[usize] = match format {
+            BlockFormat::Q6K => &[208],
+            BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q4K => &[0, 2],
+            _ => &[0],
+        };
+        for (b, block) in bytes.chunks_exact_mut(format.bytes()).enumerate() {
+            for &at in halves {
+                let value = f16::from_f32(((b * 37 + at) % 19) as f32 * 0.01 - 0.07);
+                block[at..at + 2].copy_from_slice(&value.to_le_bytes());
+            }
+        }
+        bytes
+    }
+
+    #[test]
+    fn codes_fit_their_bits() {
+        for format in FORMATS {
+            let bytes = blocks(format, 4);
+            for group in 0..4 * format.block() / format.group() {
+                let codes = format.codes(&bytes, group);
+                assert!(!format.four_bits() || codes.iter().all(|c| *c < 16), "{format:?}");
             }
         }
     }

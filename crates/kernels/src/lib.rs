@@ -1,21 +1,36 @@
-//! CPU kernels: products with dense and quantised weights, and attention over a paged KV cache.
+//! CPU kernels: products with dense and quantised weights, attention over a paged KV cache, and what lies between.
 //!
 //! **Invariant:** every output is computed in one fixed order of operations, whatever else is in the batch, however a
-//! prompt was cut, on any number of threads. So a sequence's logits are the same bits alone and in company.
+//! prompt was cut, on any number of threads and on any vector unit. So a sequence's logits are the same bits alone and in company.
 //!
-//! Each kernel is written once over the eight lanes of `simd.rs`; the scalar lanes are the reference that the fast
-//! ones are tested against, bit for bit. No candle, no async.
+//! Each kernel is written once over the lanes of `simd.rs`; the scalar lanes are the reference that the fast ones are
+//! tested against, bit for bit. No candle, no async.
 
+mod activations;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod dense;
+mod disjoint;
 mod exp;
 mod ggml;
-mod output;
-mod packed;
+mod kv;
+mod number;
+pub mod peak;
+mod pool;
+mod product;
 mod quantised;
+mod rows;
 mod simd;
-mod split;
 
-pub use attention::{KvLayer, Span, paged_attention};
+pub use activations::Activations;
+pub use attention::{AttentionScratch, paged_attention};
+pub use dense::DenseMatrix;
 pub use ggml::BlockFormat;
-pub use packed::PackedMatrix;
+pub use kv::{BLOCK_MULTIPLE, KvFormat, KvLayer, KvShape, Run};
+pub use pool::Pool;
+pub use product::{Into, Matrix, products};
 pub use quantised::QuantisedMatrix;
+pub use rows::{rms_norm, rotate, swiglu};

@@ -1,35 +1,35 @@
-//! Products with a quantised weight matrix: `y = x W^T`.
+//! Quantised weight matrices.
 //!
-//! Each row of `x` is rounded to 8-bit integers in groups of 32, each group with its own scale, as llama.cpp does.
-//! Products within a group are summed exactly, as integers; groups are summed as f32 from input 0 to the last, one chain
-//! for each output. So a row's result does not depend on the rows beside it.
+//! Products within a group of 32 weights (16 in Q6_K) are summed exactly, as integers; groups are summed as f32 from
+//! input 0 to the last, one chain for each output. So a row's result does not depend on the rows beside it.
 //!
-//! Weights are repacked at load into panels of eight output columns whose codes lie in the order in which
+//! Weights are repacked at load into panels of 16 output columns whose codes lie in the order in which
 //! [`Simd::dot_u4`] and [`Simd::dot_i8`] read them.
 
-use rayon::prelude::*;
+use std::cell::RefCell;
 
+use crate::activations::{Activations, GROUP};
+use crate::disjoint::Disjoint;
 use crate::ggml::BlockFormat;
-use crate::output::Output;
-use crate::simd::{Simd, dispatch};
-use crate::split;
+use crate::pool::Pool;
+use crate::product::{PANEL, Target, even};
+use crate::simd::{LINE, Simd};
 
-/// Output columns in a panel.
-const PANEL: usize = 8;
-/// Rows of `x` that share a pass over a panel.
-const TILE: usize = 4;
-/// Inputs that share an activation scale.
-const ROUNDED: usize = 32;
+/// Bytes of rounded `x` that stay in the second-level cache while panels pass.
+const X_BLOCK: usize = 256 << 10;
 
-/// 32 bytes of codes: four inputs (eight, in halves) of eight outputs.
+/// 64 bytes of codes: four inputs (eight, in halves) of 16 outputs.
 #[derive(Clone, Copy)]
-#[repr(align(32))]
-struct Line([u8; 32]);
+#[repr(align(64))]
+struct Line([u8; LINE]);
 
-/// A value for each output of a panel.
-#[derive(Clone, Copy)]
-#[repr(align(32))]
-struct Eight([f32; PANEL]);
+/// Scales or minima, `[panel][group][16]`.
+enum Factors {
+    /// As the file has them.
+    F16(Vec<[u16; PANEL]>),
+    /// Products of a block's scale and a group's, which half precision does not hold.
+    F32(Vec<[f32; PANEL]>),
+}
 
 /// A quantised weight matrix `[out, in]`, packed for the CPU.
 pub struct QuantisedMatrix {
@@ -38,284 +38,251 @@ pub struct QuantisedMatrix {
     inputs: usize,
     /// `[panel][group][line]`
     codes: Vec<Line>,
-    /// `[panel][group]`
-    scales: Vec<Eight>,
-    /// `[panel][group]`; empty where the format has none.
-    mins: Vec<Eight>,
+    scales: Factors,
+    mins: Option<Factors>,
+}
+
+impl Factors {
+    fn new(format: BlockFormat, count: usize) -> Self {
+        if format.block() == GROUP { Self::F16(vec![[0; PANEL]; count]) } else { Self::F32(vec![[0.0; PANEL]; count]) }
+    }
+
+    fn set(&mut self, at: usize, column: usize, value: f32) {
+        match self {
+            Self::F16(all) => all[at][column] = half::f16::from_f32(value).to_bits(),
+            Self::F32(all) => all[at][column] = value,
+        }
+    }
+
+    fn get(&self, at: usize, column: usize) -> f32 {
+        match self {
+            Self::F16(all) => half::f16::from_bits(all[at][column]).to_f32(),
+            Self::F32(all) => all[at][column],
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F16(all) => size_of_val(all.as_slice()),
+            Self::F32(all) => size_of_val(all.as_slice()),
+        }
+    }
+
+    /// `LANES` of the factors `at`, from column `column` on.
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S, at: usize, column: usize) -> S::V {
+        debug_assert!(column + S::LANES <= PANEL);
+        match self {
+            // SAFETY: 16 values are there, `column` leaves `LANES` of them.
+            Self::F16(all) => unsafe { s.load_f16(all[at].as_ptr().add(column)) },
+            // SAFETY: as above.
+            Self::F32(all) => unsafe { s.load(all[at].as_ptr().add(column)) },
+        }
+    }
 }
 
 impl QuantisedMatrix {
     /// Packs `[outputs, inputs]` weights from the blocks of a GGUF file; `None` where `bytes` are not as many as that takes.
-    pub fn from_blocks(format: BlockFormat, bytes: &[u8], outputs: usize, inputs: usize) -> Option<Self> {
+    pub fn from_blocks(pool: &Pool, format: BlockFormat, bytes: &[u8], outputs: usize, inputs: usize) -> Option<Self> {
         let row_bytes = inputs / format.block() * format.bytes();
         if inputs == 0 || !inputs.is_multiple_of(format.block()) || bytes.len() != outputs * row_bytes {
             return None;
         }
-        let groups = inputs / format.group();
-        let lines = Self::lines(format);
-        let panels = outputs.div_ceil(PANEL);
-        let mut matrix = Self {
-            format,
-            outputs,
-            inputs,
-            codes: vec![Line([0; 32]); panels * groups * lines],
-            scales: vec![Eight([0.0; PANEL]); panels * groups],
-            mins: vec![Eight([0.0; PANEL]); if format.has_min() { panels * groups } else { 0 }],
-        };
-        let rows_of = |panel: usize| bytes[panel * PANEL * row_bytes..].chunks_exact(row_bytes).take(PANEL).enumerate();
-        matrix.codes.par_chunks_mut(groups * lines).zip(matrix.scales.par_chunks_mut(groups)).enumerate().for_each(
-            |(panel, (codes, scales))| {
-                for (column, row) in rows_of(panel) {
-                    for (g, (codes, scale)) in codes.chunks_exact_mut(lines).zip(scales.iter_mut()).enumerate() {
-                        let group = format.group_of(row, g);
-                        scale.0[column] = group.scale;
-                        for (l, line) in codes.iter_mut().enumerate() {
-                            for i in 0..4 {
-                                let code = |at: usize| group.codes[at + l * 4 + i] as u8;
-                                line.0[column * 4 + i] = if format.four_bits() { code(0) | code(16) << 4 } else { code(0) };
-                            }
+        let (groups, lines, panels) = (inputs / format.group(), format.lines(), outputs.div_ceil(PANEL));
+        let mut codes = vec![Line([0; LINE]); panels * groups * lines];
+        let mut scales = Factors::new(format, panels * groups);
+        let mut mins = format.has_min().then(|| Factors::new(format, panels * groups));
+        for (o, row) in bytes.chunks_exact(row_bytes).enumerate() {
+            for g in 0..groups {
+                let (scale, min) = format.factors(row, g);
+                scales.set(o / PANEL * groups + g, o % PANEL, scale);
+                if let Some(mins) = &mut mins {
+                    mins.set(o / PANEL * groups + g, o % PANEL, min);
+                }
+            }
+        }
+        let to = Disjoint::new(&mut codes);
+        pool.run(panels, |panel| {
+            // SAFETY: each panel is written once.
+            let panel_lines = unsafe { to.part(panel * groups * lines, groups * lines) };
+            for (column, row) in bytes[panel * PANEL * row_bytes..].chunks_exact(row_bytes).take(PANEL).enumerate() {
+                for (g, lines) in panel_lines.chunks_exact_mut(lines).enumerate() {
+                    let codes = format.codes(row, g);
+                    for (l, line) in lines.iter_mut().enumerate() {
+                        for i in 0..4 {
+                            let code = |at: usize| codes[at + l * 4 + i];
+                            line.0[column * 4 + i] = if format.four_bits() { code(0) | code(16) << 4 } else { code(0) };
                         }
                     }
                 }
-            },
-        );
-        matrix.mins.par_chunks_mut(groups).enumerate().for_each(|(panel, mins)| {
-            for (column, row) in rows_of(panel) {
-                mins.iter_mut().enumerate().for_each(|(g, min)| min.0[column] = format.group_of(row, g).min);
             }
         });
-        Some(matrix)
+        Some(Self { format, outputs, inputs, codes, scales, mins })
     }
 
-    /// Lines of codes in a group.
-    fn lines(format: BlockFormat) -> usize {
-        if format.four_bits() { 4 } else { format.group() / 4 }
-    }
-
-    /// Width of the result.
-    pub fn outputs(&self) -> usize {
+    pub(crate) fn outputs(&self) -> usize {
         self.outputs
     }
 
-    /// Width of what it is multiplied with.
-    pub fn inputs(&self) -> usize {
+    pub(crate) fn inputs(&self) -> usize {
         self.inputs
     }
 
-    /// Row `output` of the matrix, `[inputs]`: what an embedding looks up.
-    pub fn row(&self, output: usize, to: &mut [f32]) {
-        assert!(output < self.outputs && to.len() == self.inputs, "row {output} of {} x {}", self.outputs, self.inputs);
+    pub(crate) fn bytes(&self) -> usize {
+        size_of_val(self.codes.as_slice()) + self.scales.bytes() + self.mins.as_ref().map_or(0, Factors::bytes)
+    }
+
+    pub(crate) fn row(&self, output: usize, to: &mut [f32]) {
         let (panel, column) = (output / PANEL, output % PANEL);
-        let (group, lines) = (self.format.group(), Self::lines(self.format));
+        let (group, lines) = (self.format.group(), self.format.lines());
         for (g, to) in to.chunks_exact_mut(group).enumerate() {
             let at = panel * (self.inputs / group) + g;
-            let (scale, min) = (self.scales[at].0[column], self.mins.get(at).map_or(0.0, |m| m.0[column]));
+            let (scale, min) = (self.scales.get(at, column), self.mins.as_ref().map_or(0.0, |m| m.get(at, column)));
             for (i, to) in to.iter_mut().enumerate() {
                 let code = if self.format.four_bits() {
-                    i32::from(self.codes[at * lines + i % 16 / 4].0[column * 4 + i % 4] >> (i / 16 * 4) & 15)
+                    self.codes[at * lines + i % 16 / 4].0[column * 4 + i % 4] >> (i / 16 * 4) & 15
                 } else {
-                    i32::from(self.codes[at * lines + i / 4].0[column * 4 + i % 4] as i8)
+                    self.codes[at * lines + i / 4].0[column * 4 + i % 4]
                 };
-                *to = scale * (code - self.format.zero()) as f32 + min;
+                *to = scale * (i32::from(code) - self.format.zero()) as f32 + min;
             }
         }
     }
 
-    /// `y = x W^T`: `x` is `[rows, inputs]`, `y` is `[rows, outputs]`. Runs on the current rayon pool.
-    pub fn multiply(&self, x: &[f32], rows: usize, y: &mut [f32]) {
-        assert_eq!(x.len(), rows * self.inputs, "x is [rows, inputs]");
-        assert_eq!(y.len(), rows * self.outputs, "y is [rows, outputs]");
-        let x = Rounded::new(x, self.inputs, self.format.group());
-        let y = Output::new(y, self.outputs);
-        split::panels(self.outputs.div_ceil(PANEL), rows, self.outputs * self.inputs, |panels| {
-            dispatch!(multiply_panels(self, &x, rows, y, panels));
-        });
-    }
-}
-
-/// Rows of `x` as 8-bit integers: `scale * code`, a scale for every 32 inputs.
-struct Rounded {
-    /// `[rows, inputs]`, -127 to 127
-    codes: Vec<i8>,
-    /// `[rows, inputs / 32]`
-    scales: Vec<f32>,
-    /// Sums of the codes over each group of the weights, `[rows, inputs / group]`.
-    sums: Vec<i32>,
-}
-
-impl Rounded {
-    fn new(x: &[f32], inputs: usize, group: usize) -> Self {
-        let mut codes = vec![0i8; x.len()];
-        let mut scales = vec![0.0; x.len() / ROUNDED];
-        let mut sums = vec![0; x.len() / group];
-        let round = |codes: &mut [i8], scales: &mut [f32], sums: &mut [i32], x: &[f32]| {
-            for ((codes, scale), x) in codes.chunks_exact_mut(ROUNDED).zip(scales).zip(x.chunks_exact(ROUNDED)) {
-                let greatest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-                *scale = greatest / 127.0;
-                let inverse = if greatest > 0.0 { 127.0 / greatest } else { 0.0 };
-                codes.iter_mut().zip(x).for_each(|(code, x)| *code = (x * inverse).round_ties_even() as i8);
-            }
-            for (sum, codes) in sums.iter_mut().zip(codes.chunks_exact(group)) {
-                *sum = codes.iter().map(|c| i32::from(*c)).sum();
-            }
+    /// The product's columns of `panels`.
+    #[inline(always)]
+    pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Target<'_>, panels: std::ops::Range<usize>) {
+        let (rows, inputs) = (to.rows(), self.inputs);
+        assert!(x.width() == inputs && x.rows() == rows && panels.end * PANEL < self.outputs + PANEL);
+        // With sixteen lanes taking halves of bytes apart costs as much as multiplying them: many rows share that work.
+        let spread = S::LANES == 16 && self.format.four_bits() && rows >= SPREAD_ROWS;
+        let four = self.format.four_bits() && !spread;
+        // More rows would not fit the registers.
+        let most = match (S::LANES, four) {
+            (16, false) => 8,
+            _ => 4,
         };
-        codes
-            .par_chunks_mut(inputs)
-            .zip(scales.par_chunks_mut(inputs / ROUNDED))
-            .zip(sums.par_chunks_mut(inputs / group).zip(x.par_chunks(inputs)))
-            .with_min_len(8)
-            .for_each(|((codes, scales), (sums, x))| round(codes, scales, sums, x));
-        Self { codes, scales, sums }
+        let per_panel = inputs / self.format.group() * self.format.lines();
+        let block = (X_BLOCK / inputs / most).max(1) * most;
+        // Taken out, since what runs in a closure is not compiled for this vector unit.
+        let mut scratch = SPREAD.take();
+        for first in (0..rows).step_by(block) {
+            let end = (first + block).min(rows);
+            for panel in panels.clone() {
+                let mut codes = &self.codes[panel * per_panel..(panel + 1) * per_panel];
+                if spread {
+                    spread_halves(s, codes, self.format.zero(), &mut scratch);
+                    codes = &scratch;
+                }
+                let mut row = first;
+                while row < end {
+                    let count = even(end - row, most);
+                    for column in (0..PANEL).step_by(S::LANES) {
+                        let at = At { row, panel, column };
+                        macro_rules! rows {
+                            ($($n:literal)*) => {
+                                match count {
+                                    $($n if four => tile::<S, $n, true>(s, self, codes, x, to, at),
+                                    $n => tile::<S, $n, false>(s, self, codes, x, to, at),)*
+                                    _ => unreachable!("a tile has at most 8 rows"),
+                                }
+                            };
+                        }
+                        rows!(1 2 3 4 5 6 7 8);
+                    }
+                    row += count;
+                }
+            }
+        }
+        SPREAD.set(scratch);
     }
 }
 
-/// The product's columns of `panels`.
+/// Rows from which on four-bit codes are spread to bytes before they are multiplied.
+const SPREAD_ROWS: usize = 5;
+
+thread_local! {
+    /// One panel's codes, spread.
+    static SPREAD: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Four-bit codes of a panel as bytes that stand for the same weights with a zero of 128: eight lines for each four.
 #[inline(always)]
-fn multiply_panels<S: Simd>(s: S, w: &QuantisedMatrix, x: &Rounded, rows: usize, y: Output, panels: std::ops::Range<usize>) {
-    for panel in panels {
-        let mut row = 0;
-        while row < rows {
-            let count = TILE.min(rows - row);
-            match count {
-                4 => tile::<S, 4>(s, w, x, y, (row, panel)),
-                3 => tile::<S, 3>(s, w, x, y, (row, panel)),
-                2 => tile::<S, 2>(s, w, x, y, (row, panel)),
-                _ => tile::<S, 1>(s, w, x, y, (row, panel)),
+fn spread_halves<S: Simd>(_: S, codes: &[Line], zero: i32, to: &mut Vec<Line>) {
+    let more = (128 - zero) as u8;
+    to.resize(codes.len() * 2, Line([0; LINE]));
+    for (group, to) in codes.as_chunks::<4>().0.iter().zip(to.as_chunks_mut::<8>().0) {
+        for (l, line) in group.iter().enumerate() {
+            for (i, both) in line.0.iter().enumerate() {
+                to[l].0[i] = (both & 15) + more;
+                to[4 + l].0[i] = (both >> 4) + more;
             }
-            row += count;
         }
     }
 }
 
-/// `R` rows times one panel; `at` is the first row and the panel.
+/// Where a tile lies: its first row, its panel, its first column in the panel.
+#[derive(Clone, Copy)]
+struct At {
+    row: usize,
+    panel: usize,
+    column: usize,
+}
+
+/// `R` rows times `LANES` outputs of one panel, whose codes are `codes`: halves of bytes if `FOUR`, else bytes with a zero of 128.
 #[inline(always)]
-fn tile<S: Simd, const R: usize>(s: S, w: &QuantisedMatrix, x: &Rounded, y: Output, at: (usize, usize)) {
-    let (row, panel) = at;
-    let (group, lines) = (w.format.group(), QuantisedMatrix::lines(w.format));
-    let (groups, zero) = (w.inputs / group, w.format.zero());
-    let codes = &w.codes[panel * groups * lines..][..groups * lines];
-    let scales = &w.scales[panel * groups..][..groups];
-    let mins = if w.mins.is_empty() { None } else { Some(&w.mins[panel * groups..][..groups]) };
-    let x_codes: [&[i8]; R] = std::array::from_fn(|r| &x.codes[(row + r) * w.inputs..][..w.inputs]);
-    let x_scales: [&[f32]; R] = std::array::from_fn(|r| &x.scales[(row + r) * (w.inputs / ROUNDED)..][..w.inputs / ROUNDED]);
-    let x_sums: [&[i32]; R] = std::array::from_fn(|r| &x.sums[(row + r) * groups..][..groups]);
+fn tile<S: Simd, const R: usize, const FOUR: bool>(s: S, w: &QuantisedMatrix, codes: &[Line], x: &Activations, to: Target<'_>, at: At) {
+    let (group, zero) = (w.format.group(), w.format.zero());
+    let lines = if FOUR { 4 } else { group / 4 };
+    let groups = w.inputs / group;
+    let first = at.panel * groups;
+    let codes = codes[..groups * lines].as_ptr().cast::<u8>();
+    let x_codes: [&[i8]; R] = std::array::from_fn(|r| &x.codes[(at.row + r) * w.inputs..][..w.inputs]);
+    let x_scales: [&[f32]; R] = std::array::from_fn(|r| &x.scales[(at.row + r) * (w.inputs / GROUP)..][..w.inputs / GROUP]);
+    let x_sums: [&[i32]; R] = std::array::from_fn(|r| &x.sums[(at.row + r) * (w.inputs / 16)..][..w.inputs / 16]);
+    // A group's place among the scales (of 32) and the sums (of 16).
+    let per_scale = GROUP / group;
 
     let mut totals = [s.splat(0.0); R];
     for g in 0..groups {
-        // SAFETY: a group has `lines` lines of 32 bytes in `codes` and `group` values in each row of `x`;
-        // `lines` is 4 where codes have four bits, which groups of 32 have, else group / 4.
+        let sums: [i32; R] = std::array::from_fn(|r| if per_scale == 1 { x_sums[r][g * 2] + x_sums[r][g * 2 + 1] } else { x_sums[r][g] });
+        // SAFETY: a group has `lines` lines of 64 bytes, of which `column` leaves 4 * LANES, and `group` values in each row of
+        // `x`: 32 where codes have four bits, else 4 * lines. Rounded values are from -127 to 127.
         let dots = unsafe {
-            let codes = codes.as_ptr().add(g * lines);
+            let codes = codes.add(g * lines * LINE + at.column * 4);
             let values = x_codes.map(|x| x.as_ptr().add(g * group));
-            if w.format.four_bits() { s.dot_u4(codes.cast(), values) } else { s.dot_i8(codes.cast(), lines, values) }
+            if FOUR { s.dot_u4(codes, values, sums.map(|sum| -zero * sum)) } else { s.dot_i8(codes, lines, values, sums) }
         };
-        // SAFETY: eight values are there.
-        let scale = unsafe { s.load(scales[g].0.as_ptr()) };
+        let scale = w.scales.load(s, first + g, at.column);
         for r in 0..R {
-            let (x_scale, x_sum) = (x_scales[r][g * group / ROUNDED], x_sums[r][g]);
-            totals[r] = s.fma(s.difference(dots[r], zero * x_sum), s.mul(scale, s.splat(x_scale)), totals[r]);
-            if let Some(mins) = mins {
-                // SAFETY: eight values are there.
-                totals[r] = s.fma(unsafe { s.load(mins[g].0.as_ptr()) }, s.splat(x_scale * x_sum as f32), totals[r]);
+            totals[r] = s.fma(s.to_f32(dots[r]), s.mul(scale, s.splat(x_scales[r][g / per_scale])), totals[r]);
+        }
+        if let Some(mins) = &w.mins {
+            let min = mins.load(s, first + g, at.column);
+            for r in 0..R {
+                totals[r] = s.fma(min, s.splat(x_scales[r][g / per_scale] * sums[r] as f32), totals[r]);
             }
         }
     }
     for (r, total) in totals.into_iter().enumerate() {
-        let mut line = [0.0f32; PANEL];
-        // SAFETY: eight values have room.
-        unsafe { s.store(line.as_mut_ptr(), total) };
-        // SAFETY: no other thread writes this panel's columns.
-        unsafe { y.write(row + r, panel * PANEL, &line) };
+        // SAFETY: this thread alone has this panel.
+        unsafe { to.write(s, at.row + r, at.panel * PANEL + at.column, total) };
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::Scalar;
-
-    const FORMATS: [BlockFormat; 7] =
-        [BlockFormat::Q4_0, BlockFormat::Q4_1, BlockFormat::Q5_0, BlockFormat::Q5_1, BlockFormat::Q8_0, BlockFormat::Q4K, BlockFormat::Q6K];
-
-    /// Random blocks whose half-precision fields are small numbers.
-    fn blocks(format: BlockFormat, count: usize) -> Vec<u8> {
-        let mut state = 88_172_645_463_325_252u64;
-        let mut bytes: Vec<u8> = (0..count * format.bytes())
-            .map(|_| {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state >> 24) as u8
-            })
-            .collect();
-        let halves: &[usize] = match format {
-            BlockFormat::Q6K => &[208],
-            BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q4K => &[0, 2],
-            _ => &[0],
-        };
-        for (b, block) in bytes.chunks_exact_mut(format.bytes()).enumerate() {
-            for &at in halves {
-                let value = half::f16::from_f32(((b * 37 + at) % 19) as f32 * 0.01 - 0.07);
-                block[at..at + 2].copy_from_slice(&value.to_le_bytes());
-            }
-        }
-        bytes
-    }
-
-    fn activations(n: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * 7919 % 2003) as f32 / 2003.0 - 0.5) * if i % 96 < 32 { 0.01 } else { 3.0 }).collect()
-    }
-
-    #[test]
-    fn products_are_those_of_the_rows_with_rounded_activations() {
-        for format in FORMATS {
-            let (rows, outputs, inputs) = (5, 21, 512);
-            let w = QuantisedMatrix::from_blocks(format, &blocks(format, outputs * inputs / format.block()), outputs, inputs).unwrap();
-            let x = activations(rows * inputs);
-            let mut y = vec![f32::NAN; rows * outputs];
-            w.multiply(&x, rows, &mut y);
-            let rounded = Rounded::new(&x, inputs, format.group());
-            let mut weights = vec![0.0; inputs];
-            for o in 0..outputs {
-                w.row(o, &mut weights);
-                for r in 0..rows {
-                    let value = |i: usize| f64::from(rounded.codes[r * inputs + i]) * f64::from(rounded.scales[(r * inputs + i) / 32]);
-                    let want: f64 = (0..inputs).map(|i| value(i) * f64::from(weights[i])).sum();
-                    let size: f64 = (0..inputs).map(|i| (value(i) * f64::from(weights[i])).abs()).sum();
-                    let got = f64::from(y[r * outputs + o]);
-                    assert!((got - want).abs() <= 2e-6 * size + 1e-6, "{format:?} [{r}, {o}]: {got}, not {want}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_row_is_the_same_bits_in_any_company_and_on_any_lanes() {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-        for format in FORMATS {
-            let (rows, outputs, inputs) = (11, 77, 256);
-            let w = QuantisedMatrix::from_blocks(format, &blocks(format, outputs * inputs / format.block()), outputs, inputs).unwrap();
-            let x = activations(rows * inputs);
-            let mut together = vec![f32::NAN; rows * outputs];
-            pool.install(|| w.multiply(&x, rows, &mut together));
-            for r in 0..rows {
-                let mut alone = vec![f32::NAN; outputs];
-                w.multiply(&x[r * inputs..(r + 1) * inputs], 1, &mut alone);
-                assert_eq!(alone, together[r * outputs..(r + 1) * outputs], "{format:?}");
-            }
-            let mut scalar = vec![f32::NAN; rows * outputs];
-            let rounded = Rounded::new(&x, inputs, format.group());
-            multiply_panels(Scalar, &w, &rounded, rows, Output::new(&mut scalar, outputs), 0..outputs.div_ceil(PANEL));
-            assert_eq!(scalar, together, "{format:?}");
-        }
-    }
+    use crate::ggml::tests::blocks;
 
     #[test]
     fn bytes_that_are_no_such_matrix_are_refused() {
+        let pool = Pool::new(1, &[]).unwrap();
+        let pack = |format, bytes: &[u8], outputs, inputs| QuantisedMatrix::from_blocks(&pool, format, bytes, outputs, inputs);
         let bytes = blocks(BlockFormat::Q8_0, 8);
-        assert!(QuantisedMatrix::from_blocks(BlockFormat::Q8_0, &bytes, 4, 64).is_some());
-        assert!(QuantisedMatrix::from_blocks(BlockFormat::Q8_0, &bytes, 4, 48).is_none());
-        assert!(QuantisedMatrix::from_blocks(BlockFormat::Q8_0, &bytes[1..], 4, 64).is_none());
-        assert!(QuantisedMatrix::from_blocks(BlockFormat::Q4K, &bytes, 4, 64).is_none());
+        assert!(pack(BlockFormat::Q8_0, &bytes, 4, 64).is_some());
+        assert!(pack(BlockFormat::Q8_0, &bytes, 4, 48).is_none());
+        assert!(pack(BlockFormat::Q8_0, &bytes[1..], 4, 64).is_none());
+        assert!(pack(BlockFormat::Q4K, &bytes, 4, 64).is_none());
     }
 }

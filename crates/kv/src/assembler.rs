@@ -4,9 +4,10 @@
 //! for this reservation, of this epoch, from a node of this pair, and are of this prompt. After the first error, and after
 //! the commit, nothing more is accepted.
 
-use overfill_types::{Code, Epoch, Fingerprint, KvGeometry, ServiceError, Ticket};
+use overfill_types::{Code, Epoch, Fingerprint, KvGeometry, ServiceError, Ticket, WireFormat};
 
 use crate::frame::{HandoffDigest, RowsHeader};
+use crate::wire::row_bytes;
 
 /// What a reservation waits for.
 #[derive(Clone, Debug)]
@@ -19,8 +20,12 @@ pub struct Expected {
     pub epoch: Epoch,
     /// The decode model's KV geometry.
     pub geometry: KvGeometry,
+    /// How its rows travel.
+    pub wire: WireFormat,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Tokens at its front whose rows are here already: they do not come again.
+    pub held_tokens: usize,
     /// [`crate::prompt_digest`] of the prompt.
     pub prompt_digest: [u8; 32],
 }
@@ -147,7 +152,7 @@ pub struct Assembler {
     expected: Expected,
     next: u32,
     digest: HandoffDigest,
-    /// How many tokens of each layer came; they come in order.
+    /// How many tokens of each layer are here; they come in order.
     filled: Vec<usize>,
     over: bool,
 }
@@ -155,8 +160,13 @@ pub struct Assembler {
 impl Assembler {
     /// For one reservation.
     pub fn new(expected: Expected) -> Self {
-        let filled = vec![0; expected.geometry.layers];
+        let filled = vec![expected.held_tokens; expected.geometry.layers];
         Self { expected, next: 0, digest: HandoffDigest::default(), filled, over: false }
+    }
+
+    /// How rows are to come.
+    pub fn wire(&self) -> WireFormat {
+        self.expected.wire
     }
 
     /// Checks a frame of rows; if it is good they may be written to the cache.
@@ -235,7 +245,7 @@ impl Assembler {
 
     fn shape(&self, header: &RowsHeader, k: &[u8], v: &[u8]) -> Result<(), FrameError> {
         let fail = |what: String| Err(FrameError::Shape { index: header.index, ticket: header.ticket.clone(), what });
-        let Expected { geometry, prompt_tokens, .. } = &self.expected;
+        let Expected { geometry, wire, prompt_tokens, .. } = &self.expected;
         let Some(&filled) = self.filled.get(header.layer as usize) else {
             return fail(format!("layer {} of a decode model with {}", header.layer, geometry.layers));
         };
@@ -246,9 +256,13 @@ impl Assembler {
         if start != filled {
             return fail(format!("tokens of layer {} from {start} on came where {filled} was due", header.layer));
         }
-        let bytes = tokens * geometry.row() * size_of::<f32>();
+        let bytes = tokens * row_bytes(*wire, geometry);
         if k.len() != bytes || v.len() != bytes {
-            return fail(format!("{} bytes of keys and {} of values for {tokens} tokens of {geometry}: {bytes} are due", k.len(), v.len()));
+            return fail(format!(
+                "{} bytes of keys and {} of values for {tokens} tokens of {geometry} as {wire}: {bytes} are due",
+                k.len(),
+                v.len()
+            ));
         }
         Ok(())
     }
@@ -278,7 +292,9 @@ mod tests {
             ticket: Ticket::new("ticket"),
             epoch: Epoch(2),
             geometry: GEOMETRY,
+            wire: WireFormat::F32,
             prompt_tokens: PROMPT.len(),
+            held_tokens: 0,
             prompt_digest: prompt_digest(&PROMPT),
         }
     }
@@ -320,6 +336,24 @@ mod tests {
         assert!(matches!(assembler.rows(&again, &k, &v, again.checksum(&k, &v)), Err(FrameError::Shape { .. })), "the same tokens twice");
         let Frame { header, k, v, checksum } = frame(1, 1, 0, 5);
         assert!(matches!(assembler.rows(&header, &k, &v, checksum), Err(FrameError::Over { .. })), "nothing after an error");
+    }
+
+    #[test]
+    fn what_is_held_does_not_come_again() {
+        let held = || Assembler::new(Expected { held_tokens: 3, ..expected() });
+        let Frame { header, k, v, checksum } = frame(0, 0, 3, 2);
+        held().rows(&header, &k, &v, checksum).unwrap();
+        for (start, tokens) in [(0, 3), (2, 2), (4, 1)] {
+            let Frame { header, k, v, checksum } = frame(0, 0, start, tokens);
+            assert!(matches!(held().rows(&header, &k, &v, checksum), Err(FrameError::Shape { .. })));
+        }
+        let Expected { fingerprint, ticket, epoch, prompt_digest, .. } = expected();
+        let commit = |mut assembler: Assembler| {
+            let digest = HandoffDigest::default().finish();
+            assembler.commit(&fingerprint, &ticket, epoch, 0, (&digest, &prompt_digest))
+        };
+        assert!(matches!(commit(held()), Err(FrameError::Incomplete { have: 6, want: 10, .. })));
+        assert_eq!(commit(Assembler::new(Expected { held_tokens: 5, ..expected() })), Ok(()));
     }
 
     #[test]

@@ -5,7 +5,10 @@
 pub mod assembler;
 pub mod frame;
 pub mod pool;
+pub mod prefix;
+pub mod wire;
 
 pub use assembler::{Assembler, Expected, FrameError};
 pub use frame::{HandoffDigest, RowsHeader, prompt_digest};
 pub use pool::{BlockId, BlockPool, PoolFull, Reservation};
+pub use prefix::{BlockHash, block_hashes};

@@ -15,17 +15,20 @@ pub struct NodeArgs {
     /// Where peers reach this node, host:port [default: the address that it listens on]
     #[arg(long, env = "OVERFILL_ADVERTISE")]
     pub advertise: Option<String>,
-    /// Compute threads [default: all cores]
+    /// Compute threads [default: one for each of --cpus, or for each core]
     #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+    /// Cores that this process keeps to, separated by commas; each compute thread gets one of its own [default: any]
+    #[arg(long, env = "OVERFILL_CPUS", value_delimiter = ',')]
+    pub cpus: Vec<usize>,
     /// Where the model computes: cpu or cuda:N
     #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
     pub device: String,
     /// Memory of the KV cache in bytes; K, M and G are understood
     #[arg(long, env = "OVERFILL_KV_MEMORY", default_value = "1G", value_parser = parse_bytes)]
     pub kv_memory: u64,
-    /// Token positions in a block of the KV cache
-    #[arg(long, env = "OVERFILL_BLOCK_TOKENS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=256))]
+    /// Token positions in a block of the KV cache: a multiple of 16
+    #[arg(long, env = "OVERFILL_BLOCK_TOKENS", default_value_t = 16, value_parser = parse_block_tokens)]
     pub block_tokens: u32,
     /// Longest sequence, prompt and answer together, in tokens [default: the pair's, at most 8192]
     #[arg(long, env = "OVERFILL_MAX_CONTEXT")]
@@ -36,9 +39,13 @@ pub struct NodeArgs {
 }
 
 impl NodeArgs {
-    /// Compute threads: the flag's, or one for each core.
+    /// Compute threads: the flag's, or one for each core that it may use.
     pub fn threads(&self) -> usize {
-        self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
+        match self.threads {
+            Some(threads) => threads.into(),
+            None if !self.cpus.is_empty() => self.cpus.len(),
+            None => std::thread::available_parallelism().map_or(1, usize::from),
+        }
     }
 
     /// Longest sequence of a pair that was made for `made_for` tokens.
@@ -60,6 +67,14 @@ impl NodeArgs {
     /// How long running sequences get at a drain.
     pub fn drain_timeout(&self) -> Duration {
         Duration::from_secs(self.drain_timeout)
+    }
+}
+
+/// Token positions in a block.
+fn parse_block_tokens(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(tokens) if (16..=256).contains(&tokens) && tokens % 16 == 0 => Ok(tokens),
+        _ => Err(format!("'{text}' is no block size: use a multiple of 16 from 16 to 256")),
     }
 }
 

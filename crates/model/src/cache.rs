@@ -1,65 +1,74 @@
 //! The KV cache: for each layer a run of slots, cut into blocks that sequences hold by their block tables.
 //!
-//! On the CPU it is plain memory, which kernels and frames read in place. On other devices it is a tensor for the keys
-//! and one for the values of each layer.
+//! On the CPU it is plain memory in the layout that the attention kernel reads. On other devices it is a tensor for the
+//! keys and one for the values of each layer.
 
 use candle_core::{DType, Device, Tensor};
+use overfill_kernels::{BLOCK_MULTIPLE, KvLayer, KvShape, Pool, Run};
 use overfill_kv::BlockId;
-use overfill_types::KvGeometry;
+use overfill_types::{KvFormat, KvGeometry};
 
 use crate::error::ModelError;
 
 /// KV cache of one node, all sequences together.
 ///
-/// Slot of token position `p` of a sequence with block table `blocks`: `blocks[p / block_tokens] * block_tokens + p % block_tokens`.
-/// A row is `[kv_heads, head_dim]`, keys after the rotary embedding, f32.
+/// Token position `p` of a sequence with block table `blocks` lies in `blocks[p / block_tokens]`. A row is
+/// `[kv_heads, head_dim]`, keys after the rotary embedding. What is stored is rounded to the cache's format; attention
+/// computes in f32.
 pub struct KvCache {
     geometry: KvGeometry,
+    format: KvFormat,
     blocks: usize,
     block_tokens: usize,
-    pub(crate) rows: Rows,
+    rows: Rows,
 }
 
-/// Keys and values by layer.
-pub(crate) enum Rows {
-    /// Each `[slots, kv_heads, head_dim]`.
-    Host(Vec<Kv<Vec<f32>>>),
-    /// Each `[slots, kv_heads, head_dim]`, f32.
-    Device(Vec<Kv<Tensor>>),
+enum Rows {
+    Host(Vec<KvLayer>),
+    Device(Vec<KvTensors>),
 }
 
-/// One layer's keys and values.
-pub(crate) struct Kv<T> {
-    pub(crate) k: T,
-    pub(crate) v: T,
+/// One layer's keys and values on a device, each `[slots, kv_heads, head_dim]`.
+pub(crate) struct KvTensors {
+    pub(crate) k: Tensor,
+    pub(crate) v: Tensor,
 }
 
 impl KvCache {
     /// Room for `blocks` blocks of `block_tokens` token positions, all zero, on `device`.
     ///
     /// # Errors
-    /// Where the device has not the memory.
-    pub fn new(geometry: KvGeometry, blocks: usize, block_tokens: usize, device: &Device) -> Result<Self, ModelError> {
-        let slots = blocks * block_tokens;
+    /// Where the device has not the memory, or `block_tokens` is not a multiple of 16.
+    pub fn new(geometry: KvGeometry, format: KvFormat, blocks: usize, block_tokens: usize, device: &Device) -> Result<Self, ModelError> {
+        if block_tokens == 0 || !block_tokens.is_multiple_of(BLOCK_MULTIPLE) {
+            return Err(ModelError::Mismatch(format!(
+                "blocks of {block_tokens} token positions: a multiple of {BLOCK_MULTIPLE} is needed"
+            )));
+        }
         let rows = if device.is_cpu() {
-            let zeros = || vec![0.0; slots * geometry.row()];
-            Rows::Host((0..geometry.layers).map(|_| Kv { k: zeros(), v: zeros() }).collect())
+            let stored = kernel_format(format);
+            Rows::Host((0..geometry.layers).map(|_| KvLayer::new(shape(geometry, blocks, block_tokens), stored)).collect())
         } else {
-            Self::on_device(geometry, slots, device)?
+            Self::on_device(geometry, format, blocks * block_tokens, device)?
         };
-        Ok(Self { geometry, blocks, block_tokens, rows })
+        Ok(Self { geometry, format, blocks, block_tokens, rows })
     }
 
-    fn on_device(geometry: KvGeometry, slots: usize, device: &Device) -> Result<Rows, ModelError> {
-        let zeros = || Tensor::zeros((slots, geometry.kv_heads, geometry.head_dim), DType::F32, device);
-        Ok(Rows::Device((0..geometry.layers).map(|_| Ok(Kv { k: zeros()?, v: zeros()? })).collect::<Result<_, candle_core::Error>>()?))
+    fn on_device(geometry: KvGeometry, format: KvFormat, slots: usize, device: &Device) -> Result<Rows, ModelError> {
+        let dtype = match format {
+            KvFormat::F32 => DType::F32,
+            KvFormat::F16 => DType::F16,
+        };
+        let zeros = || Tensor::zeros((slots, geometry.kv_heads, geometry.head_dim), dtype, device);
+        let layers = (0..geometry.layers).map(|_| Ok(KvTensors { k: zeros()?, v: zeros()? }));
+        Ok(Rows::Device(layers.collect::<Result<_, candle_core::Error>>()?))
     }
 
     /// The tensor form on the CPU, so that what runs on other devices can be tested without one.
     #[cfg(test)]
-    pub(crate) fn in_tensors(geometry: KvGeometry, blocks: usize, block_tokens: usize) -> Self {
-        let rows = Self::on_device(geometry, blocks * block_tokens, &Device::Cpu).unwrap();
-        Self { geometry, blocks, block_tokens, rows }
+    pub(crate) fn in_tensors(geometry: KvGeometry, format: KvFormat, blocks: usize, block_tokens: usize) -> Self {
+        let rows = Self::on_device(geometry, format, blocks * block_tokens, &Device::Cpu).unwrap();
+        Self { geometry, format, blocks, block_tokens, rows }
     }
 
     /// Its shape.
@@ -72,57 +81,83 @@ impl KvCache {
         self.block_tokens
     }
 
-    /// Keys and values of positions `start..start + count` of a sequence in one layer, each `[count, kv_heads, head_dim]`.
+    /// Bytes of one token position in all layers.
+    pub fn bytes_per_token(&self) -> usize {
+        bytes_per_token(self.geometry, self.format)
+    }
+
+    /// Whether a block table covers `end` positions with blocks that are there.
+    ///
+    /// # Errors
+    /// [`ModelError::Mismatch`] that names what is missing.
+    pub(crate) fn check(&self, blocks: &[BlockId], end: usize) -> Result<(), ModelError> {
+        let size = self.block_tokens;
+        if end > blocks.len() * size {
+            return Err(ModelError::Mismatch(format!("position {end} is asked for, the block table covers {}", blocks.len() * size)));
+        }
+        match blocks[..end.div_ceil(size)].iter().find(|b| b.0 as usize >= self.blocks) {
+            Some(block) => Err(ModelError::Mismatch(format!("block {} is asked for, the KV cache has {}", block.0, self.blocks))),
+            None => Ok(()),
+        }
+    }
+
+    /// Keys and values of positions `start..start + count` of a sequence in one layer, each `[count, kv_heads, head_dim]`,
+    /// put into `k` and `v`.
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] where the layer or a position is not there.
-    pub fn read(&self, layer: usize, blocks: &[BlockId], start: usize, count: usize) -> Result<(Vec<f32>, Vec<f32>), ModelError> {
-        let row = self.geometry.row();
-        let (mut k, mut v) = (Vec::with_capacity(count * row), Vec::with_capacity(count * row));
-        let runs = self.runs(layer, blocks, start, count)?;
+    pub fn read(
+        &self,
+        layer: usize,
+        blocks: &[BlockId],
+        start: usize,
+        count: usize,
+        k: &mut Vec<f32>,
+        v: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        self.check_layer(layer)?;
+        self.check(blocks, start + count)?;
         match &self.rows {
             Rows::Host(layers) => {
-                for (slot, n) in runs {
-                    k.extend_from_slice(&layers[layer].k[slot * row..(slot + n) * row]);
-                    v.extend_from_slice(&layers[layer].v[slot * row..(slot + n) * row]);
-                }
+                k.resize(count * self.geometry.row(), 0.0);
+                v.resize(count * self.geometry.row(), 0.0);
+                layers[layer].read(Run { blocks: BlockId::numbers(blocks), start, tokens: count }, k, v);
             }
             Rows::Device(layers) => {
-                let take = |rows: &Tensor, slot, n| rows.narrow(0, slot, n)?.flatten_all()?.to_vec1::<f32>();
-                for (slot, n) in runs {
+                k.clear();
+                v.clear();
+                let take = |rows: &Tensor, slot, n| rows.narrow(0, slot, n)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+                for (slot, n) in self.runs(layer, blocks, start, count)? {
                     k.extend(take(&layers[layer].k, slot, n)?);
                     v.extend(take(&layers[layer].v, slot, n)?);
                 }
             }
         }
-        Ok((k, v))
+        Ok(())
     }
 
     /// Sets keys and values of positions `start..` of a sequence in one layer; `k` and `v` are `[count, kv_heads, head_dim]`.
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] where sizes do not fit, or the layer or a position is not there.
-    pub fn write(&mut self, layer: usize, blocks: &[BlockId], start: usize, k: &[f32], v: &[f32]) -> Result<(), ModelError> {
+    pub fn write(&mut self, pool: &Pool, layer: usize, blocks: &[BlockId], start: usize, k: &[f32], v: &[f32]) -> Result<(), ModelError> {
         let row = self.geometry.row();
         if k.len() != v.len() || !k.len().is_multiple_of(row) {
             return Err(ModelError::Mismatch(format!("{} key and {} value numbers are no rows of {row}", k.len(), v.len())));
         }
-        let runs = self.runs(layer, blocks, start, k.len() / row)?;
-        let mut from = 0;
+        self.check_layer(layer)?;
+        let tokens = k.len() / row;
+        self.check(blocks, start + tokens)?;
+        let runs = self.runs(layer, blocks, start, tokens)?;
         match &mut self.rows {
-            Rows::Host(layers) => {
-                for (slot, n) in runs {
-                    layers[layer].k[slot * row..(slot + n) * row].copy_from_slice(&k[from..from + n * row]);
-                    layers[layer].v[slot * row..(slot + n) * row].copy_from_slice(&v[from..from + n * row]);
-                    from += n * row;
-                }
-            }
+            Rows::Host(layers) => layers[layer].write(pool, &[Run { blocks: BlockId::numbers(blocks), start, tokens }], k, v, row),
             Rows::Device(layers) => {
                 let KvGeometry { kv_heads, head_dim, .. } = self.geometry;
+                let mut from = 0;
                 for (slot, n) in runs {
                     for (rows, values) in [(&layers[layer].k, k), (&layers[layer].v, v)] {
                         let values = Tensor::from_slice(&values[from..from + n * row], (n, kv_heads, head_dim), rows.device())?;
-                        rows.slice_set(&values, 0, slot)?;
+                        rows.slice_set(&values.to_dtype(rows.dtype())?, 0, slot)?;
                     }
                     from += n * row;
                 }
@@ -133,22 +168,13 @@ impl KvCache {
 
     /// Runs of consecutive slots `(first, count)` that hold positions `start..start + count`.
     pub(crate) fn runs(&self, layer: usize, blocks: &[BlockId], start: usize, count: usize) -> Result<Vec<(usize, usize)>, ModelError> {
-        if layer >= self.geometry.layers {
-            return Err(ModelError::Mismatch(format!("layer {layer} is asked for, the KV cache has {}", self.geometry.layers)));
-        }
-        let size = self.block_tokens;
-        let end = start + count;
-        if end > blocks.len() * size {
-            return Err(ModelError::Mismatch(format!("position {end} is asked for, the block table covers {}", blocks.len() * size)));
-        }
+        self.check_layer(layer)?;
+        let (size, end) = (self.block_tokens, start + count);
+        self.check(blocks, end)?;
         let mut runs: Vec<(usize, usize)> = Vec::new();
         let mut position = start;
         while position < end {
-            let block = blocks[position / size].0 as usize;
-            if block >= self.blocks {
-                return Err(ModelError::Mismatch(format!("block {block} is asked for, the KV cache has {}", self.blocks)));
-            }
-            let slot = block * size + position % size;
+            let slot = blocks[position / size].0 as usize * size + position % size;
             let n = (size - position % size).min(end - position);
             match runs.last_mut() {
                 Some((first, length)) if *first + *length == slot => *length += n,
@@ -158,6 +184,57 @@ impl KvCache {
         }
         Ok(runs)
     }
+
+    /// One layer in main memory.
+    pub(crate) fn host(&self, layer: usize) -> Result<&KvLayer, ModelError> {
+        match &self.rows {
+            Rows::Host(layers) => Ok(&layers[layer]),
+            Rows::Device(_) => Err(elsewhere("in main memory", "on a device")),
+        }
+    }
+
+    /// One layer in main memory.
+    pub(crate) fn host_mut(&mut self, layer: usize) -> Result<&mut KvLayer, ModelError> {
+        match &mut self.rows {
+            Rows::Host(layers) => Ok(&mut layers[layer]),
+            Rows::Device(_) => Err(elsewhere("in main memory", "on a device")),
+        }
+    }
+
+    /// One layer on a device.
+    pub(crate) fn tensors(&self, layer: usize) -> Result<&KvTensors, ModelError> {
+        match &self.rows {
+            Rows::Device(layers) => Ok(&layers[layer]),
+            Rows::Host(_) => Err(elsewhere("on a device", "in main memory")),
+        }
+    }
+
+    fn check_layer(&self, layer: usize) -> Result<(), ModelError> {
+        if layer < self.geometry.layers {
+            return Ok(());
+        }
+        Err(ModelError::Mismatch(format!("layer {layer} is asked for, the KV cache has {}", self.geometry.layers)))
+    }
+}
+
+/// Bytes of one token position in all layers of a cache.
+pub fn bytes_per_token(geometry: KvGeometry, format: KvFormat) -> usize {
+    geometry.layers * KvLayer::bytes_per_token(shape(geometry, 1, BLOCK_MULTIPLE), kernel_format(format))
+}
+
+fn shape(geometry: KvGeometry, blocks: usize, block_tokens: usize) -> KvShape {
+    KvShape { kv_heads: geometry.kv_heads, head_dim: geometry.head_dim, block_tokens, blocks }
+}
+
+fn kernel_format(format: KvFormat) -> overfill_kernels::KvFormat {
+    match format {
+        KvFormat::F32 => overfill_kernels::KvFormat::F32,
+        KvFormat::F16 => overfill_kernels::KvFormat::F16,
+    }
+}
+
+fn elsewhere(model: &str, cache: &str) -> ModelError {
+    ModelError::Mismatch(format!("the model is {model}, the KV cache {cache}"))
 }
 
 #[cfg(test)]
@@ -168,27 +245,34 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_across_blocks() {
-        let host = KvCache::new(GEOMETRY, 8, 4, &Device::Cpu).unwrap();
-        for mut cache in [host, KvCache::in_tensors(GEOMETRY, 8, 4)] {
-            let blocks = [BlockId(6), BlockId(1), BlockId(2)];
-            let values = |n: usize, from: f32| (0..n * 8).map(|i| from + i as f32).collect::<Vec<_>>();
-            cache.write(1, &blocks, 2, &values(9, 1.0), &values(9, 1000.0)).unwrap();
-            let (k, v) = cache.read(1, &blocks, 2, 9).unwrap();
-            assert_eq!((k, v), (values(9, 1.0), values(9, 1000.0)));
-            let (k, _) = cache.read(1, &blocks, 4, 2).unwrap();
-            assert_eq!(k, values(9, 1.0)[16..32]);
-            let (k, _) = cache.read(0, &blocks, 0, 12).unwrap();
-            assert!(k.iter().all(|x| *x == 0.0), "the other layer is untouched");
+        let pool = Pool::new(1, &[]).unwrap();
+        for format in [KvFormat::F32, KvFormat::F16] {
+            let host = KvCache::new(GEOMETRY, format, 8, 16, &Device::Cpu).unwrap();
+            for mut cache in [host, KvCache::in_tensors(GEOMETRY, format, 8, 16)] {
+                let blocks = [BlockId(6), BlockId(1), BlockId(2)];
+                let values = |n: usize, from: f32| (0..n * 8).map(|i| from + i as f32).collect::<Vec<_>>();
+                let (mut k, mut v) = (Vec::new(), Vec::new());
+                cache.write(&pool, 1, &blocks, 10, &values(29, 1.0), &values(29, 1000.0)).unwrap();
+                cache.read(1, &blocks, 10, 29, &mut k, &mut v).unwrap();
+                assert!(k == values(29, 1.0) && v == values(29, 1000.0), "{format:?}");
+                cache.read(1, &blocks, 15, 2, &mut k, &mut v).unwrap();
+                assert_eq!(k, values(29, 1.0)[40..56]);
+                cache.read(0, &blocks, 0, 48, &mut k, &mut v).unwrap();
+                assert!(k.iter().all(|x| *x == 0.0), "the other layer is untouched");
+            }
         }
     }
 
     #[test]
     fn what_is_not_there_is_refused() {
-        let mut cache = KvCache::new(GEOMETRY, 8, 4, &Device::Cpu).unwrap();
-        assert!(cache.read(2, &[BlockId(0)], 0, 1).is_err());
-        assert!(cache.read(0, &[BlockId(0)], 2, 3).is_err());
-        assert!(cache.read(0, &[BlockId(8)], 0, 1).is_err());
-        assert!(cache.write(0, &[BlockId(0)], 0, &[0.0; 7], &[0.0; 7]).is_err());
-        assert!(cache.write(0, &[BlockId(0)], 0, &[0.0; 8], &[0.0; 16]).is_err());
+        let pool = Pool::new(1, &[]).unwrap();
+        let mut cache = KvCache::new(GEOMETRY, KvFormat::F32, 8, 16, &Device::Cpu).unwrap();
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        assert!(cache.read(2, &[BlockId(0)], 0, 1, &mut k, &mut v).is_err());
+        assert!(cache.read(0, &[BlockId(0)], 14, 3, &mut k, &mut v).is_err());
+        assert!(cache.read(0, &[BlockId(8)], 0, 1, &mut k, &mut v).is_err());
+        assert!(cache.write(&pool, 0, &[BlockId(0)], 0, &[0.0; 7], &[0.0; 7]).is_err());
+        assert!(cache.write(&pool, 0, &[BlockId(0)], 0, &[0.0; 8], &[0.0; 16]).is_err());
+        assert!(KvCache::new(GEOMETRY, KvFormat::F32, 8, 20, &Device::Cpu).is_err());
     }
 }

@@ -3,24 +3,25 @@
 //! A forward pass takes its KV cache as an argument ([`KvCache`]), so that one can be read layer by layer, moved to
 //! another process, injected there, and continued by another model from any position.
 
-mod attention;
 pub mod cache;
 pub mod config;
+mod cpu;
 pub mod device;
 pub mod error;
 pub mod gguf;
-mod host;
+mod gpu;
 pub mod hugging_face;
-mod linear;
 pub mod llama;
 pub mod pair;
 pub mod pair_make;
+pub mod profile;
 mod rope;
 pub mod sample;
 pub mod solo;
-pub mod threads;
 pub mod transform;
+mod values;
 pub mod weights;
+pub mod workspace;
 
 pub use cache::KvCache;
 pub use candle_core::Device;
@@ -28,8 +29,9 @@ pub use candle_core::quantized::GgmlDType;
 pub use config::LlamaConfig;
 pub use error::ModelError;
 pub use llama::{Chunk, Llama};
+pub use overfill_kernels::Pool;
 pub use pair::Pair;
 pub use pair_make::{KvSpec, MakePair};
 pub use sample::{Sampled, Sampler};
-pub use threads::Threads;
 pub use transform::Transform;
+pub use workspace::Workspace;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Device;
+use overfill_kernels::Pool;
 use overfill_types::PairManifest;
 use overfill_types::pair::{ModelManifest, PAIR_FILE, WeightFormat};
 use sha2::{Digest, Sha256};
@@ -39,27 +40,27 @@ impl Pair {
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] naming both sides where they are not; as [`Llama::load`].
-    pub fn load_full(&self, device: &Device) -> Result<Llama, ModelError> {
-        self.load("full model", &self.manifest.full, device)
+    pub fn load_full(&self, device: &Device, pool: &Pool) -> Result<Llama, ModelError> {
+        self.load("full model", &self.manifest.full, device, pool)
     }
 
     /// Loads the decode model; its weights' hash and shape must be the manifest's.
     ///
     /// # Errors
     /// As [`Pair::load_full`].
-    pub fn load_decode(&self, device: &Device) -> Result<Llama, ModelError> {
-        self.load("decode model", &self.manifest.decode, device)
+    pub fn load_decode(&self, device: &Device, pool: &Pool) -> Result<Llama, ModelError> {
+        self.load("decode model", &self.manifest.decode, device, pool)
     }
 
     /// Loads the KV transform.
     ///
     /// # Errors
     /// As [`Transform::load`].
-    pub fn load_transform(&self) -> Result<Transform, ModelError> {
-        Transform::load(&self.manifest.kv, &self.dir, self.manifest.full.kv, self.manifest.decode.kv)
+    pub fn load_transform(&self, pool: &Pool) -> Result<Transform, ModelError> {
+        Transform::load(&self.manifest.kv, &self.dir, self.manifest.full.kv, self.manifest.decode.kv, pool)
     }
 
-    fn load(&self, which: &str, said: &ModelManifest, device: &Device) -> Result<Llama, ModelError> {
+    fn load(&self, which: &str, said: &ModelManifest, device: &Device, pool: &Pool) -> Result<Llama, ModelError> {
         let begun = Instant::now();
         let path = self.dir.join(&said.path);
         let sha256 = weights_sha256(&path)?;
@@ -70,7 +71,7 @@ impl Pair {
             )));
         }
         let hashed = begun.elapsed();
-        let model = Llama::load(&path, said.weights, device)?;
+        let model = Llama::load(&path, said.weights, device, pool)?;
         let found = describe(model.config(), said.path.clone(), sha256, said.weights);
         if found != *said {
             return Err(ModelError::Mismatch(format!(

@@ -5,10 +5,11 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use overfill_kernels::Pool;
 use overfill_text::gguf::GgufVocabulary;
 use overfill_text::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 use overfill_types::pair::{PAIR_FILE, PAIR_FORMAT, TokenizerManifest, WeightFormat};
-use overfill_types::{Fingerprint, KvTransform, PairManifest, PruneStrategy};
+use overfill_types::{Fingerprint, KvFormats, KvTransform, PairManifest, PruneStrategy};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -62,6 +63,8 @@ pub struct MakePair {
     pub decode_weights: WeightFormat,
     /// From the one's KV cache to the other's.
     pub kv: KvSpec,
+    /// What its numbers are stored and sent as.
+    pub kv_formats: KvFormats,
     /// How the decode model was made, for people.
     pub provenance: Map<String, Value>,
 }
@@ -117,11 +120,13 @@ impl MakePair {
             full: describe(full.config(), full_path, weights_sha256(&self.full)?, self.full_weights),
             decode: describe(decode.config(), decode_path, weights_sha256(&self.decode)?, self.decode_weights),
             kv,
+            kv_formats: self.kv_formats,
             tokenizer: TokenizerManifest { sha256: hex::encode(Sha256::digest(&tokenizer.tokenizer)), eos_token_ids },
             provenance: self.provenance.clone(),
         };
         manifest.fingerprint = manifest.compute_fingerprint();
-        Transform::load(&manifest.kv, dir, manifest.full.kv, manifest.decode.kv)?;
+        let pool = Pool::new(1, &[]).map_err(|e| ModelError::Device(format!("no thread could be started: {e}")))?;
+        Transform::load(&manifest.kv, dir, manifest.full.kv, manifest.decode.kv, &pool)?;
         write(&dir.join(PAIR_FILE), &pretty(&manifest))?;
 
         let made = making.keep();

@@ -2,10 +2,8 @@
 
 use std::f64::consts::TAU;
 
-use candle_core::{Device, Tensor};
-
 use crate::config::{Rope, RopeScaling};
-use crate::error::ModelError;
+use crate::llama::Chunk;
 
 /// Frequencies of one model's rotary embedding, `[head_dim / 2]`.
 pub(crate) struct Frequencies(Vec<f32>);
@@ -38,12 +36,16 @@ impl Frequencies {
         Self(scaled.into_iter().map(|f| f as f32).collect())
     }
 
-    /// Cosines and sines at `positions`, each `[positions, head_dim / 2]`.
-    pub(crate) fn at(&self, positions: &[usize], device: &Device) -> Result<(Tensor, Tensor), ModelError> {
-        let angles: Vec<f32> = positions.iter().flat_map(|&p| self.0.iter().map(move |f| p as f32 * f)).collect();
-        let shape = (positions.len(), self.0.len());
-        let cos = Tensor::from_vec(angles.iter().map(|a| a.cos()).collect(), shape, device)?;
-        let sin = Tensor::from_vec(angles.iter().map(|a| a.sin()).collect(), shape, device)?;
-        Ok((cos, sin))
+    /// Cosines and sines at the positions of `chunks`, each `[tokens, head_dim / 2]`, put into `cos` and `sin`.
+    pub(crate) fn at(&self, chunks: &[Chunk<'_>], cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
+        cos.clear();
+        sin.clear();
+        for position in chunks.iter().flat_map(|c| c.start..c.start + c.tokens.len()) {
+            for frequency in &self.0 {
+                let (s, c) = (position as f32 * frequency).sin_cos();
+                cos.push(c);
+                sin.push(s);
+            }
+        }
     }
 }

@@ -73,23 +73,18 @@ impl Sampler {
         }
         if top_p < 1.0 {
             let total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
-            candidates.sort_unstable_by(order);
-            let mut sum = 0.0;
-            // The first candidate whose predecessors hold top_p already is the first to go.
-            let kept = candidates.iter().position(|c| {
-                let enough = sum >= f64::from(top_p) * total;
-                sum += f64::from(c.1);
-                enough
-            });
-            candidates.truncate(kept.unwrap_or(candidates.len()).max(1));
+            let last = nucleus(&mut candidates.clone(), f64::from(top_p) * total, order);
+            candidates.retain(|c| order(c, &last).is_le());
         }
         if min_p > 0.0 {
             // The most likely token has weight 1.
             candidates.retain(|c| c.1 >= min_p);
         }
 
-        // By id, so that the draw is the same whichever filters ran.
-        candidates.sort_unstable_by_key(|c| c.0);
+        // By id, so that the draw is the same whichever filters ran; only the choice of the `top_k` mixes them.
+        if keep > 0 {
+            candidates.sort_unstable_by_key(|c| c.0);
+        }
         let total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
         let mut left = uniform(seed, position) * total;
         for &(token, weight) in &candidates {
@@ -103,6 +98,35 @@ impl Sampler {
     }
 }
 
+/// The last of the first candidates in `order` that together weigh `enough`, found without sorting them all.
+fn nucleus(candidates: &mut [(u32, f32)], enough: f64, order: impl Fn(&(u32, f32), &(u32, f32)) -> Ordering + Copy) -> (u32, f32) {
+    /// So few are sorted.
+    const FEW: usize = 32;
+    let (mut rest, mut before) = (candidates, 0.0);
+    // Each round halves the rest, so all rounds together look at each candidate some two times.
+    while rest.len() > FEW {
+        let middle = rest.len() / 2;
+        rest.select_nth_unstable_by(middle, order);
+        let (first, second) = rest.split_at_mut(middle);
+        let weight: f64 = first.iter().map(|c| f64::from(c.1)).sum();
+        if before + weight >= enough {
+            rest = first;
+        } else {
+            before += weight;
+            rest = second;
+        }
+    }
+    rest.sort_unstable_by(order);
+    for candidate in rest.iter() {
+        before += f64::from(candidate.1);
+        if before >= enough {
+            return *candidate;
+        }
+    }
+    // Rounding can leave a rest: then it is all of them.
+    rest.last().copied().unwrap_or_default()
+}
+
 /// A number in [0, 1) that depends on `seed` and `position` alone: ChaCha8 keyed by the seed, its stream the position.
 fn uniform(seed: u64, position: usize) -> f64 {
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
@@ -112,10 +136,24 @@ fn uniform(seed: u64, position: usize) -> f64 {
 
 /// Id of the greatest logit; the lowest id of several. Not-a-number never wins.
 fn greatest(logits: &[f32]) -> u32 {
+    /// Logits that are looked through without asking which it was.
+    const RUN: usize = 256;
     let mut best = (0, f32::NEG_INFINITY);
-    for (i, &logit) in logits.iter().enumerate() {
-        if logit > best.1 {
-            best = (i, logit);
+    for (run, logits) in logits.chunks(RUN).enumerate() {
+        // Sixteen chains, which become vectors.
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        let (whole, rest) = logits.as_chunks::<16>();
+        for sixteen in whole {
+            for (lane, &logit) in lanes.iter_mut().zip(sixteen) {
+                *lane = if logit > *lane { logit } else { *lane };
+            }
+        }
+        if lanes.iter().chain(rest).any(|l| *l > best.1) {
+            for (i, &logit) in logits.iter().enumerate() {
+                if logit > best.1 {
+                    best = (run * RUN + i, logit);
+                }
+            }
         }
     }
     best.0 as u32
@@ -186,6 +224,26 @@ mod tests {
         expect(&SamplingParams { top_p: 0.5, ..params() }, [0.0, e[1], 0.0, 0.0, e[4], 0.0]);
         expect(&SamplingParams { top_p: 0.01, ..params() }, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
         expect(&SamplingParams { min_p: 0.3, ..params() }, [0.0, e[1], e[2], 0.0, e[4], 0.0]);
+    }
+
+    #[test]
+    fn a_nucleus_is_what_sorting_gives() {
+        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
+        for count in [1, 5, 33, 1000] {
+            // Weights that sum exactly, with many equal ones.
+            let candidates: Vec<(u32, f32)> = (0..count).map(|i| (i, (i * 7919 % 61) as f32 * 0.25)).collect();
+            let total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
+            let mut sorted = candidates.clone();
+            sorted.sort_by(order);
+            for part in [0.0, 0.01, 0.3, 0.5, 0.9, 0.999, 1.0] {
+                let mut sum = 0.0;
+                let want = sorted.iter().find(|c| {
+                    sum += f64::from(c.1);
+                    sum >= part * total
+                });
+                assert_eq!(nucleus(&mut candidates.clone(), part * total, order), *want.unwrap(), "{part} of {count}");
+            }
+        }
     }
 
     #[test]

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use overfill_kernels::PackedMatrix;
+use overfill_kernels::{Activations, DenseMatrix, Into, Matrix, Pool, products};
 use overfill_types::{KvGeometry, KvTransform};
 
 use crate::error::ModelError;
-use crate::host;
+use crate::values;
 
 /// From the full model's KV rows to the decode model's.
 pub struct Transform {
@@ -19,7 +19,7 @@ pub struct Transform {
 
 /// A linear map of rows, `[kv_dim]` to `[kv_dim']`.
 struct Projection {
-    weight: PackedMatrix,
+    weight: Matrix,
     bias: Vec<f32>,
 }
 
@@ -28,7 +28,7 @@ impl Transform {
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] naming both geometries where it does not; [`ModelError::Format`] where the file is not whole.
-    pub fn load(spec: &KvTransform, dir: &Path, full: KvGeometry, decode: KvGeometry) -> Result<Self, ModelError> {
+    pub fn load(spec: &KvTransform, dir: &Path, full: KvGeometry, decode: KvGeometry, pool: &Pool) -> Result<Self, ModelError> {
         let sources = spec.source_layers(decode.layers);
         let rows_fit = match spec {
             KvTransform::Identity => full == decode,
@@ -46,7 +46,7 @@ impl Transform {
             targets[source].push(target);
         }
         let projections = match spec {
-            KvTransform::Projection { file, .. } => load_projections(&dir.join(file), decode.layers, full.row(), decode.row())?,
+            KvTransform::Projection { file, .. } => load_projections(&dir.join(file), decode.layers, full.row(), decode.row(), pool)?,
             _ => Vec::new(),
         };
         Ok(Self { targets, projections })
@@ -57,28 +57,32 @@ impl Transform {
         self.targets.get(layer).map_or(&[], Vec::as_slice)
     }
 
-    /// Rows `[tokens, kv_dim]` of the full model's layer as rows `[tokens, kv_dim']` of decode-model layer `target`; for keys and for values alike.
+    /// Turns rows `[tokens, kv_dim]` of the full model's layer into rows `[tokens, kv_dim']` of decode-model layer `target`; keys and values alike.
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] where `rows` are not rows of the full model.
-    pub fn apply(&self, target: usize, rows: Vec<f32>) -> Result<Vec<f32>, ModelError> {
+    pub fn apply(&self, pool: &Pool, target: usize, rows: &mut Vec<f32>) -> Result<(), ModelError> {
         let Some(Projection { weight, bias }) = self.projections.get(target) else {
-            return Ok(rows);
+            return Ok(());
         };
         if !rows.len().is_multiple_of(weight.inputs()) {
             return Err(ModelError::Mismatch(format!("{} numbers are no rows of {}", rows.len(), weight.inputs())));
         }
-        let tokens = rows.len() / weight.inputs();
-        let mut projected = vec![0.0; tokens * weight.outputs()];
-        weight.multiply(&rows, tokens, &mut projected);
-        for row in projected.chunks_exact_mut(bias.len()) {
-            row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-        }
-        Ok(projected)
+        let mut input = Activations::new();
+        input.set(pool, rows, weight.inputs());
+        rows.clear();
+        rows.extend(std::iter::repeat_n(bias, input.rows()).flatten());
+        products(pool, &input, &[weight], rows, Into::Sum);
+        Ok(())
+    }
+
+    /// Whether rows go over as they are.
+    pub fn is_copy(&self) -> bool {
+        self.projections.is_empty()
     }
 }
 
-fn load_projections(path: &Path, layers: usize, inputs: usize, outputs: usize) -> Result<Vec<Projection>, ModelError> {
+fn load_projections(path: &Path, layers: usize, inputs: usize, outputs: usize, pool: &Pool) -> Result<Vec<Projection>, ModelError> {
     let format = |what: String| ModelError::Format { path: path.to_owned(), what };
     let tensors = candle_core::safetensors::load(path, &Device::Cpu).map_err(|e| format(format!("no whole safetensors file: {e}")))?;
     let tensor = |name: String, shape: &[usize]| -> Result<Vec<f32>, ModelError> {
@@ -86,13 +90,13 @@ fn load_projections(path: &Path, layers: usize, inputs: usize, outputs: usize) -
         if tensor.dims() != shape {
             return Err(format(format!("tensor {name} is {:?}, the geometries want {shape:?}", tensor.dims())));
         }
-        host::read(&tensor.to_dtype(DType::F32)?.contiguous()?, <[f32]>::to_vec)
+        values::read(&tensor.to_dtype(DType::F32)?.contiguous()?, <[f32]>::to_vec)
     };
     (0..layers)
         .map(|i| {
             let weight = tensor(format!("embedding_proj.{i}.weight"), &[outputs, inputs])?;
             let bias = tensor(format!("embedding_proj.{i}.bias"), &[outputs])?;
-            Ok(Projection { weight: PackedMatrix::from_f32(&weight, outputs, inputs), bias })
+            Ok(Projection { weight: Matrix::Dense(DenseMatrix::from_f32(pool, &weight, outputs, inputs)), bias })
         })
         .collect()
 }

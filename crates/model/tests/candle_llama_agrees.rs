@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as theirs;
 use checkpoint::{Checkpoint, prompt};
-use overfill_model::Llama;
+use overfill_model::{Llama, Pool};
 use overfill_types::pair::WeightFormat;
 use sequence::{Sequence, difference, same_bits};
 use serde_json::{Value, json};
@@ -20,7 +20,7 @@ const STEPS: usize = 24;
 fn check(config: Value) {
     let checkpoint = Checkpoint::random(config, 17);
     let tokens = prompt(PROMPT + STEPS, &checkpoint.config, 18);
-    let ours = Llama::load(checkpoint.save().path(), WeightFormat::F32, &Device::Cpu).unwrap();
+    let ours = Llama::load(checkpoint.save().path(), WeightFormat::F32, &Device::Cpu, &Pool::new(1, &[]).unwrap()).unwrap();
     let config = serde_json::from_value::<theirs::LlamaConfig>(checkpoint.config).unwrap().into_config(false);
     let weights = VarBuilder::from_tensors(checkpoint.tensors, DType::F32, &Device::Cpu);
     let model = theirs::Llama::load(weights, &config).unwrap();
@@ -31,11 +31,11 @@ fn check(config: Value) {
             let tokens = Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
             model.forward(&tokens, start, &mut cache).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
         };
-        let mut sequence = Sequence::new(ours.config().kv, length + STEPS, 32);
+        let mut sequence = Sequence::new(ours.config().kv, length + STEPS, 32, 2);
         let logits = sequence.read(&ours, &tokens[..length]);
         let d = difference(&logits, &expected(&tokens[..length], 0));
         assert!(d < 1e-3, "a prompt of {length}: {d}");
-        let mut cut = Sequence::new(ours.config().kv, length, 4);
+        let mut cut = Sequence::new(ours.config().kv, length, 16, 1);
         let last = tokens[..length].chunks(37).map(|tokens| cut.read(&ours, tokens)).last();
         assert!(same_bits(&last.unwrap(), &logits), "a prompt of {length} in chunks");
         for position in length..length + STEPS {

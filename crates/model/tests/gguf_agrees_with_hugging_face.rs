@@ -14,7 +14,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
 use checkpoint::{Checkpoint, prompt};
-use overfill_model::Llama;
+use overfill_model::{Llama, Pool};
 use overfill_types::pair::WeightFormat;
 use sequence::{Sequence, difference, same_bits};
 use serde_json::json;
@@ -33,9 +33,9 @@ fn checkpoint(changes: serde_json::Value) -> Checkpoint {
 
 /// Logits after each token of a prompt.
 fn logits(path: &Path, format: WeightFormat) -> Vec<Vec<f32>> {
-    let model = Llama::load(path, format, &Device::Cpu).unwrap();
+    let model = Llama::load(path, format, &Device::Cpu, &Pool::new(1, &[]).unwrap()).unwrap();
     let tokens = tokens();
-    let mut sequence = Sequence::new(model.config().kv, tokens.len(), 64);
+    let mut sequence = Sequence::new(model.config().kv, tokens.len(), 64, 2);
     tokens.iter().map(|token| sequence.read(&model, &[*token])).collect()
 }
 
@@ -223,10 +223,11 @@ fn a_file_that_is_cut_short_is_refused() {
     let folder = checkpoint.save();
     let file = folder.path().join("model.gguf");
     save_gguf(&checkpoint, GgmlDType::Q8_0, &file);
+    let pool = Pool::new(1, &[]).unwrap();
     let whole = std::fs::read(&file).unwrap();
     for length in [0, 100, 5000, whole.len() - 1] {
         std::fs::write(&file, &whole[..length]).unwrap();
-        assert!(Llama::load(&file, WeightFormat::Native, &Device::Cpu).is_err(), "{length} of {} bytes", whole.len());
+        assert!(Llama::load(&file, WeightFormat::Native, &Device::Cpu, &pool).is_err(), "{length} of {} bytes", whole.len());
     }
 }
 

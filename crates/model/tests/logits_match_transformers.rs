@@ -9,14 +9,15 @@ mod sequence;
 use candle_core::Device;
 use fixture::{Fixture, checkpoint};
 use overfill_kv::BlockId;
-use overfill_model::{Chunk, KvCache, Llama, Threads};
+use overfill_model::{Chunk, KvCache, Llama, Pool, Workspace};
+use overfill_types::KvFormat;
 use overfill_types::pair::WeightFormat;
 use sequence::{Sequence, difference, same_bits};
 
 const PROMPTS: usize = 3;
 
 fn load(case: &Fixture, format: WeightFormat) -> Llama {
-    Llama::load(checkpoint(&case.said).path(), format, &Device::Cpu).unwrap()
+    Llama::load(checkpoint(&case.said).path(), format, &Device::Cpu, &Pool::new(2, &[]).unwrap()).unwrap()
 }
 
 fn check(name: &str) {
@@ -34,10 +35,9 @@ fn check(name: &str) {
                 assert!(difference < 1e-3, "{name} as {format:?}: {} tokens, position {position}: {difference}", prompt.len());
             }
             for (cut, threads) in [(1, 2), (3, 1), (16, 3)] {
-                let threads = Threads::new(threads).unwrap();
-                let mut sequence = Sequence::new(model.config().kv, prompt.len(), 4);
+                let mut sequence = Sequence::new(model.config().kv, prompt.len(), 16, threads);
                 for tokens in prompt.chunks(cut) {
-                    let got = threads.run(|| sequence.read(&model, tokens));
+                    let got = sequence.read(&model, tokens);
                     let last = sequence.length - 1;
                     assert!(same_bits(&got, &whole[last]), "{name} as {format:?}: position {last} in chunks of {cut}");
                 }
@@ -48,7 +48,7 @@ fn check(name: &str) {
 
 /// Logits after each of the prompt's tokens, all up to it being read in one chunk.
 fn uncut(model: &Llama, prompt: &[u32]) -> Vec<Vec<f32>> {
-    (1..=prompt.len()).map(|n| Sequence::new(model.config().kv, n, 64).read(model, &prompt[..n])).collect()
+    (1..=prompt.len()).map(|n| Sequence::new(model.config().kv, n, 64, 1).read(model, &prompt[..n])).collect()
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn the_rotary_embedding_matters() {
     let prompt = Fixture::open("logits/plain").tokens("prompt.2");
     let read = |name: &str| {
         let model = load(&Fixture::open(&format!("logits/{name}")), WeightFormat::F32);
-        Sequence::new(model.config().kv, prompt.len(), 64).read(&model, &prompt)
+        Sequence::new(model.config().kv, prompt.len(), 64, 2).read(&model, &prompt)
     };
     let plain = read("plain");
     for name in ["llama3", "llama3-parameters", "linear"] {
@@ -102,9 +102,14 @@ fn company_changes_no_bit() {
     let [one, few, many] = [0, 1, 2].map(|i| case.tokens(&format!("prompt.{i}")));
     let expected = |prompt: &[u32]| uncut(&model, prompt).pop().unwrap();
 
-    let mut cache = KvCache::new(model.config().kv, 8, 16, &Device::Cpu).unwrap();
+    let mut cache = KvCache::new(model.config().kv, KvFormat::F32, 8, 16, &Device::Cpu).unwrap();
+    let mut workspace = Workspace::new(Pool::new(3, &[]).unwrap());
     let tables = [&[BlockId(5)][..], &[BlockId(1)], &[BlockId(7), BlockId(0), BlockId(3)]];
-    let mut forward = |chunks: &[Chunk<'_>]| model.forward(chunks, &mut cache, &mut |_, _| Ok(())).unwrap();
+    let vocabulary = model.config().vocab_size;
+    let mut forward = |chunks: &[Chunk<'_>]| -> Vec<Vec<f32>> {
+        let logits = model.forward(chunks, &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap();
+        logits.chunks_exact(vocabulary).map(<[f32]>::to_vec).collect()
+    };
     let chunk = |sequence: usize, tokens, start, logits| Chunk { tokens, start, blocks: tables[sequence], logits };
     let first = forward(&[chunk(2, &many[..13], 0, false), chunk(0, &one, 0, true), chunk(1, &few, 0, true)]);
     let second = forward(&[chunk(1, &one, few.len(), true), chunk(2, &many[13..], 13, true), chunk(0, &few[..1], 1, true)]);

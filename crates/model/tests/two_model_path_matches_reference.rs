@@ -11,9 +11,9 @@ use std::ops::ControlFlow;
 use candle_core::Device;
 use fixture::{Fixture, checkpoint, root};
 use overfill_model::solo::Solo;
-use overfill_model::{Chunk, KvSpec, Llama, MakePair, Pair, Threads, Transform};
+use overfill_model::{Chunk, KvSpec, Llama, MakePair, Pair, Pool, Transform};
 use overfill_types::pair::WeightFormat;
-use overfill_types::{FinishReason, SamplingParams, StopConditions};
+use overfill_types::{FinishReason, KvFormats, SamplingParams, StopConditions};
 use sequence::{Sequence, difference, same_bits};
 
 fn check(name: &str) {
@@ -23,12 +23,13 @@ fn check(name: &str) {
     let layers: Vec<usize> = serde_json::from_value(case.said["layers"].clone()).unwrap();
     assert_eq!(pair.manifest.kv.source_layers(pair.manifest.decode.kv.layers), layers);
 
+    let pool = Pool::new(2, &[]).unwrap();
     let path = TwoModels {
-        full: pair.load_full(&Device::Cpu).unwrap(),
-        decode: pair.load_decode(&Device::Cpu).unwrap(),
-        transform: pair.load_transform().unwrap(),
+        full: pair.load_full(&Device::Cpu, &pool).unwrap(),
+        decode: pair.load_decode(&Device::Cpu, &pool).unwrap(),
+        transform: pair.load_transform(&pool).unwrap(),
     };
-    let solo = Solo::load(&pair, &Device::Cpu, Threads::new(2).unwrap()).unwrap();
+    let mut solo = Solo::load(&pair, &Device::Cpu, pool).unwrap();
     for i in 0..3 {
         let [prompt, expected] = ["prompt", "tokens"].map(|what| case.tokens(&format!("{what}.{i}")));
         let whole = path.answer(&prompt, expected.len(), prompt.len(), 64);
@@ -39,7 +40,7 @@ fn check(name: &str) {
         assert_eq!(whole.tokens, expected, "{name}: {} tokens", prompt.len());
 
         for cut in [1, 3, 16] {
-            let answer = path.answer(&prompt, expected.len(), cut, 4);
+            let answer = path.answer(&prompt, expected.len(), cut, 16);
             for (step, (got, whole)) in answer.logits.iter().zip(&whole.logits).enumerate() {
                 assert!(same_bits(got, whole), "{name}: {} tokens in chunks of {cut}, step {step}", prompt.len());
             }
@@ -71,6 +72,7 @@ fn make_pair(case: &Fixture, out: &std::path::Path) -> Pair {
         decode: decode.path().to_owned(),
         decode_weights: WeightFormat::F32,
         kv,
+        kv_formats: KvFormats::default(),
         provenance: serde_json::Map::new(),
     };
     making.make(out).unwrap()
@@ -91,27 +93,30 @@ struct Answer {
 impl TwoModels {
     /// `count` greedy tokens after `prompt`, which is read `cut` tokens at a time.
     fn answer(&self, prompt: &[u32], count: usize, cut: usize, block_tokens: usize) -> Answer {
-        let mut full = Sequence::new(self.full.config().kv, prompt.len(), block_tokens);
-        let mut decode = Sequence::new(self.decode.config().kv, prompt.len() + count, block_tokens);
+        let mut full = Sequence::new(self.full.config().kv, prompt.len(), block_tokens, 2);
+        let mut decode = Sequence::new(self.decode.config().kv, prompt.len() + count, block_tokens, 1);
         let mut logits = Vec::new();
         for tokens in prompt.chunks(cut) {
             let (start, blocks) = (full.length, &full.blocks);
             let chunk = Chunk { tokens, start, blocks, logits: start + tokens.len() == prompt.len() };
             logits = self
                 .full
-                .forward(&[chunk], &mut full.cache, &mut |layer, cache| {
+                .forward(&[chunk], &mut full.cache, &mut full.workspace, &mut |layer, cache, pool| {
                     for &target in self.transform.targets(layer) {
-                        let (k, v) = cache.read(layer, blocks, start, tokens.len())?;
-                        let (k, v) = (self.transform.apply(target, k)?, self.transform.apply(target, v)?);
-                        decode.cache.write(target, &decode.blocks, start, &k, &v)?;
+                        let (mut k, mut v) = (Vec::new(), Vec::new());
+                        cache.read(layer, blocks, start, tokens.len(), &mut k, &mut v)?;
+                        self.transform.apply(pool, target, &mut k)?;
+                        self.transform.apply(pool, target, &mut v)?;
+                        decode.cache.write(pool, target, &decode.blocks, start, &k, &v)?;
                     }
                     Ok(())
                 })
-                .unwrap();
+                .unwrap()
+                .to_vec();
             full.length += tokens.len();
         }
         decode.length = prompt.len();
-        let mut answer = Answer { tokens: vec![greatest(&logits[0])], logits };
+        let mut answer = Answer { tokens: vec![greatest(&logits)], logits: vec![logits] };
         while answer.tokens.len() < count {
             let logits = decode.read(&self.decode, &answer.tokens[answer.tokens.len() - 1..]);
             answer.tokens.push(greatest(&logits));

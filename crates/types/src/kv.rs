@@ -35,6 +35,65 @@ impl fmt::Display for KvGeometry {
     }
 }
 
+/// How keys and values are stored in a cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvFormat {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// Half precision: half the memory and half the reading, at a relative error of 2^-11.
+    F16,
+}
+
+/// How keys and values travel from a prefill node to a decode node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WireFormat {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Integers from -127 to 127, with a 32-bit scale for each head of each token.
+    Int8,
+}
+
+/// The numbers that a pair's KV cache is made of. Both decide which tokens are written, so both are in the fingerprint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KvFormats {
+    /// In the caches of prefill and decode nodes.
+    pub cache: KvFormat,
+    /// In a handoff.
+    pub wire: WireFormat,
+}
+
+macro_rules! names {
+    ($type:ident, $what:literal, $($name:literal => $variant:ident),*) => {
+        impl FromStr for $type {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($name => Ok(Self::$variant),)*
+                    other => Err(format!("'{other}' is no {}: use {}", $what, [$($name),*].join(", "))),
+                }
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $(Self::$variant => $name),* })
+            }
+        }
+    };
+}
+names!(KvFormat, "KV cache format", "f32" => F32, "f16" => F16);
+names!(WireFormat, "wire format", "f32" => F32, "f16" => F16, "bf16" => Bf16, "int8" => Int8);
+
 /// Which of the full model's layers a depth-pruned decode model keeps (the reference's `kv_prune`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

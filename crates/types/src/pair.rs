@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Code, ServiceError};
 use crate::id::Fingerprint;
-use crate::kv::{KvGeometry, KvTransform};
+use crate::kv::{KvFormats, KvGeometry, KvTransform};
 
 /// File name of the manifest in a pair's folder.
 pub const PAIR_FILE: &str = "pair.json";
@@ -31,6 +31,9 @@ pub struct PairManifest {
     pub decode: ModelManifest,
     /// From the full model's KV cache to the decode model's.
     pub kv: KvTransform,
+    /// What the KV cache's numbers are stored and sent as; 32-bit floats where the file says nothing.
+    #[serde(default)]
+    pub kv_formats: KvFormats,
     /// The tokenizer that both share.
     pub tokenizer: TokenizerManifest,
     /// How the decode model was made, for people; not part of the fingerprint.
@@ -145,7 +148,7 @@ impl PairManifest {
     }
 
     /// Hash of all that decides which tokens the pair writes: weights and how they are held, KV geometry of both,
-    /// transform, tokenizer, end-of-sequence ids. The name, the paths and the provenance are left out.
+    /// transform and number formats, tokenizer, end-of-sequence ids. The name, the paths and the provenance are left out.
     pub fn compute_fingerprint(&self) -> Fingerprint {
         let model = |m: &ModelManifest| {
             format!(
@@ -167,8 +170,13 @@ impl PairManifest {
             KvTransform::Prune { layers, .. } => format!("prune {layers:?}"),
             KvTransform::Projection { sha256, layers, .. } => format!("projection {sha256} {layers:?}"),
         };
+        // 32-bit floats are not named: they were all there was once.
+        let formats = match self.kv_formats {
+            formats if formats == KvFormats::default() => String::new(),
+            KvFormats { cache, wire } => format!(" cache {cache} wire {wire}"),
+        };
         let text = format!(
-            "overfill pair 1\nfull {}\ndecode {}\nkv {transform}\ntokenizer {} eos {:?}\n",
+            "overfill pair 1\nfull {}\ndecode {}\nkv {transform}{formats}\ntokenizer {} eos {:?}\n",
             model(&self.full),
             model(&self.decode),
             self.tokenizer.sha256,
@@ -202,6 +210,7 @@ mod tests {
             full: model("aa"),
             decode: model("bb"),
             kv: KvTransform::Identity,
+            kv_formats: KvFormats::default(),
             tokenizer: TokenizerManifest { sha256: "cc".into(), eos_token_ids: vec![2] },
             provenance: serde_json::Map::new(),
         };
@@ -229,13 +238,15 @@ mod tests {
     #[test]
     fn what_decides_the_tokens_decides_the_fingerprint() {
         let base = manifest().fingerprint;
-        let changes: [fn(&mut PairManifest); 6] = [
+        let changes: [fn(&mut PairManifest); 8] = [
             |p| p.full.sha256 = "x".into(),
             |p| p.decode.weights = WeightFormat::Native,
             |p| p.kv = KvTransform::Prune { strategy: crate::PruneStrategy::First, layers: vec![0] },
             |p| p.tokenizer.sha256 = "x".into(),
             |p| p.tokenizer.eos_token_ids.push(3),
             |p| p.decode.kv.layers = 3,
+            |p| p.kv_formats.cache = crate::KvFormat::F16,
+            |p| p.kv_formats.wire = crate::WireFormat::Int8,
         ];
         for change in changes {
             let mut pair = manifest();

@@ -103,6 +103,15 @@ pub struct NodeStatus {
     /// tokens, prompt and answer together
     #[prost(uint32, tag = "11")]
     pub max_context: u32,
+    /// prompt tokens that were looked up in the prefix cache
+    #[prost(uint64, tag = "12")]
+    pub prefix_queries: u64,
+    /// of these, found
+    #[prost(uint64, tag = "13")]
+    pub prefix_hits: u64,
+    /// sequences that lost their blocks to older ones
+    #[prost(uint64, tag = "14")]
+    pub preempted: u64,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -185,6 +194,10 @@ pub struct DecodeRequest {
     pub sampling: ::core::option::Option<Sampling>,
     #[prost(message, optional, tag = "6")]
     pub stop: ::core::option::Option<StopTokens>,
+    /// Tokens of the answer that were written before, elsewhere: the decode model reads them again and goes on after the last.
+    /// The first is the full model's. Empty for a new answer.
+    #[prost(uint32, repeated, tag = "7")]
+    pub written: ::prost::alloc::vec::Vec<u32>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeEvent {
@@ -214,6 +227,9 @@ pub struct Reserved {
     pub epoch: u64,
     #[prost(uint32, tag = "3")]
     pub expires_in_ms: u32,
+    /// Tokens of the prompt whose KV cache this node holds already: the handoff begins after them.
+    #[prost(uint32, tag = "4")]
+    pub held_tokens: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DecodeFinished {
@@ -256,6 +272,7 @@ pub struct KvRows {
     pub start: u32,
     #[prost(uint32, tag = "3")]
     pub tokens: u32,
+    /// the pair's
     #[prost(enumeration = "KvDtype", tag = "4")]
     pub dtype: i32,
     /// \[tokens, kv_heads, head_dim\]
@@ -293,8 +310,12 @@ pub struct PushSummary {
 #[repr(i32)]
 pub enum KvDtype {
     Unspecified = 0,
-    /// little endian
+    /// all are little endian
     F32 = 1,
+    F16 = 2,
+    Bf16 = 3,
+    /// Scales first, \[tokens, kv_heads\] 32-bit floats, then codes, \[tokens, kv_heads, head_dim\]: a value is code x scale.
+    Int8 = 4,
 }
 impl KvDtype {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -305,6 +326,9 @@ impl KvDtype {
         match self {
             Self::Unspecified => "KV_DTYPE_UNSPECIFIED",
             Self::F32 => "KV_DTYPE_F32",
+            Self::F16 => "KV_DTYPE_F16",
+            Self::Bf16 => "KV_DTYPE_BF16",
+            Self::Int8 => "KV_DTYPE_INT8",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -312,6 +336,9 @@ impl KvDtype {
         match value {
             "KV_DTYPE_UNSPECIFIED" => Some(Self::Unspecified),
             "KV_DTYPE_F32" => Some(Self::F32),
+            "KV_DTYPE_F16" => Some(Self::F16),
+            "KV_DTYPE_BF16" => Some(Self::Bf16),
+            "KV_DTYPE_INT8" => Some(Self::Int8),
             _ => None,
         }
     }
@@ -791,6 +818,9 @@ pub struct Handoff {
     pub ticket: ::prost::alloc::string::String,
     #[prost(uint64, tag = "3")]
     pub epoch: u64,
+    /// Tokens of the prompt that the decode node holds already: frames begin after them.
+    #[prost(uint32, tag = "4")]
+    pub held_tokens: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PrefillEvent {
@@ -827,6 +857,9 @@ pub struct HandoffDone {
     /// From the full model's last layer to the decode node's acknowledgement, in microseconds.
     #[prost(uint64, tag = "3")]
     pub tail_us: u64,
+    /// From the first frame to the acknowledgement, in microseconds.
+    #[prost(uint64, tag = "4")]
+    pub transfer_us: u64,
 }
 /// Generated client implementations.
 pub mod prefill_client {

@@ -5,18 +5,17 @@ use std::time::Instant;
 
 use clap::Args;
 use overfill_kv::BlockId;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Threads};
+use overfill_model::profile::Cost;
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Workspace};
+use overfill_types::KvFormat;
 use overfill_types::pair::WeightFormat;
 use serde_json::json;
 
+use crate::bench::peaks::Peaks;
 use crate::progress::bar;
 use crate::{Home, fetch};
 
 const BLOCK_TOKENS: usize = 16;
-/// Prompt tokens in one forward pass, as the prefill node's default has it.
-const CHUNK_TOKENS: usize = 256;
-/// Tokens in the cache of each sequence when decode starts.
-const CONTEXT: usize = 64;
 
 #[derive(Args)]
 pub(crate) struct EngineArgs {
@@ -38,6 +37,24 @@ pub(crate) struct EngineArgs {
     /// Compute threads, separated by commas
     #[arg(long, env = "OVERFILL_THREADS", value_delimiter = ',', default_value = "1,2")]
     threads: Vec<usize>,
+    /// Tokens in each sequence's cache when decode starts, separated by commas
+    #[arg(long, env = "OVERFILL_CONTEXT", value_delimiter = ',', default_value = "64")]
+    context: Vec<usize>,
+    /// How keys and values are stored: f32 or f16
+    #[arg(long, env = "OVERFILL_KV_CACHE", default_value_t = KvFormat::F16)]
+    kv_cache: KvFormat,
+    /// What is measured, separated by commas: prefill, decode
+    #[arg(long, env = "OVERFILL_PHASES", value_delimiter = ',', default_value = "prefill,decode")]
+    phases: Vec<Phase>,
+    /// Prompt tokens in one forward pass
+    #[arg(long, env = "OVERFILL_CHUNK_TOKENS", default_value_t = 256)]
+    chunk_tokens: usize,
+    /// Cores that the threads keep to, separated by commas [default: any]
+    #[arg(long, env = "OVERFILL_CPUS", value_delimiter = ',')]
+    cpus: Vec<usize>,
+    /// Say where the time goes, beside this machine's own peaks
+    #[arg(long, env = "OVERFILL_PROFILE")]
+    profile: bool,
     /// Measured runs; one more comes first and warms up
     #[arg(long, env = "OVERFILL_RUNS", default_value_t = 5)]
     runs: usize,
@@ -49,7 +66,30 @@ pub(crate) struct EngineArgs {
     json: bool,
 }
 
-pub(crate) fn run(args: EngineArgs, home: &Home) -> anyhow::Result<()> {
+/// The two phases of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Phase {
+    Prefill,
+    Decode,
+}
+
+/// One thing that is measured.
+#[derive(Clone, Copy)]
+struct Case {
+    phase: Phase,
+    batch: usize,
+    context: usize,
+    threads: usize,
+}
+
+/// One model on a number of threads.
+struct Bench<'a> {
+    args: &'a EngineArgs,
+    model: Llama,
+    workspace: Workspace,
+}
+
+pub(crate) fn run(args: &EngineArgs, home: &Home) -> anyhow::Result<()> {
     let models = match &args.model {
         Some(path) => vec![(path.clone(), args.weights)],
         None => {
@@ -58,93 +98,160 @@ pub(crate) fn run(args: EngineArgs, home: &Home) -> anyhow::Result<()> {
         }
     };
     let device = overfill_model::device::parse(&args.device)?;
-    for (path, weights) in models {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        for &threads in &args.threads {
-            let pool = Threads::new(threads)?;
-            let model = pool.run(|| Llama::load(&path, weights, &device))?;
-            let cases = std::iter::once(("prefill", 1)).chain(args.batch.iter().map(|b| ("decode", *b)));
-            for (phase, batch) in cases {
-                let mut rates = measure(&args, &model, &pool, phase, batch)?;
+    Pool::pin_caller(&args.cpus);
+    for &threads in &args.threads {
+        let peaks = args.profile.then(|| Peaks::measure(threads, &args.cpus)).transpose()?;
+        for (path, weights) in &models {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let pool = Pool::new(threads, &args.cpus)?;
+            let model = Llama::load(path, *weights, &device, &pool)?;
+            let mut bench = Bench { args, model, workspace: Workspace::new(pool) };
+            for case in cases(args, threads) {
+                let mut rates = bench.measure(case)?;
                 rates.sort_by(f64::total_cmp);
-                report(&args, &name, phase, batch, threads, &rates);
+                bench.report(&name, case, &rates);
+                if let Some(peaks) = &peaks {
+                    bench.explain(&name, case, peaks)?;
+                }
             }
         }
     }
     Ok(())
 }
 
-fn measure(args: &EngineArgs, model: &Llama, pool: &Threads, phase: &str, batch: usize) -> anyhow::Result<Vec<f64>> {
-    let progress = bar(args.runs as u64 + 1, format!("{phase} {batch}"));
-    let mut rates = Vec::with_capacity(args.runs);
-    for run in 0..=args.runs {
-        let rate = pool.run(|| match phase {
-            "prefill" => prefill(args, model, run),
-            _ => decode(args, model, run, batch),
-        })?;
-        progress.inc(1);
-        if run > 0 {
-            rates.push(rate);
+fn cases(args: &EngineArgs, threads: usize) -> Vec<Case> {
+    let mut cases = Vec::new();
+    if args.phases.contains(&Phase::Prefill) {
+        cases.push(Case { phase: Phase::Prefill, batch: 1, context: 0, threads });
+    }
+    if args.phases.contains(&Phase::Decode) {
+        for &batch in &args.batch {
+            cases.extend(args.context.iter().map(|&context| Case { phase: Phase::Decode, batch, context, threads }));
         }
     }
-    progress.finish_and_clear();
-    Ok(rates)
+    cases
 }
 
-fn prefill(args: &EngineArgs, model: &Llama, run: usize) -> Result<f64, ModelError> {
-    let prompt = tokens(model, args.prompt_tokens, run);
-    let (mut cache, tables) = cache(model, 1, prompt.len())?;
-    let begun = Instant::now();
-    for (i, chunk) in prompt.chunks(CHUNK_TOKENS).enumerate() {
-        let start = i * CHUNK_TOKENS;
-        let chunk = Chunk { tokens: chunk, start, blocks: &tables[0], logits: start + chunk.len() == prompt.len() };
-        model.forward(&[chunk], &mut cache, &mut |_, _| Ok(()))?;
+impl Bench<'_> {
+    /// Tokens per second of each run.
+    fn measure(&mut self, case: Case) -> anyhow::Result<Vec<f64>> {
+        let progress = bar(self.args.runs as u64 + 1, format!("{:?} {}", case.phase, case.batch));
+        let mut rates = Vec::with_capacity(self.args.runs);
+        for run in 0..=self.args.runs {
+            let rate = match case.phase {
+                Phase::Prefill => self.prefill(run),
+                Phase::Decode => self.decode(run, case),
+            }?;
+            progress.inc(1);
+            if run > 0 {
+                rates.push(rate);
+            }
+        }
+        progress.finish_and_clear();
+        Ok(rates)
     }
-    Ok(prompt.len() as f64 / begun.elapsed().as_secs_f64())
-}
 
-fn decode(args: &EngineArgs, model: &Llama, run: usize, batch: usize) -> Result<f64, ModelError> {
-    let (mut cache, tables) = cache(model, batch, CONTEXT + args.new_tokens)?;
-    for (sequence, blocks) in tables.iter().enumerate() {
-        let context = tokens(model, CONTEXT, run + sequence);
-        model.forward(&[Chunk { tokens: &context, start: 0, blocks, logits: false }], &mut cache, &mut |_, _| Ok(()))?;
+    fn prefill(&mut self, run: usize) -> Result<f64, ModelError> {
+        let prompt = self.tokens(self.args.prompt_tokens, run);
+        let (mut cache, tables) = self.cache(1, prompt.len())?;
+        if self.args.profile {
+            self.workspace.profile.begin();
+        }
+        let begun = Instant::now();
+        for (i, chunk) in prompt.chunks(self.args.chunk_tokens).enumerate() {
+            let start = i * self.args.chunk_tokens;
+            let chunk = Chunk { tokens: chunk, start, blocks: &tables[0], logits: start + chunk.len() == prompt.len() };
+            self.model.forward(&[chunk], &mut cache, &mut self.workspace, &mut |_, _, _| Ok(()))?;
+        }
+        Ok(prompt.len() as f64 / begun.elapsed().as_secs_f64())
     }
-    let inputs = tokens(model, args.new_tokens + batch, run);
-    let begun = Instant::now();
-    for step in 0..args.new_tokens {
-        let chunks: Vec<Chunk<'_>> = tables
-            .iter()
-            .enumerate()
-            .map(|(s, blocks)| Chunk { tokens: &inputs[step + s..=step + s], start: CONTEXT + step, blocks, logits: true })
-            .collect();
-        model.forward(&chunks, &mut cache, &mut |_, _| Ok(()))?;
+
+    fn decode(&mut self, run: usize, Case { batch, context, .. }: Case) -> Result<f64, ModelError> {
+        let (mut cache, tables) = self.cache(batch, context + self.args.new_tokens)?;
+        for (sequence, blocks) in tables.iter().enumerate() {
+            let prompt = self.tokens(context, run + sequence);
+            for (i, chunk) in prompt.chunks(self.args.chunk_tokens).enumerate() {
+                let chunk = Chunk { tokens: chunk, start: i * self.args.chunk_tokens, blocks, logits: false };
+                self.model.forward(&[chunk], &mut cache, &mut self.workspace, &mut |_, _, _| Ok(()))?;
+            }
+        }
+        let inputs = self.tokens(self.args.new_tokens + batch, run);
+        if self.args.profile {
+            self.workspace.profile.begin();
+        }
+        let begun = Instant::now();
+        for step in 0..self.args.new_tokens {
+            let chunks: Vec<Chunk<'_>> = tables
+                .iter()
+                .enumerate()
+                .map(|(s, blocks)| Chunk { tokens: &inputs[step + s..=step + s], start: context + step, blocks, logits: true })
+                .collect();
+            self.model.forward(&chunks, &mut cache, &mut self.workspace, &mut |_, _, _| Ok(()))?;
+        }
+        Ok((self.args.new_tokens * batch) as f64 / begun.elapsed().as_secs_f64())
     }
-    Ok((args.new_tokens * batch) as f64 / begun.elapsed().as_secs_f64())
-}
 
-fn cache(model: &Llama, sequences: usize, tokens: usize) -> Result<(KvCache, Vec<Vec<BlockId>>), ModelError> {
-    let each = tokens.div_ceil(BLOCK_TOKENS);
-    let cache = KvCache::new(model.config().kv, each * sequences, BLOCK_TOKENS, model.device())?;
-    let tables = (0..sequences).map(|s| (s * each..(s + 1) * each).map(|b| BlockId(b as u32)).collect()).collect();
-    Ok((cache, tables))
-}
+    fn cache(&self, sequences: usize, tokens: usize) -> Result<(KvCache, Vec<Vec<BlockId>>), ModelError> {
+        let each = tokens.div_ceil(BLOCK_TOKENS);
+        let cache = KvCache::new(self.model.config().kv, self.args.kv_cache, each * sequences, BLOCK_TOKENS, self.model.device())?;
+        let tables = (0..sequences).map(|s| (s * each..(s + 1) * each).map(|b| BlockId(b as u32)).collect()).collect();
+        Ok((cache, tables))
+    }
 
-/// Token ids that differ from run to run.
-fn tokens(model: &Llama, count: usize, run: usize) -> Vec<u32> {
-    let vocabulary = model.config().vocab_size;
-    (0..count).map(|i| ((7919 * (i + 1) + 31 * run) % vocabulary) as u32).collect()
-}
+    /// Token ids that differ from run to run.
+    fn tokens(&self, count: usize, run: usize) -> Vec<u32> {
+        let vocabulary = self.model.config().vocab_size;
+        (0..count).map(|i| ((7919 * (i + 1) + 31 * run) % vocabulary) as u32).collect()
+    }
 
-fn report(args: &EngineArgs, model: &str, phase: &str, batch: usize, threads: usize, rates: &[f64]) {
-    let tenth = |x: f64| (x * 10.0).round() / 10.0;
-    let [min, median, max] = [rates.first(), rates.get(rates.len() / 2), rates.last()].map(|r| tenth(r.copied().unwrap_or(0.0)));
-    if args.json {
-        let line = json!({
-            "engine": "overfill", "model": model, "phase": phase, "batch": batch, "threads": threads,
-            "tokens_per_second": { "median": median, "min": min, "max": max },
+    fn report(&self, model: &str, case: Case, rates: &[f64]) {
+        let tenth = |x: f64| (x * 10.0).round() / 10.0;
+        let [min, median, max] = [rates.first(), rates.get(rates.len() / 2), rates.last()].map(|r| tenth(r.copied().unwrap_or(0.0)));
+        let Case { phase, batch, context, threads } = case;
+        let phase = format!("{phase:?}").to_lowercase();
+        if self.args.json {
+            let line = json!({
+                "engine": "overfill", "model": model, "phase": phase, "batch": batch, "context": context, "threads": threads,
+                "tokens_per_second": { "median": median, "min": min, "max": max },
+            });
+            println!("{line}");
+        } else {
+            println!(
+                "{model:20} {phase:8} batch {batch:3}  context {context:5}  {threads} threads  {median:8.1} tokens/s  ({min:.1} to {max:.1})"
+            );
+        }
+    }
+
+    /// Where the last run's time went.
+    fn explain(&self, model: &str, case: Case, peaks: &Peaks) -> anyhow::Result<()> {
+        let costs: Vec<_> = self.workspace.profile.costs().filter(|(_, cost)| !cost.time.is_zero()).collect();
+        let total = costs.iter().fold(Cost::default(), |sum, (_, cost)| Cost {
+            time: sum.time + cost.time,
+            bytes: sum.bytes + cost.bytes,
+            operations: sum.operations + cost.operations,
         });
-        println!("{line}");
-    } else {
-        println!("{model:20} {phase:8} batch {batch:3}  {threads} threads  {median:8.1} tokens/s  ({min:.1} to {max:.1})");
+        let all = [("all".to_owned(), total)];
+        for (part, cost) in costs.iter().map(|(part, cost)| (format!("{part:?}").to_lowercase(), *cost)).chain(all) {
+            let seconds = cost.time.as_secs_f64();
+            let share = seconds / total.time.as_secs_f64();
+            let (bytes, operations) = (cost.bytes as f64 / seconds / 1e9, cost.operations as f64 / seconds / 1e9);
+            if self.args.json {
+                let line = json!({
+                    "engine": "overfill", "model": model, "phase": format!("{:?}", case.phase).to_lowercase(), "batch": case.batch,
+                    "context": case.context, "threads": case.threads, "part": part, "share": share, "seconds": seconds,
+                    "gigabytes_per_second": bytes, "gigaflops_per_second": operations,
+                    "peak_gigabytes_per_second": peaks.read, "peak_gigaflops_per_second": peaks.multiply,
+                });
+                println!("{line}");
+            } else {
+                println!(
+                    "    {part:10} {:5.1} %  {bytes:6.1} GB/s ({:3.0} % of memory's)  {operations:7.1} GFLOP/s ({:3.0} % of f32's)",
+                    share * 100.0,
+                    bytes / peaks.read * 100.0,
+                    operations / peaks.multiply * 100.0
+                );
+            }
+        }
+        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! `overfill bench`: speed, measured by programs.
 
 mod engine;
+mod peaks;
 
 use clap::Subcommand;
 
@@ -14,6 +15,6 @@ pub(crate) enum BenchCommand {
 
 pub(crate) fn run(what: BenchCommand, home: &Home) -> anyhow::Result<()> {
     match what {
-        BenchCommand::Engine(args) => engine::run(args, home),
+        BenchCommand::Engine(args) => engine::run(&args, home),
     }
 }

@@ -2,8 +2,8 @@
 
 use candle_core::Device;
 use overfill_kv::BlockId;
-use overfill_model::{Chunk, KvCache, Llama};
-use overfill_types::KvGeometry;
+use overfill_model::{Chunk, KvCache, Llama, Pool, Workspace};
+use overfill_types::{KvFormat, KvGeometry};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -11,6 +11,7 @@ use rand::seq::SliceRandom;
 /// What a forward pass reads a sequence with.
 pub(crate) struct Sequence {
     pub(crate) cache: KvCache,
+    pub(crate) workspace: Workspace,
     pub(crate) blocks: Vec<BlockId>,
     /// Positions that were read.
     pub(crate) length: usize,
@@ -20,25 +21,26 @@ pub(crate) struct Sequence {
 const SPARE: usize = 7;
 
 impl Sequence {
-    /// Room for `tokens` positions in blocks of `block_tokens`, which lie anywhere in a larger pool.
-    pub(crate) fn new(geometry: KvGeometry, tokens: usize, block_tokens: usize) -> Self {
+    /// Room for `tokens` positions in blocks of `block_tokens`, which lie anywhere in a larger pool; computes on `threads`.
+    pub(crate) fn new(geometry: KvGeometry, tokens: usize, block_tokens: usize, threads: usize) -> Self {
+        let workspace = Workspace::new(Pool::new(threads, &[]).unwrap());
         let needed = tokens.div_ceil(block_tokens);
-        let mut cache = KvCache::new(geometry, needed + SPARE, block_tokens, &Device::Cpu).unwrap();
+        let mut cache = KvCache::new(geometry, KvFormat::F32, needed + SPARE, block_tokens, &Device::Cpu).unwrap();
         let mut blocks: Vec<BlockId> = (0..(needed + SPARE) as u32).map(BlockId).collect();
         let nothing = vec![f32::NAN; blocks.len() * block_tokens * geometry.row()];
         for layer in 0..geometry.layers {
-            cache.write(layer, &blocks, 0, &nothing, &nothing).unwrap();
+            cache.write(workspace.pool(), layer, &blocks, 0, &nothing, &nothing).unwrap();
         }
         blocks.shuffle(&mut StdRng::seed_from_u64(tokens as u64));
         blocks.truncate(needed);
-        Self { cache, blocks, length: 0 }
+        Self { cache, workspace, blocks, length: 0 }
     }
 
     /// Reads `tokens` in one chunk; gives the logits after the last.
     pub(crate) fn read(&mut self, model: &Llama, tokens: &[u32]) -> Vec<f32> {
         let chunk = Chunk { tokens, start: self.length, blocks: &self.blocks, logits: true };
         self.length += tokens.len();
-        model.forward(&[chunk], &mut self.cache, &mut |_, _| Ok(())).unwrap().pop().unwrap()
+        model.forward(&[chunk], &mut self.cache, &mut self.workspace, &mut |_, _, _| Ok(())).unwrap().to_vec()
     }
 }
 

@@ -1,0 +1,153 @@
+//! AVX2 with FMA and F16C: eight lanes.
+
+use std::arch::x86_64::*;
+
+use crate::simd::{LINE, Simd};
+
+/// Made by [`Avx2::detect`] alone: a value is proof that the CPU has the features.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// The proof, where this CPU can give it.
+    #[inline]
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")).then_some(Self(()))
+    }
+}
+
+// SAFETY of every block below: `self` proves AVX2, FMA and F16C; what a pointer must bear, the trait's contract says,
+// and all loads and stores are the unaligned ones.
+impl Simd for Avx2 {
+    const LANES: usize = 8;
+    type V = __m256;
+    type I = __m256i;
+
+    #[inline(always)]
+    fn prefetch<T>(self, p: *const T) {
+        // SAFETY: a prefetch of any address does nothing worse than nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u16) -> __m256 {
+        // SAFETY: see above; a bfloat16 is the upper half of an f32.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const u16) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: __m256) {
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: __m256) {
+        // SAFETY: see above.
+        unsafe {
+            let wide = _mm256_cvtps_epi32(v);
+            let pairs = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256::<1>(wide));
+            _mm_storel_epi64(p.cast(), _mm_packs_epi16(pairs, pairs));
+        }
+    }
+    #[inline(always)]
+    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn round(self, a: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    fn exp2_integral(self, a: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127)))) }
+    }
+    #[inline(always)]
+    unsafe fn dot_u4<const R: usize>(self, codes: *const u8, x: [*const i8; R], start: [i32; R]) -> [__m256i; R] {
+        // SAFETY: see above. A pair of products is at most 2 x 15 x 127, eight of them fit 16 bits.
+        unsafe {
+            let low = _mm256_set1_epi8(15);
+            let mut sums = [_mm256_setzero_si256(); R];
+            for line in 0..4 {
+                let both = _mm256_loadu_si256(codes.add(line * LINE).cast());
+                let (first, second) = (_mm256_and_si256(both, low), _mm256_and_si256(_mm256_srli_epi16::<4>(both), low));
+                for (sum, x) in sums.iter_mut().zip(x) {
+                    let quad = |i: usize| _mm256_set1_epi32(x.add(i).cast::<i32>().read_unaligned());
+                    *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(first, quad(line * 4)));
+                    *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(second, quad(16 + line * 4)));
+                }
+            }
+            let ones = _mm256_set1_epi16(1);
+            std::array::from_fn(|r| _mm256_add_epi32(_mm256_madd_epi16(sums[r], ones), _mm256_set1_epi32(start[r])))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_i8<const R: usize>(self, codes: *const u8, lines: usize, x: [*const i8; R], _: [i32; R]) -> [__m256i; R] {
+        // SAFETY: see above. The magnitude of the code less 128 times the value with its sign: a pair of products is at
+        // most 2 x 128 x 127, which fits 16 bits, and pairs are widened before they are summed.
+        unsafe {
+            let (ones, middle) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128));
+            let mut sums = [_mm256_setzero_si256(); R];
+            for line in 0..lines {
+                let code = _mm256_xor_si256(_mm256_loadu_si256(codes.add(line * LINE).cast()), middle);
+                let magnitude = _mm256_abs_epi8(code);
+                for (sum, x) in sums.iter_mut().zip(x) {
+                    let quad = _mm256_set1_epi32(x.add(line * 4).cast::<i32>().read_unaligned());
+                    let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(quad, code));
+                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                }
+            }
+            sums
+        }
+    }
+    #[inline(always)]
+    fn to_f32(self, a: __m256i) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepi32_ps(a) }
+    }
+}

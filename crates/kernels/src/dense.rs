@@ -1,0 +1,167 @@
+//! Dense weight matrices: f32, bfloat16 or half precision.
+//!
+//! A matrix is repacked at load into panels of 16 output columns, `[panel][in][16]`, so that a product streams it once and
+//! in order, whatever the batch. A tile of a few rows and one panel is summed over the whole width in registers: one
+//! chain of fused multiply-adds per output, from input 0 to the last. That chain is the same for any number of rows and threads.
+
+use half::{bf16, f16};
+
+use crate::disjoint::Disjoint;
+use crate::number::{Bf16, F16, Number};
+use crate::pool::Pool;
+use crate::product::{PANEL, Target, even};
+use crate::simd::Simd;
+
+/// Bytes of `x` that stay in the second-level cache while panels pass.
+const X_BLOCK: usize = 256 << 10;
+
+/// One input's weights for the 16 outputs of a panel, aligned so that no load crosses a cache line.
+#[derive(Clone, Copy)]
+#[repr(align(32))]
+struct Line<T>([T; PANEL]);
+
+enum Lines {
+    F32(Vec<Line<f32>>),
+    Bf16(Vec<Line<Bf16>>),
+    F16(Vec<Line<F16>>),
+}
+
+/// A weight matrix `[out, in]`, packed for the CPU.
+pub struct DenseMatrix {
+    outputs: usize,
+    inputs: usize,
+    lines: Lines,
+}
+
+fn pack<T: Copy + Sync, N: Number>(
+    pool: &Pool,
+    weights: &[T],
+    outputs: usize,
+    inputs: usize,
+    number: impl Fn(T) -> N + Sync,
+) -> Vec<Line<N>> {
+    assert_eq!(weights.len(), outputs * inputs, "a matrix of {outputs} x {inputs}");
+    let panels = outputs.div_ceil(PANEL);
+    let mut lines = vec![Line([N::default(); PANEL]); panels * inputs];
+    let to = Disjoint::new(&mut lines);
+    pool.run(panels, |panel| {
+        // SAFETY: each panel is written once.
+        let lines = unsafe { to.part(panel * inputs, inputs) };
+        for column in 0..PANEL.min(outputs - panel * PANEL) {
+            let row = &weights[(panel * PANEL + column) * inputs..][..inputs];
+            for (line, &w) in lines.iter_mut().zip(row) {
+                line.0[column] = number(w);
+            }
+        }
+    });
+    lines
+}
+
+impl DenseMatrix {
+    /// Packs f32 weights `[outputs, inputs]`.
+    pub fn from_f32(pool: &Pool, weights: &[f32], outputs: usize, inputs: usize) -> Self {
+        Self { outputs, inputs, lines: Lines::F32(pack(pool, weights, outputs, inputs, |w| w)) }
+    }
+
+    /// Packs bfloat16 weights `[outputs, inputs]`; products are exact in the weights and sum in f32.
+    pub fn from_bf16(pool: &Pool, weights: &[bf16], outputs: usize, inputs: usize) -> Self {
+        Self { outputs, inputs, lines: Lines::Bf16(pack(pool, weights, outputs, inputs, |w| Bf16(w.to_bits()))) }
+    }
+
+    /// Packs half-precision weights `[outputs, inputs]`; products are exact in the weights and sum in f32.
+    pub fn from_f16(pool: &Pool, weights: &[f16], outputs: usize, inputs: usize) -> Self {
+        Self { outputs, inputs, lines: Lines::F16(pack(pool, weights, outputs, inputs, |w| F16(w.to_bits()))) }
+    }
+
+    pub(crate) fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    pub(crate) fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        match &self.lines {
+            Lines::F32(lines) => size_of_val(lines.as_slice()),
+            Lines::Bf16(lines) => size_of_val(lines.as_slice()),
+            Lines::F16(lines) => size_of_val(lines.as_slice()),
+        }
+    }
+
+    pub(crate) fn row(&self, output: usize, to: &mut [f32]) {
+        fn column<N: Number>(lines: &[Line<N>], column: usize, to: &mut [f32]) {
+            to.iter_mut().zip(lines).for_each(|(to, line)| *to = line.0[column].to_f32());
+        }
+        let first = output / PANEL * self.inputs;
+        match &self.lines {
+            Lines::F32(lines) => column(&lines[first..], output % PANEL, to),
+            Lines::Bf16(lines) => column(&lines[first..], output % PANEL, to),
+            Lines::F16(lines) => column(&lines[first..], output % PANEL, to),
+        }
+    }
+
+    /// The product's columns of `panels`, for `x`, `[rows, inputs]`.
+    #[inline(always)]
+    pub(crate) fn multiply<S: Simd>(&self, s: S, x: &[f32], to: Target<'_>, panels: std::ops::Range<usize>) {
+        match &self.lines {
+            Lines::F32(lines) => multiply(s, lines, self.inputs, x, to, panels),
+            Lines::Bf16(lines) => multiply(s, lines, self.inputs, x, to, panels),
+            Lines::F16(lines) => multiply(s, lines, self.inputs, x, to, panels),
+        }
+    }
+}
+
+#[inline(always)]
+fn multiply<S: Simd, T: Number>(s: S, lines: &[Line<T>], inputs: usize, x: &[f32], to: Target<'_>, panels: std::ops::Range<usize>) {
+    assert_eq!(x.len(), to.rows() * inputs);
+    let most = if S::LANES == 16 { 8 } else { 6 };
+    let block = (X_BLOCK / 4 / inputs.max(1) / most).max(1) * most;
+    for first in (0..to.rows()).step_by(block) {
+        let end = (first + block).min(to.rows());
+        for panel in panels.clone() {
+            let lines = &lines[panel * inputs..(panel + 1) * inputs];
+            let mut row = first;
+            while row < end {
+                let count = even(end - row, most);
+                let x = &x[row * inputs..(row + count) * inputs];
+                macro_rules! rows {
+                    ($($n:literal)*) => {
+                        match count {
+                            $($n if S::LANES == 16 => tile::<S, T, $n, 1>(s, lines, x, to, (row, panel)),
+                            $n => tile::<S, T, $n, 2>(s, lines, x, to, (row, panel)),)*
+                            _ => unreachable!("a tile has at most 8 rows"),
+                        }
+                    };
+                }
+                rows!(1 2 3 4 5 6 7 8);
+                row += count;
+            }
+        }
+    }
+}
+
+/// `R` rows times one panel of `P` vectors; `at` is the first row and the panel.
+#[inline(always)]
+fn tile<S: Simd, T: Number, const R: usize, const P: usize>(s: S, lines: &[Line<T>], x: &[f32], to: Target<'_>, at: (usize, usize)) {
+    let inputs = lines.len();
+    assert!(x.len() == R * inputs && P * S::LANES == PANEL);
+    let mut sums = [[s.splat(0.0); P]; R];
+    for (i, line) in lines.iter().enumerate() {
+        // SAFETY: a line has 16 values, `P` vectors.
+        let line: [S::V; P] = std::array::from_fn(|p| unsafe { T::load(s, line.0.as_ptr().add(p * S::LANES)) });
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: `x` has `R * inputs` values, and `i` is below `inputs`.
+            let value = s.splat(unsafe { *x.get_unchecked(r * inputs + i) });
+            for (sum, w) in sums.iter_mut().zip(line) {
+                *sum = s.fma(w, value, *sum);
+            }
+        }
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        for (p, sum) in sums.into_iter().enumerate() {
+            // SAFETY: this thread alone has this panel.
+            unsafe { to.write(s, at.0 + r, at.1 * PANEL + p * S::LANES, sum) };
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! One layer of the paged KV cache.
+//!
+//! A block holds its tokens' keys as `[kv_heads, head_dim, block_tokens]` and their values as
+//! `[kv_heads, block_tokens, head_dim]` (padded to 16): attention then reads both with whole vectors, over tokens for the
+//! scores and over the head for the sums, and never adds across a vector.
+
+use crate::disjoint::Disjoint;
+use crate::number::{F16, Number};
+use crate::pool::Pool;
+
+/// Token positions in a block are a multiple of this.
+pub const BLOCK_MULTIPLE: usize = 16;
+
+/// How keys and values are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvFormat {
+    /// 32-bit floats.
+    F32,
+    /// Half precision.
+    F16,
+}
+
+/// Shape of one layer of the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Values in a head.
+    pub head_dim: usize,
+    /// Token positions in a block: a multiple of [`BLOCK_MULTIPLE`].
+    pub block_tokens: usize,
+    /// Blocks.
+    pub blocks: usize,
+}
+
+impl KvShape {
+    /// Numbers in a row: one token's keys, or values.
+    pub fn row(self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    pub(crate) fn padded(self) -> usize {
+        self.head_dim.next_multiple_of(16)
+    }
+
+    /// First key of a KV head in a block.
+    #[inline(always)]
+    pub(crate) fn k_at(self, block: usize, kv_head: usize) -> usize {
+        (block * self.kv_heads + kv_head) * self.head_dim * self.block_tokens
+    }
+
+    /// First value of a KV head in a block.
+    #[inline(always)]
+    pub(crate) fn v_at(self, block: usize, kv_head: usize) -> usize {
+        (block * self.kv_heads + kv_head) * self.padded() * self.block_tokens
+    }
+}
+
+/// Keys (after the rotary embedding) and values of one layer, all sequences together.
+pub struct KvLayer {
+    shape: KvShape,
+    pub(crate) stored: Stored,
+}
+
+pub(crate) enum Stored {
+    F32(Both<f32>),
+    F16(Both<F16>),
+}
+
+pub(crate) struct Both<T> {
+    pub(crate) k: Vec<T>,
+    pub(crate) v: Vec<T>,
+}
+
+/// Consecutive tokens of one sequence, and where they go.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    /// Block numbers of the sequence's table; cover `start + tokens` positions at least.
+    pub blocks: &'a [u32],
+    /// Position of the first token.
+    pub start: usize,
+    /// How many there are.
+    pub tokens: usize,
+}
+
+impl Run<'_> {
+    /// Pieces that lie in one block each: its number, the first token's offset in it, tokens, and the first token's place in the run.
+    fn pieces(self, block_tokens: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            if done == self.tokens {
+                return None;
+            }
+            let position = self.start + done;
+            let offset = position % block_tokens;
+            let count = (block_tokens - offset).min(self.tokens - done);
+            let piece = (self.blocks[position / block_tokens] as usize, offset, count, done);
+            done += count;
+            Some(piece)
+        })
+    }
+}
+
+impl KvLayer {
+    /// All zero. Memory is taken from the system as it is first written.
+    ///
+    /// # Panics
+    /// Where `block_tokens` is not a multiple of [`BLOCK_MULTIPLE`].
+    pub fn new(shape: KvShape, format: KvFormat) -> Self {
+        assert!(shape.block_tokens > 0 && shape.block_tokens.is_multiple_of(BLOCK_MULTIPLE), "blocks of {}", shape.block_tokens);
+        let (k, v) = (shape.k_at(shape.blocks, 0), shape.v_at(shape.blocks, 0));
+        // Integers, since the allocator gives those zeroed without touching them.
+        let stored = match format {
+            KvFormat::F32 => Stored::F32(Both { k: vec![0.0; k], v: vec![0.0; v] }),
+            KvFormat::F16 => Stored::F16(Both { k: zeros(k), v: zeros(v) }),
+        };
+        Self { shape, stored }
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// Bytes that one token takes.
+    pub fn bytes_per_token(shape: KvShape, format: KvFormat) -> usize {
+        let number = if format == KvFormat::F32 { 4 } else { 2 };
+        shape.kv_heads * (shape.head_dim + shape.padded()) * number
+    }
+
+    /// Stores the keys and values of `runs`, whose rows `[kv_heads, head_dim]` follow each other, `stride` numbers apart, in `k` and in `v`.
+    ///
+    /// # Panics
+    /// Where rows or blocks are not there, or two runs write to one block.
+    pub fn write(&mut self, pool: &Pool, runs: &[Run<'_>], k: &[f32], v: &[f32], stride: usize) {
+        let shape = self.shape;
+        let tokens: usize = runs.iter().map(|r| r.tokens).sum();
+        if tokens == 0 {
+            return;
+        }
+        assert!(stride >= shape.row() && k.len().min(v.len()) >= (tokens - 1) * stride + shape.row(), "k and v are [tokens, stride]");
+        let mut pieces = Vec::with_capacity(runs.len());
+        let mut first = 0;
+        for run in runs {
+            pieces.extend(run.pieces(shape.block_tokens).map(|(block, offset, count, at)| Piece { block, offset, count, row: first + at }));
+            first += run.tokens;
+        }
+        assert!(pieces.iter().all(|p| p.block < shape.blocks), "a block table points outside of the cache");
+        if pieces.len() > 1 {
+            let mut blocks: Vec<usize> = pieces.iter().map(|p| p.block).collect();
+            blocks.sort_unstable();
+            assert!(blocks.windows(2).all(|w| w[0] != w[1]), "two sequences write to one block");
+        }
+        let from = Rows { k, v, stride };
+        match &mut self.stored {
+            Stored::F32(both) => both.write(pool, shape, &pieces, from),
+            Stored::F16(both) => both.write(pool, shape, &pieces, from),
+        }
+    }
+
+    /// Keys and values of `run`, each `[tokens, kv_heads, head_dim]`.
+    ///
+    /// # Panics
+    /// Where blocks are not there.
+    pub fn read(&self, run: Run<'_>, k: &mut [f32], v: &mut [f32]) {
+        assert!(k.len() == run.tokens * self.shape.row() && v.len() == k.len(), "k and v are [tokens, kv_heads, head_dim]");
+        match &self.stored {
+            Stored::F32(both) => both.read(self.shape, run, k, v),
+            Stored::F16(both) => both.read(self.shape, run, k, v),
+        }
+    }
+}
+
+/// Zeroed memory that is not touched yet.
+fn zeros(count: usize) -> Vec<F16> {
+    let mut numbers = std::mem::ManuallyDrop::new(vec![0u16; count]);
+    // SAFETY: `F16` is a transparent u16, so layout and alignment are the vector's own.
+    unsafe { Vec::from_raw_parts(numbers.as_mut_ptr().cast(), numbers.len(), numbers.capacity()) }
+}
+
+/// Tokens that go into one block.
+struct Piece {
+    block: usize,
+    offset: usize,
+    count: usize,
+    row: usize,
+}
+
+/// Where rows come from.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    k: &'a [f32],
+    v: &'a [f32],
+    stride: usize,
+}
+
+impl<T: Number> Both<T> {
+    fn write(&mut self, pool: &Pool, shape: KvShape, pieces: &[Piece], from: Rows<'_>) {
+        let KvShape { kv_heads, head_dim, block_tokens, .. } = shape;
+        let padded = shape.padded();
+        let (k, v) = (Disjoint::new(&mut self.k), Disjoint::new(&mut self.v));
+        pool.rows(pieces.len(), shape.row() * 2, |i| {
+            let piece = &pieces[i];
+            // SAFETY: `KvLayer::write` saw that no two pieces are of one block.
+            let (k, v) =
+                unsafe { (k.part(shape.k_at(piece.block, 0), shape.k_at(1, 0)), v.part(shape.v_at(piece.block, 0), shape.v_at(1, 0))) };
+            for t in 0..piece.count {
+                let (at, slot) = ((piece.row + t) * from.stride, piece.offset + t);
+                for head in 0..kv_heads {
+                    let keys = &from.k[at + head * head_dim..][..head_dim];
+                    let to = &mut k[head * head_dim * block_tokens..][..head_dim * block_tokens];
+                    for (to, key) in to.chunks_exact_mut(block_tokens).zip(keys) {
+                        to[slot] = T::from_f32(*key);
+                    }
+                    let values = &from.v[at + head * head_dim..][..head_dim];
+                    let to = &mut v[(head * block_tokens + slot) * padded..][..head_dim];
+                    to.iter_mut().zip(values).for_each(|(to, value)| *to = T::from_f32(*value));
+                }
+            }
+        });
+    }
+
+    fn read(&self, shape: KvShape, run: Run<'_>, to_k: &mut [f32], to_v: &mut [f32]) {
+        let KvShape { kv_heads, head_dim, block_tokens, .. } = shape;
+        for (block, offset, count, first) in run.pieces(block_tokens) {
+            for head in 0..kv_heads {
+                let k = &self.k[shape.k_at(block, head)..][..head_dim * block_tokens];
+                let v = &self.v[shape.v_at(block, head)..][..shape.padded() * block_tokens];
+                for t in 0..count {
+                    let at = (first + t) * shape.row() + head * head_dim;
+                    let keys = k.chunks_exact(block_tokens).map(|d| d[offset + t].to_f32());
+                    to_k[at..at + head_dim].iter_mut().zip(keys).for_each(|(to, key)| *to = key);
+                    let values = v[(offset + t) * shape.padded()..].iter().map(|v| v.to_f32());
+                    to_v[at..at + head_dim].iter_mut().zip(values).for_each(|(to, value)| *to = value);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_written_is_read_across_blocks() {
+        let pool = Pool::new(2, &[]).unwrap();
+        let shape = KvShape { kv_heads: 2, head_dim: 6, block_tokens: 16, blocks: 5 };
+        let stride = 40;
+        let rows: Vec<f32> = (0..60 * stride).map(|i| i as f32 * 0.25 - 90.0).collect();
+        for format in [KvFormat::F32, KvFormat::F16] {
+            let mut layer = KvLayer::new(shape, format);
+            let one = Run { blocks: &[3, 0, 2], start: 7, tokens: 30 };
+            let other = Run { blocks: &[1, 4], start: 0, tokens: 3 };
+            layer.write(&pool, &[one, other], &rows[4..], &rows[20..], stride);
+            for (run, first) in [(one, 0), (other, 30)] {
+                let (mut k, mut v) = (vec![0.0; run.tokens * 12], vec![0.0; run.tokens * 12]);
+                layer.read(run, &mut k, &mut v);
+                for t in 0..run.tokens {
+                    let row = &rows[(first + t) * stride..];
+                    let near = |a: f32, b: f32| (a - b).abs() <= if format == KvFormat::F32 { 0.0 } else { b.abs() / 2048.0 };
+                    assert!((0..12).all(|i| near(k[t * 12 + i], row[4 + i]) && near(v[t * 12 + i], row[20 + i])));
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "two sequences write to one block")]
+    fn a_block_has_one_writer() {
+        let shape = KvShape { kv_heads: 1, head_dim: 2, block_tokens: 16, blocks: 2 };
+        let run = Run { blocks: &[1], start: 0, tokens: 1 };
+        KvLayer::new(shape, KvFormat::F32).write(&Pool::new(2, &[]).unwrap(), &[run, run], &[0.0; 8], &[0.0; 8], 4);
+    }
+}

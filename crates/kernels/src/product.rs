@@ -1,0 +1,278 @@
+//! Products of rows with weight matrices, `y = x W^T`, cut into parts for the threads of a pool.
+
+use std::ops::Range;
+
+use crate::activations::Activations;
+use crate::dense::DenseMatrix;
+use crate::disjoint::Disjoint;
+use crate::pool::Pool;
+use crate::quantised::QuantisedMatrix;
+use crate::simd::{Simd, dispatch};
+
+/// Output columns that are computed together.
+pub(crate) const PANEL: usize = 16;
+/// Bytes of weights below which a part is not worth handing to another thread: about a microsecond's reading.
+const LEAST_BYTES: usize = 16 << 10;
+/// Parts of a thread, so that one that is held up by another process does not hold up all.
+const PARTS: usize = 8;
+
+/// A weight matrix `[out, in]`, packed for the CPU.
+pub enum Matrix {
+    /// f32, bfloat16 or half precision.
+    Dense(DenseMatrix),
+    /// Blocks of small integers.
+    Quantised(QuantisedMatrix),
+}
+
+impl Matrix {
+    /// Width of the result.
+    pub fn outputs(&self) -> usize {
+        match self {
+            Self::Dense(m) => m.outputs(),
+            Self::Quantised(m) => m.outputs(),
+        }
+    }
+
+    /// Width of what it is multiplied with.
+    pub fn inputs(&self) -> usize {
+        match self {
+            Self::Dense(m) => m.inputs(),
+            Self::Quantised(m) => m.inputs(),
+        }
+    }
+
+    /// Bytes that a product reads.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(m) => m.bytes(),
+            Self::Quantised(m) => m.bytes(),
+        }
+    }
+
+    /// Row `output` of the matrix, `[inputs]`: what an embedding looks up.
+    pub fn row(&self, output: usize, to: &mut [f32]) {
+        assert!(output < self.outputs() && to.len() == self.inputs(), "row {output} of {} x {}", self.outputs(), self.inputs());
+        match self {
+            Self::Dense(m) => m.row(output, to),
+            Self::Quantised(m) => m.row(output, to),
+        }
+    }
+
+    fn panels(&self) -> usize {
+        self.outputs().div_ceil(PANEL)
+    }
+}
+
+/// What becomes of a product's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Into {
+    /// They replace what was there.
+    Place,
+    /// They are added to what was there.
+    Sum,
+}
+
+/// The products of `x` with several matrices, side by side: `y` is `[rows, sum of outputs]`.
+///
+/// **Invariant:** a row's numbers are the same bits whatever rows are beside it, and on any number of threads.
+pub fn products(pool: &Pool, x: &Activations, matrices: &[&Matrix], y: &mut [f32], into: Into) {
+    let width: usize = matrices.iter().map(|m| m.outputs()).sum();
+    assert!(matrices.iter().all(|m| m.inputs() == x.width()), "x is [rows, inputs]");
+    assert_eq!(y.len(), x.rows() * width, "y is [rows, outputs]");
+    if x.rows() == 0 {
+        return;
+    }
+    let panels: usize = matrices.iter().map(|m| m.panels()).sum();
+    let bytes: usize = matrices.iter().map(|m| m.bytes()).sum();
+    let most = (bytes * x.rows().min(8) / LEAST_BYTES).clamp(1, pool.threads() * PARTS);
+    let parts = if pool.threads() == 1 { 1 } else { panels.min(most) };
+    let y = Disjoint::new(y);
+    pool.run(parts, |part| {
+        let mine = part * panels / parts..(part + 1) * panels / parts;
+        let (mut panel, mut column) = (0, 0);
+        for matrix in matrices {
+            let end = panel + matrix.panels();
+            let range = mine.start.max(panel)..mine.end.min(end);
+            if range.start < range.end {
+                let to = Target { y, rows: x.rows(), width, column, outputs: matrix.outputs(), into };
+                dispatch!(multiply(matrix, x, to, range.start - panel..range.end - panel));
+            }
+            panel = end;
+            column += matrix.outputs();
+        }
+    });
+}
+
+#[inline(always)]
+fn multiply<S: Simd>(s: S, matrix: &Matrix, x: &Activations, to: Target<'_>, panels: Range<usize>) {
+    match matrix {
+        Matrix::Dense(m) => m.multiply(s, &x.values, to, panels),
+        Matrix::Quantised(m) => m.multiply(s, x, to, panels),
+    }
+}
+
+/// Rows of the next tile, where `rows` are left and a tile has `most`: tiles of about one size, rather than a small one at the end.
+#[inline(always)]
+pub(crate) fn even(rows: usize, most: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(most))
+}
+
+/// Where one matrix's product goes: columns of `y` from `column` on.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<'a> {
+    y: Disjoint<'a, f32>,
+    rows: usize,
+    width: usize,
+    column: usize,
+    outputs: usize,
+    into: Into,
+}
+
+impl Target<'_> {
+    pub(crate) fn rows(self) -> usize {
+        self.rows
+    }
+
+    /// Writes a vector of `row` from output `output` on; what would lie beyond the last output is left out.
+    ///
+    /// # Safety
+    /// No other thread writes these places at the same time.
+    #[inline(always)]
+    pub(crate) unsafe fn write<S: Simd>(self, s: S, row: usize, output: usize, values: S::V) {
+        if output >= self.outputs {
+            return;
+        }
+        let count = S::LANES.min(self.outputs - output);
+        // SAFETY: the caller keeps other threads away.
+        let to = unsafe { self.y.part(row * self.width + self.column + output, count) };
+        if count == S::LANES {
+            let values = match self.into {
+                Into::Place => values,
+                // SAFETY: `to` has `LANES` values.
+                Into::Sum => s.add(unsafe { s.load(to.as_ptr()) }, values),
+            };
+            // SAFETY: as above.
+            unsafe { s.store(to.as_mut_ptr(), values) };
+        } else {
+            let mut line = [0.0f32; PANEL];
+            // SAFETY: sixteen values have room for a vector.
+            unsafe { s.store(line.as_mut_ptr(), values) };
+            for (to, value) in to.iter_mut().zip(line) {
+                *to = if self.into == Into::Sum { *to + value } else { value };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+    use crate::avx2_or_scalar;
+    use crate::ggml::BlockFormat;
+    use crate::ggml::tests::{FORMATS, blocks};
+
+    fn noise(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| (((i + seed) * 7919 % 2003) as f32 / 2003.0 - 0.5) * if i % 96 < 32 { 0.01 } else { 3.0 }).collect()
+    }
+
+    fn matrices(pool: &Pool, outputs: usize, inputs: usize) -> Vec<(String, Matrix)> {
+        let w = noise(outputs * inputs, 5);
+        let b: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+        let h: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
+        let mut all = vec![
+            ("f32".to_owned(), Matrix::Dense(DenseMatrix::from_f32(pool, &w, outputs, inputs))),
+            ("bf16".to_owned(), Matrix::Dense(DenseMatrix::from_bf16(pool, &b, outputs, inputs))),
+            ("f16".to_owned(), Matrix::Dense(DenseMatrix::from_f16(pool, &h, outputs, inputs))),
+        ];
+        for format in FORMATS.into_iter().filter(|f| inputs.is_multiple_of(f.block())) {
+            let bytes = blocks(format, outputs * inputs / format.block());
+            all.push((
+                format!("{format:?}"),
+                Matrix::Quantised(QuantisedMatrix::from_blocks(pool, format, &bytes, outputs, inputs).unwrap()),
+            ));
+        }
+        all
+    }
+
+    fn product(pool: &Pool, matrix: &Matrix, x: &[f32]) -> Vec<f32> {
+        let mut activations = Activations::new();
+        activations.set(pool, x, matrix.inputs());
+        let mut y = vec![f32::NAN; activations.rows() * matrix.outputs()];
+        products(pool, &activations, &[matrix], &mut y, Into::Place);
+        y
+    }
+
+    #[test]
+    fn products_are_those_of_the_rows() {
+        let pool = Pool::new(2, &[]).unwrap();
+        for (rows, outputs, inputs) in [(5, 21, 512), (1, 33, 576), (11, 16, 256), (3, 7, 50)] {
+            let x = noise(rows * inputs, 0);
+            for (name, matrix) in matrices(&pool, outputs, inputs) {
+                let y = product(&pool, &matrix, &x);
+                let mut activations = Activations::new();
+                activations.set(&pool, &x, inputs);
+                let value = |i: usize| match matrix {
+                    Matrix::Dense(_) => f64::from(x[i]),
+                    Matrix::Quantised(_) => f64::from(activations.codes[i]) * f64::from(activations.scales[i / 32]),
+                };
+                let mut weights = vec![0.0; inputs];
+                for o in 0..outputs {
+                    matrix.row(o, &mut weights);
+                    for r in 0..rows {
+                        let terms = || (0..inputs).map(|i| value(r * inputs + i) * f64::from(weights[i]));
+                        let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+                        let got = f64::from(y[r * outputs + o]);
+                        assert!((got - want).abs() <= 2e-6 * size + 1e-6, "{name} [{r}, {o}]: {got}, not {want}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_bits_in_any_company_and_on_any_lanes() {
+        let (one, three) = (Pool::new(1, &[]).unwrap(), Pool::new(3, &[]).unwrap());
+        let (rows, outputs, inputs) = (19, 77, 512);
+        let x = noise(rows * inputs, 1);
+        for (name, matrix) in matrices(&three, outputs, inputs) {
+            let together = product(&three, &matrix, &x);
+            for r in 0..rows {
+                assert_eq!(product(&one, &matrix, &x[r * inputs..(r + 1) * inputs]), together[r * outputs..(r + 1) * outputs], "{name}");
+            }
+            for first in 1..9 {
+                assert_eq!(product(&three, &matrix, &x[..first * inputs]), together[..first * outputs], "{name}, {first} rows");
+            }
+            let mut activations = Activations::new();
+            activations.set(&one, &x, inputs);
+            for lanes in ["avx2", "scalar"] {
+                let mut y = vec![f32::NAN; rows * outputs];
+                let to = Target { y: Disjoint::new(&mut y), rows, width: outputs, column: 0, outputs, into: Into::Place };
+                avx2_or_scalar!(lanes, multiply(&matrix, &activations, to, 0..outputs.div_ceil(PANEL)));
+                assert_eq!(y, together, "{name} on {lanes}");
+            }
+        }
+    }
+
+    #[test]
+    fn products_lie_side_by_side_and_can_be_added() {
+        let pool = Pool::new(2, &[]).unwrap();
+        let (rows, inputs) = (3, 64);
+        let x = noise(rows * inputs, 2);
+        let (a, b) = (DenseMatrix::from_f32(&pool, &noise(20 * inputs, 3), 20, inputs), blocks(BlockFormat::Q8_0, 9 * 2));
+        let a = Matrix::Dense(a);
+        let b = Matrix::Quantised(QuantisedMatrix::from_blocks(&pool, BlockFormat::Q8_0, &b, 9, inputs).unwrap());
+        let (alone_a, alone_b) = (product(&pool, &a, &x), product(&pool, &b, &x));
+        let mut activations = Activations::new();
+        activations.set(&pool, &x, inputs);
+        let mut y = vec![1.0; rows * 29];
+        products(&pool, &activations, &[&a, &b], &mut y, Into::Sum);
+        for r in 0..rows {
+            for o in 0..29 {
+                let alone = if o < 20 { alone_a[r * 20 + o] } else { alone_b[r * 9 + o - 20] };
+                assert_eq!(y[r * 29 + o], 1.0 + alone);
+            }
+        }
+    }
+}

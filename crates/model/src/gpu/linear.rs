@@ -1,0 +1,70 @@
+//! Weight matrices on a device, multiplied by candle.
+
+use std::sync::Arc;
+
+use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::{DType, Device, Module, Tensor};
+use overfill_types::pair::WeightFormat;
+
+use crate::error::ModelError;
+use crate::weights::{Weight, Weights};
+
+/// A weight matrix `[out, in]`.
+#[derive(Clone)]
+pub(crate) enum Matrix {
+    /// f32, bf16 or f16, `[out, in]`.
+    Dense(Tensor),
+    /// Blocks of small integers.
+    Quantised(Arc<QTensor>),
+}
+
+impl Matrix {
+    pub(crate) fn load(weights: &Weights, name: &str, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
+        Ok(match weights.matrix(name, format, device)? {
+            Weight::Quantised(q) => Matrix::Quantised(Arc::new(q)),
+            Weight::Dense(t) => Matrix::Dense(t),
+        })
+    }
+
+    /// `x W^T`: `[n, in]` to `[n, out]`.
+    pub(crate) fn multiply(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(match self {
+            Matrix::Dense(w) => x.to_dtype(w.dtype())?.matmul(&w.t()?)?.to_dtype(DType::F32)?,
+            Matrix::Quantised(w) => QMatMul::from_arc(w.clone())?.forward(x)?,
+        })
+    }
+
+    /// Rows `ids` as `[n, in]`.
+    pub(crate) fn rows(&self, ids: &[u32], device: &Device) -> Result<Tensor, ModelError> {
+        let index = Tensor::from_slice(ids, ids.len(), device)?;
+        Ok(match self {
+            Matrix::Dense(w) => w.index_select(&index, 0)?.to_dtype(DType::F32)?,
+            Matrix::Quantised(w) => w.embedding(&index)?.to_dtype(DType::F32)?,
+        })
+    }
+}
+
+/// A linear map with an optional bias.
+pub(crate) struct Linear {
+    weight: Matrix,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Loads `{name}.weight`, and `{name}.bias` where the file has one.
+    pub(crate) fn load(weights: &Weights, name: &str, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
+        let weight = Matrix::load(weights, &format!("{name}.weight"), format, device)?;
+        let bias = format!("{name}.bias");
+        let bias = if weights.has(&bias) { Some(weights.vector(&bias, device)?) } else { None };
+        Ok(Self { weight, bias })
+    }
+
+    /// `[n, in]` to `[n, out]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let y = self.weight.multiply(x)?;
+        Ok(match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+}
