@@ -214,6 +214,7 @@ impl Shared {
     /// Runs parts until none is left: first one's own from the front, then others' from the end.
     fn claim_all(&self, me: usize, run: u32) {
         let threads = self.shares.len();
+        let mut through = 0;
         for i in 0..threads {
             let share = &self.shares[(me + i) % threads].0;
             while let Some(part) = claim(share, run, i == 0) {
@@ -224,11 +225,13 @@ impl Shared {
                 {
                     self.panicked.store(true, Ordering::Relaxed);
                 }
-                if self.pending.fetch_sub(1, Ordering::SeqCst) == 1 && self.caller_sleeps.load(Ordering::SeqCst) {
-                    drop(self.lock());
-                    self.done.notify_all();
-                }
+                through += 1;
             }
+        }
+        // Once for all of them: the counter's cache line goes from core to core.
+        if through > 0 && self.pending.fetch_sub(through, Ordering::SeqCst) == through && self.caller_sleeps.load(Ordering::SeqCst) {
+            drop(self.lock());
+            self.done.notify_all();
         }
     }
 
