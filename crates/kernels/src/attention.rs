@@ -1,8 +1,7 @@
 //! Causal attention of query rows over the paged KV cache, grouped-query heads.
 //!
-//! The context is cut into segments of 128 positions, counted from 0. Within one, for each query head and token: scores,
-//! softmax numerators with their sum and greatest score, weighted sum of the values. Segments are then joined in
-//! their order. A prompt's tokens go through the segments one after the other; a decode step's token has them computed
+//! The context is cut into segments of 128 positions, counted from 0, which `segment.rs` attends to. They are then joined
+//! in their order. A prompt's tokens go through the segments one after the other; a decode step's token has them computed
 //! on several threads, and joined after. Both give the same bits, since each number is one fixed chain of operations.
 //! Positions after a row's own count with weight zero, which changes no bit of a finite sum.
 
@@ -13,11 +12,9 @@ use crate::exp::exp;
 use crate::kv::{Both, KvLayer, KvShape, Run, Stored};
 use crate::number::Number;
 use crate::pool::Pool;
-use crate::rows::join;
+use crate::segment::{SEGMENT, Segment, attend_segment};
 use crate::simd::{Simd, dispatch};
 
-/// Positions whose scores are computed before any is used.
-const SEGMENT: usize = 128;
 /// Rows (query heads of one KV head times tokens) that pass over the cache together.
 const ROWS: usize = 24;
 
@@ -182,28 +179,9 @@ fn attend<S: Simd, T: Number>(s: S, kv: &Both<T>, call: Call<'_>, blocks: &[u32]
     for segment in segments {
         let from = segment * SEGMENT;
         let count = SEGMENT.min(context - from);
-        for tile in 0..count.div_ceil(16) {
-            let position = from + tile * 16;
-            let block = blocks[position / shape.block_tokens] as usize;
-            let offset = position % shape.block_tokens;
-            let keys = &kv.k[shape.k_at(block, task.kv_head) + offset..];
-            // Blocks lie anywhere, so the processor does not foresee them: the values that these keys' scores will weigh, and the next keys.
-            prefetch(s, &kv.v[shape.v_at(block, task.kv_head) + offset * shape.padded()..], 16 * shape.padded());
-            if let Some(&next) = blocks.get((position + 16) / shape.block_tokens)
-                && position + 16 < from + count
-                && shape.block_tokens == 16
-            {
-                prefetch(s, &kv.k[shape.k_at(next as usize, task.kv_head)..], 16 * head_dim);
-            }
-            score_rows(s, keys, shape.block_tokens, queries, head_dim, rows, &mut scores[tile * 16..]);
-        }
-        for r in 0..rows {
-            let scores = &mut scores[r * SEGMENT..][..count.next_multiple_of(16)];
-            let seen = (task.position + r / group + 1).saturating_sub(from).min(count);
-            scores[seen..].fill(f32::NEG_INFINITY);
-            part[r * width..][..2].copy_from_slice(&softmax_numerators(s, scores));
-        }
-        sum_values(s, kv, call, blocks, (from, count, task.kv_head), scores, rows, part);
+        let positions = Segment { shape, blocks, kv_head: task.kv_head, from, count };
+        let seen = |r: usize| (task.position + r / group + 1).saturating_sub(from).min(count);
+        attend_segment(s, kv, positions, queries, seen, scores, part);
         for r in 0..rows {
             // A segment that a row does not see changes nothing; its first one always is seen.
             if segment == 0 || task.segment.is_some() {
@@ -218,14 +196,6 @@ fn attend<S: Simd, T: Number>(s: S, kv: &Both<T>, call: Call<'_>, blocks: &[u32]
         Some((_, first)) => unsafe { call.partial.part(first * width, rows * width) }.copy_from_slice(&state[..rows * width]),
         None => (0..rows)
             .for_each(|r| finish(call, (task.row + r / group, task.kv_head * group + r % group), &state[r * width..(r + 1) * width])),
-    }
-}
-
-/// Asks for the first `count` numbers.
-#[inline(always)]
-fn prefetch<S: Simd, T>(s: S, numbers: &[T], count: usize) {
-    for line in numbers[..count.min(numbers.len())].chunks(64 / size_of::<T>()) {
-        s.prefetch(line.as_ptr());
     }
 }
 
@@ -269,183 +239,13 @@ fn join_segment<S: Simd>(s: S, state: &mut [f32], part: &[f32]) {
     }
 }
 
-/// Scores of all rows for 16 positions, whose keys are `[head_dim, step]` from `keys` on; `to` is `[rows, SEGMENT]` from the first of them on.
-#[inline(always)]
-fn score_rows<S: Simd, T: Number>(s: S, keys: &[T], step: usize, queries: &[f32], head_dim: usize, rows: usize, to: &mut [f32]) {
-    let mut row = 0;
-    while row < rows {
-        let most = if S::LANES == 16 { 12 } else { 6 };
-        let count = most.min(rows - row);
-        let (queries, to) = (&queries[row * head_dim..], &mut to[row * SEGMENT..]);
-        macro_rules! rows {
-            ($($n:literal)*) => {
-                match count {
-                    $($n if S::LANES == 16 => score_tile::<S, T, $n, 1>(s, keys, step, queries, head_dim, to),
-                    $n => score_tile::<S, T, $n, 2>(s, keys, step, queries, head_dim, to),)*
-                    _ => unreachable!("a tile has at most 12 rows"),
-                }
-            };
-        }
-        rows!(1 2 3 4 5 6 7 8 9 10 11 12);
-        row += count;
-    }
-}
-
-/// One chain of multiply-adds over the head for each row and position.
-#[inline(always)]
-fn score_tile<S: Simd, T: Number, const R: usize, const P: usize>(
-    s: S,
-    keys: &[T],
-    step: usize,
-    queries: &[f32],
-    head_dim: usize,
-    to: &mut [f32],
-) {
-    assert!(keys.len() >= (head_dim - 1) * step + 16 && queries.len() >= R * head_dim && to.len() >= (R - 1) * SEGMENT + 16);
-    let mut sums = [[s.splat(0.0); P]; R];
-    for d in 0..head_dim {
-        // SAFETY: 16 keys are there, `P` vectors.
-        let keys: [S::V; P] = std::array::from_fn(|p| unsafe { T::load(s, keys.as_ptr().add(d * step + p * S::LANES)) });
-        for (r, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: there are `R * head_dim` queries.
-            let q = s.splat(unsafe { *queries.get_unchecked(r * head_dim + d) });
-            for (sum, key) in sums.iter_mut().zip(keys) {
-                *sum = s.fma(q, key, *sum);
-            }
-        }
-    }
-    for (r, sums) in sums.into_iter().enumerate() {
-        for (p, sum) in sums.into_iter().enumerate() {
-            // SAFETY: 16 scores have room in each row.
-            unsafe { s.store(to.as_mut_ptr().add(r * SEGMENT + p * S::LANES), sum) };
-        }
-    }
-}
-
-/// Turns scores into `e^(score - greatest)`; gives the greatest score and the sum. The length is a multiple of 16.
-/// Where no score is above minus infinity all become 0.
-#[inline(always)]
-fn softmax_numerators<S: Simd>(s: S, scores: &mut [f32]) -> [f32; 2] {
-    let mut highest = s.splat(f32::NEG_INFINITY);
-    for scores in scores.chunks_exact(S::LANES) {
-        // SAFETY: the chunk has `LANES` values.
-        highest = s.max(unsafe { s.load(scores.as_ptr()) }, highest);
-    }
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    // SAFETY: there is room for 16.
-    unsafe { s.store(lanes.as_mut_ptr(), highest) };
-    let highest = lanes.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m });
-    if highest == f32::NEG_INFINITY {
-        scores.fill(0.0);
-        return [highest, 0.0];
-    }
-    let mut sums = [0.0f32; 16];
-    for scores in scores.chunks_exact_mut(16) {
-        for i in (0..16).step_by(S::LANES) {
-            // SAFETY: the chunk has 16 values, and so have the sums.
-            unsafe {
-                let e = exp(s, s.sub(s.load(scores.as_ptr().add(i)), s.splat(highest)));
-                s.store(scores.as_mut_ptr().add(i), e);
-                s.store(sums.as_mut_ptr().add(i), s.add(s.load(sums.as_ptr().add(i)), e));
-            }
-        }
-    }
-    [highest, join(sums)]
-}
-
-/// Weighted sums of the values at positions `from..from + count`, into `part`, `[rows, 2 + padded head]`, from the third number of each row on.
-#[allow(clippy::too_many_arguments)] // one loop nest, cut out of `attend`
-#[inline(always)]
-fn sum_values<S: Simd, T: Number>(
-    s: S,
-    kv: &Both<T>,
-    call: Call<'_>,
-    blocks: &[u32],
-    (from, count, kv_head): (usize, usize, usize),
-    weights: &[f32],
-    rows: usize,
-    part: &mut [f32],
-) {
-    let padded = call.shape.padded();
-    let most = if S::LANES == 16 { 6 } else { 3 };
-    let mut column = 0;
-    while column < padded {
-        let wide = padded - column >= 4 * S::LANES;
-        let mut row = 0;
-        while row < rows {
-            let tile = ValueTile { blocks, shape: call.shape, kv_head, from, count, column, weights: &weights[row * SEGMENT..] };
-            let to = &mut part[row * (2 + padded)..];
-            let n = most.min(rows - row);
-            macro_rules! rows {
-                ($($n:literal)*) => {
-                    match n {
-                        $($n if wide => value_tile::<S, T, $n, 4>(s, &kv.v, tile, to),
-                        $n => value_tile::<S, T, $n, 1>(s, &kv.v, tile, to),)*
-                        _ => unreachable!("a tile has at most 6 rows"),
-                    }
-                };
-            }
-            rows!(1 2 3 4 5 6);
-            row += n;
-        }
-        column += if wide { 4 * S::LANES } else { S::LANES };
-    }
-}
-
-/// Which values are summed: of `count` positions from `from` on, columns of one KV head from `column` on.
-#[derive(Clone, Copy)]
-struct ValueTile<'a> {
-    blocks: &'a [u32],
-    shape: KvShape,
-    kv_head: usize,
-    from: usize,
-    count: usize,
-    column: usize,
-    /// `[rows, SEGMENT]`
-    weights: &'a [f32],
-}
-
-/// One chain of multiply-adds over the positions for each of `R` rows and `W` vectors of columns.
-#[inline(always)]
-fn value_tile<S: Simd, T: Number, const R: usize, const W: usize>(s: S, v: &[T], tile: ValueTile<'_>, to: &mut [f32]) {
-    let ValueTile { blocks, shape, kv_head, from, count, column, weights } = tile;
-    let padded = shape.padded();
-    assert!(column + W * S::LANES <= padded && weights.len() >= (R - 1) * SEGMENT + count && to.len() >= R * (2 + padded));
-    let mut sums = [[s.splat(0.0); W]; R];
-    let mut done = 0;
-    while done < count {
-        let position = from + done;
-        let offset = position % shape.block_tokens;
-        let run = (shape.block_tokens - offset).min(count - done);
-        let block = blocks[position / shape.block_tokens] as usize;
-        let values = &v[shape.v_at(block, kv_head) + offset * padded..][..run * padded];
-        for i in 0..run {
-            // SAFETY: position `i` has `padded` values, of which the columns are some.
-            let values: [S::V; W] = std::array::from_fn(|w| unsafe { T::load(s, values.as_ptr().add(i * padded + column + w * S::LANES)) });
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: row `r` has `count` weights from `r * SEGMENT` on.
-                let weight = s.splat(unsafe { *weights.get_unchecked(r * SEGMENT + done + i) });
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum = s.fma(weight, value, *sum);
-                }
-            }
-        }
-        done += run;
-    }
-    for (r, sums) in sums.into_iter().enumerate() {
-        for (w, sum) in sums.into_iter().enumerate() {
-            // SAFETY: `to` has `R` rows of `2 + padded`.
-            unsafe { s.store(to.as_mut_ptr().add(r * (2 + padded) + 2 + column + w * S::LANES), sum) };
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::kv::KvFormat;
+    use crate::lanes;
 
-    struct Case {
+    pub(crate) struct Case {
         pool: Pool,
         heads: usize,
         layer: KvLayer,
@@ -453,7 +253,7 @@ mod tests {
 
     impl Case {
         /// A cache full of noise.
-        fn new(heads: usize, shape: KvShape, format: KvFormat, threads: usize) -> Self {
+        pub(crate) fn new(heads: usize, shape: KvShape, format: KvFormat, threads: usize) -> Self {
             let pool = Pool::new(threads, &[]).unwrap();
             let mut layer = KvLayer::new(shape, format);
             let mut state = 1u64;
@@ -469,11 +269,11 @@ mod tests {
             Self { pool, heads, layer }
         }
 
-        fn queries(&self, tokens: usize) -> Vec<f32> {
+        pub(crate) fn queries(&self, tokens: usize) -> Vec<f32> {
             (0..tokens * self.heads * self.layer.shape().head_dim).map(|i| ((i * 7919 % 1013) as f32 / 1013.0 - 0.5) * 3.0).collect()
         }
 
-        fn run(&self, q: &[f32], spans: &[Run<'_>]) -> Vec<f32> {
+        pub(crate) fn run(&self, q: &[f32], spans: &[Run<'_>]) -> Vec<f32> {
             let mut out = vec![f32::NAN; q.len()];
             let stride = self.heads * self.layer.shape().head_dim;
             paged_attention(&self.pool, &self.layer, q, stride, self.heads, spans, &mut out, &mut AttentionScratch::default());
@@ -508,7 +308,7 @@ mod tests {
         }
     }
 
-    fn shape(kv_heads: usize, head_dim: usize, block_tokens: usize, blocks: usize) -> KvShape {
+    pub(crate) fn shape(kv_heads: usize, head_dim: usize, block_tokens: usize, blocks: usize) -> KvShape {
         KvShape { kv_heads, head_dim, block_tokens, blocks }
     }
 
@@ -566,21 +366,11 @@ mod tests {
     fn other_lanes_give_the_same_bits() {
         let case = Case::new(4, shape(2, 40, 16, 20), KvFormat::F16, 1);
         let blocks: Vec<u32> = (0..20).collect();
-        let (tokens, stride) = (37, 160);
-        let q = case.queries(tokens);
-        let span = Run { blocks: &blocks, start: 200, tokens };
+        let q = case.queries(37);
+        let span = Run { blocks: &blocks, start: 200, tokens: 37 };
         let want = case.run(&q, &[span]);
-        let Stored::F16(both) = &case.layer.stored else { unreachable!("it is half precision") };
-        for lanes in ["avx2", "scalar"] {
-            let (mut tasks, mut out) = (Vec::new(), vec![f32::NAN; q.len()]);
-            plan(case.layer.shape(), 2, &[span], &mut tasks, &mut Vec::new());
-            let call =
-                Call { shape: case.layer.shape(), q: &q, stride, group: 2, out: Disjoint::new(&mut out), partial: Disjoint::new(&mut []) };
-            for &task in &tasks {
-                let mut local = Local::default();
-                crate::avx2_or_scalar!(lanes, attend(both, call, &blocks, task, &mut local));
-            }
-            assert!(out == want, "{lanes}");
+        for unit in lanes::here() {
+            assert!(lanes::on(unit, || case.run(&q, &[span])) == want, "{unit}");
         }
     }
 }

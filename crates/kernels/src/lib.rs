@@ -16,13 +16,22 @@ mod dense;
 mod disjoint;
 mod exp;
 mod ggml;
+#[cfg(test)]
+mod guarded;
+#[cfg(test)]
+mod invariance;
 mod kv;
+#[cfg(test)]
+mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod number;
 pub mod peak;
 mod pool;
 mod product;
 mod quantised;
 mod rows;
+mod segment;
 mod simd;
 
 pub use activations::Activations;

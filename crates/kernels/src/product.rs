@@ -165,19 +165,19 @@ impl Target<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::avx2_or_scalar;
     use crate::ggml::BlockFormat;
     use crate::ggml::tests::{FORMATS, blocks};
+    use crate::lanes;
 
-    fn noise(n: usize, seed: usize) -> Vec<f32> {
+    pub(crate) fn noise(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| (((i + seed) * 7919 % 2003) as f32 / 2003.0 - 0.5) * if i % 96 < 32 { 0.01 } else { 3.0 }).collect()
     }
 
-    fn matrices(pool: &Pool, outputs: usize, inputs: usize) -> Vec<(String, Matrix)> {
+    pub(crate) fn matrices(pool: &Pool, outputs: usize, inputs: usize) -> Vec<(String, Matrix)> {
         let w = noise(outputs * inputs, 5);
         let b: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
         let h: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
@@ -196,7 +196,7 @@ mod tests {
         all
     }
 
-    fn product(pool: &Pool, matrix: &Matrix, x: &[f32]) -> Vec<f32> {
+    pub(crate) fn product(pool: &Pool, matrix: &Matrix, x: &[f32]) -> Vec<f32> {
         let mut activations = Activations::new();
         activations.set(pool, x, matrix.inputs());
         let mut y = vec![f32::NAN; activations.rows() * matrix.outputs()];
@@ -244,13 +244,8 @@ mod tests {
             for first in 1..9 {
                 assert_eq!(product(&three, &matrix, &x[..first * inputs]), together[..first * outputs], "{name}, {first} rows");
             }
-            let mut activations = Activations::new();
-            activations.set(&one, &x, inputs);
-            for lanes in ["avx2", "scalar"] {
-                let mut y = vec![f32::NAN; rows * outputs];
-                let to = Target { y: Disjoint::new(&mut y), rows, width: outputs, column: 0, outputs, into: Into::Place };
-                avx2_or_scalar!(lanes, multiply(&matrix, &activations, to, 0..outputs.div_ceil(PANEL)));
-                assert_eq!(y, together, "{name} on {lanes}");
+            for unit in lanes::here() {
+                assert_eq!(lanes::on(unit, || product(&one, &matrix, &x)), together, "{name} on {unit}");
             }
         }
     }

@@ -70,19 +70,23 @@ pub(crate) trait Simd: Copy {
 /// Bytes from one line of codes to the next: four for each of a panel's 16 outputs.
 pub(crate) const LINE: usize = 64;
 
-/// Runs a generic kernel on the best vectors that this CPU has.
+/// Runs a generic kernel on the best vectors that this CPU has and that are [`allowed`].
 macro_rules! dispatch {
     ($kernel:ident($($arg:expr),* $(,)?)) => {{
         #[cfg(target_arch = "x86_64")]
         {
-            if let Some(simd) = $crate::avx512::Avx512::detect() {
+            if let Some(simd) = $crate::avx512::Avx512::detect()
+                && $crate::simd::allowed("avx512")
+            {
                 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
                 fn with_avx512<R>(run: impl FnOnce() -> R) -> R {
                     run()
                 }
                 // SAFETY: `detect` saw the features that `with_avx512` is compiled for.
                 unsafe { with_avx512(#[inline(always)] || $kernel(simd, $($arg),*)) }
-            } else if let Some(simd) = $crate::avx2::Avx2::detect() {
+            } else if let Some(simd) = $crate::avx2::Avx2::detect()
+                && $crate::simd::allowed("avx2")
+            {
                 #[target_feature(enable = "avx2,fma,f16c")]
                 fn with_avx2<R>(run: impl FnOnce() -> R) -> R {
                     run()
@@ -94,33 +98,33 @@ macro_rules! dispatch {
             }
         }
         #[cfg(target_arch = "aarch64")]
-        $kernel($crate::neon::Neon::new(), $($arg),*);
+        {
+            if let Some(simd) = $crate::neon::Neon::<true>::detect()
+                && $crate::simd::allowed("dotprod")
+            {
+                $kernel(simd, $($arg),*)
+            } else if $crate::simd::allowed("neon") {
+                $kernel($crate::neon::Neon::<false>::new(), $($arg),*)
+            } else {
+                $kernel($crate::simd::Scalar, $($arg),*)
+            }
+        }
         #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-        $kernel($crate::simd::Scalar, $($arg),*)
+        {
+            $kernel($crate::simd::Scalar, $($arg),*)
+        }
     }};
 }
 pub(crate) use dispatch;
 
-/// Runs a generic kernel on AVX2 (where the CPU has it) or on the scalar lanes, for tests that compare them.
-#[cfg(test)]
-#[macro_export]
-macro_rules! avx2_or_scalar {
-    ($lanes:expr, $kernel:ident($($arg:expr),* $(,)?)) => {{
-        #[cfg(target_arch = "x86_64")]
-        if let (true, Some(simd)) = ($lanes == "avx2", $crate::avx2::Avx2::detect()) {
-            #[target_feature(enable = "avx2,fma,f16c")]
-            fn with_avx2<R>(run: impl FnOnce() -> R) -> R {
-                run()
-            }
-            // SAFETY: `detect` saw the features that `with_avx2` is compiled for.
-            unsafe { with_avx2(#[inline(always)] || $kernel(simd, $($arg),*)) }
-        } else {
-            $kernel($crate::simd::Scalar, $($arg),*)
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        $kernel($crate::simd::Scalar, $($arg),*)
-    }};
+/// Whether kernels may run on these vectors: on all, but for tests that choose one of them.
+#[cfg(not(test))]
+#[inline(always)]
+pub(crate) fn allowed(_: &str) -> bool {
+    true
 }
+#[cfg(test)]
+pub(crate) use crate::lanes::allowed;
 
 /// Eight lanes in an array: the reference, and what runs where nothing faster does.
 #[derive(Clone, Copy)]

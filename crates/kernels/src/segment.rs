@@ -1,0 +1,251 @@
+//! Attention to one segment of the context: scores, softmax numerators with their sum and greatest score, weighted sum of
+//! the values.
+//!
+//! Each row's numbers are fixed chains of operations over the head or the positions, whatever rows share a tile.
+
+use crate::exp::exp;
+use crate::kv::{Both, KvShape};
+use crate::number::Number;
+use crate::rows::join;
+use crate::simd::Simd;
+
+/// Positions whose scores are computed before any is used.
+pub(crate) const SEGMENT: usize = 128;
+
+/// `count` positions from `from` on, a multiple of [`SEGMENT`], of one sequence's cache and one KV head.
+#[derive(Clone, Copy)]
+pub(crate) struct Segment<'a> {
+    pub(crate) shape: KvShape,
+    pub(crate) blocks: &'a [u32],
+    pub(crate) kv_head: usize,
+    pub(crate) from: usize,
+    pub(crate) count: usize,
+}
+
+/// What `queries`, `[rows, head_dim]` and scaled, make of a segment of which row `r` sees the first `seen(r)` positions.
+///
+/// `part` is `[rows, 2 + padded head]`: greatest score, sum of numerators, weighted sum. `scores`, `[rows, SEGMENT]`, are for its own use.
+#[inline(always)]
+pub(crate) fn attend_segment<S: Simd, T: Number>(
+    s: S,
+    kv: &Both<T>,
+    segment: Segment<'_>,
+    queries: &[f32],
+    seen: impl Fn(usize) -> usize,
+    scores: &mut [f32],
+    part: &mut [f32],
+) {
+    let Segment { shape, blocks, kv_head, from, count } = segment;
+    let (head_dim, width) = (shape.head_dim, 2 + shape.padded());
+    let rows = queries.len() / head_dim;
+    for tile in 0..count.div_ceil(16) {
+        let position = from + tile * 16;
+        let block = blocks[position / shape.block_tokens] as usize;
+        let offset = position % shape.block_tokens;
+        let keys = &kv.k[shape.k_at(block, kv_head) + offset..];
+        // Blocks lie anywhere, so the processor does not foresee them: the values that these keys' scores will weigh, and the next keys.
+        prefetch(s, &kv.v[shape.v_at(block, kv_head) + offset * shape.padded()..], 16 * shape.padded());
+        if let Some(&next) = blocks.get((position + 16) / shape.block_tokens)
+            && position + 16 < from + count
+            && shape.block_tokens == 16
+        {
+            prefetch(s, &kv.k[shape.k_at(next as usize, kv_head)..], 16 * head_dim);
+        }
+        score_rows(s, keys, shape.block_tokens, queries, head_dim, rows, &mut scores[tile * 16..]);
+    }
+    for r in 0..rows {
+        let scores = &mut scores[r * SEGMENT..][..count.next_multiple_of(16)];
+        scores[seen(r)..].fill(f32::NEG_INFINITY);
+        part[r * width..][..2].copy_from_slice(&softmax_numerators(s, scores));
+    }
+    sum_values(s, &kv.v, segment, scores, rows, part);
+}
+
+/// Asks for the first `count` numbers.
+#[inline(always)]
+fn prefetch<S: Simd, T>(s: S, numbers: &[T], count: usize) {
+    for line in numbers[..count.min(numbers.len())].chunks(64 / size_of::<T>()) {
+        s.prefetch(line.as_ptr());
+    }
+}
+
+/// Scores of all rows for 16 positions, whose keys are `[head_dim, step]` from `keys` on; `to` is `[rows, SEGMENT]` from the first of them on.
+#[inline(always)]
+fn score_rows<S: Simd, T: Number>(s: S, keys: &[T], step: usize, queries: &[f32], head_dim: usize, rows: usize, to: &mut [f32]) {
+    let mut row = 0;
+    while row < rows {
+        let most = if S::LANES == 16 { 12 } else { 6 };
+        let count = most.min(rows - row);
+        let (queries, to) = (&queries[row * head_dim..], &mut to[row * SEGMENT..]);
+        macro_rules! rows {
+            ($($n:literal)*) => {
+                match count {
+                    $($n if S::LANES == 16 => score_tile::<S, T, $n, 1>(s, keys, step, queries, head_dim, to),
+                    $n => score_tile::<S, T, $n, 2>(s, keys, step, queries, head_dim, to),)*
+                    _ => unreachable!("a tile has at most 12 rows"),
+                }
+            };
+        }
+        rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+        row += count;
+    }
+}
+
+/// One chain of multiply-adds over the head for each row and position.
+#[inline(always)]
+fn score_tile<S: Simd, T: Number, const R: usize, const P: usize>(
+    s: S,
+    keys: &[T],
+    step: usize,
+    queries: &[f32],
+    head_dim: usize,
+    to: &mut [f32],
+) {
+    assert!(keys.len() >= (head_dim - 1) * step + 16 && queries.len() >= R * head_dim && to.len() >= (R - 1) * SEGMENT + 16);
+    let mut sums = [[s.splat(0.0); P]; R];
+    for d in 0..head_dim {
+        // SAFETY: 16 keys are there, `P` vectors.
+        let keys: [S::V; P] = std::array::from_fn(|p| unsafe { T::load(s, keys.as_ptr().add(d * step + p * S::LANES)) });
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: there are `R * head_dim` queries.
+            let q = s.splat(unsafe { *queries.get_unchecked(r * head_dim + d) });
+            for (sum, key) in sums.iter_mut().zip(keys) {
+                *sum = s.fma(q, key, *sum);
+            }
+        }
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        for (p, sum) in sums.into_iter().enumerate() {
+            // SAFETY: 16 scores have room in each row.
+            unsafe { s.store(to.as_mut_ptr().add(r * SEGMENT + p * S::LANES), sum) };
+        }
+    }
+}
+
+/// Turns scores into `e^(score - greatest)`; gives the greatest score and the sum. The length is a multiple of 16.
+/// Where no score is above minus infinity all become 0.
+#[inline(always)]
+fn softmax_numerators<S: Simd>(s: S, scores: &mut [f32]) -> [f32; 2] {
+    let mut highest = s.splat(f32::NEG_INFINITY);
+    for scores in scores.chunks_exact(S::LANES) {
+        // SAFETY: the chunk has `LANES` values.
+        highest = s.max(unsafe { s.load(scores.as_ptr()) }, highest);
+    }
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    // SAFETY: there is room for 16.
+    unsafe { s.store(lanes.as_mut_ptr(), highest) };
+    let highest = lanes.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m });
+    if highest == f32::NEG_INFINITY {
+        scores.fill(0.0);
+        return [highest, 0.0];
+    }
+    let mut sums = [0.0f32; 16];
+    for scores in scores.chunks_exact_mut(16) {
+        for i in (0..16).step_by(S::LANES) {
+            // SAFETY: the chunk has 16 values, and so have the sums.
+            unsafe {
+                let e = exp(s, s.sub(s.load(scores.as_ptr().add(i)), s.splat(highest)));
+                s.store(scores.as_mut_ptr().add(i), e);
+                s.store(sums.as_mut_ptr().add(i), s.add(s.load(sums.as_ptr().add(i)), e));
+            }
+        }
+    }
+    [highest, join(sums)]
+}
+
+/// Weighted sums of the segment's values, into `part`, `[rows, 2 + padded head]`, from the third number of each row on.
+/// `weights` are `[rows, SEGMENT]`.
+#[inline(always)]
+fn sum_values<S: Simd, T: Number>(s: S, v: &[T], segment: Segment<'_>, weights: &[f32], rows: usize, part: &mut [f32]) {
+    let padded = segment.shape.padded();
+    let most = if S::LANES == 16 { 6 } else { 3 };
+    let mut column = 0;
+    while column < padded {
+        let wide = padded - column >= 4 * S::LANES;
+        let mut row = 0;
+        while row < rows {
+            let weights = &weights[row * SEGMENT..];
+            let to = &mut part[row * (2 + padded)..];
+            let n = most.min(rows - row);
+            macro_rules! rows {
+                ($($n:literal)*) => {
+                    match n {
+                        $($n if wide => value_tile::<S, T, $n, 4>(s, v, segment, column, weights, to),
+                        $n => value_tile::<S, T, $n, 1>(s, v, segment, column, weights, to),)*
+                        _ => unreachable!("a tile has at most 6 rows"),
+                    }
+                };
+            }
+            rows!(1 2 3 4 5 6);
+            row += n;
+        }
+        column += if wide { 4 * S::LANES } else { S::LANES };
+    }
+}
+
+/// One chain of multiply-adds over the positions for each of `R` rows and `W` vectors of columns.
+#[inline(always)]
+fn value_tile<S: Simd, T: Number, const R: usize, const W: usize>(
+    s: S,
+    v: &[T],
+    segment: Segment<'_>,
+    column: usize,
+    weights: &[f32],
+    to: &mut [f32],
+) {
+    let Segment { shape, blocks, kv_head, from, count } = segment;
+    let padded = shape.padded();
+    assert!(column + W * S::LANES <= padded && weights.len() >= (R - 1) * SEGMENT + count && to.len() >= R * (2 + padded));
+    let mut sums = [[s.splat(0.0); W]; R];
+    let mut done = 0;
+    while done < count {
+        let position = from + done;
+        let offset = position % shape.block_tokens;
+        let run = (shape.block_tokens - offset).min(count - done);
+        let block = blocks[position / shape.block_tokens] as usize;
+        let values = &v[shape.v_at(block, kv_head) + offset * padded..][..run * padded];
+        for i in 0..run {
+            // SAFETY: position `i` has `padded` values, of which the columns are some.
+            let values: [S::V; W] = std::array::from_fn(|w| unsafe { T::load(s, values.as_ptr().add(i * padded + column + w * S::LANES)) });
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: row `r` has `count` weights from `r * SEGMENT` on.
+                let weight = s.splat(unsafe { *weights.get_unchecked(r * SEGMENT + done + i) });
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum = s.fma(weight, value, *sum);
+                }
+            }
+        }
+        done += run;
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        for (w, sum) in sums.into_iter().enumerate() {
+            // SAFETY: `to` has `R` rows of `2 + padded`.
+            unsafe { s.store(to.as_mut_ptr().add(r * (2 + padded) + 2 + column + w * S::LANES), sum) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lanes;
+    use crate::simd::dispatch;
+
+    #[test]
+    fn numerators_are_those_of_the_greatest_score_and_unseen_positions_have_none() {
+        for unit in lanes::here() {
+            let numerators = |scores: &mut [f32]| lanes::on(unit, || dispatch!(softmax_numerators(scores)));
+            let mut scores = [f32::NEG_INFINITY; 32];
+            assert_eq!(numerators(&mut scores), [f32::NEG_INFINITY, 0.0], "{unit}");
+            assert_eq!(scores, [0.0; 32], "{unit}");
+            // One is the greatest, wherever it lies.
+            for greatest in 0..32 {
+                let mut scores = [f32::NEG_INFINITY; 32];
+                (scores[greatest], scores[(greatest + 5) % 32]) = (-3.0, -4.0);
+                let [highest, sum] = numerators(&mut scores);
+                assert!(highest == -3.0 && (sum - 1.0 - (-1.0f32).exp()).abs() < 1e-6, "{unit}: {highest}, {sum}");
+                assert!(scores[greatest] == 1.0 && scores.iter().filter(|e| **e == 0.0).count() == 30, "{unit}");
+            }
+        }
+    }
+}
