@@ -166,7 +166,7 @@ mod tests {
                 assert!(kills(|| read(if edge == Edge::End { 1001 } else { -1 })));
             });
             let freed = with(edge, || {
-                let bytes = vec![1u8; 10];
+                let bytes = vec![1u8; std::hint::black_box(10)];
                 bytes.as_ptr().expose_provenance()
             });
             // SAFETY: none, as above.
