@@ -8,7 +8,7 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use overfill_kernels::{
-    Activations, AttentionScratch, BlockFormat, DenseMatrix, Into, KvFormat, KvLayer, KvShape, Matrix, Pool, QuantisedMatrix, Run,
+    Activations, AttentionScratch, BlockFormat, DenseMatrix, Into, KvFormat, KvLayer, KvShape, Matrix, Pool, QuantisedMatrix, Reads, Run,
     paged_attention, products, rms_norm, swiglu,
 };
 
@@ -59,7 +59,7 @@ fn product(c: &mut Criterion) {
     for (name, matrix) in matrices(&pool, HIDDEN, MLP) {
         for rows in [1, 2, 8, 32, 256] {
             let mut x = Activations::new();
-            x.set(&pool, &noise(rows * MLP), MLP);
+            x.set(&pool, &noise(rows * MLP), MLP, Reads::of(&[&matrix]));
             let mut y = vec![0.0; rows * HIDDEN];
             group.throughput(Throughput::Elements((rows * HIDDEN * MLP) as u64));
             group.bench_function(BenchmarkId::new(&name, rows), |b| {
@@ -72,14 +72,22 @@ fn product(c: &mut Criterion) {
 fn rows(c: &mut Criterion) {
     let Ok(pool) = Pool::new(1, &[]) else { return };
     let mut group = c.benchmark_group("rows");
+    // As quantised matrices read them.
+    let w = Matrix::Quantised(match QuantisedMatrix::from_blocks(&pool, BlockFormat::Q8_0, &blocks(BlockFormat::Q8_0, 1), 1, 32) {
+        Some(w) => w,
+        None => return,
+    });
+    let reads = Reads::of(&[&w]);
     for rows in [1, 32] {
         let mut out = Activations::new();
         let (x, weight) = (noise(rows * HIDDEN), noise(HIDDEN));
         group.throughput(Throughput::Elements((rows * HIDDEN) as u64));
-        group.bench_function(BenchmarkId::new("rms_norm", rows), |b| b.iter(|| rms_norm(&pool, black_box(&x), &weight, 1e-5, &mut out)));
+        group.bench_function(BenchmarkId::new("rms_norm", rows), |b| {
+            b.iter(|| rms_norm(&pool, black_box(&x), &weight, 1e-5, reads, &mut out))
+        });
         let gate_up = noise(rows * 2 * MLP);
         group.throughput(Throughput::Elements((rows * MLP) as u64));
-        group.bench_function(BenchmarkId::new("swiglu", rows), |b| b.iter(|| swiglu(&pool, black_box(&gate_up), MLP, &mut out)));
+        group.bench_function(BenchmarkId::new("swiglu", rows), |b| b.iter(|| swiglu(&pool, black_box(&gate_up), MLP, reads, &mut out)));
     }
 }
 

@@ -108,38 +108,66 @@ impl Simd for Avx2 {
         unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127)))) }
     }
     #[inline(always)]
-    unsafe fn dot_u4<const R: usize>(self, codes: *const u8, x: [*const i8; R], start: [i32; R]) -> [__m256i; R] {
+    unsafe fn dot_u4<const R: usize, const P: usize>(
+        self,
+        codes: [*const u8; P],
+        x: *const i8,
+        start: Option<*const i32>,
+    ) -> [[__m256i; P]; R] {
         // SAFETY: see above. A pair of products is at most 2 x 15 x 127, eight of them fit 16 bits.
         unsafe {
             let low = _mm256_set1_epi8(15);
-            let mut sums = [_mm256_setzero_si256(); R];
+            let mut sums = [[_mm256_setzero_si256(); P]; R];
             for line in 0..4 {
-                let both = _mm256_loadu_si256(codes.add(line * LINE).cast());
-                let (first, second) = (_mm256_and_si256(both, low), _mm256_and_si256(_mm256_srli_epi16::<4>(both), low));
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    let quad = |i: usize| _mm256_set1_epi32(x.add(i).cast::<i32>().read_unaligned());
-                    *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(first, quad(line * 4)));
-                    *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(second, quad(16 + line * 4)));
+                let (mut first, mut second) = ([low; P], [low; P]);
+                for p in 0..P {
+                    let both = _mm256_loadu_si256(codes[p].add(line * LINE).cast());
+                    first[p] = _mm256_and_si256(both, low);
+                    second[p] = _mm256_and_si256(_mm256_srli_epi16::<4>(both), low);
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = x.add(r * 32 + line * 4).cast::<i32>();
+                    let (low, high) = (_mm256_set1_epi32(x.read_unaligned()), _mm256_set1_epi32(x.add(4).read_unaligned()));
+                    for p in 0..P {
+                        sums[p] = _mm256_add_epi16(sums[p], _mm256_maddubs_epi16(first[p], low));
+                        sums[p] = _mm256_add_epi16(sums[p], _mm256_maddubs_epi16(second[p], high));
+                    }
                 }
             }
             let ones = _mm256_set1_epi16(1);
-            std::array::from_fn(|r| _mm256_add_epi32(_mm256_madd_epi16(sums[r], ones), _mm256_set1_epi32(start[r])))
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let start = if let Some(start) = start { _mm256_set1_epi32(*start.add(r)) } else { _mm256_setzero_si256() };
+                for sum in sums {
+                    *sum = _mm256_add_epi32(_mm256_madd_epi16(*sum, ones), start);
+                }
+            }
+            sums
         }
     }
     #[inline(always)]
-    unsafe fn dot_i8<const R: usize>(self, codes: *const u8, lines: usize, x: [*const i8; R], _: [i32; R]) -> [__m256i; R] {
+    unsafe fn dot_i8<const R: usize, const P: usize, const LINES: usize>(
+        self,
+        codes: [*const u8; P],
+        x: *const i8,
+        _: *const i32,
+    ) -> [[__m256i; P]; R] {
         // SAFETY: see above. The magnitude of the code less 128 times the value with its sign: a pair of products is at
         // most 2 x 128 x 127, which fits 16 bits, and pairs are widened before they are summed.
         unsafe {
             let (ones, middle) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128));
-            let mut sums = [_mm256_setzero_si256(); R];
-            for line in 0..lines {
-                let code = _mm256_xor_si256(_mm256_loadu_si256(codes.add(line * LINE).cast()), middle);
-                let magnitude = _mm256_abs_epi8(code);
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    let quad = _mm256_set1_epi32(x.add(line * 4).cast::<i32>().read_unaligned());
-                    let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(quad, code));
-                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+            let mut sums = [[_mm256_setzero_si256(); P]; R];
+            for line in 0..LINES {
+                let (mut lines, mut magnitudes) = ([middle; P], [middle; P]);
+                for p in 0..P {
+                    lines[p] = _mm256_xor_si256(_mm256_loadu_si256(codes[p].add(line * LINE).cast()), middle);
+                    magnitudes[p] = _mm256_abs_epi8(lines[p]);
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let quad = _mm256_set1_epi32(x.add(r * 32 + line * 4).cast::<i32>().read_unaligned());
+                    for p in 0..P {
+                        let pairs = _mm256_maddubs_epi16(magnitudes[p], _mm256_sign_epi8(quad, lines[p]));
+                        sums[p] = _mm256_add_epi32(sums[p], _mm256_madd_epi16(pairs, ones));
+                    }
                 }
             }
             sums

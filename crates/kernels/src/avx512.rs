@@ -112,32 +112,63 @@ impl Simd for Avx512 {
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(127)))) }
     }
     #[inline(always)]
-    unsafe fn dot_u4<const R: usize>(self, codes: *const u8, x: [*const i8; R], start: [i32; R]) -> [__m512i; R] {
+    unsafe fn dot_u4<const R: usize, const P: usize>(
+        self,
+        codes: [*const u8; P],
+        x: *const i8,
+        start: Option<*const i32>,
+    ) -> [[__m512i; P]; R] {
         // SAFETY: see above.
         unsafe {
             let low = _mm512_set1_epi8(15);
-            let mut sums: [__m512i; R] = start.map(|s| _mm512_set1_epi32(s));
+            let mut sums = [[_mm512_setzero_si512(); P]; R];
+            if let Some(start) = start {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    *sums = [_mm512_set1_epi32(*start.add(r)); P];
+                }
+            }
             for line in 0..4 {
-                let both = _mm512_loadu_si512(codes.add(line * LINE).cast());
-                let (first, second) = (_mm512_and_si512(both, low), _mm512_and_si512(_mm512_srli_epi16::<4>(both), low));
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    let quad = |i: usize| _mm512_set1_epi32(x.add(i).cast::<i32>().read_unaligned());
-                    *sum = _mm512_dpbusd_epi32(*sum, first, quad(line * 4));
-                    *sum = _mm512_dpbusd_epi32(*sum, second, quad(16 + line * 4));
+                let (mut first, mut second) = ([low; P], [low; P]);
+                for p in 0..P {
+                    let both = _mm512_loadu_si512(codes[p].add(line * LINE).cast());
+                    first[p] = _mm512_and_si512(both, low);
+                    second[p] = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = x.add(r * 32 + line * 4).cast::<i32>();
+                    let (low, high) = (_mm512_set1_epi32(x.read_unaligned()), _mm512_set1_epi32(x.add(4).read_unaligned()));
+                    for p in 0..P {
+                        sums[p] = _mm512_dpbusd_epi32(sums[p], first[p], low);
+                        sums[p] = _mm512_dpbusd_epi32(sums[p], second[p], high);
+                    }
                 }
             }
             sums
         }
     }
     #[inline(always)]
-    unsafe fn dot_i8<const R: usize>(self, codes: *const u8, lines: usize, x: [*const i8; R], sums: [i32; R]) -> [__m512i; R] {
+    unsafe fn dot_i8<const R: usize, const P: usize, const LINES: usize>(
+        self,
+        codes: [*const u8; P],
+        x: *const i8,
+        by_128: *const i32,
+    ) -> [[__m512i; P]; R] {
         // SAFETY: see above. The codes themselves are multiplied: 128 times the values' sum is too much.
         unsafe {
-            let mut sums: [__m512i; R] = sums.map(|s| _mm512_set1_epi32(-128 * s));
-            for line in 0..lines {
-                let code = _mm512_loadu_si512(codes.add(line * LINE).cast());
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    *sum = _mm512_dpbusd_epi32(*sum, code, _mm512_set1_epi32(x.add(line * 4).cast::<i32>().read_unaligned()));
+            let mut sums = [[_mm512_setzero_si512(); P]; R];
+            for (r, sums) in sums.iter_mut().enumerate() {
+                *sums = [_mm512_set1_epi32(*by_128.add(r)); P];
+            }
+            for line in 0..LINES {
+                let mut lines = [_mm512_setzero_si512(); P];
+                for p in 0..P {
+                    lines[p] = _mm512_loadu_si512(codes[p].add(line * LINE).cast());
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let quad = _mm512_set1_epi32(x.add(r * 32 + line * 4).cast::<i32>().read_unaligned());
+                    for p in 0..P {
+                        sums[p] = _mm512_dpbusd_epi32(sums[p], lines[p], quad);
+                    }
                 }
             }
             sums

@@ -4,8 +4,11 @@
 //! in order, whatever the batch. A tile of a few rows and one panel is summed over the whole width in registers: one
 //! chain of fused multiply-adds per output, from input 0 to the last. That chain is the same for any number of rows and threads.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
+use crate::activations::{Activations, BLOCK_ROWS};
 use crate::disjoint::Disjoint;
 use crate::number::{Bf16, F16, Number};
 use crate::pool::Pool;
@@ -101,58 +104,83 @@ impl DenseMatrix {
         }
     }
 
-    /// The product's columns of `panels`, for `x`, `[rows, inputs]`.
+    /// The product's columns of `panels`.
     #[inline(always)]
-    pub(crate) fn multiply<S: Simd>(&self, s: S, x: &[f32], to: Target<'_>, panels: std::ops::Range<usize>) {
+    pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Target<'_>, panels: Range<usize>) {
+        assert!(x.width() == self.inputs && x.rows() == to.rows());
         match &self.lines {
-            Lines::F32(lines) => multiply(s, lines, self.inputs, x, to, panels),
-            Lines::Bf16(lines) => multiply(s, lines, self.inputs, x, to, panels),
-            Lines::F16(lines) => multiply(s, lines, self.inputs, x, to, panels),
+            Lines::F32(lines) => multiply(s, lines, x, to, panels),
+            Lines::Bf16(lines) => multiply(s, lines, x, to, panels),
+            Lines::F16(lines) => multiply(s, lines, x, to, panels),
         }
     }
 }
 
 #[inline(always)]
-fn multiply<S: Simd, T: Number>(s: S, lines: &[Line<T>], inputs: usize, x: &[f32], to: Target<'_>, panels: std::ops::Range<usize>) {
-    assert_eq!(x.len(), to.rows() * inputs);
-    let most = if S::LANES == 16 { 8 } else { 6 };
-    let block = (X_BLOCK / 4 / inputs.max(1) / most).max(1) * most;
-    for first in (0..to.rows()).step_by(block) {
-        let end = (first + block).min(to.rows());
-        for panel in panels.clone() {
-            let lines = &lines[panel * inputs..(panel + 1) * inputs];
-            let mut row = first;
-            while row < end {
-                let count = even(end - row, most);
-                let x = &x[row * inputs..(row + count) * inputs];
-                macro_rules! rows {
-                    ($($n:literal)*) => {
-                        match count {
-                            $($n if S::LANES == 16 => tile::<S, T, $n, 1>(s, lines, x, to, (row, panel)),
-                            $n => tile::<S, T, $n, 2>(s, lines, x, to, (row, panel)),)*
-                            _ => unreachable!("a tile has at most 8 rows"),
-                        }
-                    };
+fn multiply<S: Simd, T: Number>(s: S, lines: &[Line<T>], x: &Activations, to: Target<'_>, panels: Range<usize>) {
+    let inputs = x.width();
+    let each = (X_BLOCK / 4 / inputs.max(1) / BLOCK_ROWS).max(1) * BLOCK_ROWS;
+    for first in (0..to.rows()).step_by(each) {
+        let blocks = (first..(first + each).min(to.rows())).step_by(BLOCK_ROWS);
+        let mut panel = panels.start;
+        while panel < panels.end {
+            // Two vectors share the loads of `x`: two panels with sixteen lanes, both halves of one with eight.
+            let two = S::LANES == 16 && panel + 1 < panels.end;
+            let count = if two { 2 } else { 1 };
+            let lines = &lines[panel * inputs..(panel + count) * inputs];
+            for first in blocks.clone() {
+                let (rows, columns) = x.columns(first);
+                let most = if S::LANES == 16 { 12 } else { 6 };
+                let mut row = 0;
+                while row < rows {
+                    let count = even(rows - row, most);
+                    let at = At { columns, rows, first, row, panel };
+                    macro_rules! rows {
+                        ($($n:literal)*) => {
+                            match count {
+                                $($n if S::LANES == 8 || two => tile::<S, T, $n, 2>(s, lines, to, at),
+                                $n => tile::<S, T, $n, 1>(s, lines, to, at),)*
+                                _ => unreachable!("a tile has at most 12 rows"),
+                            }
+                        };
+                    }
+                    rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+                    row += count;
                 }
-                rows!(1 2 3 4 5 6 7 8);
-                row += count;
             }
+            panel += count;
         }
     }
 }
 
-/// `R` rows times one panel of `P` vectors; `at` is the first row and the panel.
+/// Where a tile lies: the block of `x` with its rows and its first row, the tile's first row in it, its first panel.
+#[derive(Clone, Copy)]
+struct At<'a> {
+    /// `[inputs, rows]`
+    columns: &'a [f32],
+    rows: usize,
+    first: usize,
+    row: usize,
+    panel: usize,
+}
+
+/// `R` rows times `P` vectors of outputs.
 #[inline(always)]
-fn tile<S: Simd, T: Number, const R: usize, const P: usize>(s: S, lines: &[Line<T>], x: &[f32], to: Target<'_>, at: (usize, usize)) {
-    let inputs = lines.len();
-    assert!(x.len() == R * inputs && P * S::LANES == PANEL);
+fn tile<S: Simd, T: Number, const R: usize, const P: usize>(s: S, lines: &[Line<T>], to: Target<'_>, at: At<'_>) {
+    let At { columns, rows, first, row, panel } = at;
+    let inputs = columns.len() / rows;
+    assert!(row + R <= rows && lines.len() * PANEL == P.max(PANEL / S::LANES) * S::LANES * inputs);
+    let output = |p: usize| p * S::LANES;
     let mut sums = [[s.splat(0.0); P]; R];
-    for (i, line) in lines.iter().enumerate() {
-        // SAFETY: a line has 16 values, `P` vectors.
-        let line: [S::V; P] = std::array::from_fn(|p| unsafe { T::load(s, line.0.as_ptr().add(p * S::LANES)) });
+    for i in 0..inputs {
+        let mut line = [s.splat(0.0); P];
+        for (p, line) in line.iter_mut().enumerate() {
+            // SAFETY: there are `inputs` lines of 16 values for each panel, together `P` vectors or more.
+            *line = unsafe { T::load(s, lines.as_ptr().add(output(p) / PANEL * inputs + i).cast::<T>().add(output(p) % PANEL)) };
+        }
         for (r, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: `x` has `R * inputs` values, and `i` is below `inputs`.
-            let value = s.splat(unsafe { *x.get_unchecked(r * inputs + i) });
+            // SAFETY: the block has `rows` values for each input.
+            let value = s.splat(unsafe { *columns.get_unchecked(i * rows + row + r) });
             for (sum, w) in sums.iter_mut().zip(line) {
                 *sum = s.fma(w, value, *sum);
             }
@@ -160,8 +188,8 @@ fn tile<S: Simd, T: Number, const R: usize, const P: usize>(s: S, lines: &[Line<
     }
     for (r, sums) in sums.into_iter().enumerate() {
         for (p, sum) in sums.into_iter().enumerate() {
-            // SAFETY: this thread alone has this panel.
-            unsafe { to.write(s, at.0 + r, at.1 * PANEL + p * S::LANES, sum) };
+            // SAFETY: this thread alone has these panels.
+            unsafe { to.write(s, first + row + r, panel * PANEL + output(p), sum) };
         }
     }
 }

@@ -118,6 +118,7 @@ fn with<R: Send>(edge: Edge, run: impl FnOnce() -> R + Send) -> R {
 mod tests {
     use super::*;
     use crate::activations::Activations;
+    use crate::activations::tests::{BOTH, EXACT};
     use crate::attention::tests::{Case, shape};
     use crate::kv::{KvFormat, Run};
     use crate::lanes;
@@ -187,7 +188,7 @@ mod tests {
                     let mut y: Vec<f32> = matrices.iter().flat_map(|(_, matrix)| product(&pool, matrix, &x)).collect();
                     // Two matrices side by side, added to what is there: the last columns are the end of a buffer again.
                     let mut activations = Activations::new();
-                    activations.set(&pool, &x, inputs);
+                    activations.set(&pool, &x, inputs, if inputs.is_multiple_of(32) { BOTH } else { EXACT });
                     for pair in matrices.windows(2) {
                         let mut sums = vec![0.5; rows * outputs * 2];
                         products(&pool, &activations, &[&pair[0].1, &pair[1].1], &mut sums, Into::Sum);
@@ -206,15 +207,16 @@ mod tests {
 
     #[test]
     fn what_happens_to_rows_keeps_to_its_buffers() {
-        for width in [576, 50, 40, 32, 6, 2] {
+        for width in [576usize, 50, 40, 32, 6, 2] {
             holds(|| {
                 let pool = Pool::new(1, &[]).unwrap();
                 let (rows, half) = (3, width / 2);
+                let reads = if width.is_multiple_of(32) { BOTH } else { EXACT };
                 let (mut x, weight) = (noise(rows * 2 * width, 7), noise(width, 8));
                 let mut out = Activations::new();
-                rms_norm(&pool, &x[..rows * width], &weight, 1e-5, &mut out);
+                rms_norm(&pool, &x[..rows * width], &weight, 1e-5, reads, &mut out);
                 let mut all = out.values.clone();
-                swiglu(&pool, &x, width, &mut out);
+                swiglu(&pool, &x, width, reads, &mut out);
                 all.extend(&out.values);
                 all.extend(out.codes.iter().map(|code| f32::from(*code)));
                 rotate(&pool, &mut x, 2 * width, 2, width, &noise(rows * half, 1), &noise(rows * half, 2));

@@ -103,21 +103,24 @@ mod tests {
         to
     }
 
-    /// Both dot products of 16 outputs with three rows, and their integers as f32.
+    /// Both dot products of 16 outputs with three rows, and their integers as f32. The second vector of outputs has the codes backwards.
     #[inline(always)]
-    fn dots<S: Simd>(s: S, codes: &[u8; 8 * LINE], x: &[[i8; 32]; 3], lines: usize) -> [[[f32; 16]; 3]; 2] {
-        let mut to = [[[0.0; 16]; 3]; 2];
-        let values = x.each_ref().map(|x| x.as_ptr());
-        let sums = x.map(|x| x[..4 * lines].iter().map(|x| i32::from(*x)).sum());
+    fn dots<S: Simd>(s: S, codes: &[[u8; 8 * LINE]; 2], x: &[[i8; 32]; 3]) -> [[[[f32; 16]; 2]; 3]; 4] {
+        let mut to = [[[[0.0; 16]; 2]; 3]; 4];
+        let values = x.as_ptr().cast::<i8>();
+        let by_128 = |lines: usize| x.map(|x| -128 * x[..4 * lines].iter().map(|x| i32::from(*x)).sum::<i32>());
         for i in (0..16).step_by(S::LANES) {
             // SAFETY: eight lines of codes and 32 values in each row are there, and room for 16.
             unsafe {
-                let codes = codes.as_ptr().add(i * 4);
-                let both = [s.dot_u4(codes, values, [7, -100_000, 0]), s.dot_i8(codes, lines, values, sums)];
-                for (to, dots) in to.iter_mut().zip(both) {
-                    for (to, dot) in to.iter_mut().zip(dots) {
-                        s.store(to.as_mut_ptr().add(i), s.to_f32(dot));
-                    }
+                let codes = codes.each_ref().map(|codes| codes.as_ptr().add(i * 4));
+                let all = [
+                    s.dot_u4(codes, values, Some([7, -100_000, 0].as_ptr())),
+                    s.dot_u4(codes, values, None),
+                    s.dot_i8::<3, 2, 8>(codes, values, by_128(8).as_ptr()),
+                    s.dot_i8::<3, 2, 4>(codes, values, by_128(4).as_ptr()),
+                ];
+                for (to, dots) in to.iter_mut().flatten().flatten().zip(all.into_iter().flatten().flatten()) {
+                    s.store(to.as_mut_ptr().add(i), s.to_f32(dots));
                 }
             }
         }
@@ -180,10 +183,11 @@ mod tests {
         fn dot_products_are_the_scalar_ones(
             codes in prop_oneof![prop::collection::vec(any::<u8>(), 8 * LINE), Just(vec![255; 8 * LINE]), Just(vec![0; 8 * LINE])],
             x in prop::array::uniform3(prop_oneof![prop::array::uniform32(-127i8..=127), Just([127; 32]), Just([-127; 32])]),
-            lines in 1usize..=8,
         ) {
-            let codes = codes.try_into().unwrap();
-            same(|| dispatch!(dots(&codes, &x, lines)))?;
+            let codes: [u8; 8 * LINE] = codes.try_into().unwrap();
+            let mut backwards = codes;
+            backwards.reverse();
+            same(|| dispatch!(dots(&[codes, backwards], &x)))?;
         }
     }
 }

@@ -34,7 +34,7 @@ mod rows;
 mod segment;
 mod simd;
 
-pub use activations::Activations;
+pub use activations::{Activations, Reads};
 pub use attention::{AttentionScratch, paged_attention};
 pub use dense::DenseMatrix;
 pub use ggml::BlockFormat;

@@ -161,18 +161,26 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         unsafe { a.map(|a| vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(vcvtq_s32_f32(a), vdupq_n_s32(127))))) }
     }
     #[inline(always)]
-    unsafe fn dot_u4<const R: usize>(self, codes: *const u8, x: [*const i8; R], start: [i32; R]) -> [Self::I; R] {
+    unsafe fn dot_u4<const R: usize, const P: usize>(
+        self,
+        codes: [*const u8; P],
+        x: *const i8,
+        start: Option<*const i32>,
+    ) -> [[Self::I; P]; R] {
         // SAFETY: see above.
         unsafe {
-            let mut sums = start.map(|start| [vdupq_n_s32(start); 2]);
+            let mut sums: [[Self::I; P]; R] = std::array::from_fn(|r| [[vdupq_n_s32(start.map_or(0, |start| *start.add(r))); 2]; P]);
             for line in 0..4 {
-                for half in 0..2 {
-                    let both = vld1q_u8(codes.add(line * LINE + half * 16));
-                    let first = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
-                    let second = vreinterpretq_s8_u8(vshrq_n_u8::<4>(both));
-                    for (sum, x) in sums.iter_mut().zip(x) {
-                        sum[half] = self.add_quads(sum[half], first, quad(x.add(line * 4)));
-                        sum[half] = self.add_quads(sum[half], second, quad(x.add(16 + line * 4)));
+                for (p, codes) in codes.into_iter().enumerate() {
+                    for half in 0..2 {
+                        let both = vld1q_u8(codes.add(line * LINE + half * 16));
+                        let first = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
+                        let second = vreinterpretq_s8_u8(vshrq_n_u8::<4>(both));
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            let sum = &mut sums[p][half];
+                            *sum = self.add_quads(*sum, first, quad(x.add(r * 32 + line * 4)));
+                            *sum = self.add_quads(*sum, second, quad(x.add(r * 32 + 16 + line * 4)));
+                        }
                     }
                 }
             }
@@ -180,16 +188,24 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         }
     }
     #[inline(always)]
-    unsafe fn dot_i8<const R: usize>(self, codes: *const u8, lines: usize, x: [*const i8; R], _: [i32; R]) -> [Self::I; R] {
+    unsafe fn dot_i8<const R: usize, const P: usize, const LINES: usize>(
+        self,
+        codes: [*const u8; P],
+        x: *const i8,
+        _: *const i32,
+    ) -> [[Self::I; P]; R] {
         // SAFETY: see above.
         unsafe {
-            let mut sums = [[vdupq_n_s32(0); 2]; R];
-            for line in 0..lines {
-                for half in 0..2 {
-                    // A code less 128 is the code with its highest bit turned, as a signed byte.
-                    let code = veorq_u8(vld1q_u8(codes.add(line * LINE + half * 16)), vdupq_n_u8(128));
-                    for (sum, x) in sums.iter_mut().zip(x) {
-                        sum[half] = self.add_quads(sum[half], vreinterpretq_s8_u8(code), quad(x.add(line * 4)));
+            let mut sums = [[[vdupq_n_s32(0); 2]; P]; R];
+            for line in 0..LINES {
+                for (p, codes) in codes.into_iter().enumerate() {
+                    for half in 0..2 {
+                        // A code less 128 is the code with its highest bit turned, as a signed byte.
+                        let code = veorq_u8(vld1q_u8(codes.add(line * LINE + half * 16)), vdupq_n_u8(128));
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            let sum = &mut sums[p][half];
+                            *sum = self.add_quads(*sum, vreinterpretq_s8_u8(code), quad(x.add(r * 32 + line * 4)));
+                        }
                     }
                 }
             }

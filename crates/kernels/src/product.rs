@@ -83,12 +83,14 @@ pub fn products(pool: &Pool, x: &Activations, matrices: &[&Matrix], y: &mut [f32
         return;
     }
     let panels: usize = matrices.iter().map(|m| m.panels()).sum();
+    // A part has pairs of panels, which tiles take together.
+    let pairs = panels.div_ceil(2);
     let bytes: usize = matrices.iter().map(|m| m.bytes()).sum();
     let most = (bytes * x.rows().min(8) / LEAST_BYTES).clamp(1, pool.threads() * PARTS);
-    let parts = if pool.threads() == 1 { 1 } else { panels.min(most) };
+    let parts = if pool.threads() == 1 { 1 } else { pairs.min(most) };
     let y = Disjoint::new(y);
     pool.run(parts, |part| {
-        let mine = part * panels / parts..(part + 1) * panels / parts;
+        let mine = part * pairs / parts * 2..((part + 1) * pairs / parts * 2).min(panels);
         let (mut panel, mut column) = (0, 0);
         for matrix in matrices {
             let end = panel + matrix.panels();
@@ -106,7 +108,7 @@ pub fn products(pool: &Pool, x: &Activations, matrices: &[&Matrix], y: &mut [f32
 #[inline(always)]
 fn multiply<S: Simd>(s: S, matrix: &Matrix, x: &Activations, to: Target<'_>, panels: Range<usize>) {
     match matrix {
-        Matrix::Dense(m) => m.multiply(s, &x.values, to, panels),
+        Matrix::Dense(m) => m.multiply(s, x, to, panels),
         Matrix::Quantised(m) => m.multiply(s, x, to, panels),
     }
 }
@@ -169,6 +171,8 @@ pub(crate) mod tests {
     use half::{bf16, f16};
 
     use super::*;
+    use crate::activations::Reads;
+    use crate::activations::tests::{BOTH, EXACT};
     use crate::ggml::BlockFormat;
     use crate::ggml::tests::{FORMATS, blocks};
     use crate::lanes;
@@ -198,7 +202,7 @@ pub(crate) mod tests {
 
     pub(crate) fn product(pool: &Pool, matrix: &Matrix, x: &[f32]) -> Vec<f32> {
         let mut activations = Activations::new();
-        activations.set(pool, x, matrix.inputs());
+        activations.set(pool, x, matrix.inputs(), Reads::of(&[matrix]));
         let mut y = vec![f32::NAN; activations.rows() * matrix.outputs()];
         products(pool, &activations, &[matrix], &mut y, Into::Place);
         y
@@ -212,10 +216,10 @@ pub(crate) mod tests {
             for (name, matrix) in matrices(&pool, outputs, inputs) {
                 let y = product(&pool, &matrix, &x);
                 let mut activations = Activations::new();
-                activations.set(&pool, &x, inputs);
+                activations.set(&pool, &x, inputs, if inputs.is_multiple_of(32) { BOTH } else { EXACT });
                 let value = |i: usize| match matrix {
                     Matrix::Dense(_) => f64::from(x[i]),
-                    Matrix::Quantised(_) => f64::from(activations.codes[i]) * f64::from(activations.scales[i / 32]),
+                    Matrix::Quantised(_) => activations.seen(i / inputs, i % inputs),
                 };
                 let mut weights = vec![0.0; inputs];
                 for o in 0..outputs {
@@ -260,7 +264,7 @@ pub(crate) mod tests {
         let b = Matrix::Quantised(QuantisedMatrix::from_blocks(&pool, BlockFormat::Q8_0, &b, 9, inputs).unwrap());
         let (alone_a, alone_b) = (product(&pool, &a, &x), product(&pool, &b, &x));
         let mut activations = Activations::new();
-        activations.set(&pool, &x, inputs);
+        activations.set(&pool, &x, inputs, if inputs.is_multiple_of(32) { BOTH } else { EXACT });
         let mut y = vec![1.0; rows * 29];
         products(&pool, &activations, &[&a, &b], &mut y, Into::Sum);
         for r in 0..rows {

@@ -6,11 +6,12 @@
 //! Weights are repacked at load into panels of 16 output columns whose codes lie in the order in which
 //! [`Simd::dot_u4`] and [`Simd::dot_i8`] read them.
 
-use std::cell::RefCell;
+use std::ops::Range;
 
-use crate::activations::{Activations, GROUP};
+use crate::activations::{Activations, BLOCK_ROWS, GROUP, RoundedBlock};
 use crate::disjoint::Disjoint;
 use crate::ggml::BlockFormat;
+use crate::number::{F16, Number};
 use crate::pool::Pool;
 use crate::product::{PANEL, Target, even};
 use crate::simd::{LINE, Simd};
@@ -23,12 +24,18 @@ const X_BLOCK: usize = 256 << 10;
 #[repr(align(64))]
 struct Line([u8; LINE]);
 
-/// Scales or minima, `[panel][group][16]`.
+/// Scales and minima, in each of the formats' precision.
 enum Factors {
     /// As the file has them.
-    F16(Vec<[u16; PANEL]>),
+    F16(Pairs<F16>),
     /// Products of a block's scale and a group's, which half precision does not hold.
-    F32(Vec<[f32; PANEL]>),
+    F32(Pairs<f32>),
+}
+
+/// Both `[panel][group][16]`; no minima where the format has none.
+struct Pairs<T> {
+    scales: Vec<[T; PANEL]>,
+    mins: Vec<[T; PANEL]>,
 }
 
 /// A quantised weight matrix `[out, in]`, packed for the CPU.
@@ -38,45 +45,54 @@ pub struct QuantisedMatrix {
     inputs: usize,
     /// `[panel][group][line]`
     codes: Vec<Line>,
-    scales: Factors,
-    mins: Option<Factors>,
+    factors: Factors,
+}
+
+impl<T: Number> Pairs<T> {
+    fn new(format: BlockFormat, count: usize) -> Self {
+        let zeros = |count| vec![[T::default(); PANEL]; count];
+        Self { scales: zeros(count), mins: zeros(if format.has_min() { count } else { 0 }) }
+    }
+
+    fn set(&mut self, at: usize, column: usize, (scale, min): (f32, f32)) {
+        self.scales[at][column] = T::from_f32(scale);
+        if let Some(mins) = self.mins.get_mut(at) {
+            mins[column] = T::from_f32(min);
+        }
+    }
+
+    fn get(&self, at: usize, column: usize) -> (f32, f32) {
+        (self.scales[at][column].to_f32(), self.mins.get(at).map_or(0.0, |min| min[column].to_f32()))
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(self.scales.as_slice()) + size_of_val(self.mins.as_slice())
+    }
 }
 
 impl Factors {
     fn new(format: BlockFormat, count: usize) -> Self {
-        if format.block() == GROUP { Self::F16(vec![[0; PANEL]; count]) } else { Self::F32(vec![[0.0; PANEL]; count]) }
+        if format.block() == GROUP { Self::F16(Pairs::new(format, count)) } else { Self::F32(Pairs::new(format, count)) }
     }
 
-    fn set(&mut self, at: usize, column: usize, value: f32) {
+    fn set(&mut self, at: usize, column: usize, factors: (f32, f32)) {
         match self {
-            Self::F16(all) => all[at][column] = half::f16::from_f32(value).to_bits(),
-            Self::F32(all) => all[at][column] = value,
+            Self::F16(all) => all.set(at, column, factors),
+            Self::F32(all) => all.set(at, column, factors),
         }
     }
 
-    fn get(&self, at: usize, column: usize) -> f32 {
+    fn get(&self, at: usize, column: usize) -> (f32, f32) {
         match self {
-            Self::F16(all) => half::f16::from_bits(all[at][column]).to_f32(),
-            Self::F32(all) => all[at][column],
+            Self::F16(all) => all.get(at, column),
+            Self::F32(all) => all.get(at, column),
         }
     }
 
     fn bytes(&self) -> usize {
         match self {
-            Self::F16(all) => size_of_val(all.as_slice()),
-            Self::F32(all) => size_of_val(all.as_slice()),
-        }
-    }
-
-    /// `LANES` of the factors `at`, from column `column` on.
-    #[inline(always)]
-    fn load<S: Simd>(&self, s: S, at: usize, column: usize) -> S::V {
-        debug_assert!(column + S::LANES <= PANEL);
-        match self {
-            // SAFETY: 16 values are there, `column` leaves `LANES` of them.
-            Self::F16(all) => unsafe { s.load_f16(all[at].as_ptr().add(column)) },
-            // SAFETY: as above.
-            Self::F32(all) => unsafe { s.load(all[at].as_ptr().add(column)) },
+            Self::F16(all) => all.bytes(),
+            Self::F32(all) => all.bytes(),
         }
     }
 }
@@ -90,15 +106,10 @@ impl QuantisedMatrix {
         }
         let (groups, lines, panels) = (inputs / format.group(), format.lines(), outputs.div_ceil(PANEL));
         let mut codes = vec![Line([0; LINE]); panels * groups * lines];
-        let mut scales = Factors::new(format, panels * groups);
-        let mut mins = format.has_min().then(|| Factors::new(format, panels * groups));
+        let mut factors = Factors::new(format, panels * groups);
         for (o, row) in bytes.chunks_exact(row_bytes).enumerate() {
             for g in 0..groups {
-                let (scale, min) = format.factors(row, g);
-                scales.set(o / PANEL * groups + g, o % PANEL, scale);
-                if let Some(mins) = &mut mins {
-                    mins.set(o / PANEL * groups + g, o % PANEL, min);
-                }
+                factors.set(o / PANEL * groups + g, o % PANEL, format.factors(row, g));
             }
         }
         let to = Disjoint::new(&mut codes);
@@ -117,7 +128,7 @@ impl QuantisedMatrix {
                 }
             }
         });
-        Some(Self { format, outputs, inputs, codes, scales, mins })
+        Some(Self { format, outputs, inputs, codes, factors })
     }
 
     pub(crate) fn outputs(&self) -> usize {
@@ -129,7 +140,7 @@ impl QuantisedMatrix {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        size_of_val(self.codes.as_slice()) + self.scales.bytes() + self.mins.as_ref().map_or(0, Factors::bytes)
+        size_of_val(self.codes.as_slice()) + self.factors.bytes()
     }
 
     pub(crate) fn row(&self, output: usize, to: &mut [f32]) {
@@ -137,7 +148,7 @@ impl QuantisedMatrix {
         let (group, lines) = (self.format.group(), self.format.lines());
         for (g, to) in to.chunks_exact_mut(group).enumerate() {
             let at = panel * (self.inputs / group) + g;
-            let (scale, min) = (self.scales.get(at, column), self.mins.as_ref().map_or(0.0, |m| m.get(at, column)));
+            let (scale, min) = self.factors.get(at, column);
             for (i, to) in to.iter_mut().enumerate() {
                 let code = if self.format.four_bits() {
                     self.codes[at * lines + i % 16 / 4].0[column * 4 + i % 4] >> (i / 16 * 4) & 15
@@ -151,122 +162,187 @@ impl QuantisedMatrix {
 
     /// The product's columns of `panels`.
     #[inline(always)]
-    pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Target<'_>, panels: std::ops::Range<usize>) {
-        let (rows, inputs) = (to.rows(), self.inputs);
-        assert!(x.width() == inputs && x.rows() == rows && panels.end * PANEL < self.outputs + PANEL);
-        // With sixteen lanes taking halves of bytes apart costs as much as multiplying them: many rows share that work.
-        let spread = S::LANES == 16 && self.format.four_bits() && rows >= SPREAD_ROWS;
-        let four = self.format.four_bits() && !spread;
-        // More rows would not fit the registers.
-        let most = match (S::LANES, four) {
-            (16, false) => 8,
-            _ => 4,
-        };
-        let per_panel = inputs / self.format.group() * self.format.lines();
-        let block = (X_BLOCK / inputs / most).max(1) * most;
-        // Taken out, since what runs in a closure is not compiled for this vector unit.
-        let mut scratch = SPREAD.take();
-        for first in (0..rows).step_by(block) {
-            let end = (first + block).min(rows);
-            for panel in panels.clone() {
-                let mut codes = &self.codes[panel * per_panel..(panel + 1) * per_panel];
-                if spread {
-                    spread_halves(s, codes, self.format.zero(), &mut scratch);
-                    codes = &scratch;
-                }
-                let mut row = first;
-                while row < end {
-                    let count = even(end - row, most);
-                    for column in (0..PANEL).step_by(S::LANES) {
-                        let at = At { row, panel, column };
-                        macro_rules! rows {
-                            ($($n:literal)*) => {
-                                match count {
-                                    $($n if four => tile::<S, $n, true>(s, self, codes, x, to, at),
-                                    $n => tile::<S, $n, false>(s, self, codes, x, to, at),)*
-                                    _ => unreachable!("a tile has at most 8 rows"),
-                                }
-                            };
+    pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Target<'_>, panels: Range<usize>) {
+        assert!(x.width() == self.inputs && x.rows() == to.rows() && panels.end * PANEL < self.outputs + PANEL);
+        let each = (X_BLOCK / self.inputs / BLOCK_ROWS).max(1) * BLOCK_ROWS;
+        for first in (0..to.rows()).step_by(each) {
+            let blocks = (first..(first + each).min(to.rows())).step_by(BLOCK_ROWS);
+            let mut panel = panels.start;
+            while panel < panels.end {
+                // With sixteen lanes there are registers for two panels, which share the loads of `x`.
+                let two = S::LANES == 16 && panel + 1 < panels.end;
+                for first in blocks.clone() {
+                    let block = x.rounded(first);
+                    let most = if two { 6 } else { 4 };
+                    let mut row = 0;
+                    while row < block.rows {
+                        let count = even(block.rows - row, most);
+                        for column in (0..PANEL).step_by(S::LANES) {
+                            let at = At { block, first, row, panel, column };
+                            macro_rules! rows {
+                                ($($n:literal)*) => {
+                                    match count {
+                                        $($n if two => self.tile::<S, $n, 2>(s, to, at),
+                                        $n => self.tile::<S, $n, 1>(s, to, at),)*
+                                        _ => unreachable!("a tile has at most 6 rows"),
+                                    }
+                                };
+                            }
+                            rows!(1 2 3 4 5 6);
                         }
-                        rows!(1 2 3 4 5 6 7 8);
+                        row += count;
                     }
-                    row += count;
                 }
+                panel += if two { 2 } else { 1 };
             }
         }
-        SPREAD.set(scratch);
     }
-}
 
-/// Rows from which on four-bit codes are spread to bytes before they are multiplied.
-const SPREAD_ROWS: usize = 5;
-
-thread_local! {
-    /// One panel's codes, spread.
-    static SPREAD: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Four-bit codes of a panel as bytes that stand for the same weights with a zero of 128: eight lines for each four.
-#[inline(always)]
-fn spread_halves<S: Simd>(_: S, codes: &[Line], zero: i32, to: &mut Vec<Line>) {
-    let more = (128 - zero) as u8;
-    to.resize(codes.len() * 2, Line([0; LINE]));
-    for (group, to) in codes.as_chunks::<4>().0.iter().zip(to.as_chunks_mut::<8>().0) {
-        for (l, line) in group.iter().enumerate() {
-            for (i, both) in line.0.iter().enumerate() {
-                to[l].0[i] = (both & 15) + more;
-                to[4 + l].0[i] = (both >> 4) + more;
-            }
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, to: Target<'_>, at: At<'_>) {
+        match (&self.factors, self.format.zero()) {
+            (Factors::F16(f), 0) => tile::<S, Fours<false>, _, R, P>(s, self, f, to, at),
+            (Factors::F16(f), 8) => tile::<S, Fours<true>, _, R, P>(s, self, f, to, at),
+            (Factors::F16(f), _) => tile::<S, Bytes<8>, _, R, P>(s, self, f, to, at),
+            (Factors::F32(f), 0) => tile::<S, Fours<false>, _, R, P>(s, self, f, to, at),
+            (Factors::F32(f), _) => tile::<S, Bytes<4>, _, R, P>(s, self, f, to, at),
         }
     }
 }
 
-/// Where a tile lies: its first row, its panel, its first column in the panel.
+/// Where a tile lies: the block of `x` with its first row, the tile's first row in it, its first panel, its first column in the panel.
 #[derive(Clone, Copy)]
-struct At {
+struct At<'a> {
+    block: RoundedBlock<'a>,
+    first: usize,
     row: usize,
     panel: usize,
     column: usize,
 }
 
-/// `R` rows times `LANES` outputs of one panel, whose codes are `codes`: halves of bytes if `FOUR`, else bytes with a zero of 128.
-#[inline(always)]
-fn tile<S: Simd, const R: usize, const FOUR: bool>(s: S, w: &QuantisedMatrix, codes: &[Line], x: &Activations, to: Target<'_>, at: At) {
-    let (group, zero) = (w.format.group(), w.format.zero());
-    let lines = if FOUR { 4 } else { group / 4 };
-    let groups = w.inputs / group;
-    let first = at.panel * groups;
-    let codes = codes[..groups * lines].as_ptr().cast::<u8>();
-    let x_codes: [&[i8]; R] = std::array::from_fn(|r| &x.codes[(at.row + r) * w.inputs..][..w.inputs]);
-    let x_scales: [&[f32]; R] = std::array::from_fn(|r| &x.scales[(at.row + r) * (w.inputs / GROUP)..][..w.inputs / GROUP]);
-    let x_sums: [&[i32]; R] = std::array::from_fn(|r| &x.sums[(at.row + r) * (w.inputs / 16)..][..w.inputs / 16]);
-    // A group's place among the scales (of 32) and the sums (of 16).
-    let per_scale = GROUP / group;
+/// How a group's codes are stored.
+trait Codes {
+    /// Lines of a group.
+    const LINES: usize;
+    /// Inputs of a group.
+    const GROUP: usize;
 
-    let mut totals = [s.splat(0.0); R];
-    for g in 0..groups {
-        let sums: [i32; R] = std::array::from_fn(|r| if per_scale == 1 { x_sums[r][g * 2] + x_sums[r][g * 2 + 1] } else { x_sums[r][g] });
-        // SAFETY: a group has `lines` lines of 64 bytes, of which `column` leaves 4 * LANES, and `group` values in each row of
-        // `x`: 32 where codes have four bits, else 4 * lines. Rounded values are from -127 to 127.
-        let dots = unsafe {
-            let codes = codes.add(g * lines * LINE + at.column * 4);
-            let values = x_codes.map(|x| x.as_ptr().add(g * group));
-            if FOUR { s.dot_u4(codes, values, sums.map(|sum| -zero * sum)) } else { s.dot_i8(codes, lines, values, sums) }
-        };
-        let scale = w.scales.load(s, first + g, at.column);
-        for r in 0..R {
-            totals[r] = s.fma(s.to_f32(dots[r]), s.mul(scale, s.splat(x_scales[r][g / per_scale])), totals[r]);
-        }
-        if let Some(mins) = &w.mins {
-            let min = mins.load(s, first + g, at.column);
-            for r in 0..R {
-                totals[r] = s.fma(min, s.splat(x_scales[r][g / per_scale] * sums[r] as f32), totals[r]);
+    /// For each of `R` rows from `row` on: the products of group `group`'s codes of `P` panels, each less its zero, with the row's values.
+    ///
+    /// # Safety
+    /// `LINES` lines of codes are there; the block has these rows.
+    unsafe fn dots<S: Simd, const R: usize, const P: usize>(
+        s: S,
+        codes: [*const u8; P],
+        x: RoundedBlock<'_>,
+        group: usize,
+        row: usize,
+    ) -> [[S::I; P]; R];
+}
+
+/// Halves of bytes, with a zero of 8 or without one.
+struct Fours<const ZERO: bool>;
+
+impl<const ZERO: bool> Codes for Fours<ZERO> {
+    const LINES: usize = 4;
+    const GROUP: usize = GROUP;
+
+    #[inline(always)]
+    unsafe fn dots<S: Simd, const R: usize, const P: usize>(
+        s: S,
+        codes: [*const u8; P],
+        x: RoundedBlock<'_>,
+        group: usize,
+        row: usize,
+    ) -> [[S::I; P]; R] {
+        let at = group * x.rows + row;
+        // SAFETY: the caller's promise; rounded values are from -127 to 127.
+        unsafe { s.dot_u4(codes, x.codes.as_ptr().add(at * GROUP), if ZERO { Some(x.by_8.as_ptr().add(at)) } else { None }) }
+    }
+}
+
+/// Bytes with a zero of 128.
+struct Bytes<const LINES: usize>;
+
+impl<const LINES: usize> Codes for Bytes<LINES> {
+    const LINES: usize = LINES;
+    const GROUP: usize = 4 * LINES;
+
+    #[inline(always)]
+    unsafe fn dots<S: Simd, const R: usize, const P: usize>(
+        s: S,
+        codes: [*const u8; P],
+        x: RoundedBlock<'_>,
+        group: usize,
+        row: usize,
+    ) -> [[S::I; P]; R] {
+        let at = group * x.rows + row;
+        // SAFETY: the caller's promise; rounded values are from -127 to 127. A group of 16 is the half of one of `x`.
+        unsafe {
+            if Self::GROUP == GROUP {
+                s.dot_i8::<R, P, LINES>(codes, x.codes.as_ptr().add(at * GROUP), x.by_128.as_ptr().add(at))
+            } else {
+                let values = x.codes.as_ptr().add((group / 2 * x.rows + row) * GROUP + group % 2 * 16);
+                s.dot_i8::<R, P, LINES>(codes, values, x.halves_by_128.as_ptr().add(at))
             }
         }
     }
-    for (r, total) in totals.into_iter().enumerate() {
-        // SAFETY: this thread alone has this panel.
-        unsafe { to.write(s, at.row + r, at.panel * PANEL + at.column, total) };
+}
+
+/// `R` rows times `LANES` outputs of each of `P` panels.
+#[inline(always)]
+fn tile<S: Simd, C: Codes, T: Number, const R: usize, const P: usize>(
+    s: S,
+    w: &QuantisedMatrix,
+    factors: &Pairs<T>,
+    to: Target<'_>,
+    at: At<'_>,
+) {
+    let At { block: x, first, row, panel, column } = at;
+    let groups = w.inputs / C::GROUP;
+    assert!(row + R <= x.rows && x.scales.len() == w.inputs / GROUP * x.rows && column + S::LANES <= PANEL);
+    assert!((panel + P) * groups * C::LINES <= w.codes.len() && (panel + P) * groups <= factors.scales.len());
+    let has_mins = factors.mins.len() == factors.scales.len();
+    // Loops rather than closures: what runs in a closure that is not inlined is not compiled for this vector unit.
+    let mut totals = [[s.splat(0.0); P]; R];
+    for g in 0..groups {
+        let of_x = g * C::GROUP / GROUP * x.rows + row;
+        // SAFETY: the panels have `LINES` lines and 16 scales for each group, of which `column` leaves `LANES` outputs'; `x` has these
+        // rows, with a scale for each group of 32. Formats with minima have as many minima as scales, and groups of 32.
+        unsafe {
+            let mut codes = [w.codes.as_ptr().cast::<u8>(); P];
+            let mut scales = [s.splat(0.0); P];
+            for p in 0..P {
+                let group = (panel + p) * groups + g;
+                codes[p] = codes[p].add(group * C::LINES * LINE + column * 4);
+                scales[p] = T::load(s, factors.scales.as_ptr().add(group).cast::<T>().add(column));
+            }
+            let dots: [[S::I; P]; R] = C::dots(s, codes, x, g, row);
+            for r in 0..R {
+                let scale = s.splat(*x.scales.get_unchecked(of_x + r));
+                for p in 0..P {
+                    totals[r][p] = s.fma(s.to_f32(dots[r][p]), s.mul(scales[p], scale), totals[r][p]);
+                }
+            }
+            if has_mins {
+                let mut mins = [s.splat(0.0); P];
+                for p in 0..P {
+                    mins[p] = T::load(s, factors.mins.as_ptr().add((panel + p) * groups + g).cast::<T>().add(column));
+                }
+                for r in 0..R {
+                    let sum = s.splat(*x.sums.get_unchecked(of_x + r));
+                    for p in 0..P {
+                        totals[r][p] = s.fma(mins[p], sum, totals[r][p]);
+                    }
+                }
+            }
+        }
+    }
+    for (r, totals) in totals.into_iter().enumerate() {
+        for (p, total) in totals.into_iter().enumerate() {
+            // SAFETY: this thread alone has these panels.
+            unsafe { to.write(s, first + row + r, (panel + p) * PANEL + column, total) };
+        }
     }
 }
 

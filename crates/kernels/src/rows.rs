@@ -1,22 +1,24 @@
 //! What happens to rows between two products: normalisation, the gated activation, the rotary embedding.
 
-use crate::activations::Activations;
+use crate::activations::{Activations, Reads};
 use crate::disjoint::Disjoint;
 use crate::exp::exp;
 use crate::pool::Pool;
 use crate::simd::{Simd, dispatch};
 
 /// Root-mean-square normalisation of `x`, `[rows, width]`: `x / sqrt(mean(x^2) + eps) * weight`, ready for a product.
-pub fn rms_norm(pool: &Pool, x: &[f32], weight: &[f32], eps: f32, out: &mut Activations) {
+pub fn rms_norm(pool: &Pool, x: &[f32], weight: &[f32], eps: f32, reads: Reads, out: &mut Activations) {
     let width = weight.len();
     assert!(width > 0 && x.len().is_multiple_of(width), "x is [rows, width]");
-    out.fill(pool, x.len() / width, width, width / 8, |row, to| dispatch!(normalise(&x[row * width..(row + 1) * width], weight, eps, to)));
+    out.fill(pool, (x.len() / width, width), reads, width / 8, |row, to| {
+        dispatch!(normalise(&x[row * width..(row + 1) * width], weight, eps, to))
+    });
 }
 
 /// `silu(gate) * up` of rows `[gate, up]`, ready for a product. `gate_up` is `[rows, 2 * width]`.
-pub fn swiglu(pool: &Pool, gate_up: &[f32], width: usize, out: &mut Activations) {
+pub fn swiglu(pool: &Pool, gate_up: &[f32], width: usize, reads: Reads, out: &mut Activations) {
     assert!(width > 0 && gate_up.len().is_multiple_of(2 * width), "gate_up is [rows, 2 * width]");
-    out.fill(pool, gate_up.len() / (2 * width), width, width / 2, |row, to| {
+    out.fill(pool, (gate_up.len() / (2 * width), width), reads, width / 2, |row, to| {
         let (gate, up) = gate_up[row * 2 * width..(row + 1) * 2 * width].split_at(width);
         dispatch!(gated(gate, up, to));
     });
@@ -103,6 +105,7 @@ fn turn<S: Simd>(_: S, x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32])
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::activations::tests::EXACT;
     use crate::simd::Scalar;
 
     fn noise(n: usize, scale: f32) -> Vec<f32> {
@@ -115,7 +118,7 @@ mod tests {
         for width in [576, 104, 6] {
             let (rows, x, w) = (9, noise(9 * 2 * width, 6.0), noise(width, 2.0));
             let mut out = Activations::new();
-            rms_norm(&pool, &x[..rows * width], &w, 1e-5, &mut out);
+            rms_norm(&pool, &x[..rows * width], &w, 1e-5, EXACT, &mut out);
             for r in 0..rows {
                 let row = &x[r * width..(r + 1) * width];
                 let mean = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / width as f64;
@@ -127,7 +130,7 @@ mod tests {
                     assert!((f64::from(scalar[i]) - want).abs() < 1e-5);
                 }
             }
-            swiglu(&pool, &x, width, &mut out);
+            swiglu(&pool, &x, width, EXACT, &mut out);
             for r in 0..rows {
                 let (gate, up) = x[r * 2 * width..(r + 1) * 2 * width].split_at(width);
                 let mut scalar = vec![0.0; width];

@@ -104,12 +104,15 @@ fn score_tile<S: Simd, T: Number, const R: usize, const P: usize>(
     assert!(keys.len() >= (head_dim - 1) * step + 16 && queries.len() >= R * head_dim && to.len() >= (R - 1) * SEGMENT + 16);
     let mut sums = [[s.splat(0.0); P]; R];
     for d in 0..head_dim {
-        // SAFETY: 16 keys are there, `P` vectors.
-        let keys: [S::V; P] = std::array::from_fn(|p| unsafe { T::load(s, keys.as_ptr().add(d * step + p * S::LANES)) });
+        let mut line = [s.splat(0.0); P];
+        for (p, line) in line.iter_mut().enumerate() {
+            // SAFETY: 16 keys are there, `P` vectors.
+            *line = unsafe { T::load(s, keys.as_ptr().add(d * step + p * S::LANES)) };
+        }
         for (r, sums) in sums.iter_mut().enumerate() {
             // SAFETY: there are `R * head_dim` queries.
             let q = s.splat(unsafe { *queries.get_unchecked(r * head_dim + d) });
-            for (sum, key) in sums.iter_mut().zip(keys) {
+            for (sum, key) in sums.iter_mut().zip(line) {
                 *sum = s.fma(q, key, *sum);
             }
         }
@@ -205,12 +208,15 @@ fn value_tile<S: Simd, T: Number, const R: usize, const W: usize>(
         let block = blocks[position / shape.block_tokens] as usize;
         let values = &v[shape.v_at(block, kv_head) + offset * padded..][..run * padded];
         for i in 0..run {
-            // SAFETY: position `i` has `padded` values, of which the columns are some.
-            let values: [S::V; W] = std::array::from_fn(|w| unsafe { T::load(s, values.as_ptr().add(i * padded + column + w * S::LANES)) });
+            let mut line = [s.splat(0.0); W];
+            for (w, line) in line.iter_mut().enumerate() {
+                // SAFETY: position `i` has `padded` values, of which the columns are some.
+                *line = unsafe { T::load(s, values.as_ptr().add(i * padded + column + w * S::LANES)) };
+            }
             for (r, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: row `r` has `count` weights from `r * SEGMENT` on.
                 let weight = s.splat(unsafe { *weights.get_unchecked(r * SEGMENT + done + i) });
-                for (sum, value) in sums.iter_mut().zip(values) {
+                for (sum, value) in sums.iter_mut().zip(line) {
                     *sum = s.fma(weight, value, *sum);
                 }
             }

@@ -47,22 +47,35 @@ pub(crate) trait Simd: Copy {
     /// Two to the power of integral lanes from -126 to 127.
     fn exp2_integral(self, a: Self::V) -> Self::V;
 
-    /// For each of `R` rows: `start` and the products of 32 four-bit codes (0 to 15) of `LANES` outputs with 32 values.
+    /// For each of `R` rows and `P` vectors of outputs: the products of 32 four-bit codes (0 to 15) with the row's 32 values, and
+    /// the row's `start` where there is one.
     ///
     /// `codes` are four lines, 64 bytes apart. Line `l` holds, for each output in turn, its codes of the inputs
     /// `4l..4l + 4` in the low halves of four bytes and those of `16 + 4l..16 + 4l + 4` in the high halves.
+    /// Rows are 32 values apart in `x`.
     ///
     /// # Safety
-    /// `4 * LANES` bytes can be read at each line, 32 at each of `x`; values are from -127 to 127.
-    unsafe fn dot_u4<const R: usize>(self, codes: *const u8, x: [*const i8; R], start: [i32; R]) -> [Self::I; R];
-    /// For each of `R` rows: the products of `4 * lines` codes, each less 128, of `LANES` outputs with as many values, whose
-    /// sums are `sums`.
+    /// `4 * LANES` bytes can be read at each line, `32 * R` at `x`, `R` numbers at `start`; values are from -127 to 127.
+    unsafe fn dot_u4<const R: usize, const P: usize>(
+        self,
+        codes: [*const u8; P],
+        x: *const i8,
+        start: Option<*const i32>,
+    ) -> [[Self::I; P]; R];
+    /// For each of `R` rows and `P` vectors of outputs: the products of `4 * LINES` codes, each less 128, with as many values of the
+    /// row, whose sum times -128 is in `by_128`.
     ///
     /// Lines are 64 bytes apart. Line `l` holds, for each output in turn, its codes of the inputs `4l..4l + 4`.
+    /// Rows are 32 values apart in `x`.
     ///
     /// # Safety
-    /// `4 * LANES` bytes can be read at each line, `4 * lines` at each of `x`; values are from -127 to 127.
-    unsafe fn dot_i8<const R: usize>(self, codes: *const u8, lines: usize, x: [*const i8; R], sums: [i32; R]) -> [Self::I; R];
+    /// `4 * LANES` bytes can be read at each line, `4 * LINES` at each row of `x`, `R` numbers at `by_128`; values are from -127 to 127.
+    unsafe fn dot_i8<const R: usize, const P: usize, const LINES: usize>(
+        self,
+        codes: [*const u8; P],
+        x: *const i8,
+        by_128: *const i32,
+    ) -> [[Self::I; P]; R];
     /// As f32 (exact below 2^24).
     fn to_f32(self, a: Self::I) -> Self::V;
 }
@@ -210,32 +223,37 @@ impl Simd for Scalar {
         lanes(|i| f32::from_bits(((a[i] as i32 + 127) << 23) as u32))
     }
     #[inline(always)]
-    unsafe fn dot_u4<const R: usize>(self, codes: *const u8, x: [*const i8; R], start: [i32; R]) -> [[i32; 8]; R] {
+    unsafe fn dot_u4<const R: usize, const P: usize>(
+        self,
+        codes: [*const u8; P],
+        x: *const i8,
+        start: Option<*const i32>,
+    ) -> [[[i32; 8]; P]; R] {
+        let product = |codes: *const u8, row: usize, output: usize, i: usize| {
+            // SAFETY: the caller says that these can be read.
+            let (code, first, second) =
+                unsafe { (*codes.add(i / 4 * LINE + output * 4 + i % 4), *x.add(row * 32 + i), *x.add(row * 32 + 16 + i)) };
+            i32::from(code & 15) * i32::from(first) + i32::from(code >> 4) * i32::from(second)
+        };
         std::array::from_fn(|r| {
-            std::array::from_fn(|output| {
-                let mut sum = start[r];
-                for line in 0..4 {
-                    for i in 0..4 {
-                        // SAFETY: the caller says that these can be read.
-                        let (code, first, second) =
-                            unsafe { (*codes.add(line * LINE + output * 4 + i), *x[r].add(line * 4 + i), *x[r].add(16 + line * 4 + i)) };
-                        sum += i32::from(code & 15) * i32::from(first) + i32::from(code >> 4) * i32::from(second);
-                    }
-                }
-                sum
-            })
+            // SAFETY: as above.
+            let start = start.map_or(0, |start| unsafe { *start.add(r) });
+            codes.map(|codes| std::array::from_fn(|output| start + (0..16).map(|i| product(codes, r, output, i)).sum::<i32>()))
         })
     }
     #[inline(always)]
-    unsafe fn dot_i8<const R: usize>(self, codes: *const u8, lines: usize, x: [*const i8; R], _: [i32; R]) -> [[i32; 8]; R] {
-        x.map(|x| {
-            std::array::from_fn(|output| {
-                let product = |i: usize| {
-                    // SAFETY: the caller says that these can be read.
-                    unsafe { (i32::from(*codes.add(i / 4 * LINE + output * 4 + i % 4)) - 128) * i32::from(*x.add(i)) }
-                };
-                (0..4 * lines).map(product).sum()
-            })
+    unsafe fn dot_i8<const R: usize, const P: usize, const LINES: usize>(
+        self,
+        codes: [*const u8; P],
+        x: *const i8,
+        _: *const i32,
+    ) -> [[[i32; 8]; P]; R] {
+        let product = |codes: *const u8, row: usize, output: usize, i: usize| {
+            // SAFETY: the caller says that these can be read.
+            unsafe { (i32::from(*codes.add(i / 4 * LINE + output * 4 + i % 4)) - 128) * i32::from(*x.add(row * 32 + i)) }
+        };
+        std::array::from_fn(|r| {
+            codes.map(|codes| std::array::from_fn(|output| (0..4 * LINES).map(|i| product(codes, r, output, i)).sum::<i32>()))
         })
     }
     #[inline(always)]

@@ -3,7 +3,9 @@
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use overfill_kernels::{DenseMatrix, Into, Matrix, Pool, QuantisedMatrix, Run, paged_attention, products, rms_norm, rotate, swiglu};
+use overfill_kernels::{
+    Activations, DenseMatrix, Into, Matrix, Pool, QuantisedMatrix, Reads, Run, paged_attention, products, rms_norm, rotate, swiglu,
+};
 use overfill_kv::BlockId;
 use overfill_types::pair::WeightFormat;
 
@@ -100,7 +102,7 @@ impl CpuLlama {
 
         for (i, layer) in self.layers.iter().enumerate() {
             let started = profile.start();
-            rms_norm(pool, x, &layer.input_norm, eps, input);
+            rms_norm(pool, x, &layer.input_norm, eps, layer.qkv.reads(), input);
             profile.stop(Part::Norm, started, 0, 0);
 
             let started = profile.start();
@@ -121,12 +123,12 @@ impl CpuLlama {
             profile.stop(Part::Attention, started, context * cache.bytes_per_token() / config.kv.layers, 4 * q * pairs);
 
             let started = profile.start();
-            input.set(pool, attended, q);
+            input.set(pool, attended, q, layer.output.reads());
             layer.output.apply(pool, input, x, Into::Sum);
             profile.stop(Part::Output, started, layer.output.bytes(), layer.output.operations(tokens));
 
             let started = profile.start();
-            rms_norm(pool, x, &layer.mlp_norm, eps, input);
+            rms_norm(pool, x, &layer.mlp_norm, eps, layer.gate_up.reads(), input);
             profile.stop(Part::Norm, started, 0, 0);
 
             let started = profile.start();
@@ -134,7 +136,7 @@ impl CpuLlama {
             profile.stop(Part::GateUp, started, layer.gate_up.bytes(), layer.gate_up.operations(tokens));
 
             let started = profile.start();
-            swiglu(pool, gate_up, config.intermediate_size, input);
+            swiglu(pool, gate_up, config.intermediate_size, layer.down.reads(), input);
             profile.stop(Part::Gate, started, 0, 0);
 
             let started = profile.start();
@@ -154,7 +156,7 @@ impl CpuLlama {
         logits.resize(wanted * config.vocab_size, 0.0);
         if wanted > 0 {
             let started = profile.start();
-            rms_norm(pool, &x[..wanted * hidden], &self.norm, eps, input);
+            rms_norm(pool, &x[..wanted * hidden], &self.norm, eps, Reads::of(&[self.head()]), input);
             profile.stop(Part::Norm, started, 0, 0);
             let started = profile.start();
             products(pool, input, &[self.head()], logits, Into::Place);
@@ -201,7 +203,7 @@ impl<const N: usize> Linear<N> {
         Ok(Self { matrices: matrices.try_into().map_err(unfit)?, bias })
     }
 
-    fn apply(&self, pool: &Pool, x: &overfill_kernels::Activations, y: &mut [f32], into: Into) {
+    fn apply(&self, pool: &Pool, x: &Activations, y: &mut [f32], into: Into) {
         let matrices = self.matrices.each_ref();
         if self.bias.is_empty() {
             return products(pool, x, &matrices, y, into);
@@ -212,6 +214,10 @@ impl<const N: usize> Linear<N> {
             }
         }
         products(pool, x, &matrices, y, Into::Sum);
+    }
+
+    fn reads(&self) -> Reads {
+        Reads::of(&self.matrices.each_ref())
     }
 
     fn bytes(&self) -> usize {

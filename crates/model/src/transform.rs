@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use overfill_kernels::{Activations, DenseMatrix, Into, Matrix, Pool, products};
+use overfill_kernels::{Activations, DenseMatrix, Into, Matrix, Pool, Reads, products};
 use overfill_types::{KvGeometry, KvTransform};
 
 use crate::error::ModelError;
@@ -69,7 +69,7 @@ impl Transform {
             return Err(ModelError::Mismatch(format!("{} numbers are no rows of {}", rows.len(), weight.inputs())));
         }
         let mut input = Activations::new();
-        input.set(pool, rows, weight.inputs());
+        input.set(pool, rows, weight.inputs(), Reads::of(&[weight]));
         rows.clear();
         rows.extend(std::iter::repeat_n(bias, input.rows()).flatten());
         products(pool, &input, &[weight], rows, Into::Sum);
