@@ -44,12 +44,12 @@ async fn until(cluster: &Cluster, held: u32, running: u32) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_short_prompt_does_not_wait_for_long_ones() {
     let pair = tiny::pair(Kind::Identity, 41);
-    let cluster = Builder::new(&pair.dir).nodes(1, 0).prefill_flags(&["--chunk-tokens", "16"]).start().await;
+    let cluster = Builder::new(&pair.dir).nodes(1, 0).prefill_flags(&["--chunk-tokens", "5"]).start().await;
     let (ended, mut order) = mpsc::channel(8);
     let mut tasks: Vec<_> = (0..4).map(|i| read(&cluster, "long", tiny::prompt(4000, i), &ended)).collect();
     until(&cluster, 4, 4).await;
     tasks.push(read(&cluster, "short", tiny::prompt(40, 9), &ended));
-    // The long ones take 1,000 steps, the short one 14.
+    // The long ones take 3,200 steps, the short one 40.
     assert_eq!(order.recv().await, Some("short"));
 }
 
@@ -57,7 +57,7 @@ async fn a_short_prompt_does_not_wait_for_long_ones() {
 async fn who_waits_for_blocks_is_not_overtaken() {
     let pair = tiny::pair(Kind::Identity, 41);
     // 768 bytes a token: room for one long prompt and many short ones.
-    let flags = ["--chunk-tokens", "4", "--kv-memory", "3M"];
+    let flags = ["--chunk-tokens", "1", "--kv-memory", "3M"];
     let cluster = Builder::new(&pair.dir).nodes(1, 0).prefill_flags(&flags).start().await;
     let (ended, mut order) = mpsc::channel(8);
     let mut tasks = vec![read(&cluster, "first", tiny::prompt(3900, 1), &ended)];

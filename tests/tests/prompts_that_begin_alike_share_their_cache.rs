@@ -175,3 +175,34 @@ async fn sixteen_of_the_same_at_once() {
     assert!(lookups(&cluster).await.1 >= 2 * 16 * 688, "the second and third time all of it was there");
     cluster.nothing_is_held(Duration::from_secs(1)).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_still_read_or_was_broken_off_is_shared_as_far_as_it_came() {
+    let pair = tiny::pair(Kind::Prune("firstlast"), 25);
+    let mut reference = Reference::new(&pair);
+    let cluster = std::sync::Arc::new(Builder::new(&pair.dir).prefill_flags(&["--chunk-tokens", "5"]).start().await);
+    let start = |prompt: &[u32]| {
+        let (cluster, prompt) = (cluster.clone(), prompt.to_vec());
+        tokio::spawn(async move { ask(&cluster, &prompt).await })
+    };
+    let mut found = 0;
+    for wait in [2, 5, 10, 20, 30] {
+        let prompt = tiny::prompt(2000, wait);
+        let expected = reference.answer(&prompt);
+        let broken_off = start(&prompt);
+        tokio::time::sleep(Duration::from_millis(wait)).await;
+        broken_off.abort();
+        let mut tasks = Vec::new();
+        for _ in 0..5 {
+            tasks.push(start(&prompt));
+            tokio::time::sleep(Duration::from_millis(wait)).await;
+        }
+        for task in tasks {
+            assert_eq!(task.await.unwrap(), expected, "{wait} ms apart");
+        }
+        found = lookups(&cluster).await.1;
+        assert!(found.is_multiple_of(BLOCK), "{found} found, {wait} ms apart");
+    }
+    assert!(found > 0);
+    cluster.nothing_is_held(Duration::from_secs(1)).await;
+}
