@@ -2,7 +2,8 @@
 
 use std::net::SocketAddr;
 
-use clap::{Args, Parser};
+use clap::builder::BoolishValueParser;
+use clap::{ArgAction, Args, Parser};
 use overfill_cluster::DiscoveryArgs;
 use overfill_lifecycle::NodeArgs;
 use overfill_lifecycle::telemetry::LogArgs;
@@ -37,4 +38,7 @@ pub struct PrefillConfig {
     /// Most prompts held at a time, waiting and running
     #[arg(long, env = "OVERFILL_MAX_QUEUE", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_queue: u32,
+    /// Whether KV blocks of prompts are kept for others that begin alike, while their memory is not needed: on or off
+    #[arg(long, env = "OVERFILL_PREFIX_CACHE", default_value = "on", action = ArgAction::Set, value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub prefix_cache: bool,
 }

@@ -1,18 +1,19 @@
 //! The engine: a thread of its own that owns the full model, its KV cache and all prompts.
 //!
 //! A step is one forward pass over chunks of several prompts. As soon as a layer's keys and values are computed they are
-//! transformed and handed to the prompts' pushes, while the next layer computes.
+//! transformed and handed to the prompts' pushes, while the next layer computes. A prompt that begins like an earlier one
+//! shares its blocks and is read from where they end.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use overfill_kv::{BlockId, BlockPool, Reservation};
+use overfill_kv::{BlockHash, BlockId, BlockPool, Reservation};
 use overfill_lifecycle::Drain;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Sampled, Sampler, Transform, Workspace};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Sampled, Sampler, Workspace};
 use overfill_proto::v1::{FirstToken, PrefillEvent, Token, prefill_event};
 use overfill_proto::{convert, status};
 use overfill_types::{Code, SamplingParams, ServiceError, StopConditions};
@@ -21,6 +22,7 @@ use tonic::Status;
 
 use crate::handoff::Sender;
 use crate::queue::share;
+use crate::rows::Rows;
 use crate::{Counted, Counts};
 
 /// Prompt events on their way to the router.
@@ -28,10 +30,14 @@ pub(crate) type Events = mpsc::Sender<Result<PrefillEvent, Status>>;
 
 /// How often an idle engine looks for prompts that nobody waits for, and whether it is to end.
 const SWEEP: Duration = Duration::from_millis(20);
+/// How often it looks, while nothing computes, whether a push has room for what it owes.
+const POLL: Duration = Duration::from_millis(1);
 
 /// One prompt that is to be read.
 pub(crate) struct Job {
     pub(crate) prompt: Vec<u32>,
+    /// Names of the blocks that the prompt fills; `None` where no prompt's blocks are kept.
+    pub(crate) names: Option<Vec<BlockHash>>,
     pub(crate) sampling: SamplingParams,
     pub(crate) stop: StopConditions,
     pub(crate) events: Events,
@@ -53,18 +59,26 @@ pub(crate) struct Settings {
 pub(crate) struct Engine {
     pub(crate) model: Llama,
     pub(crate) cache: KvCache,
-    pub(crate) transform: Transform,
+    pub(crate) rows: Rows,
     pub(crate) workspace: Workspace,
     pub(crate) pool: BlockPool,
     pub(crate) settings: Settings,
 }
 
-/// A prompt that has its blocks.
+/// A prompt that has its blocks: it is being read, or was and its rows are on their way.
 struct Running {
     job: Job,
     reservation: Reservation,
-    /// Tokens that were read.
+    /// Tokens that are in the cache.
     done: usize,
+}
+
+/// What a step gave.
+struct Read {
+    /// First tokens of the answers to those prompts that were read to their end, in order.
+    firsts: Vec<Sampled>,
+    /// When the full model was through.
+    computed: Instant,
 }
 
 impl Engine {
@@ -91,8 +105,8 @@ struct Loop {
 impl Loop {
     fn run(mut self, jobs: &flume::Receiver<Job>, end: &Drain) {
         while !end.draining() {
-            if self.running.is_empty() {
-                match jobs.recv_timeout(SWEEP) {
+            if self.running.iter().all(|r| r.remaining() == 0) {
+                match jobs.recv_timeout(if self.running.is_empty() { SWEEP } else { POLL }) {
                     Ok(job) => self.waiting.push_back(job),
                     Err(flume::RecvTimeoutError::Timeout) => {}
                     Err(flume::RecvTimeoutError::Disconnected) => return,
@@ -104,31 +118,42 @@ impl Loop {
             self.waiting.retain(|job| !job.abandoned());
             self.running.retain(|r| !r.job.abandoned());
             self.let_in();
-            self.counts.running.store(self.running.len(), Ordering::Release);
+            self.counts.running.store(self.running.iter().filter(|r| r.remaining() > 0).count(), Ordering::Release);
             self.step();
+            self.send_owed();
         }
     }
 
     /// Gives blocks to those who waited longest; a prompt that does not fit yet is not overtaken, so it gets its turn.
     fn let_in(&mut self) {
+        let pool = &self.engine.pool;
         while let Some(job) = self.waiting.front() {
-            let Ok(reservation) = self.engine.pool.reserve(&[], job.prompt.len()) else { return };
-            let Some(job) = self.waiting.pop_front() else { return };
-            self.running.push(Running { job, reservation, done: 0 });
+            let names = job.names.as_deref().unwrap_or_default();
+            // At least the last token is read: its logits are wanted.
+            let findable = (job.prompt.len() - 1) / pool.block_tokens();
+            let Ok(reservation) = pool.reserve(&names[..findable.min(names.len())], job.prompt.len()) else { return };
+            let Some(mut job) = self.waiting.pop_front() else { return };
+            let done = reservation.shared_tokens();
+            if job.names.is_some() {
+                self.counts.prefix_queries.fetch_add(job.prompt.len() as u64, Ordering::Relaxed);
+                self.counts.prefix_hits.fetch_add(done as u64, Ordering::Relaxed);
+            }
+            if let Some(handoff) = &mut job.handoff {
+                handoff.available_in_all(done);
+            }
+            self.running.push(Running { job, reservation, done });
         }
     }
 
     fn step(&mut self) {
-        if self.running.is_empty() {
+        let remaining: Vec<usize> = self.running.iter().map(Running::remaining).collect();
+        if remaining.iter().all(|r| *r == 0) {
             return;
         }
-        let remaining: Vec<usize> = self.running.iter().map(|r| r.job.prompt.len() - r.done).collect();
         let given = share(&remaining, self.engine.settings.chunk_tokens);
-        let Engine { model, cache, transform, workspace, .. } = &mut self.engine;
         // Whatever a forward pass does wrong ends the prompts of its step, not the node.
-        let computed = catch_unwind(AssertUnwindSafe(|| read(model, cache, transform, workspace, &mut self.running, &given)));
-        let error = match computed {
-            Ok(Ok(sampled)) => return self.advance(&given, sampled),
+        let error = match catch_unwind(AssertUnwindSafe(|| read(&mut self.engine, &mut self.running, &given))) {
+            Ok(Ok(read)) => return self.advance(&given, read),
             Ok(Err(error)) => ServiceError::new(Code::Internal, format!("the full model failed: {error}")),
             Err(_) => ServiceError::new(Code::Internal, "the prefill step panicked; the node goes on"),
         };
@@ -142,80 +167,92 @@ impl Loop {
         }
     }
 
-    /// After a step: counts what was read, and ends the prompts that were read to their end. `sampled` are their first tokens, in order.
-    fn advance(&mut self, given: &[usize], sampled: Vec<Sampled>) {
-        let mut sampled = sampled.into_iter();
-        let mut rest = Vec::with_capacity(self.running.len());
-        for (mut running, given) in self.running.drain(..).zip(given) {
+    /// After a step: counts what was read, names the blocks that are full, and gives their first token to those that were
+    /// read to their end.
+    fn advance(&mut self, given: &[usize], read: Read) {
+        let (mut given, mut firsts) = (given.iter(), read.firsts.iter());
+        let Engine { pool, settings, .. } = &self.engine;
+        self.running.retain_mut(|running| {
+            let given = given.next().copied().unwrap_or(0);
             running.done += given;
-            if *given > 0 && running.done == running.job.prompt.len() {
-                if let Some(sampled) = sampled.next() {
-                    running.job.finish(&sampled, &self.engine.settings.eos);
-                }
-            } else {
-                rest.push(running);
+            if let Some(names) = &running.job.names {
+                running.reservation.keep(&names[..running.done / pool.block_tokens()]);
             }
-        }
-        self.running = rest;
+            if given == 0 || running.remaining() > 0 {
+                return true;
+            }
+            firsts.next().is_some_and(|first| running.job.finish(first, &settings.eos, read.computed))
+        });
+    }
+
+    /// Sends what pushes have room for; lets go of prompts whose rows are all sent.
+    fn send_owed(&mut self) {
+        let Engine { cache, rows, workspace, .. } = &mut self.engine;
+        self.running.retain_mut(|running| {
+            let Running { job, reservation, .. } = running;
+            let Some(handoff) = &mut job.handoff else { return true };
+            let fetch = |piece| rows.bytes(cache, workspace.pool(), reservation.blocks(), piece);
+            let error = match catch_unwind(AssertUnwindSafe(|| handoff.fill(fetch))) {
+                Ok(Ok(complete)) => return !complete,
+                Ok(Err(error)) => ServiceError::new(Code::Internal, format!("the KV cache could not be read: {error}")),
+                Err(_) => ServiceError::new(Code::Internal, "reading the KV cache panicked; the node goes on"),
+            };
+            tracing::error!(%error, "handoff failed");
+            job.send(Err(status::to_status(&error)));
+            false
+        });
     }
 }
 
-/// One forward pass over the given number of tokens of each prompt; every layer's rows leave as soon as they are there.
-/// Gives the first tokens of the answers to those prompts that were read to their end.
-fn read(
-    model: &Llama,
-    cache: &mut KvCache,
-    transform: &Transform,
-    workspace: &mut Workspace,
-    running: &mut [Running],
-    given: &[usize],
-) -> Result<Vec<Sampled>, ModelError> {
-    /// One prompt's part in the step.
+/// One forward pass over the given number of tokens of each prompt; every layer's rows leave as soon as they are there, and
+/// with them what else pushes have room for by now.
+fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result<Read, ModelError> {
+    /// One prompt's part in the step; without tokens if only its rows are on their way.
     struct Part<'a> {
         tokens: &'a [u32],
-        blocks: &'a [BlockId],
         start: usize,
+        blocks: &'a [BlockId],
         last: bool,
         handoff: Option<&'a mut Sender>,
     }
-    let mut parts: Vec<Part<'_>> = running
-        .iter_mut()
-        .zip(given)
-        .filter(|(_, n)| **n > 0)
-        .map(|(r, n)| Part {
-            tokens: &r.job.prompt[r.done..r.done + n],
-            blocks: r.reservation.blocks(),
-            start: r.done,
-            last: r.done + n == r.job.prompt.len(),
-            handoff: r.job.handoff.as_mut(),
-        })
+    let Engine { model, cache, rows, workspace, .. } = engine;
+    let mut parts: Vec<Part<'_>> = Vec::with_capacity(running.len());
+    let mut samplers: Vec<(Sampler, usize)> = Vec::new();
+    for (Running { job, reservation, done }, &given) in running.iter_mut().zip(given) {
+        let Job { prompt, sampling, handoff, .. } = job;
+        let (start, end) = (*done, *done + given);
+        let last = given > 0 && end == prompt.len();
+        if last {
+            samplers.push((Sampler::new(sampling.clone(), prompt), prompt.len()));
+        }
+        parts.push(Part { tokens: &prompt[start..end], start, blocks: reservation.blocks(), last, handoff: handoff.as_mut() });
+    }
+    let chunks: Vec<Chunk<'_>> = parts
+        .iter()
+        .filter(|p| !p.tokens.is_empty())
+        .map(|p| Chunk { tokens: p.tokens, start: p.start, blocks: p.blocks, logits: p.last })
         .collect();
-    let chunks: Vec<Chunk<'_>> =
-        parts.iter().map(|p| Chunk { tokens: p.tokens, start: p.start, blocks: p.blocks, logits: p.last }).collect();
-    let (mut k, mut v) = (Vec::new(), Vec::new());
     model.forward(&chunks, cache, workspace, &mut |layer, cache, pool| {
-        for &target in transform.targets(layer) {
-            for part in &mut parts {
-                let Some(handoff) = part.handoff.as_deref_mut().filter(|h| !h.broken()) else { continue };
-                cache.read(layer, part.blocks, part.start, part.tokens.len(), &mut k, &mut v)?;
-                transform.apply(pool, target, &mut k)?;
-                transform.apply(pool, target, &mut v)?;
-                handoff.rows(target, part.start, &k, &v);
-            }
+        for Part { tokens, start, blocks, handoff, .. } in &mut parts {
+            let Some(handoff) = handoff else { continue };
+            handoff.available(rows.targets(layer), *start + tokens.len());
+            handoff.fill(|piece| rows.bytes(cache, pool, blocks, piece))?;
         }
         Ok(())
     })?;
-    let mut samplers: Vec<(Sampler, usize)> = Vec::new();
-    for (running, given) in running.iter().zip(given) {
-        let length = running.job.prompt.len();
-        if *given > 0 && running.done + given == length {
-            samplers.push((Sampler::new(running.job.sampling.clone(), &running.job.prompt), length));
-        }
-    }
+    let computed = Instant::now();
     if samplers.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Read { firsts: Vec::new(), computed });
     }
-    Ok(workspace.sample(samplers.iter_mut().map(|(sampler, position)| (sampler, *position))))
+    let firsts = workspace.sample(samplers.iter_mut().map(|(sampler, position)| (sampler, *position)));
+    Ok(Read { firsts, computed })
+}
+
+impl Running {
+    /// Tokens that are to be read.
+    fn remaining(&self) -> usize {
+        self.job.prompt.len() - self.done
+    }
 }
 
 impl Job {
@@ -224,16 +261,18 @@ impl Job {
         self.events.is_closed() || self.handoff.as_ref().is_some_and(Sender::broken)
     }
 
-    /// The first token, from the full model's logits after the whole prompt.
-    fn finish(mut self, sampled: &Sampled, eos: &[u32]) {
+    /// The first token, from the full model's logits after the whole prompt. True if a handoff is to be brought to its end.
+    fn finish(&mut self, sampled: &Sampled, eos: &[u32], computed: Instant) -> bool {
         let finish = self.stop.after(sampled.token, 1, eos);
         let token = Token { id: sampled.token, index: 0, logprob: sampled.logprob.as_ref().map(convert::logprob_to_wire) };
         let first = FirstToken { token: Some(token), finish: finish.map_or(0, |f| convert::finish_to_wire(f).into()) };
         self.send(Ok(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) }));
-        if let Some(handoff) = self.handoff.take()
-            && finish.is_none()
-        {
-            handoff.commit(&self.prompt, sampled.token);
+        match &mut self.handoff {
+            Some(handoff) if finish.is_none() => {
+                handoff.end(&self.prompt, sampled.token, computed);
+                true
+            }
+            _ => false,
         }
     }
 

@@ -1,20 +1,30 @@
-//! The sending side of one handoff: rows become frames as layers are computed, a task pushes them to the decode node.
+//! The sending side of one handoff: which rows there are, which were sent, and their frames.
+//!
+//! Rows wait where they are, in the full model's cache, until the push has room for a frame, so a slow decode node costs
+//! the engine no time and a few frames of memory at most.
+//!
+//! **Invariant:** the rows of each layer are sent in the order of their tokens, without a gap, each once, and only those
+//! that are computed and that the decode node does not hold. The commit comes after all of them.
 
 use std::time::Instant;
 
+use bytes::Bytes;
 use overfill_kv::{HandoffDigest, RowsHeader, prompt_digest, wire};
-use overfill_lifecycle::grpc;
-use overfill_proto::v1::decode_client::DecodeClient;
-use overfill_proto::v1::{HandoffDone, KvCommit, KvFrame, KvRows, kv_frame};
-use overfill_proto::{MAX_FRAME_PAYLOAD, MAX_MESSAGE, convert, status};
-use overfill_types::{Code, Epoch, Fingerprint, KvGeometry, ServiceError, Ticket, WireFormat};
+use overfill_model::ModelError;
+use overfill_proto::v1::{KvCommit, KvFrame, KvRows, kv_frame};
+use overfill_proto::{MAX_FRAME_PAYLOAD, convert};
+use overfill_types::{Epoch, Fingerprint, KvGeometry, Ticket, WireFormat};
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
+
+use crate::push::{Push, Times};
+use crate::rows::Piece;
 
 /// Payload of a frame at most; small enough that the next layer's rows do not wait long behind it.
 const FRAME_PAYLOAD: usize = 1 << 20;
 const _: () = assert!(FRAME_PAYLOAD <= MAX_FRAME_PAYLOAD);
+/// Frames between the engine and the push. Enough that the push does not run dry while a layer computes; 8 MiB a prompt at most.
+const FRAMES_AHEAD: usize = 8;
 
 /// Where a handoff goes.
 #[derive(Clone, Debug)]
@@ -23,43 +33,60 @@ pub(crate) struct Target {
     pub(crate) fingerprint: Fingerprint,
     pub(crate) ticket: Ticket,
     pub(crate) epoch: Epoch,
+    /// Tokens at the prompt's front whose rows the decode node has.
+    pub(crate) held_tokens: usize,
 }
 
-/// Tokens of one layer in a frame.
-pub(crate) fn tokens_per_frame(wire: WireFormat, geometry: &KvGeometry) -> usize {
-    (FRAME_PAYLOAD / (2 * wire::row_bytes(wire, geometry))).max(1)
-}
-
-/// Cuts rows into frames. Dropped without [`Sender::commit`] it breaks the push off, silently.
+/// Cuts rows into frames. Dropped before the commit it breaks the push off, silently.
 pub(crate) struct Sender {
     target: Target,
     geometry: KvGeometry,
     wire: WireFormat,
-    /// Has room for every frame of the prompt, so the engine never waits for a slow decode node. What it may hold is
-    /// bounded by the prompts that are admitted.
     frames: mpsc::Sender<KvFrame>,
     next: u32,
     digest: HandoffDigest,
-    committed: oneshot::Sender<Instant>,
-    given_up: DropGuard,
-}
-
-/// The task's side of a handoff.
-pub(crate) struct Push {
-    target: Target,
-    frames: mpsc::Receiver<KvFrame>,
-    committed: oneshot::Receiver<Instant>,
+    layers: Vec<Layer>,
+    begun: Option<Instant>,
+    end: Option<End>,
+    /// `None` after the commit.
+    committed: Option<oneshot::Sender<Times>>,
     given_up: CancellationToken,
 }
 
-/// A handoff of a prompt of `tokens` tokens that is read at least one token a chunk.
-pub(crate) fn handoff(target: Target, geometry: KvGeometry, wire: WireFormat, tokens: usize) -> (Sender, Push) {
-    let (frames, received) = mpsc::channel(geometry.layers * tokens + 1);
+/// How far one layer of the decode model is, in tokens from the prompt's first.
+#[derive(Clone, Copy)]
+struct Layer {
+    available: usize,
+    sent: usize,
+}
+
+/// What the commit says.
+struct End {
+    prompt_digest: [u8; 32],
+    first_token: u32,
+    computed: Instant,
+}
+
+/// Both sides of a handoff of rows of this geometry.
+pub(crate) fn handoff(target: Target, geometry: KvGeometry, wire: WireFormat) -> (Sender, Push) {
+    let (frames, received) = mpsc::channel(FRAMES_AHEAD);
     let (committed, when) = oneshot::channel();
     let given_up = CancellationToken::new();
-    let push = Push { target: target.clone(), frames: received, committed: when, given_up: given_up.clone() };
-    let digest = HandoffDigest::default();
-    (Sender { target, geometry, wire, frames, next: 0, digest, committed, given_up: given_up.drop_guard() }, push)
+    let push = Push { address: target.address.clone(), frames: received, committed: when, given_up: given_up.clone() };
+    let sender = Sender {
+        layers: vec![Layer { available: 0, sent: target.held_tokens }; geometry.layers],
+        target,
+        geometry,
+        wire,
+        frames,
+        next: 0,
+        digest: HandoffDigest::default(),
+        begun: None,
+        end: None,
+        committed: Some(committed),
+        given_up,
+    };
+    (sender, push)
 }
 
 impl Sender {
@@ -68,77 +95,202 @@ impl Sender {
         self.frames.is_closed()
     }
 
-    /// Sends rows `[tokens, kv_heads, head_dim]` of one decode-model layer, the first of them at position `start`.
-    pub(crate) fn rows(&mut self, layer: usize, start: usize, k: &[f32], v: &[f32]) {
-        let row = self.geometry.row();
-        let step = tokens_per_frame(self.wire, &self.geometry) * row;
-        for (i, (k, v)) in k.chunks(step).zip(v.chunks(step)).enumerate() {
-            let header = RowsHeader {
-                fingerprint: self.target.fingerprint.clone(),
-                ticket: self.target.ticket.clone(),
-                epoch: self.target.epoch,
-                index: self.next,
-                layer: layer as u32,
-                start: (start + i * step / row) as u32,
-                tokens: (k.len() / row) as u32,
+    /// Rows of the first `tokens` tokens are in the cache, for these layers of the decode model.
+    pub(crate) fn available(&mut self, layers: &[usize], tokens: usize) {
+        layers.iter().for_each(|&layer| self.layers[layer].available = tokens);
+    }
+
+    /// As [`Self::available`], for all layers.
+    pub(crate) fn available_in_all(&mut self, tokens: usize) {
+        self.layers.iter_mut().for_each(|layer| layer.available = tokens);
+    }
+
+    /// The prompt was read to its end at `computed`: the commit may follow the rows.
+    pub(crate) fn end(&mut self, prompt: &[u32], first_token: u32, computed: Instant) {
+        self.end = Some(End { prompt_digest: prompt_digest(prompt), first_token, computed });
+    }
+
+    /// Gives the push what it has room for and what there is: rows, which `bytes` fetches, and the commit. True after the commit.
+    ///
+    /// # Errors
+    /// What `bytes` returns.
+    pub(crate) fn fill(&mut self, mut bytes: impl FnMut(Piece) -> Result<[Bytes; 2], ModelError>) -> Result<bool, ModelError> {
+        while self.committed.is_some() {
+            // Full, or over, which `broken` tells.
+            let Ok(place) = self.frames.try_reserve() else { break };
+            let body = if let Some(piece) = self.due() {
+                let [k, v] = bytes(piece)?;
+                let header = RowsHeader {
+                    fingerprint: self.target.fingerprint.clone(),
+                    ticket: self.target.ticket.clone(),
+                    epoch: self.target.epoch,
+                    index: self.next,
+                    layer: piece.layer as u32,
+                    start: piece.start as u32,
+                    tokens: piece.tokens as u32,
+                };
+                let checksum = header.checksum(&k, &v);
+                self.digest.update(&header, checksum);
+                self.layers[piece.layer].sent += piece.tokens;
+                let RowsHeader { layer, start, tokens, .. } = header;
+                kv_frame::Body::Rows(KvRows { layer, start, tokens, dtype: convert::wire_format_to_wire(self.wire).into(), k, v, checksum })
+            } else if let Some(End { prompt_digest, first_token, computed }) = self.end.take() {
+                let digest = std::mem::take(&mut self.digest).finish();
+                // The push may have failed already; it has told the router then.
+                let _ = self.committed.take().map(|c| c.send(Times { begun: self.begun.unwrap_or_else(Instant::now), computed }));
+                kv_frame::Body::Commit(KvCommit {
+                    digest: digest.to_vec().into(),
+                    prompt_digest: prompt_digest.to_vec().into(),
+                    first_token,
+                })
+            } else {
+                break;
             };
-            let (k, v) = (wire::encode(self.wire, &self.geometry, k), wire::encode(self.wire, &self.geometry, v));
-            let checksum = header.checksum(&k, &v);
-            self.digest.update(&header, checksum);
-            let RowsHeader { layer, start, tokens, .. } = header;
-            let rows = KvRows { layer, start, tokens, dtype: convert::wire_format_to_wire(self.wire).into(), k, v, checksum };
-            self.send(kv_frame::Body::Rows(rows));
+            let Target { fingerprint, ticket, epoch, .. } = &self.target;
+            let (fingerprint, ticket, epoch) = (fingerprint.to_string(), ticket.to_string(), epoch.0);
+            place.send(KvFrame { fingerprint, ticket, epoch, index: self.next, body: Some(body) });
+            self.begun.get_or_insert_with(Instant::now);
+            self.next += 1;
         }
+        Ok(self.committed.is_none())
     }
 
-    /// Sends the commit: all rows are on their way.
-    pub(crate) fn commit(mut self, prompt: &[u32], first_token: u32) {
-        let digest = std::mem::take(&mut self.digest).finish();
-        let prompt_digest = prompt_digest(prompt);
-        let commit = KvCommit { digest: digest.to_vec().into(), prompt_digest: prompt_digest.to_vec().into(), first_token };
-        self.send(kv_frame::Body::Commit(commit));
-        self.given_up.disarm();
-        // The push may have failed already; it has told the router then.
-        let _ = self.committed.send(Instant::now());
-    }
-
-    fn send(&mut self, body: kv_frame::Body) {
-        let Target { fingerprint, ticket, epoch, .. } = &self.target;
-        let frame = KvFrame {
-            fingerprint: fingerprint.to_string(),
-            ticket: ticket.to_string(),
-            epoch: epoch.0,
-            index: self.next,
-            body: Some(body),
-        };
-        self.next += 1;
-        // Closed: the push has ended, which `broken` tells.
-        let _ = self.frames.try_send(frame);
+    /// The next rows to send: of the layer that is furthest behind, so that what waits longest leaves first.
+    fn due(&self) -> Option<Piece> {
+        let owed = |layer: &Layer| layer.available.saturating_sub(layer.sent);
+        let (layer, behind) = self.layers.iter().enumerate().filter(|(_, l)| owed(l) > 0).min_by_key(|(_, l)| l.sent)?;
+        let most = (FRAME_PAYLOAD / (2 * wire::row_bytes(self.wire, &self.geometry))).max(1);
+        Some(Piece { layer, start: behind.sent, tokens: owed(behind).min(most) })
     }
 }
 
-impl Push {
-    /// Pushes until the decode node has acknowledged the whole; `None` where the sender gave up.
-    ///
-    /// # Errors
-    /// What the decode node refused, or [`Code::Unavailable`] where it is gone; the sentence names it.
-    pub(crate) async fn run(self) -> Result<Option<HandoffDone>, ServiceError> {
-        let address = self.target.address;
-        let peer = format!("decode node {address}");
-        let channel = grpc::channel(&address)
-            .map_err(|_| ServiceError::new(Code::InvalidArgument, format!("'{address}' is no address of a decode node: host:port is")))?;
-        let mut client = DecodeClient::new(channel).max_encoding_message_size(MAX_MESSAGE);
-        let pushed = tokio::select! {
-            pushed = client.push_kv(ReceiverStream::new(self.frames)) => pushed,
-            () = self.given_up.cancelled() => return Ok(None),
-        };
-        let summary = pushed
-            .map_err(|e| {
-                let error = status::from_status(&e, &peer);
-                ServiceError::new(error.code, format!("the handoff to {peer} failed: {error}"))
-            })?
-            .into_inner();
-        let tail = self.committed.await.map_or(0, |at| at.elapsed().as_micros() as u64);
-        Ok(Some(HandoffDone { frames: summary.frames, bytes: summary.bytes, tail_us: tail, transfer_us: 0 }))
+impl Drop for Sender {
+    fn drop(&mut self) {
+        // A push that broke is about to say why; it is not to be silenced.
+        if self.committed.is_some() && !self.broken() {
+            self.given_up.cancel();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use overfill_kv::{Assembler, Expected, FrameError};
+
+    use super::*;
+
+    const GEOMETRY: KvGeometry = KvGeometry { layers: 3, kv_heads: 1, head_dim: 2 };
+    const PROMPT: [u32; 20] = [7; 20];
+
+    fn target(held_tokens: usize) -> Target {
+        let (fingerprint, ticket) = (Fingerprint::new("pair"), Ticket::new("ticket"));
+        Target { address: "host:1".into(), fingerprint, ticket, epoch: Epoch(3), held_tokens }
+    }
+
+    fn assembler(held_tokens: usize) -> Assembler {
+        let Target { fingerprint, ticket, epoch, .. } = target(held_tokens);
+        let (geometry, wire, prompt_digest) = (GEOMETRY, WireFormat::F32, prompt_digest(&PROMPT));
+        Assembler::new(Expected { fingerprint, ticket, epoch, geometry, wire, prompt_tokens: PROMPT.len(), held_tokens, prompt_digest })
+    }
+
+    /// Rows that name their layer and token.
+    fn bytes(piece: Piece) -> Result<[Bytes; 2], ModelError> {
+        let rows: Vec<f32> = (piece.start..piece.start + piece.tokens).flat_map(|t| [piece.layer as f32, t as f32]).collect();
+        let rows = wire::encode(WireFormat::F32, &GEOMETRY, &rows);
+        Ok([rows.clone(), rows])
+    }
+
+    /// Takes a frame as a decode node would; true if it was the commit.
+    fn take(assembler: &mut Assembler, frame: KvFrame) -> Result<bool, FrameError> {
+        let (fingerprint, ticket, epoch) = (Fingerprint::new(frame.fingerprint), Ticket::new(frame.ticket), Epoch(frame.epoch));
+        match frame.body.unwrap() {
+            kv_frame::Body::Rows(KvRows { layer, start, tokens, k, v, checksum, .. }) => {
+                let header = RowsHeader { fingerprint, ticket, epoch, index: frame.index, layer, start, tokens };
+                let piece = Piece { layer: layer as usize, start: start as usize, tokens: tokens as usize };
+                assert_eq!([k.clone(), v.clone()], bytes(piece).unwrap());
+                assembler.rows(&header, &k, &v, checksum).map(|()| false)
+            }
+            kv_frame::Body::Commit(commit) => {
+                assert_eq!(commit.first_token, 9);
+                assembler.commit(&fingerprint, &ticket, epoch, frame.index, (&commit.digest, &commit.prompt_digest)).map(|()| true)
+            }
+        }
+    }
+
+    /// A prompt read in chunks of 3, of which the first `cached` tokens are in the cache before; the push takes `speed` frames a chunk.
+    fn whole(held: usize, cached: usize, speed: usize) -> u32 {
+        let (mut sender, mut push) = handoff(target(held), GEOMETRY, WireFormat::F32);
+        let mut assembler = assembler(held);
+        let mut committed = false;
+        sender.available_in_all(cached);
+        for end in (cached + 3..PROMPT.len()).step_by(3).chain([PROMPT.len()]) {
+            for layer in 0..GEOMETRY.layers {
+                sender.available(&[layer], end);
+                assert!(!sender.fill(bytes).unwrap());
+                assert!(push.frames.len() <= FRAMES_AHEAD);
+            }
+            for _ in 0..speed {
+                committed |= push.frames.try_recv().is_ok_and(|frame| take(&mut assembler, frame).unwrap());
+            }
+        }
+        sender.end(&PROMPT, 9, Instant::now());
+        while !committed {
+            let complete = sender.fill(bytes).unwrap();
+            let frame = push.frames.try_recv().unwrap();
+            committed = take(&mut assembler, frame).unwrap();
+            assert!(complete || !committed);
+        }
+        assert!(sender.fill(bytes).unwrap() && push.frames.try_recv().is_err() && push.committed.try_recv().is_ok());
+        let frames = sender.next;
+        drop(sender);
+        assert!(!push.given_up.is_cancelled());
+        frames
+    }
+
+    #[test]
+    fn every_row_is_sent_once_in_order_whatever_the_speed() {
+        for held in [0, 1, 5, 16, 19, 20] {
+            for cached in [0, 16] {
+                for speed in [0, 1, 2, 100] {
+                    whole(held, cached, speed);
+                }
+            }
+        }
+        assert_eq!(whole(20, 0, 100), 1, "all is held: only the commit is left");
+        assert_eq!(whole(0, 0, 100), 3 * 7 + 1, "each chunk's rows leave as they are computed");
+        assert_eq!(whole(0, 0, 0), 8 + 3 + 1, "what waited leaves in one frame a layer");
+    }
+
+    #[test]
+    fn a_push_that_takes_nothing_gets_a_few_frames() {
+        let (mut sender, mut push) = handoff(target(0), GEOMETRY, WireFormat::F32);
+        for end in 1..=20 {
+            sender.available_in_all(end);
+            assert!(!sender.fill(bytes).unwrap());
+        }
+        assert_eq!((push.frames.len(), sender.next), (FRAMES_AHEAD, FRAMES_AHEAD as u32));
+        push.frames.close();
+        assert!(sender.broken() && !sender.fill(bytes).unwrap());
+        drop(sender);
+        assert!(!push.given_up.is_cancelled(), "the push says why");
+        let (sender, push) = handoff(target(0), GEOMETRY, WireFormat::F32);
+        drop(sender);
+        assert!(push.given_up.is_cancelled());
+    }
+
+    #[test]
+    fn large_rows_are_cut() {
+        let geometry = KvGeometry { layers: 1, kv_heads: 8, head_dim: 128 };
+        let (mut sender, mut push) = handoff(target(0), geometry, WireFormat::F16);
+        sender.available_in_all(300);
+        let mut pieces = Vec::new();
+        sender
+            .fill(|piece| {
+                pieces.push((piece.start, piece.tokens));
+                Ok([Bytes::new(), Bytes::new()])
+            })
+            .unwrap();
+        assert_eq!(pieces, [(0, 256), (256, 44)]);
+        assert_eq!(push.frames.try_recv().unwrap().index, 0);
     }
 }

@@ -1,17 +1,20 @@
 //! The prefill node: holds the full model, reads prompts.
 //!
-//! A prompt waits in the queue until the pool has blocks for it (`queue`), is read in chunks together with others (`engine`),
-//! and its KV cache goes to a decode node layer by layer while it is computed (`handoff`).
+//! A prompt waits until the pool has blocks for it, is read in chunks together with others (`engine`, `queue`), and its KV
+//! cache goes to a decode node layer by layer while it is computed (`rows`, `handoff`, `push`). What prompts left in the
+//! cache is used by others that begin alike.
 
 pub mod config;
 mod engine;
 mod error;
 mod handoff;
+mod push;
 mod queue;
+mod rows;
 mod service;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use overfill_cluster::Discovery;
@@ -25,6 +28,7 @@ use tokio::net::TcpListener;
 use tonic::service::Routes;
 
 use crate::engine::{Engine, Settings};
+use crate::rows::Rows;
 use crate::service::{PrefillService, Served};
 
 pub use crate::config::PrefillConfig;
@@ -61,7 +65,8 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
         cpus: config.node.cpus.clone(),
     };
     let end = Drain::new();
-    let engine = Engine { model, cache, transform, workspace, pool: pool.clone(), settings };
+    let rows = Rows::new(transform, manifest.full.kv.layers, manifest.decode.kv, manifest.kv_formats.wire);
+    let engine = Engine { model, cache, rows, workspace, pool: pool.clone(), settings };
     let (jobs, counts, engine_thread) = engine.start(config.max_queue as usize, end.clone())?;
     let served = Served {
         id: id.clone(),
@@ -72,6 +77,7 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
         decode_geometry: manifest.decode.kv,
         wire: manifest.kv_formats.wire,
         max_queue: config.max_queue as usize,
+        prefix_cache: config.prefix_cache,
     };
     let service = PrefillService::new(served, jobs, counts.clone(), drain.clone());
     let routes = Routes::new(PrefillServer::new(service).max_decoding_message_size(MAX_MESSAGE));
@@ -109,11 +115,17 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
     Ok(())
 }
 
-/// How many prompts this node holds. Each is counted by a guard that lives as long as anything of it.
+/// What this node holds and has done.
 #[derive(Default)]
 struct Counts {
-    held: std::sync::atomic::AtomicUsize,
-    running: std::sync::atomic::AtomicUsize,
+    /// Prompts; each is counted by a guard that lives as long as anything of it.
+    held: AtomicUsize,
+    /// Of these, being read.
+    running: AtomicUsize,
+    /// Prompt tokens that were looked up in the prefix cache.
+    prefix_queries: AtomicU64,
+    /// Of these, found.
+    prefix_hits: AtomicU64,
 }
 
 /// One prompt's count; dropping it counts down.

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use overfill_kv::BlockPool;
+use overfill_kv::{BlockPool, block_hashes};
 use overfill_lifecycle::Drain;
 use overfill_proto::v1::prefill_server::Prefill;
-use overfill_proto::v1::{NodeStatus, Phase, PrefillEvent, PrefillRequest, StatusRequest, prefill_event};
+use overfill_proto::v1::{HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, StatusRequest, prefill_event};
 use overfill_proto::{convert, status};
 use overfill_types::{Code, Epoch, Fingerprint, KvGeometry, Limits, NodeId, ServiceError, Ticket, WireFormat};
 use tokio::sync::mpsc;
@@ -30,6 +30,8 @@ pub(crate) struct Served {
     pub(crate) decode_geometry: KvGeometry,
     pub(crate) wire: WireFormat,
     pub(crate) max_queue: usize,
+    /// Whether blocks of prompts are kept for others that begin alike.
+    pub(crate) prefix_cache: bool,
 }
 
 pub(crate) struct PrefillService {
@@ -67,6 +69,11 @@ impl PrefillService {
                 format!("the prompt needs {needed} KV blocks, this prefill node has {} in all: give it more --kv-memory", pool.total());
             return Err(ServiceError::new(Code::ResourceExhausted, message));
         }
+        let held = request.handoff.as_ref().map_or(0, |h| h.held_tokens as usize);
+        if held > request.prompt.len() {
+            let message = format!("{held} tokens are said to be held by the decode node, the prompt has {}", request.prompt.len());
+            return Err(ServiceError::new(Code::InvalidArgument, message));
+        }
         let full = || {
             let message = format!("this prefill node holds {} prompts, its most: try another node, or later", self.served.max_queue);
             ServiceError::new(Code::ResourceExhausted, message)
@@ -79,12 +86,13 @@ impl PrefillService {
         let (sender, push) = request
             .handoff
             .map(|h| {
-                let target =
-                    Target { address: h.address, fingerprint: fingerprint.clone(), ticket: Ticket::new(h.ticket), epoch: Epoch(h.epoch) };
-                handoff(target, self.served.decode_geometry, self.served.wire, request.prompt.len())
+                let (fingerprint, ticket, epoch) = (fingerprint.clone(), Ticket::new(h.ticket), Epoch(h.epoch));
+                let target = Target { address: h.address, fingerprint, ticket, epoch, held_tokens: held };
+                handoff(target, self.served.decode_geometry, self.served.wire)
             })
             .unzip();
-        let job = Job { prompt: request.prompt, sampling, stop, events: events.clone(), handoff: sender, _counted: counted.clone() };
+        let names = self.served.prefix_cache.then(|| block_hashes(fingerprint, &request.prompt, pool.block_tokens()));
+        let job = Job { prompt: request.prompt, names, sampling, stop, events: events.clone(), handoff: sender, _counted: counted.clone() };
         self.jobs.try_send(job).map_err(|_| full())?;
         if let Some(push) = push {
             // Owned by the answer: it ends when the router has gone, when the engine gave up, or when all is pushed.
@@ -96,7 +104,8 @@ impl PrefillService {
                 };
                 let event = match ended {
                     Ok(Some(done)) => {
-                        tracing::info!(frames = done.frames, bytes = done.bytes, tail_us = done.tail_us, "handoff complete");
+                        let HandoffDone { frames, bytes, tail_us, transfer_us } = done;
+                        tracing::info!(frames, bytes, tail_us, transfer_us, "handoff complete");
                         Ok(PrefillEvent { event: Some(prefill_event::Event::HandoffDone(done)) })
                     }
                     Ok(None) => return,
@@ -137,8 +146,8 @@ impl Prefill for PrefillService {
             blocks_free: pool.free() as u64,
             block_tokens: pool.block_tokens() as u32,
             model: model.clone(),
-            prefix_queries: 0,
-            prefix_hits: 0,
+            prefix_queries: self.counts.prefix_queries.load(Ordering::Relaxed),
+            prefix_hits: self.counts.prefix_hits.load(Ordering::Relaxed),
             preempted: 0,
             max_context: limits.max_context as u32,
         }))

@@ -169,6 +169,17 @@ impl KvLayer {
             Stored::F16(both) => both.read(self.shape, run, k, v),
         }
     }
+
+    /// Keys and values of `run` as they are stored, little endian, each `[tokens, kv_heads, head_dim]`: no number is converted.
+    ///
+    /// # Panics
+    /// Where blocks are not there, or `k` and `v` have another size.
+    pub fn copy(&self, pool: &Pool, run: Run<'_>, k: &mut [u8], v: &mut [u8]) {
+        match &self.stored {
+            Stored::F32(both) => both.copy(pool, self.shape, run, k, v, f32::to_le_bytes),
+            Stored::F16(both) => both.copy(pool, self.shape, run, k, v, |x| x.0.to_le_bytes()),
+        }
+    }
 }
 
 /// Zeroed memory that is not touched yet.
@@ -236,6 +247,40 @@ impl<T: Number> Both<T> {
             }
         }
     }
+
+    fn copy<const N: usize>(
+        &self,
+        pool: &Pool,
+        shape: KvShape,
+        run: Run<'_>,
+        k: &mut [u8],
+        v: &mut [u8],
+        bytes: impl Fn(T) -> [u8; N] + Sync,
+    ) {
+        let KvShape { kv_heads, head_dim, block_tokens, .. } = shape;
+        let row = shape.row() * N;
+        assert!(k.len() == run.tokens * row && v.len() == k.len(), "k and v are the bytes of [tokens, kv_heads, head_dim]");
+        let pieces: Vec<_> = run.pieces(block_tokens).collect();
+        let (to_k, to_v) = (Disjoint::new(k), Disjoint::new(v));
+        pool.rows(pieces.len(), shape.row() * block_tokens, |i| {
+            let (block, offset, count, first) = pieces[i];
+            // SAFETY: pieces are of different tokens of the run, so their rows lie apart.
+            let (to_k, to_v) = unsafe { (to_k.part(first * row, count * row), to_v.part(first * row, count * row)) };
+            for head in 0..kv_heads {
+                let k = &self.k[shape.k_at(block, head)..][..head_dim * block_tokens];
+                let v = &self.v[shape.v_at(block, head)..][..shape.padded() * block_tokens];
+                for t in 0..count {
+                    let at = t * row + head * head_dim * N;
+                    let (to_k, _) = to_k[at..at + head_dim * N].as_chunks_mut();
+                    let keys = k[offset + t..].iter().step_by(block_tokens);
+                    to_k.iter_mut().zip(keys).for_each(|(to, key)| *to = bytes(*key));
+                    let (to_v, _) = to_v[at..at + head_dim * N].as_chunks_mut();
+                    let values = &v[(offset + t) * shape.padded()..];
+                    to_v.iter_mut().zip(values).for_each(|(to, value)| *to = bytes(*value));
+                }
+            }
+        });
+    }
 }
 
 #[cfg(test)]
@@ -260,6 +305,36 @@ mod tests {
                     let row = &rows[(first + t) * stride..];
                     let near = |a: f32, b: f32| (a - b).abs() <= if format == KvFormat::F32 { 0.0 } else { b.abs() / 2048.0 };
                     assert!((0..12).all(|i| near(k[t * 12 + i], row[4 + i]) && near(v[t * 12 + i], row[20 + i])));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_copy_has_the_bits_of_what_is_read() {
+        let shape = KvShape { kv_heads: 2, head_dim: 6, block_tokens: 16, blocks: 5 };
+        // Among them subnormal, infinite and negative numbers.
+        let mut rows: Vec<f32> = (0..71 * 12).map(|i| (i as f32 - 400.0) * 1.7f32.powi(i % 40 - 30)).collect();
+        (rows[3], rows[200]) = (f32::INFINITY, -0.0);
+        for threads in [1, 3] {
+            let pool = Pool::new(threads, &[]).unwrap();
+            for format in [KvFormat::F32, KvFormat::F16] {
+                let mut layer = KvLayer::new(shape, format);
+                layer.write(&pool, &[Run { blocks: &[3, 0, 2, 4, 1], start: 0, tokens: 70 }], &rows, &rows[5..], 12);
+                for (start, tokens) in [(0, 70), (7, 30), (16, 16), (33, 1), (69, 1), (5, 0)] {
+                    let run = Run { blocks: &[3, 0, 2, 4, 1], start, tokens };
+                    let (mut k, mut v) = (vec![0.0; tokens * 12], vec![0.0; tokens * 12]);
+                    layer.read(run, &mut k, &mut v);
+                    let encode = |numbers: &[f32]| -> Vec<u8> {
+                        match format {
+                            KvFormat::F32 => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                            KvFormat::F16 => numbers.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect(),
+                        }
+                    };
+                    let (k, v) = (encode(&k), encode(&v));
+                    let (mut copied_k, mut copied_v) = (vec![1; k.len()], vec![1; v.len()]);
+                    layer.copy(&pool, run, &mut copied_k, &mut copied_v);
+                    assert!(copied_k == k && copied_v == v, "{format:?} from {start} on, {tokens} tokens, {threads} threads");
                 }
             }
         }

@@ -6,7 +6,8 @@
 use candle_core::{DType, Device, Tensor};
 use overfill_kernels::{BLOCK_MULTIPLE, KvLayer, KvShape, Pool, Run};
 use overfill_kv::BlockId;
-use overfill_types::{KvFormat, KvGeometry};
+use overfill_kv::wire::row_bytes;
+use overfill_types::{KvFormat, KvGeometry, WireFormat};
 
 use crate::error::ModelError;
 
@@ -136,6 +137,33 @@ impl KvCache {
         Ok(())
     }
 
+    /// The same rows as [`wire::encode`](overfill_kv::wire::encode) would give them in `format`, without converting a number;
+    /// `None` where the cache does not hold them in that format in main memory.
+    ///
+    /// # Errors
+    /// [`ModelError::Mismatch`] where the layer or a position is not there.
+    pub fn copy(
+        &self,
+        pool: &Pool,
+        format: WireFormat,
+        layer: usize,
+        blocks: &[BlockId],
+        start: usize,
+        count: usize,
+    ) -> Result<Option<[Vec<u8>; 2]>, ModelError> {
+        self.check_layer(layer)?;
+        self.check(blocks, start + count)?;
+        let same = matches!((self.format, format), (KvFormat::F32, WireFormat::F32) | (KvFormat::F16, WireFormat::F16));
+        let Rows::Host(layers) = &self.rows else { return Ok(None) };
+        if !same {
+            return Ok(None);
+        }
+        let bytes = count * row_bytes(format, &self.geometry);
+        let (mut k, mut v) = (vec![0; bytes], vec![0; bytes]);
+        layers[layer].copy(pool, Run { blocks: BlockId::numbers(blocks), start, tokens: count }, &mut k, &mut v);
+        Ok(Some([k, v]))
+    }
+
     /// Sets keys and values of positions `start..` of a sequence in one layer; `k` and `v` are `[count, kv_heads, head_dim]`.
     ///
     /// # Errors
@@ -239,6 +267,8 @@ fn elsewhere(model: &str, cache: &str) -> ModelError {
 
 #[cfg(test)]
 mod tests {
+    use overfill_kv::wire::encode;
+
     use super::*;
 
     const GEOMETRY: KvGeometry = KvGeometry { layers: 2, kv_heads: 2, head_dim: 4 };
@@ -261,6 +291,28 @@ mod tests {
                 assert!(k.iter().all(|x| *x == 0.0), "the other layer is untouched");
             }
         }
+    }
+
+    #[test]
+    fn a_copy_is_what_would_be_encoded() {
+        let pool = Pool::new(2, &[]).unwrap();
+        let blocks = [BlockId(6), BlockId(1), BlockId(2)];
+        let values = |from: f32| (0..29 * 8).map(|i| from + i as f32 / 7.0).collect::<Vec<_>>();
+        for (format, wire) in [(KvFormat::F32, WireFormat::F32), (KvFormat::F16, WireFormat::F16)] {
+            let mut cache = KvCache::new(GEOMETRY, format, 8, 16, &Device::Cpu).unwrap();
+            cache.write(&pool, 1, &blocks, 10, &values(-9.0), &values(1000.0)).unwrap();
+            let (mut k, mut v) = (Vec::new(), Vec::new());
+            cache.read(1, &blocks, 12, 25, &mut k, &mut v).unwrap();
+            let copied = cache.copy(&pool, wire, 1, &blocks, 12, 25).unwrap().unwrap();
+            assert_eq!(copied, [k, v].map(|rows| encode(wire, &GEOMETRY, &rows).to_vec()));
+            for other in [WireFormat::F32, WireFormat::F16, WireFormat::Bf16, WireFormat::Int8] {
+                assert_eq!(cache.copy(&pool, other, 1, &blocks, 12, 25).unwrap().is_some(), other == wire);
+            }
+            assert!(cache.copy(&pool, wire, 2, &blocks, 12, 25).is_err());
+            assert!(cache.copy(&pool, wire, 1, &blocks, 47, 2).is_err());
+        }
+        let tensors = KvCache::in_tensors(GEOMETRY, KvFormat::F32, 8, 16);
+        assert!(tensors.copy(&pool, WireFormat::F32, 1, &blocks, 12, 25).unwrap().is_none());
     }
 
     #[test]

@@ -1,0 +1,61 @@
+//! The task that carries one handoff's frames to its decode node.
+
+use std::time::Instant;
+
+use overfill_lifecycle::grpc;
+use overfill_proto::v1::decode_client::DecodeClient;
+use overfill_proto::v1::{HandoffDone, KvFrame};
+use overfill_proto::{MAX_MESSAGE, status};
+use overfill_types::{Code, ServiceError};
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+/// When a handoff's parts were there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Times {
+    /// The first frame was given to the push.
+    pub(crate) begun: Instant,
+    /// The full model was through with the prompt.
+    pub(crate) computed: Instant,
+}
+
+/// The push's side of a handoff.
+pub(crate) struct Push {
+    /// `host:port` of the decode node.
+    pub(crate) address: String,
+    pub(crate) frames: mpsc::Receiver<KvFrame>,
+    /// Told with the commit.
+    pub(crate) committed: oneshot::Receiver<Times>,
+    pub(crate) given_up: CancellationToken,
+}
+
+impl Push {
+    /// Pushes until the decode node has acknowledged the whole; `None` where the sender gave up.
+    ///
+    /// # Errors
+    /// What the decode node refused, or [`Code::Unavailable`] where it is gone; the sentence names it.
+    pub(crate) async fn run(self) -> Result<Option<HandoffDone>, ServiceError> {
+        let address = self.address;
+        let peer = format!("decode node {address}");
+        let channel = grpc::channel(&address)
+            .map_err(|_| ServiceError::new(Code::InvalidArgument, format!("'{address}' is no address of a decode node: host:port is")))?;
+        let mut client = DecodeClient::new(channel).max_encoding_message_size(MAX_MESSAGE);
+        let pushed = tokio::select! {
+            pushed = client.push_kv(ReceiverStream::new(self.frames)) => pushed,
+            () = self.given_up.cancelled() => return Ok(None),
+        };
+        let acknowledged = Instant::now();
+        let summary = pushed
+            .map_err(|e| {
+                let error = status::from_status(&e, &peer);
+                ServiceError::new(error.code, format!("the handoff to {peer} failed: {error}"))
+            })?
+            .into_inner();
+        let Ok(Times { begun, computed }) = self.committed.await else {
+            return Err(ServiceError::new(Code::DataLoss, format!("{peer} acknowledged a handoff that was not whole")));
+        };
+        let since = |then: Instant| acknowledged.saturating_duration_since(then).as_micros() as u64;
+        Ok(Some(HandoffDone { frames: summary.frames, bytes: summary.bytes, tail_us: since(computed), transfer_us: since(begun) }))
+    }
+}

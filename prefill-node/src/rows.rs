@@ -1,0 +1,64 @@
+//! Rows on their way out: from the full model's cache, through the KV transform, to the bytes of a frame.
+
+use bytes::Bytes;
+use overfill_kv::{BlockId, wire};
+use overfill_model::{KvCache, ModelError, Pool, Transform};
+use overfill_types::{KvGeometry, WireFormat};
+
+/// Rows of one decode-model layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    /// Layer of the decode model.
+    pub(crate) layer: usize,
+    /// Position of the first token.
+    pub(crate) start: usize,
+    /// How many there are.
+    pub(crate) tokens: usize,
+}
+
+/// Makes rows of the full model's cache into rows of the decode model, as they travel.
+pub(crate) struct Rows {
+    transform: Transform,
+    /// The full model's layer that feeds each of the decode model's.
+    sources: Vec<usize>,
+    /// The decode model's.
+    geometry: KvGeometry,
+    wire: WireFormat,
+    /// Rows that have to be converted, kept so that none allocates.
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Rows {
+    /// From a full model with `layers` layers to a decode model of this geometry.
+    pub(crate) fn new(transform: Transform, layers: usize, geometry: KvGeometry, wire: WireFormat) -> Self {
+        let mut sources = vec![0; geometry.layers];
+        for source in 0..layers {
+            transform.targets(source).iter().for_each(|&target| sources[target] = source);
+        }
+        Self { transform, sources, geometry, wire, k: Vec::new(), v: Vec::new() }
+    }
+
+    /// Decode-model layers that the full model's `layer` feeds.
+    pub(crate) fn targets(&self, layer: usize) -> &[usize] {
+        self.transform.targets(layer)
+    }
+
+    /// Keys and values of a piece of the sequence that has `blocks`, each `[tokens, kv_heads, head_dim]`.
+    ///
+    /// # Errors
+    /// Where the cache does not have them.
+    pub(crate) fn bytes(&mut self, cache: &KvCache, pool: &Pool, blocks: &[BlockId], piece: Piece) -> Result<[Bytes; 2], ModelError> {
+        let Piece { layer, start, tokens } = piece;
+        let source = self.sources[layer];
+        if self.transform.is_copy()
+            && let Some(rows) = cache.copy(pool, self.wire, source, blocks, start, tokens)?
+        {
+            return Ok(rows.map(Bytes::from));
+        }
+        cache.read(source, blocks, start, tokens, &mut self.k, &mut self.v)?;
+        self.transform.apply(pool, layer, &mut self.k)?;
+        self.transform.apply(pool, layer, &mut self.v)?;
+        Ok([&self.k, &self.v].map(|rows| wire::encode(self.wire, &self.geometry, rows)))
+    }
+}
