@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::admission::{Admission, Asked};
-use crate::engine::Command;
+use crate::engine::Commands;
 use crate::receiver;
 use crate::sequence::Sequence;
 
@@ -20,12 +20,12 @@ pub(crate) struct DecodeService {
     id: NodeId,
     model: String,
     admission: Arc<Admission>,
-    commands: flume::Sender<Command>,
+    commands: Commands,
     drain: Drain,
 }
 
 impl DecodeService {
-    pub(crate) fn new(id: NodeId, model: String, admission: Arc<Admission>, commands: flume::Sender<Command>, drain: Drain) -> Self {
+    pub(crate) fn new(id: NodeId, model: String, admission: Arc<Admission>, commands: Commands, drain: Drain) -> Self {
         Self { id, model, admission, commands, drain }
     }
 
@@ -38,6 +38,7 @@ impl DecodeService {
             request: RequestId::new(request.request_id),
             epoch: Epoch(request.epoch),
             prompt: request.prompt,
+            written: request.written,
             sampling: convert::sampling(request.sampling.as_ref(), 0)?,
             stop: convert::stop(request.stop)?,
         };
@@ -53,9 +54,7 @@ impl DecodeService {
         };
         // The channel is empty and its reader is here: it has room.
         let _ = events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }));
-        let sequence = Sequence::new(asked, place, events, patience);
-        let admitted = self.commands.send_async(Command::Admit(Box::new(sequence))).await;
-        admitted.map_err(|_| ServiceError::new(Code::Unavailable, "this decode node is stopping: try another"))?;
+        self.commands.admit(Sequence::new(asked, place, events, patience)).await?;
         Ok(answer)
     }
 }
@@ -95,7 +94,7 @@ impl Decode for DecodeService {
             model: self.model.clone(),
             prefix_queries: 0,
             prefix_hits: 0,
-            preempted: 0,
+            preempted: self.admission.preempted(),
             max_context: self.admission.max_context() as u32,
         }))
     }
