@@ -4,6 +4,9 @@
 //! that are here may grow to their end within the pool's blocks times the overcommit, and while the pool has a block to
 //! spare for each that is here already.
 //!
+//! Whole blocks of a prompt outlive it, and are shared with prompts that begin alike. They hold the full model's keys and
+//! values alone: a block with a token that the decode model has read has no name.
+//!
 //! **Invariants:** a ticket is in the table exactly as long as its sequence lives, and is handed to one push only. Any one
 //! sequence alone can grow to its end.
 
@@ -12,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use overfill_kv::{BlockPool, Expected, Reservation, prompt_digest};
+use overfill_kv::{BlockHash, BlockPool, Expected, Reservation, block_hashes, prompt_digest};
 use overfill_types::{
     Code, Epoch, Fingerprint, KvGeometry, Limits, PairManifest, RequestId, SamplingParams, ServiceError, StopConditions, Ticket, WireFormat,
 };
@@ -41,6 +44,16 @@ pub(crate) struct Admission {
     bounds: Bounds,
     table: Mutex<Table>,
     preempted: AtomicU64,
+    prefixes: Prefixes,
+}
+
+/// Tokens of prompts that were let in, ever.
+#[derive(Default)]
+pub(crate) struct Prefixes {
+    /// That were looked for among the blocks that are here already.
+    pub(crate) queries: AtomicU64,
+    /// Of these, found.
+    pub(crate) hits: AtomicU64,
 }
 
 /// What bounds the sequences of this node.
@@ -83,6 +96,7 @@ impl Admission {
             bounds,
             table: Mutex::default(),
             preempted: AtomicU64::new(0),
+            prefixes: Prefixes::default(),
         }
     }
 
@@ -100,6 +114,7 @@ impl Admission {
             let total = self.pool.total();
             return full(format!("{most} KV blocks are needed, this decode node has {total} in all: ask for fewer tokens"));
         }
+        let names = block_hashes(&self.fingerprint, &asked.prompt, self.pool.block_tokens());
         let mut table = self.lock();
         if let Some(held) = table.held.values_mut().find(|h| h.request == asked.request && !h.superseded) {
             if held.expected.epoch >= asked.epoch {
@@ -125,12 +140,15 @@ impl Admission {
             ));
         }
         let tokens = asked.prompt.len() + asked.written.len().max(1);
-        let reservation = self.pool.reserve(&[], tokens).or_else(|none| full(format!("{none}: try another node, or later")))?;
+        let reservation = self.pool.reserve(&names, tokens).or_else(|none| full(format!("{none}: try another node, or later")))?;
         // Each of the others will need a block some time: one that is taken now would be taken away again at once.
         let free = self.pool.free();
         if free < others {
             return full(format!("{free} KV blocks would be left for {others} sequences that grow: try another node, or later"));
         }
+        let held_tokens = reservation.shared_tokens();
+        self.prefixes.queries.fetch_add(asked.prompt.len() as u64, Ordering::Relaxed);
+        self.prefixes.hits.fetch_add(held_tokens as u64, Ordering::Relaxed);
         let ticket = Ticket::new(uuid::Uuid::new_v4().to_string());
         let expected = Expected {
             fingerprint: self.fingerprint.clone(),
@@ -139,13 +157,13 @@ impl Admission {
             geometry: self.geometry,
             wire: self.wire,
             prompt_tokens: asked.prompt.len(),
-            held_tokens: 0,
+            held_tokens,
             prompt_digest: prompt_digest(&asked.prompt),
         };
         let held = Held { request: asked.request.clone(), expected, most, claimed: false, superseded: false };
         table.held.insert(ticket.clone(), held);
         table.admitted += 1;
-        Ok(Place { ticket, number: table.admitted, reservation, admission: self.clone() })
+        Ok(Place { ticket, number: table.admitted, reservation, names, admission: self.clone() })
     }
 
     fn check_written(&self, asked: &Asked) -> Result<(), ServiceError> {
@@ -210,6 +228,11 @@ impl Admission {
         self.preempted.load(Ordering::Relaxed)
     }
 
+    /// What was found of prompts that begin alike.
+    pub(crate) fn prefixes(&self) -> &Prefixes {
+        &self.prefixes
+    }
+
     /// The pool that they hold blocks of.
     pub(crate) fn pool(&self) -> &BlockPool {
         &self.pool
@@ -255,6 +278,8 @@ pub(crate) struct Place {
     /// Its number among all that were let in: a younger sequence has a greater one.
     pub(crate) number: u64,
     pub(crate) reservation: Reservation,
+    /// Of the blocks that the prompt fills to their end.
+    names: Vec<BlockHash>,
     admission: Arc<Admission>,
 }
 
@@ -262,6 +287,11 @@ impl Place {
     /// Whether a newer attempt has taken it.
     pub(crate) fn superseded(&self) -> bool {
         self.admission.superseded(&self.ticket)
+    }
+
+    /// The whole handoff is in its blocks: those of the prompt are shared from now on with prompts that begin alike.
+    pub(crate) fn keep(&self) {
+        self.reservation.keep(&self.names);
     }
 
     /// Counts that it was taken away.

@@ -206,7 +206,10 @@ impl Loop {
             return Err(ServiceError::new(Code::Stale, format!("the reservation of {ticket} was given up before its KV cache was whole")));
         };
         match sequence.begin(first, &self.engine.settings.eos) {
-            Ok(None) => self.running.push(sequence),
+            Ok(None) => {
+                sequence.place.keep();
+                self.running.push(sequence);
+            }
             Ok(Some(reason)) => sequence.finish(reason),
             Err(error) => {
                 sequence.fail(&error);

@@ -1,6 +1,7 @@
 //! The decode node's gRPC service.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use overfill_lifecycle::Drain;
 use overfill_proto::v1::decode_server::Decode;
@@ -49,7 +50,7 @@ impl DecodeService {
         let reserved = Reserved {
             ticket: place.ticket.to_string(),
             epoch: asked.epoch.0,
-            held_tokens: 0,
+            held_tokens: place.reservation.shared_tokens() as u32,
             expires_in_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
         };
         // The channel is empty and its reader is here: it has room.
@@ -80,6 +81,7 @@ impl Decode for DecodeService {
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
         let pool = self.admission.pool();
+        let prefixes = self.admission.prefixes();
         let sequences = self.admission.sequences() as u32;
         Ok(Response::new(NodeStatus {
             node_id: self.id.to_string(),
@@ -92,8 +94,8 @@ impl Decode for DecodeService {
             blocks_free: pool.free() as u64,
             block_tokens: pool.block_tokens() as u32,
             model: self.model.clone(),
-            prefix_queries: 0,
-            prefix_hits: 0,
+            prefix_queries: prefixes.queries.load(Ordering::Relaxed),
+            prefix_hits: prefixes.hits.load(Ordering::Relaxed),
             preempted: self.admission.preempted(),
             max_context: self.admission.max_context() as u32,
         }))
