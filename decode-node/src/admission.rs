@@ -1,12 +1,21 @@
-//! Who may come in: blocks for all that a sequence may need are reserved before any prefill, or it is refused at once.
+//! Who may come in: blocks for the prompt are reserved before any prefill, or the sequence is refused at once.
 //!
-//! **Invariant:** a ticket is in the table exactly as long as its sequence lives, and is handed to one push only.
+//! The blocks of the answer are taken as it grows. So that this ends well for most, a sequence is let in only while all
+//! that are here may grow to their end within the pool's blocks times the overcommit, and while the pool has a block to
+//! spare for each that is here already.
+//!
+//! Whole blocks of a prompt outlive it, and are shared with prompts that begin alike. They hold the full model's keys and
+//! values alone: a block with a token that the decode model has read has no name.
+//!
+//! **Invariants:** a ticket is in the table exactly as long as its sequence lives, and is handed to one push only. Any one
+//! sequence alone can grow to its end.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use overfill_kv::{BlockPool, Expected, Reservation, prompt_digest};
+use overfill_kv::{BlockHash, BlockPool, Expected, Reservation, block_hashes, prompt_digest};
 use overfill_types::{
     Code, Epoch, Fingerprint, KvGeometry, Limits, PairManifest, RequestId, SamplingParams, ServiceError, StopConditions, Ticket, WireFormat,
 };
@@ -20,6 +29,8 @@ pub(crate) struct Asked {
     pub(crate) request: RequestId,
     pub(crate) epoch: Epoch,
     pub(crate) prompt: Vec<u32>,
+    /// Tokens of the answer that were written before, elsewhere.
+    pub(crate) written: Vec<u32>,
     pub(crate) sampling: SamplingParams,
     pub(crate) stop: StopConditions,
 }
@@ -30,20 +41,44 @@ pub(crate) struct Admission {
     wire: WireFormat,
     limits: Limits,
     pool: BlockPool,
-    max_sequences: usize,
-    reservation_timeout: Duration,
+    bounds: Bounds,
     table: Mutex<Table>,
+    preempted: AtomicU64,
+    prefixes: Prefixes,
+}
+
+/// Tokens of prompts that were let in, ever.
+#[derive(Default)]
+pub(crate) struct Prefixes {
+    /// That were looked for among the blocks that are here already.
+    pub(crate) queries: AtomicU64,
+    /// Of these, found.
+    pub(crate) hits: AtomicU64,
+}
+
+/// What bounds the sequences of this node.
+pub(crate) struct Bounds {
+    /// Most sequences at a time.
+    pub(crate) sequences: usize,
+    /// Blocks that all of them together may come to need.
+    pub(crate) blocks: usize,
+    /// How long a sequence waits for the next frame of its KV cache.
+    pub(crate) reservation_timeout: Duration,
 }
 
 #[derive(Default)]
 struct Table {
     held: HashMap<Ticket, Held>,
     ended: VecDeque<Ticket>,
+    /// Sequences that were let in, ever.
+    admitted: u64,
 }
 
 struct Held {
     request: RequestId,
     expected: Expected,
+    /// Blocks that it may come to need in all.
+    most: usize,
     /// A push stream has taken it.
     claimed: bool,
     /// A newer attempt at the same request has come.
@@ -51,20 +86,21 @@ struct Held {
 }
 
 impl Admission {
-    pub(crate) fn new(manifest: &PairManifest, limits: Limits, pool: BlockPool, max_sequences: u32, reservation_timeout: Duration) -> Self {
+    pub(crate) fn new(manifest: &PairManifest, limits: Limits, pool: BlockPool, bounds: Bounds) -> Self {
         Self {
             fingerprint: manifest.fingerprint.clone(),
             geometry: manifest.decode.kv,
             wire: manifest.kv_formats.wire,
             limits,
             pool,
-            max_sequences: max_sequences as usize,
-            reservation_timeout,
+            bounds,
             table: Mutex::default(),
+            preempted: AtomicU64::new(0),
+            prefixes: Prefixes::default(),
         }
     }
 
-    /// Holds blocks for all that `asked` may need.
+    /// Holds blocks for the prompt and what was written of the answer, and one token more.
     ///
     /// # Errors
     /// [`Code::Mismatch`] for another pair, [`Code::InvalidArgument`], [`Code::Stale`] for an attempt that is not newer than the
@@ -72,6 +108,13 @@ impl Admission {
     pub(crate) fn admit(self: &Arc<Self>, asked: &Asked) -> Result<Place, ServiceError> {
         self.check_pair(&asked.fingerprint)?;
         self.limits.check(&asked.prompt, &asked.stop)?;
+        self.check_written(asked)?;
+        let most = (asked.prompt.len() + asked.stop.max_tokens).div_ceil(self.pool.block_tokens());
+        if most > self.pool.total() {
+            let total = self.pool.total();
+            return full(format!("{most} KV blocks are needed, this decode node has {total} in all: ask for fewer tokens"));
+        }
+        let names = block_hashes(&self.fingerprint, &asked.prompt, self.pool.block_tokens());
         let mut table = self.lock();
         if let Some(held) = table.held.values_mut().find(|h| h.request == asked.request && !h.superseded) {
             if held.expected.epoch >= asked.epoch {
@@ -85,13 +128,27 @@ impl Admission {
             }
             held.superseded = true;
         }
-        if table.held.len() >= self.max_sequences {
-            let message = format!("this decode node holds {} sequences, its most: try another node, or later", table.held.len());
-            return Err(ServiceError::new(Code::ResourceExhausted, message));
+        let others = table.held.len();
+        if others >= self.bounds.sequences {
+            return full(format!("this decode node holds {others} sequences, its most: try another node, or later"));
         }
-        let reservation = self.pool.reserve(&[], asked.prompt.len() + asked.stop.max_tokens).map_err(|full| {
-            ServiceError::new(Code::ResourceExhausted, format!("{full}: ask for fewer tokens, or try another node or later"))
-        })?;
+        let promised: usize = table.held.values().filter(|h| !h.superseded).map(|h| h.most).sum();
+        if promised + most > self.bounds.blocks {
+            return full(format!(
+                "{most} KV blocks may be needed, beside {promised} for the sequences that are here already, and this decode node takes on {} in all: ask for fewer tokens, or try another node or later",
+                self.bounds.blocks
+            ));
+        }
+        let tokens = asked.prompt.len() + asked.written.len().max(1);
+        let reservation = self.pool.reserve(&names, tokens).or_else(|none| full(format!("{none}: try another node, or later")))?;
+        // Each of the others will need a block some time: one that is taken now would be taken away again at once.
+        let free = self.pool.free();
+        if free < others {
+            return full(format!("{free} KV blocks would be left for {others} sequences that grow: try another node, or later"));
+        }
+        let held_tokens = reservation.shared_tokens();
+        self.prefixes.queries.fetch_add(asked.prompt.len() as u64, Ordering::Relaxed);
+        self.prefixes.hits.fetch_add(held_tokens as u64, Ordering::Relaxed);
         let ticket = Ticket::new(uuid::Uuid::new_v4().to_string());
         let expected = Expected {
             fingerprint: self.fingerprint.clone(),
@@ -100,11 +157,28 @@ impl Admission {
             geometry: self.geometry,
             wire: self.wire,
             prompt_tokens: asked.prompt.len(),
-            held_tokens: 0,
+            held_tokens,
             prompt_digest: prompt_digest(&asked.prompt),
         };
-        table.held.insert(ticket.clone(), Held { request: asked.request.clone(), expected, claimed: false, superseded: false });
-        Ok(Place { ticket, reservation, admission: self.clone() })
+        let held = Held { request: asked.request.clone(), expected, most, claimed: false, superseded: false };
+        table.held.insert(ticket.clone(), held);
+        table.admitted += 1;
+        Ok(Place { ticket, number: table.admitted, reservation, names, admission: self.clone() })
+    }
+
+    fn check_written(&self, asked: &Asked) -> Result<(), ServiceError> {
+        let Asked { written, stop, .. } = asked;
+        let refuse = |message: String| Err(ServiceError::new(Code::InvalidArgument, message));
+        if !written.is_empty() && written.len() >= stop.max_tokens {
+            return refuse(format!("{} tokens are written and max_tokens is {}: nothing is left to write", written.len(), stop.max_tokens));
+        }
+        match written.iter().enumerate().find(|(_, id)| **id as usize >= self.limits.vocab_size) {
+            Some((i, id)) => refuse(format!(
+                "token id {id} at place {i} of written is out of range: the vocabulary has {} tokens",
+                self.limits.vocab_size
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Gives a ticket to the one push that may use it.
@@ -149,6 +223,16 @@ impl Admission {
         self.lock().held.values().filter(|h| h.claimed).count()
     }
 
+    /// Sequences that lost their blocks to older ones, ever.
+    pub(crate) fn preempted(&self) -> u64 {
+        self.preempted.load(Ordering::Relaxed)
+    }
+
+    /// What was found of prompts that begin alike.
+    pub(crate) fn prefixes(&self) -> &Prefixes {
+        &self.prefixes
+    }
+
     /// The pool that they hold blocks of.
     pub(crate) fn pool(&self) -> &BlockPool {
         &self.pool
@@ -163,7 +247,7 @@ impl Admission {
     }
 
     pub(crate) fn reservation_timeout(&self) -> Duration {
-        self.reservation_timeout
+        self.bounds.reservation_timeout
     }
 
     fn check_pair(&self, got: &Fingerprint) -> Result<(), ServiceError> {
@@ -184,10 +268,18 @@ impl Admission {
     }
 }
 
+fn full<T>(message: String) -> Result<T, ServiceError> {
+    Err(ServiceError::new(Code::ResourceExhausted, message))
+}
+
 /// A sequence's place on this node: its ticket and its blocks. Dropping it gives both back.
 pub(crate) struct Place {
     pub(crate) ticket: Ticket,
+    /// Its number among all that were let in: a younger sequence has a greater one.
+    pub(crate) number: u64,
     pub(crate) reservation: Reservation,
+    /// Of the blocks that the prompt fills to their end.
+    names: Vec<BlockHash>,
     admission: Arc<Admission>,
 }
 
@@ -195,6 +287,16 @@ impl Place {
     /// Whether a newer attempt has taken it.
     pub(crate) fn superseded(&self) -> bool {
         self.admission.superseded(&self.ticket)
+    }
+
+    /// The whole handoff is in its blocks: those of the prompt are shared from now on with prompts that begin alike.
+    pub(crate) fn keep(&self) {
+        self.reservation.keep(&self.names);
+    }
+
+    /// Counts that it was taken away.
+    pub(crate) fn count_preempted(&self) {
+        self.admission.preempted.fetch_add(1, Ordering::Relaxed);
     }
 }
 

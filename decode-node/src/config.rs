@@ -38,6 +38,10 @@ pub struct DecodeConfig {
     /// Most sequences in one decode step
     #[arg(long, env = "OVERFILL_MAX_BATCH", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_batch: u32,
+    /// How many times over the KV cache's blocks are promised, 1 or more: 1 means that no running sequence is ever preempted
+    // Most answers end long before max_tokens; those that then find no block are preempted, and go on later or elsewhere.
+    #[arg(long, env = "OVERFILL_KV_OVERCOMMIT", default_value_t = 2.0, value_parser = parse_overcommit)]
+    pub kv_overcommit: f64,
     /// Seconds that a reservation is held without a frame of its KV cache
     #[arg(long, env = "OVERFILL_RESERVATION_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub reservation_timeout: u64,
@@ -47,5 +51,26 @@ impl DecodeConfig {
     /// How long a reservation is held without a frame.
     pub fn reservation_timeout(&self) -> Duration {
         Duration::from_secs(self.reservation_timeout)
+    }
+}
+
+fn parse_overcommit(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(ratio) if (1.0..=1e6).contains(&ratio) => Ok(ratio),
+        _ => Err(format!("'{text}' is no overcommit: write a ratio from 1 on")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overcommit_is_one_or_more() {
+        assert_eq!(parse_overcommit("1"), Ok(1.0));
+        assert_eq!(parse_overcommit("2.5"), Ok(2.5));
+        for text in ["", "x", "0.9", "-2", "NaN", "inf"] {
+            assert!(parse_overcommit(text).is_err(), "{text}");
+        }
     }
 }

@@ -1,37 +1,106 @@
 //! The engine: a thread of its own that owns the model, the KV cache and all sequences.
 //!
 //! Between two steps it takes what came in (admissions, rows of KV, commits, failures) and lets go of what nobody waits for.
-//! A step is one forward pass of the decode model over one token of every running sequence.
+//! A step is one forward pass of the decode model over one token of every running sequence, or over several of one whose
+//! answer was begun elsewhere and is read again.
+//!
+//! **Invariants:** the oldest sequence is never preempted, so something always goes on. Running sequences wait for the rows of
+//! others [`ROWS_TIME`] a step, and for one frame more at most.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use overfill_kv::{BlockId, wire};
+use overfill_kv::BlockId;
 use overfill_lifecycle::Drain;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Workspace};
+use overfill_model::cache::WireRows;
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Sampled, Workspace};
 use overfill_types::{Code, ServiceError, Ticket, WireFormat};
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use crate::sequence::{Sequence, State};
+use crate::sequence::Sequence;
 
-/// Commands on their way to the engine. Each row frame is at most 4 MiB, so this bounds what waits in memory.
+/// Commands on their way to the engine, which takes them all before each step. They are small, but for the rows.
 const COMMANDS: usize = 64;
+/// Frames that wait for the engine, of 4 MiB at most and 1 MiB as they are sent: enough that it never waits for the network
+/// between two, and little memory. Their senders wait.
+const FRAMES: usize = 8;
+/// How long rows are written between two steps: what a step is late by at most, but for one frame.
+const ROWS_TIME: Duration = Duration::from_millis(1);
+/// Most tokens that one step reads again of answers that are resumed: some two or three times what a step takes without.
+const REPLAY_TOKENS: usize = 64;
 /// How often an idle engine looks for sequences that nobody waits for, and whether it is to end.
 const SWEEP: Duration = Duration::from_millis(20);
 
 /// What the engine is told.
-pub(crate) enum Command {
+enum Command {
     /// A sequence waits for its KV cache.
     Admit(Box<Sequence>),
-    /// Checked rows of one layer, `[tokens, kv_heads, head_dim]` each, as they came over the wire.
-    Rows { ticket: Ticket, layer: usize, start: usize, k: Bytes, v: Bytes },
-    /// The handoff is whole. Answered when the sequence runs, or with why it does not.
-    Start { ticket: Ticket, first: u32, answer: oneshot::Sender<Result<(), ServiceError>> },
+    /// The next of its handoff.
+    Handoff(Ticket, Part),
     /// The handoff broke.
-    Fail { ticket: Ticket, error: ServiceError },
+    Fail(Ticket, ServiceError),
+}
+
+/// What a handoff consists of; it is taken in order.
+enum Part {
+    Rows(Rows, OwnedSemaphorePermit),
+    /// The handoff is whole. Answered when the sequence runs, or with why it does not.
+    Start {
+        first: u32,
+        answer: oneshot::Sender<Result<(), ServiceError>>,
+    },
+}
+
+/// Checked rows of one layer, `[tokens, kv_heads, head_dim]` each, as they came over the wire.
+pub(crate) struct Rows {
+    pub(crate) layer: usize,
+    pub(crate) start: usize,
+    pub(crate) k: Bytes,
+    pub(crate) v: Bytes,
+}
+
+/// The way to the engine. Each call waits until the engine has room for it; each error is that the node is stopping.
+#[derive(Clone)]
+pub(crate) struct Commands {
+    sender: flume::Sender<Command>,
+    frames: Arc<Semaphore>,
+}
+
+impl Commands {
+    /// A sequence waits for its KV cache.
+    pub(crate) async fn admit(&self, sequence: Sequence) -> Result<(), ServiceError> {
+        self.send(Command::Admit(Box::new(sequence))).await
+    }
+
+    /// A frame of its rows.
+    pub(crate) async fn rows(&self, ticket: Ticket, rows: Rows) -> Result<(), ServiceError> {
+        let permit = self.frames.clone().acquire_owned().await.map_err(|_| stopping())?;
+        self.send(Command::Handoff(ticket, Part::Rows(rows, permit))).await
+    }
+
+    /// The handoff is whole, the full model's first token is `first`. Returns when the sequence runs, or why it does not.
+    pub(crate) async fn start(&self, ticket: Ticket, first: u32) -> Result<(), ServiceError> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Command::Handoff(ticket, Part::Start { first, answer })).await?;
+        answered.await.map_err(|_| stopping())?
+    }
+
+    /// The handoff broke.
+    pub(crate) async fn fail(&self, ticket: Ticket, error: ServiceError) -> Result<(), ServiceError> {
+        self.send(Command::Fail(ticket, error)).await
+    }
+
+    async fn send(&self, command: Command) -> Result<(), ServiceError> {
+        self.sender.send_async(command).await.map_err(|_| stopping())
+    }
+}
+
+fn stopping() -> ServiceError {
+    ServiceError::new(Code::Unavailable, "this decode node is stopping: try another")
 }
 
 pub(crate) struct Settings {
@@ -55,41 +124,45 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    /// Starts the thread; it ends when `end` is given, or when all senders of commands are gone.
-    pub(crate) fn start(self, end: Drain) -> std::io::Result<(flume::Sender<Command>, JoinHandle<()>)> {
+    /// Starts the thread; it ends when `end` is given, or when nobody can send commands any more.
+    pub(crate) fn start(self, end: Drain) -> std::io::Result<(Commands, JoinHandle<()>)> {
         let (sender, commands) = flume::bounded(COMMANDS);
         let thread = std::thread::Builder::new().name("decode-engine".into()).spawn(move || {
             Pool::pin_caller(&self.settings.cpus);
-            let (k, v) = (Vec::new(), Vec::new());
-            Loop { engine: self, waiting: HashMap::new(), running: Vec::new(), turn: 0, k, v }.run(&commands, &end);
+            Loop { engine: self, waiting: HashMap::new(), running: Vec::new(), parts: VecDeque::new() }.run(&commands, &end);
         })?;
-        Ok((sender, thread))
+        Ok((Commands { sender, frames: Arc::new(Semaphore::new(FRAMES)) }, thread))
     }
 }
 
 struct Loop {
     engine: Engine,
     waiting: HashMap<Ticket, Sequence>,
+    /// Those that wait longest for their turn first.
     running: Vec<Sequence>,
-    /// Where the next step's batch begins, so that all get their turn when there are more than fit.
-    turn: usize,
-    /// Rows of the frame that is being written, kept so that none allocates.
-    k: Vec<f32>,
-    v: Vec<f32>,
+    /// What came of handoffs and was not looked at yet.
+    parts: VecDeque<(Ticket, Part)>,
 }
 
 impl Loop {
     fn run(mut self, commands: &flume::Receiver<Command>, end: &Drain) {
         while !end.draining() {
-            if self.running.is_empty() {
+            if self.running.is_empty() && self.parts.is_empty() {
                 match commands.recv_timeout(SWEEP) {
                     Ok(command) => self.take(command),
                     Err(flume::RecvTimeoutError::Timeout) => {}
                     Err(flume::RecvTimeoutError::Disconnected) => return,
                 }
             }
-            while let Ok(command) = commands.try_recv() {
-                self.take(command);
+            let late = Instant::now() + ROWS_TIME;
+            loop {
+                // All of them: a permit for each frame bounds what waits in `parts`.
+                commands.try_iter().for_each(|command| self.take(command));
+                let Some((ticket, part)) = self.parts.pop_front() else { break };
+                self.go_on(&ticket, part);
+                if Instant::now() >= late {
+                    break;
+                }
             }
             self.sweep();
             self.step();
@@ -101,29 +174,30 @@ impl Loop {
             Command::Admit(sequence) => {
                 self.waiting.insert(sequence.place.ticket.clone(), *sequence);
             }
-            Command::Rows { ticket, layer, start, k, v } => {
+            Command::Handoff(ticket, part) => self.parts.push_back((ticket, part)),
+            Command::Fail(ticket, error) => self.fail(&ticket, &error),
+        }
+    }
+
+    fn go_on(&mut self, ticket: &Ticket, part: Part) {
+        match part {
+            Part::Rows(rows, _permit) => {
                 // A sequence that is gone by now needs no rows.
-                let Some(sequence) = self.waiting.get_mut(&ticket) else { return };
+                let Some(sequence) = self.waiting.get_mut(ticket) else { return };
+                // Frames come: the sender lives. The same patience again.
+                sequence.until = Instant::now() + self.engine.settings.patience;
                 let Engine { cache, workspace, settings, .. } = &mut self.engine;
-                let geometry = cache.geometry();
-                // The assembler saw that both are whole rows.
-                wire::decode(settings.wire, &geometry, &k, &mut self.k);
-                wire::decode(settings.wire, &geometry, &v, &mut self.v);
-                let written = cache.write(workspace.pool(), layer, blocks(sequence), start, &self.k, &self.v);
-                if let State::Waiting { until } = &mut sequence.state {
-                    // Frames come: the sender lives. The same patience again.
-                    *until = Instant::now() + self.engine.settings.patience;
-                }
-                if let Err(error) = written {
-                    self.fail(&ticket, &internal(&error));
+                let Rows { layer, start, k, v } = &rows;
+                let rows = WireRows { format: settings.wire, start: *start, k, v };
+                if let Err(error) = cache.write_wire(workspace.pool(), *layer, blocks(sequence), rows) {
+                    self.fail(ticket, &internal(&error));
                 }
             }
-            Command::Start { ticket, first, answer } => {
-                let started = self.start(&ticket, first);
+            Part::Start { first, answer } => {
+                let started = self.start(ticket, first);
                 // The push may have gone meanwhile; the sequence runs all the same.
                 let _ = answer.send(started);
             }
-            Command::Fail { ticket, error } => self.fail(&ticket, &error),
         }
     }
 
@@ -132,8 +206,15 @@ impl Loop {
             return Err(ServiceError::new(Code::Stale, format!("the reservation of {ticket} was given up before its KV cache was whole")));
         };
         match sequence.begin(first, &self.engine.settings.eos) {
-            Some(reason) => sequence.finish(reason),
-            None => self.running.push(sequence),
+            Ok(None) => {
+                sequence.place.keep();
+                self.running.push(sequence);
+            }
+            Ok(Some(reason)) => sequence.finish(reason),
+            Err(error) => {
+                sequence.fail(&error);
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -153,7 +234,7 @@ impl Loop {
         let over: Vec<Ticket> = self
             .waiting
             .iter()
-            .filter(|(_, s)| s.abandoned() || s.place.superseded() || matches!(s.state, State::Waiting { until } if until <= now))
+            .filter(|(_, s)| s.abandoned() || s.place.superseded() || s.until <= now)
             .map(|(ticket, _)| ticket.clone())
             .collect();
         for ticket in over {
@@ -168,63 +249,109 @@ impl Loop {
         }
     }
 
-    /// One forward pass over one token of each sequence of the batch.
+    /// One forward pass over what each sequence of the batch reads next.
     fn step(&mut self) {
         if self.running.is_empty() {
             return;
         }
         let size = self.running.len().min(self.engine.settings.max_batch as usize);
-        let first = self.turn % self.running.len();
-        self.running.rotate_left(first);
-        self.turn = if size < self.running.len() { size } else { 0 };
-
-        let inputs: Vec<([u32; 1], usize)> = self.running[..size]
-            .iter()
-            .map(|s| match s.state {
-                State::Running { last, written } => ([last], s.prompt_tokens + written - 1),
-                State::Waiting { .. } => ([0], 0),
-            })
-            .collect();
+        let mut batch: Vec<Sequence> = self.running.drain(..size).collect();
+        if !self.make_room(&mut batch) {
+            // A block that this sequence needs is in the hands of one that is not known here yet: its command is on its way.
+            self.running.append(&mut batch);
+            return std::thread::yield_now();
+        }
+        let mut replay = REPLAY_TOKENS;
+        let mut counts = Vec::with_capacity(batch.len());
+        // Where the budget is spent, the rest of those that read again wait for the next step.
+        self.running.extend(batch.extract_if(.., |sequence| {
+            let count = sequence.due(replay).len();
+            if count > 1 {
+                replay -= count;
+            }
+            if count > 0 {
+                counts.push(count);
+            }
+            count == 0
+        }));
         let Engine { model, cache, workspace, settings } = &mut self.engine;
         // Whatever a forward pass does wrong ends the sequences of its batch, not the node.
-        let computed = catch_unwind(AssertUnwindSafe(|| {
-            let chunks: Vec<Chunk<'_>> = self.running[..size]
-                .iter()
-                .zip(&inputs)
-                .map(|(s, (tokens, start))| Chunk { tokens, start: *start, blocks: blocks(s), logits: true })
-                .collect();
-            model.forward(&chunks, cache, workspace, &mut |_, _, _| Ok(()))?;
-            let samplers = self.running[..size].iter_mut().zip(&inputs).map(|(s, (_, start))| (&mut s.sampler, start + 1));
-            Ok(workspace.sample(samplers))
-        }));
-        let sampled = match computed {
-            Ok(Ok(sampled)) => sampled,
-            Ok(Err(error)) => return self.fail_batch(size, &internal(&error)),
-            Err(_) => return self.fail_batch(size, &ServiceError::new(Code::Internal, "the decode step panicked; the node goes on")),
+        let computed = catch_unwind(AssertUnwindSafe(|| forward(model, cache, workspace, &mut batch, &counts)));
+        let error = match computed {
+            Ok(Ok(sampled)) => {
+                let mut sampled = sampled.into_iter();
+                for (mut sequence, count) in batch.into_iter().zip(counts) {
+                    if !sequence.writes_after(count) {
+                        sequence.read(count);
+                        self.running.push(sequence);
+                    } else if let Some(sampled) = sampled.next() {
+                        match sequence.wrote(&sampled, &settings.eos) {
+                            Some(reason) => sequence.finish(reason),
+                            None => self.running.push(sequence),
+                        }
+                    }
+                }
+                return;
+            }
+            Ok(Err(error)) => internal(&error),
+            Err(_) => ServiceError::new(Code::Internal, "the decode step panicked; the node goes on"),
         };
+        tracing::error!(%error, sequences = batch.len(), "decode step failed");
+        batch.into_iter().for_each(|s| s.fail(&error));
+    }
 
-        let batch: Vec<Sequence> = self.running.drain(..size).collect();
-        let mut going_on = Vec::with_capacity(size);
-        for (mut sequence, sampled) in batch.into_iter().zip(sampled) {
-            let State::Running { written, .. } = sequence.state else { continue };
-            match sequence.wrote(&sampled, written, &settings.eos) {
-                Some(reason) => sequence.finish(reason),
-                None => going_on.push(sequence),
+    /// Takes the blocks that the next step writes to, for the oldest sequence first; where there is none, the youngest of all
+    /// gives up its own. False where the only sequence finds none.
+    fn make_room(&mut self, batch: &mut Vec<Sequence>) -> bool {
+        let mut numbers: Vec<u64> = batch.iter().map(|s| s.place.number).collect();
+        numbers.sort_unstable();
+        for number in numbers {
+            // It may have been the youngest.
+            while let Some(sequence) = batch.iter_mut().find(|s| s.place.number == number) {
+                if sequence.grow() {
+                    break;
+                }
+                let all = || batch.iter().chain(&self.running).chain(self.waiting.values()).map(|s| s.place.number);
+                let (oldest, youngest) = (all().min(), all().max());
+                if oldest == youngest {
+                    return false;
+                }
+                let youngest = |s: &mut Sequence| Some(s.place.number) == youngest;
+                let preempted = batch.extract_if(.., youngest).chain(self.running.extract_if(.., youngest));
+                preempted.chain(self.waiting.extract_if(|_, s| youngest(s)).map(|(_, s)| s)).for_each(preempt);
             }
         }
-        self.turn = self.turn.min(going_on.len());
-        going_on.append(&mut self.running);
-        self.running = going_on;
+        true
     }
+}
 
-    fn fail_batch(&mut self, size: usize, error: &ServiceError) {
-        tracing::error!(%error, sequences = size, "decode step failed");
-        self.running.drain(..size).for_each(|s| s.fail(error));
-    }
+/// One forward pass over the next tokens of each sequence, so many. Gives a token for each that has read all that is written.
+fn forward(
+    model: &Llama,
+    cache: &mut KvCache,
+    workspace: &mut Workspace,
+    batch: &mut [Sequence],
+    counts: &[usize],
+) -> Result<Vec<Sampled>, ModelError> {
+    let chunk = |(s, count): (_, &usize)| {
+        let s: &Sequence = s;
+        Chunk { tokens: s.due(*count), start: s.cached, blocks: blocks(s), logits: s.writes_after(*count) }
+    };
+    let chunks: Vec<Chunk<'_>> = batch.iter().zip(counts).map(chunk).collect();
+    model.forward(&chunks, cache, workspace, &mut |_, _, _| Ok(()))?;
+    let writing = batch.iter_mut().zip(counts).filter(|(s, count)| s.writes_after(**count));
+    let samplers: Vec<_> = writing.map(|(s, _)| (s.next_position(), &mut s.sampler)).map(|(at, sampler)| (sampler, at)).collect();
+    Ok(if samplers.is_empty() { Vec::new() } else { workspace.sample(samplers) })
 }
 
 fn blocks(sequence: &Sequence) -> &[BlockId] {
     sequence.place.reservation.blocks()
+}
+
+fn preempt(sequence: Sequence) {
+    sequence.place.count_preempted();
+    let message = format!("the blocks of reservation {} went to an older sequence: go on later, or elsewhere", sequence.place.ticket);
+    sequence.fail(&ServiceError::new(Code::Preempted, message));
 }
 
 fn supersede(sequence: Sequence) {

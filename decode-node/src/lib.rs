@@ -1,7 +1,8 @@
 //! The decode node: holds the decode model, writes answers.
 //!
 //! A request is admitted (`admission`: blocks are reserved or it is refused), waits for its KV cache (`receiver`), then runs
-//! in the engine's batch until it ends (`engine`). Whatever ends it, dropping its sequence frees its blocks.
+//! in the engine's batch until it ends (`engine`), or until an older sequence needs its blocks. Whatever ends it, dropping
+//! its sequence frees its blocks.
 
 mod admission;
 pub mod config;
@@ -24,7 +25,7 @@ use overfill_types::{Limits, NodeId, NodeInfo, Role};
 use tokio::net::TcpListener;
 use tonic::service::Routes;
 
-use crate::admission::Admission;
+use crate::admission::{Admission, Bounds};
 use crate::engine::{Engine, Settings};
 use crate::service::DecodeService;
 
@@ -55,7 +56,12 @@ pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discove
 
     let pool = BlockPool::new(blocks, config.node.block_tokens as usize);
     let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
-    let admission = Arc::new(Admission::new(&manifest, limits, pool, config.max_sequences, config.reservation_timeout()));
+    let bounds = Bounds {
+        sequences: config.max_sequences as usize,
+        blocks: (pool.total() as f64 * config.kv_overcommit) as usize,
+        reservation_timeout: config.reservation_timeout(),
+    };
+    let admission = Arc::new(Admission::new(&manifest, limits, pool, bounds));
     let settings = Settings {
         eos: manifest.tokenizer.eos_token_ids.clone(),
         max_batch: config.max_batch,

@@ -6,12 +6,11 @@ use overfill_kv::{Assembler, RowsHeader};
 use overfill_proto::v1::{KvFrame, PushSummary, kv_frame};
 use overfill_proto::{MAX_FRAME_PAYLOAD, convert, status};
 use overfill_types::{Code, Epoch, Fingerprint, ServiceError, Ticket};
-use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tonic::Streaming;
 
 use crate::admission::Admission;
-use crate::engine::Command;
+use crate::engine::{Commands, Rows};
 
 /// Takes one handoff.
 ///
@@ -19,7 +18,7 @@ use crate::engine::Command;
 /// The first thing that was wrong; the sequence that waited for it has been told.
 pub(crate) async fn receive(
     admission: &Admission,
-    commands: &flume::Sender<Command>,
+    commands: &Commands,
     frames: &mut Streaming<KvFrame>,
 ) -> Result<PushSummary, ServiceError> {
     let patience = admission.reservation_timeout();
@@ -32,7 +31,7 @@ pub(crate) async fn receive(
     let taken = take(Assembler::new(expected), first, commands, frames, patience).await;
     guard.armed = false;
     if let Err(error) = &taken {
-        send(commands, Command::Fail { ticket, error: error.clone() }).await?;
+        commands.fail(ticket, error.clone()).await?;
     }
     taken
 }
@@ -40,7 +39,7 @@ pub(crate) async fn receive(
 async fn take(
     mut assembler: Assembler,
     first: KvFrame,
-    commands: &flume::Sender<Command>,
+    commands: &Commands,
     frames: &mut Streaming<KvFrame>,
     patience: Duration,
 ) -> Result<PushSummary, ServiceError> {
@@ -66,13 +65,11 @@ async fn take(
                 assembler.rows(&header, &rows.k, &rows.v, rows.checksum)?;
                 summary.frames += 1;
                 summary.bytes += payload as u64;
-                send(commands, Command::Rows { ticket, layer: layer as usize, start: start as usize, k: rows.k, v: rows.v }).await?;
+                commands.rows(ticket, Rows { layer: layer as usize, start: start as usize, k: rows.k, v: rows.v }).await?;
             }
             Some(kv_frame::Body::Commit(commit)) => {
                 assembler.commit(&fingerprint, &ticket, epoch, index, (&commit.digest, &commit.prompt_digest))?;
-                let (answer, answered) = oneshot::channel();
-                send(commands, Command::Start { ticket, first: commit.first_token, answer }).await?;
-                answered.await.map_err(|_| stopping())??;
+                commands.start(ticket, commit.first_token).await?;
                 return Ok(summary);
             }
             None => return Err(ServiceError::new(Code::InvalidArgument, format!("frame {index} of {ticket} is empty"))),
@@ -101,18 +98,10 @@ async fn next(frames: &mut Streaming<KvFrame>, patience: Duration) -> Result<Opt
     }
 }
 
-async fn send(commands: &flume::Sender<Command>, command: Command) -> Result<(), ServiceError> {
-    commands.send_async(command).await.map_err(|_| stopping())
-}
-
-fn stopping() -> ServiceError {
-    ServiceError::new(Code::Unavailable, "this decode node is stopping")
-}
-
 /// Ends the waiting sequence if the push itself is dropped, as it is when its connection breaks.
 struct Guard {
     ticket: Ticket,
-    commands: flume::Sender<Command>,
+    commands: Commands,
     armed: bool,
 }
 
@@ -124,6 +113,6 @@ impl Drop for Guard {
         let error = ServiceError::new(Code::Unavailable, "the prefill node went away in the middle of the handoff; send the request again");
         let (commands, ticket) = (self.commands.clone(), self.ticket.clone());
         // Ends as soon as the engine takes the command, or is gone.
-        tokio::spawn(async move { commands.send_async(Command::Fail { ticket, error }).await });
+        tokio::spawn(async move { commands.fail(ticket, error).await });
     }
 }

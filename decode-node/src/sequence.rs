@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use overfill_model::{Sampled, Sampler};
 use overfill_proto::v1::{DecodeEvent, DecodeFinished, Token, decode_event};
 use overfill_proto::{convert, status};
-use overfill_types::{FinishReason, ServiceError, StopConditions};
+use overfill_types::{Code, FinishReason, ServiceError, StopConditions};
 use tokio::sync::mpsc;
 use tonic::Status;
 
@@ -16,26 +16,26 @@ pub(crate) type Events = mpsc::Sender<Result<DecodeEvent, Status>>;
 
 pub(crate) struct Sequence {
     pub(crate) place: Place,
-    pub(crate) prompt_tokens: usize,
+    prompt_tokens: usize,
+    /// Positions whose keys and values the cache has, once the handoff is whole: the prompt's, then the answer's.
+    pub(crate) cached: usize,
+    /// Tokens of the answer that the decode model has yet to read: the last one or, where it was begun elsewhere, all.
+    unread: Vec<u32>,
     stop: StopConditions,
     pub(crate) sampler: Sampler,
     /// Has room for the whole answer, so that a slow reader never holds up a step.
     events: Events,
-    pub(crate) state: State,
-}
-
-pub(crate) enum State {
-    /// For the KV cache, until then at the latest.
-    Waiting { until: Instant },
-    /// Written so far: the last token is the next input.
-    Running { last: u32, written: usize },
+    /// When the next frame of its KV cache has to be here.
+    pub(crate) until: Instant,
 }
 
 impl Sequence {
     pub(crate) fn new(asked: Asked, place: Place, events: Events, patience: Duration) -> Self {
-        let Asked { prompt, sampling, stop, .. } = asked;
-        let sampler = Sampler::new(sampling, &prompt);
-        Self { place, prompt_tokens: prompt.len(), stop, sampler, events, state: State::Waiting { until: Instant::now() + patience } }
+        let Asked { prompt, written, sampling, stop, .. } = asked;
+        let mut sampler = Sampler::new(sampling, &prompt);
+        written.iter().for_each(|token| sampler.observe(*token));
+        let (prompt_tokens, until) = (prompt.len(), Instant::now() + patience);
+        Self { place, prompt_tokens, cached: prompt_tokens, unread: written, stop, sampler, events, until }
     }
 
     /// Whether nobody reads the answer any more.
@@ -44,18 +44,61 @@ impl Sequence {
     }
 
     /// The full model's first token: the decode model goes on from it. Gives why the answer is over, if it is.
-    pub(crate) fn begin(&mut self, first: u32, eos: &[u32]) -> Option<FinishReason> {
-        self.sampler.observe(first);
-        self.state = State::Running { last: first, written: 1 };
-        self.stop.after(first, 1, eos)
+    ///
+    /// # Errors
+    /// [`Code::DataLoss`] where the answer that is resumed began otherwise.
+    pub(crate) fn begin(&mut self, first: u32, eos: &[u32]) -> Result<Option<FinishReason>, ServiceError> {
+        match self.unread.first() {
+            None => {
+                self.sampler.observe(first);
+                self.unread.push(first);
+                Ok(self.stop.after(first, 1, eos))
+            }
+            Some(written) if *written == first => Ok(None),
+            Some(written) => {
+                let message = format!("the answer began with token {written}, the full model now gives {first}: another one has answered");
+                Err(ServiceError::new(Code::DataLoss, message))
+            }
+        }
     }
 
-    /// Sends a token that was chosen after `written` others. Gives why the answer is over, if it is.
-    pub(crate) fn wrote(&mut self, sampled: &Sampled, written: usize, eos: &[u32]) -> Option<FinishReason> {
-        let token = Token { id: sampled.token, index: written as u32, logprob: sampled.logprob.as_ref().map(convert::logprob_to_wire) };
+    /// Takes the blocks that all tokens up to the last need; false where the pool has none.
+    pub(crate) fn grow(&mut self) -> bool {
+        self.place.reservation.grow(self.cached + self.unread.len()).is_ok()
+    }
+
+    /// The tokens that the decode model reads next, of an answer that is resumed at most `replay`.
+    pub(crate) fn due(&self, replay: usize) -> &[u32] {
+        match self.unread.len() {
+            1 => &self.unread,
+            several => &self.unread[..several.min(replay)],
+        }
+    }
+
+    /// Whether a token follows when the next `count` are read.
+    pub(crate) fn writes_after(&self, count: usize) -> bool {
+        count == self.unread.len()
+    }
+
+    /// The position of the token that is written next: all before it are read or due.
+    pub(crate) fn next_position(&self) -> usize {
+        self.cached + self.unread.len()
+    }
+
+    /// The decode model has read `count` tokens, and more are unread.
+    pub(crate) fn read(&mut self, count: usize) {
+        self.cached += count;
+        self.unread.drain(..count);
+    }
+
+    /// All was read and a token is written: sends it. Gives why the answer is over, if it is.
+    pub(crate) fn wrote(&mut self, sampled: &Sampled, eos: &[u32]) -> Option<FinishReason> {
+        self.read(self.unread.len());
+        self.unread.push(sampled.token);
+        let before = self.cached - self.prompt_tokens;
+        let token = Token { id: sampled.token, index: before as u32, logprob: sampled.logprob.as_ref().map(convert::logprob_to_wire) };
         self.send(Ok(DecodeEvent { event: Some(decode_event::Event::Token(token)) }));
-        self.state = State::Running { last: sampled.token, written: written + 1 };
-        self.stop.after(sampled.token, written + 1, eos)
+        self.stop.after(sampled.token, before + 1, eos)
     }
 
     /// The end, as it should be.

@@ -1,6 +1,7 @@
 //! The decode node's gRPC service.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use overfill_lifecycle::Drain;
 use overfill_proto::v1::decode_server::Decode;
@@ -12,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::admission::{Admission, Asked};
-use crate::engine::Command;
+use crate::engine::Commands;
 use crate::receiver;
 use crate::sequence::Sequence;
 
@@ -20,12 +21,12 @@ pub(crate) struct DecodeService {
     id: NodeId,
     model: String,
     admission: Arc<Admission>,
-    commands: flume::Sender<Command>,
+    commands: Commands,
     drain: Drain,
 }
 
 impl DecodeService {
-    pub(crate) fn new(id: NodeId, model: String, admission: Arc<Admission>, commands: flume::Sender<Command>, drain: Drain) -> Self {
+    pub(crate) fn new(id: NodeId, model: String, admission: Arc<Admission>, commands: Commands, drain: Drain) -> Self {
         Self { id, model, admission, commands, drain }
     }
 
@@ -38,6 +39,7 @@ impl DecodeService {
             request: RequestId::new(request.request_id),
             epoch: Epoch(request.epoch),
             prompt: request.prompt,
+            written: request.written,
             sampling: convert::sampling(request.sampling.as_ref(), 0)?,
             stop: convert::stop(request.stop)?,
         };
@@ -48,14 +50,12 @@ impl DecodeService {
         let reserved = Reserved {
             ticket: place.ticket.to_string(),
             epoch: asked.epoch.0,
-            held_tokens: 0,
+            held_tokens: place.reservation.shared_tokens() as u32,
             expires_in_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
         };
         // The channel is empty and its reader is here: it has room.
         let _ = events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }));
-        let sequence = Sequence::new(asked, place, events, patience);
-        let admitted = self.commands.send_async(Command::Admit(Box::new(sequence))).await;
-        admitted.map_err(|_| ServiceError::new(Code::Unavailable, "this decode node is stopping: try another"))?;
+        self.commands.admit(Sequence::new(asked, place, events, patience)).await?;
         Ok(answer)
     }
 }
@@ -81,6 +81,7 @@ impl Decode for DecodeService {
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
         let pool = self.admission.pool();
+        let prefixes = self.admission.prefixes();
         let sequences = self.admission.sequences() as u32;
         Ok(Response::new(NodeStatus {
             node_id: self.id.to_string(),
@@ -93,9 +94,9 @@ impl Decode for DecodeService {
             blocks_free: pool.free() as u64,
             block_tokens: pool.block_tokens() as u32,
             model: self.model.clone(),
-            prefix_queries: 0,
-            prefix_hits: 0,
-            preempted: 0,
+            prefix_queries: prefixes.queries.load(Ordering::Relaxed),
+            prefix_hits: prefixes.hits.load(Ordering::Relaxed),
+            preempted: self.admission.preempted(),
             max_context: self.admission.max_context() as u32,
         }))
     }

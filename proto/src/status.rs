@@ -4,14 +4,18 @@ use std::error::Error;
 
 use overfill_types::{Code, ServiceError};
 use tonic::Status;
+use tonic::metadata::{MetadataMap, MetadataValue};
 
-/// gRPC's code for ours.
+/// Metadata that names our code, since gRPC has fewer fitting ones.
+const CODE: &str = "overfill-code";
+
+/// gRPC's code for ours: what a client that knows only gRPC goes by.
 pub fn grpc_code(code: Code) -> tonic::Code {
     match code {
         Code::InvalidArgument => tonic::Code::InvalidArgument,
         Code::NotFound => tonic::Code::NotFound,
         Code::ResourceExhausted => tonic::Code::ResourceExhausted,
-        Code::Unavailable => tonic::Code::Unavailable,
+        Code::Unavailable | Code::Preempted => tonic::Code::Unavailable,
         Code::DeadlineExceeded => tonic::Code::DeadlineExceeded,
         Code::Cancelled => tonic::Code::Cancelled,
         Code::Mismatch => tonic::Code::FailedPrecondition,
@@ -24,7 +28,9 @@ pub fn grpc_code(code: Code) -> tonic::Code {
 
 /// The status that tells a caller of this error.
 pub fn to_status(error: &ServiceError) -> Status {
-    Status::new(grpc_code(error.code), error.message.clone())
+    let mut metadata = MetadataMap::new();
+    metadata.insert(CODE, MetadataValue::from_static(error.code.as_str()));
+    Status::with_metadata(grpc_code(error.code), error.message.clone(), metadata)
 }
 
 /// The error that a peer's status tells of. `peer` names the peer in the sentence, for errors that it did not send itself.
@@ -33,6 +39,10 @@ pub fn to_status(error: &ServiceError) -> Status {
 pub fn from_status(status: &Status, peer: &str) -> ServiceError {
     if let Some(source) = status.source() {
         return ServiceError::new(Code::Unavailable, format!("the connection to {peer} failed: {}", innermost(source)));
+    }
+    let named = status.metadata().get(CODE).and_then(|name| Code::ALL.into_iter().find(|code| *name == code.as_str()));
+    if let Some(code) = named.filter(|code| grpc_code(*code) == status.code()) {
+        return ServiceError::new(code, status.message());
     }
     let code = match status.code() {
         tonic::Code::InvalidArgument | tonic::Code::OutOfRange => Code::InvalidArgument,
@@ -67,6 +77,14 @@ mod tests {
             let error = ServiceError::new(code, "why");
             assert_eq!(from_status(&to_status(&error), "peer"), error);
         }
+    }
+
+    #[test]
+    fn a_status_that_names_no_code_of_ours_is_read_by_grpcs() {
+        let mut status = to_status(&ServiceError::new(Code::Preempted, "why"));
+        status.metadata_mut().insert(CODE, MetadataValue::from_static("stale"));
+        assert_eq!(from_status(&status, "peer").code, Code::Unavailable, "the two codes contradict each other");
+        assert_eq!(from_status(&Status::aborted("why"), "peer").code, Code::Stale);
     }
 
     #[test]

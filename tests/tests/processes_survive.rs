@@ -100,52 +100,61 @@ async fn a_silent_etcd_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_dies_costs_its_requests_only() {
+async fn a_node_that_dies_costs_no_answer_where_there_is_another() {
     let pair = tiny::pair(Kind::Identity, 5);
     for role in ["prefill", "decode"] {
         let mut cluster = Cluster::start(&pair.dir, 2, 2);
         cluster.until_ready().await;
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let prompt = tiny::prompt(200, 1);
-        let expected = cluster.answer(&prompt, 20).await.unwrap();
-
-        let cluster_ref = &cluster;
+        let mut undisturbed = Vec::new();
+        for i in 0..12 {
+            undisturbed.push(cluster.answer(&tiny::prompt(300, i), 600).await.unwrap());
+        }
         let load: Vec<_> = (0..12)
             .map(|i| {
-                let (grpc, prompt) = (cluster_ref.grpc.clone(), tiny::prompt(300, i));
+                let grpc = cluster.grpc.clone();
                 tokio::spawn(async move {
                     let client = InferenceClient::connect(grpc).await.unwrap();
-                    let mut request = request(&prompt, &SamplingParams::greedy(), 600);
+                    let mut request = request(&tiny::prompt(300, i), &SamplingParams::greedy(), 600);
                     request.ignore_eos = true;
-                    (tokens(client, request).await, Instant::now())
+                    tokens(client, request).await
                 })
             })
             .collect();
         tokio::time::sleep(Duration::from_millis(100)).await;
         let nodes = if role == "prefill" { &mut cluster.prefill } else { &mut cluster.decode };
         nodes.remove(0).kill();
-        let killed = Instant::now();
-        let (mut done, mut failed) = (0, 0);
-        for request in load {
-            let (answer, ended) = tokio::time::timeout(Duration::from_secs(60), request).await.expect("no request hangs").unwrap();
-            match answer {
-                Ok(ids) => {
-                    assert_eq!(ids.len(), 600);
-                    done += 1;
-                }
-                Err(error) => {
-                    assert_eq!(error.code(), tonic::Code::Unavailable, "{error}");
-                    assert!(error.message().contains("node"), "{error}");
-                    assert!(ended - killed < Duration::from_secs(3), "told at once, not after {:?}", ended - killed);
-                    failed += 1;
-                }
-            }
+        for (request, undisturbed) in load.into_iter().zip(&undisturbed) {
+            let answer = tokio::time::timeout(Duration::from_secs(60), request).await.expect("no request hangs").unwrap();
+            assert_eq!(&answer.unwrap(), undisturbed, "one of two {role} nodes was killed");
         }
-        println!("one of two {role} nodes killed under 12 requests: {done} answered, {failed} failed with a clear error");
-        for _ in 0..8 {
-            assert_eq!(cluster.answer(&prompt, 20).await.unwrap(), expected, "the next requests go to the nodes that live");
-        }
+        assert_eq!(cluster.answer(&tiny::prompt(300, 0), 600).await.unwrap(), undisturbed[0], "the nodes that live go on");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_node_that_dies_ends_its_answers_with_one_clear_error() {
+    let pair = tiny::pair(Kind::Identity, 5);
+    let mut cluster = Cluster::start(&pair.dir, 1, 1);
+    cluster.until_ready().await;
+    let mut request = request(&tiny::prompt(100, 1), &SamplingParams::greedy(), 3000);
+    request.ignore_eos = true;
+    let client = InferenceClient::connect(cluster.grpc.clone()).await.unwrap();
+    let mut events = client.clone().generate(request).await.unwrap().into_inner();
+    for _ in 0..10 {
+        events.message().await.unwrap().unwrap();
+    }
+    cluster.decode.remove(0).kill();
+    let killed = Instant::now();
+    let error = loop {
+        match events.message().await {
+            Ok(event) => assert!(event.is_some(), "the answer is not whole"),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.code(), tonic::Code::Unavailable, "{error}");
+    assert!(error.message().contains("decode node"), "{error}");
+    assert!(killed.elapsed() < Duration::from_secs(3), "told at once, not after {:?}", killed.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]

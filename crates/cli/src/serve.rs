@@ -62,7 +62,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home) -> anyhow::Result<()> {
             drain_timeout: args.bounds.router_drain_timeout,
         };
         let prefill = PrefillConfig { node: node.clone(), chunk_tokens: args.chunk_tokens, max_queue: 256, prefix_cache: true };
-        let decode = DecodeConfig { node, max_sequences: 64, max_batch: 32, reservation_timeout: 30 };
+        let decode = DecodeConfig { node, max_sequences: 64, max_batch: 32, kv_overcommit: 2.0, reservation_timeout: 30 };
         let local = || TcpListener::bind("127.0.0.1:0");
         // The router drains first; its requests need the nodes until they are finished.
         let nodes = Drain::new();

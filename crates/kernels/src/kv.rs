@@ -139,22 +139,32 @@ impl KvLayer {
             return;
         }
         assert!(stride >= shape.row() && k.len().min(v.len()) >= (tokens - 1) * stride + shape.row(), "k and v are [tokens, stride]");
-        let mut pieces = Vec::with_capacity(runs.len());
-        let mut first = 0;
-        for run in runs {
-            pieces.extend(run.pieces(shape.block_tokens).map(|(block, offset, count, at)| Piece { block, offset, count, row: first + at }));
-            first += run.tokens;
-        }
-        assert!(pieces.iter().all(|p| p.block < shape.blocks), "a block table points outside of the cache");
-        if pieces.len() > 1 {
-            let mut blocks: Vec<usize> = pieces.iter().map(|p| p.block).collect();
-            blocks.sort_unstable();
-            assert!(blocks.windows(2).all(|w| w[0] != w[1]), "two sequences write to one block");
-        }
+        let pieces = pieces(shape, runs);
         let from = Rows { k, v, stride };
         match &mut self.stored {
-            Stored::F32(both) => both.write(pool, shape, &pieces, from),
-            Stored::F16(both) => both.write(pool, shape, &pieces, from),
+            Stored::F32(both) => both.write(pool, shape, &pieces, from, f32::from_f32),
+            Stored::F16(both) => both.write(pool, shape, &pieces, from, F16::from_f32),
+        }
+    }
+
+    /// Stores rows that are in the cache's own format already: little endian, `[tokens, kv_heads, head_dim]` in `k` and in `v`.
+    ///
+    /// # Panics
+    /// Where the bytes are not `run`'s rows, or blocks are not there.
+    pub fn write_bytes(&mut self, pool: &Pool, run: Run<'_>, k: &[u8], v: &[u8]) {
+        let (shape, stride) = (self.shape, self.shape.row());
+        let number = if matches!(self.stored, Stored::F32(_)) { 4 } else { 2 };
+        assert!(k.len() == run.tokens * stride * number && v.len() == k.len(), "k and v are [tokens, kv_heads, head_dim]");
+        let pieces = pieces(shape, &[run]);
+        match &mut self.stored {
+            Stored::F32(both) => {
+                let from = Rows { k: k.as_chunks().0, v: v.as_chunks().0, stride };
+                both.write(pool, shape, &pieces, from, f32::from_le_bytes);
+            }
+            Stored::F16(both) => {
+                let from = Rows { k: k.as_chunks().0, v: v.as_chunks().0, stride };
+                both.write(pool, shape, &pieces, from, |bytes| F16(u16::from_le_bytes(bytes)));
+            }
         }
     }
 
@@ -197,22 +207,42 @@ struct Piece {
     row: usize,
 }
 
-/// Where rows come from.
+/// Where rows come from, as numbers of type `S`.
 #[derive(Clone, Copy)]
-struct Rows<'a> {
-    k: &'a [f32],
-    v: &'a [f32],
+struct Rows<'a, S> {
+    k: &'a [S],
+    v: &'a [S],
     stride: usize,
 }
 
+/// Where the tokens of `runs` go, block by block.
+///
+/// # Panics
+/// Where a block is not there, or two runs write to one block.
+fn pieces(shape: KvShape, runs: &[Run<'_>]) -> Vec<Piece> {
+    let mut pieces = Vec::with_capacity(runs.len());
+    let mut first = 0;
+    for run in runs {
+        pieces.extend(run.pieces(shape.block_tokens).map(|(block, offset, count, at)| Piece { block, offset, count, row: first + at }));
+        first += run.tokens;
+    }
+    assert!(pieces.iter().all(|p| p.block < shape.blocks), "a block table points outside of the cache");
+    if pieces.len() > 1 {
+        let mut blocks: Vec<usize> = pieces.iter().map(|p| p.block).collect();
+        blocks.sort_unstable();
+        assert!(blocks.windows(2).all(|w| w[0] != w[1]), "two sequences write to one block");
+    }
+    pieces
+}
+
 impl<T: Number> Both<T> {
-    fn write(&mut self, pool: &Pool, shape: KvShape, pieces: &[Piece], from: Rows<'_>) {
+    fn write<S: Copy + Sync>(&mut self, pool: &Pool, shape: KvShape, pieces: &[Piece], from: Rows<'_, S>, stored: impl Fn(S) -> T + Sync) {
         let KvShape { kv_heads, head_dim, block_tokens, .. } = shape;
         let padded = shape.padded();
         let (k, v) = (Disjoint::new(&mut self.k), Disjoint::new(&mut self.v));
         pool.rows(pieces.len(), shape.row() * 2, |i| {
             let piece = &pieces[i];
-            // SAFETY: `KvLayer::write` saw that no two pieces are of one block.
+            // SAFETY: `pieces` saw that no two pieces are of one block.
             let (k, v) =
                 unsafe { (k.part(shape.k_at(piece.block, 0), shape.k_at(1, 0)), v.part(shape.v_at(piece.block, 0), shape.v_at(1, 0))) };
             for t in 0..piece.count {
@@ -221,11 +251,11 @@ impl<T: Number> Both<T> {
                     let keys = &from.k[at + head * head_dim..][..head_dim];
                     let to = &mut k[head * head_dim * block_tokens..][..head_dim * block_tokens];
                     for (to, key) in to.chunks_exact_mut(block_tokens).zip(keys) {
-                        to[slot] = T::from_f32(*key);
+                        to[slot] = stored(*key);
                     }
                     let values = &from.v[at + head * head_dim..][..head_dim];
                     let to = &mut v[(head * block_tokens + slot) * padded..][..head_dim];
-                    to.iter_mut().zip(values).for_each(|(to, value)| *to = T::from_f32(*value));
+                    to.iter_mut().zip(values).for_each(|(to, value)| *to = stored(*value));
                 }
             }
         });
@@ -337,6 +367,31 @@ mod tests {
                     assert!(copied_k == k && copied_v == v, "{format:?} from {start} on, {tokens} tokens, {threads} threads");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn rows_in_the_caches_format_are_stored_bit_for_bit() {
+        let pool = Pool::new(2, &[]).unwrap();
+        let shape = KvShape { kv_heads: 2, head_dim: 6, block_tokens: 16, blocks: 5 };
+        let run = Run { blocks: &[3, 0, 2], start: 7, tokens: 30 };
+        let halves: Vec<half::f16> = (0..720u16).map(|i| half::f16::from_bits(i * 43)).collect();
+        for format in [KvFormat::F32, KvFormat::F16] {
+            let bytes: Vec<u8> = match format {
+                KvFormat::F32 => halves.iter().flat_map(|x| x.to_f32().to_le_bytes()).collect(),
+                KvFormat::F16 => halves.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            };
+            let numbers: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
+            let read = |layer: &KvLayer| {
+                let (mut k, mut v) = (vec![0.0; 360], vec![0.0; 360]);
+                layer.read(run, &mut k, &mut v);
+                k.into_iter().chain(v).map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let (mut by_numbers, mut by_bytes) = (KvLayer::new(shape, format), KvLayer::new(shape, format));
+            by_numbers.write(&pool, &[run], &numbers[..360], &numbers[360..], 12);
+            let (k, v) = bytes.split_at(bytes.len() / 2);
+            by_bytes.write_bytes(&pool, run, k, v);
+            assert_eq!(read(&by_bytes), read(&by_numbers));
         }
     }
 

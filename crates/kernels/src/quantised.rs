@@ -290,6 +290,7 @@ impl<const LINES: usize> Codes for Bytes<LINES> {
 }
 
 /// `R` rows times `LANES` outputs of each of `P` panels.
+#[allow(clippy::needless_range_loop)] // a row's or a panel's place in several arrays
 #[inline(always)]
 fn tile<S: Simd, C: Codes, T: Number, const R: usize, const P: usize>(
     s: S,

@@ -12,10 +12,11 @@ use tonic_health::server::HealthReporter;
 use crate::drain::Drain;
 
 /// Bytes in flight on one stream and on one connection. HTTP/2's defaults (64 KiB) make a KV push five times slower
-/// (measured on loopback).
-pub const STREAM_WINDOW: u32 = 8 << 20;
+/// (measured on loopback). Two frames of a push fill a link of 10 Gbit/s over a millisecond; more only lies in memory
+/// where the receiver is slower than the sender.
+pub const STREAM_WINDOW: u32 = 2 << 20;
 /// See [`STREAM_WINDOW`].
-pub const CONNECTION_WINDOW: u32 = 16 << 20;
+pub const CONNECTION_WINDOW: u32 = 4 << 20;
 /// How often an HTTP/2 connection is probed, and how long an answer may take: a peer that hangs is noticed in seconds.
 pub const PROBE: Duration = Duration::from_secs(5);
 /// How long a peer may take to accept a connection.

@@ -5,8 +5,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use overfill_kernels::{BLOCK_MULTIPLE, KvLayer, KvShape, Pool, Run};
-use overfill_kv::BlockId;
-use overfill_kv::wire::row_bytes;
+use overfill_kv::{BlockId, wire};
 use overfill_types::{KvFormat, KvGeometry, WireFormat};
 
 use crate::error::ModelError;
@@ -22,6 +21,21 @@ pub struct KvCache {
     blocks: usize,
     block_tokens: usize,
     rows: Rows,
+    /// Rows off the wire on their way to another format, kept so that none allocates.
+    decoded: [Vec<f32>; 2],
+}
+
+/// Rows `[tokens, kv_heads, head_dim]` of one layer as they came over the wire: keys, and values.
+#[derive(Clone, Copy)]
+pub struct WireRows<'a> {
+    /// How they are written.
+    pub format: WireFormat,
+    /// Position of the first in their sequence.
+    pub start: usize,
+    /// Keys.
+    pub k: &'a [u8],
+    /// Values.
+    pub v: &'a [u8],
 }
 
 enum Rows {
@@ -52,7 +66,7 @@ impl KvCache {
         } else {
             Self::on_device(geometry, format, blocks * block_tokens, device)?
         };
-        Ok(Self { geometry, format, blocks, block_tokens, rows })
+        Ok(Self { geometry, format, blocks, block_tokens, rows, decoded: Default::default() })
     }
 
     fn on_device(geometry: KvGeometry, format: KvFormat, slots: usize, device: &Device) -> Result<Rows, ModelError> {
@@ -69,7 +83,7 @@ impl KvCache {
     #[cfg(test)]
     pub(crate) fn in_tensors(geometry: KvGeometry, format: KvFormat, blocks: usize, block_tokens: usize) -> Self {
         let rows = Self::on_device(geometry, format, blocks * block_tokens, &Device::Cpu).unwrap();
-        Self { geometry, format, blocks, block_tokens, rows }
+        Self { geometry, format, blocks, block_tokens, rows, decoded: Default::default() }
     }
 
     /// Its shape.
@@ -158,7 +172,7 @@ impl KvCache {
         if !same {
             return Ok(None);
         }
-        let bytes = count * row_bytes(format, &self.geometry);
+        let bytes = count * wire::row_bytes(format, &self.geometry);
         let (mut k, mut v) = (vec![0; bytes], vec![0; bytes]);
         layers[layer].copy(pool, Run { blocks: BlockId::numbers(blocks), start, tokens: count }, &mut k, &mut v);
         Ok(Some([k, v]))
@@ -192,6 +206,32 @@ impl KvCache {
             }
         }
         Ok(())
+    }
+
+    /// Sets keys and values of a sequence in one layer to rows off the wire: those of the cache's own format as they are.
+    ///
+    /// # Errors
+    /// [`ModelError::Mismatch`] where they are no whole rows, or the layer or a position is not there.
+    pub fn write_wire(&mut self, pool: &Pool, layer: usize, blocks: &[BlockId], rows: WireRows<'_>) -> Result<(), ModelError> {
+        let WireRows { format, start, k, v } = rows;
+        let row = wire::row_bytes(format, &self.geometry);
+        if k.len() != v.len() || !k.len().is_multiple_of(row) {
+            return Err(ModelError::Mismatch(format!("{} key and {} value bytes are no rows of {row}", k.len(), v.len())));
+        }
+        let same = matches!((format, self.format), (WireFormat::F32, KvFormat::F32) | (WireFormat::F16, KvFormat::F16));
+        if same && matches!(self.rows, Rows::Host(_)) {
+            let tokens = k.len() / row;
+            self.check_layer(layer)?;
+            self.check(blocks, start + tokens)?;
+            self.host_mut(layer)?.write_bytes(pool, Run { blocks: BlockId::numbers(blocks), start, tokens }, k, v);
+            return Ok(());
+        }
+        let [mut keys, mut values] = std::mem::take(&mut self.decoded);
+        wire::decode(format, &self.geometry, k, &mut keys);
+        wire::decode(format, &self.geometry, v, &mut values);
+        let written = self.write(pool, layer, blocks, start, &keys, &values);
+        self.decoded = [keys, values];
+        written
     }
 
     /// Runs of consecutive slots `(first, count)` that hold positions `start..start + count`.
@@ -313,6 +353,36 @@ mod tests {
         }
         let tensors = KvCache::in_tensors(GEOMETRY, KvFormat::F32, 8, 16);
         assert!(tensors.copy(&pool, WireFormat::F32, 1, &blocks, 12, 25).unwrap().is_none());
+    }
+
+    #[test]
+    fn rows_off_the_wire_are_what_they_are_decoded_to() {
+        let pool = Pool::new(2, &[]).unwrap();
+        let blocks = [BlockId(6), BlockId(1), BlockId(2)];
+        let numbers: Vec<f32> = (0..29 * 8).map(|i| (i * 7919 % 1013) as f32 * 0.37 - 180.0).collect();
+        let other: Vec<f32> = numbers.iter().map(|x| x * -0.71).collect();
+        for cached in [KvFormat::F32, KvFormat::F16] {
+            for format in [WireFormat::F32, WireFormat::F16, WireFormat::Bf16, WireFormat::Int8] {
+                let host = || KvCache::new(GEOMETRY, cached, 8, 16, &Device::Cpu).unwrap();
+                let (k, v) = (wire::encode(format, &GEOMETRY, &numbers), wire::encode(format, &GEOMETRY, &other));
+                let (mut keys, mut values) = (Vec::new(), Vec::new());
+                assert!(wire::decode(format, &GEOMETRY, &k, &mut keys) && wire::decode(format, &GEOMETRY, &v, &mut values));
+                let mut want = host();
+                want.write(&pool, 1, &blocks, 10, &keys, &values).unwrap();
+                for mut got in [host(), KvCache::in_tensors(GEOMETRY, cached, 8, 16)] {
+                    got.write_wire(&pool, 1, &blocks, WireRows { format, start: 10, k: &k, v: &v }).unwrap();
+                    let read = |cache: &KvCache| {
+                        let (mut k, mut v) = (Vec::new(), Vec::new());
+                        cache.read(1, &blocks, 0, 48, &mut k, &mut v).unwrap();
+                        k.into_iter().chain(v).map(f32::to_bits).collect::<Vec<_>>()
+                    };
+                    assert_eq!(read(&got), read(&want), "{format} into {cached:?}");
+                    assert!(got.write_wire(&pool, 1, &blocks, WireRows { format, start: 10, k: &k[1..], v: &v[1..] }).is_err());
+                    assert!(got.write_wire(&pool, 1, &blocks, WireRows { format, start: 20, k: &k, v: &v }).is_err());
+                    assert!(got.write_wire(&pool, 2, &blocks, WireRows { format, start: 0, k: &k, v: &v }).is_err());
+                }
+            }
+        }
     }
 
     #[test]

@@ -59,43 +59,119 @@ impl Sampler {
     }
 
     fn draw(&self, logits: &[f32], position: usize) -> u32 {
-        let SamplingParams { temperature, top_p, top_k, min_p, seed, .. } = self.params;
+        let SamplingParams { temperature, top_p, min_p, seed, .. } = self.params;
+        let top_k = Some(self.params.top_k as usize).filter(|k| (1..logits.len()).contains(k));
         let highest = logits[greatest(logits) as usize];
-        let weight = |logit: f32| ((logit - highest) / temperature).exp();
-        let mut candidates: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, &l)| (i as u32, weight(l))).collect();
-
-        // Most likely first; equal ones by id, so that the order never depends on the sort.
-        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
-        let keep = top_k as usize;
-        if keep > 0 && keep < candidates.len() {
-            candidates.select_nth_unstable_by(keep - 1, order);
-            candidates.truncate(keep);
+        // The most likely token has weight 1. Not-a-number has none.
+        let weight = |logit: f32| ((logit - highest) / temperature).exp().max(0.0);
+        let drawn = uniform(seed, position);
+        if top_k.is_none() && top_p == 1.0 {
+            let kept = |logit: f32| Some(weight(logit)).filter(|w| *w >= min_p).unwrap_or(0.0);
+            return any_of(logits, kept, drawn).unwrap_or_else(|| greatest(logits));
         }
+        // In the order of their ids throughout, so that the draw is the same whichever filters ran.
+        let (mut candidates, total): (Vec<(u32, f32)>, f64) = match top_k {
+            Some(keep) => {
+                let last = most_likely(logits, keep).into_iter().max_by(order).unwrap_or_default();
+                let kept = (0..).zip(logits.iter().copied()).filter(|c| order(c, &last).is_le());
+                let kept: Vec<_> = kept.map(|(token, logit)| (token, weight(logit))).collect();
+                let total = kept.iter().map(|c| f64::from(c.1)).sum();
+                (kept, total)
+            }
+            None => {
+                let total = sums(logits, weight).iter().sum();
+                (likely(logits, weight, total, top_p), total)
+            }
+        };
         if top_p < 1.0 {
-            let total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
             let last = nucleus(&mut candidates.clone(), f64::from(top_p) * total, order);
             candidates.retain(|c| order(c, &last).is_le());
         }
-        if min_p > 0.0 {
-            // The most likely token has weight 1.
-            candidates.retain(|c| c.1 >= min_p);
-        }
-
-        // By id, so that the draw is the same whichever filters ran; only the choice of the `top_k` mixes them.
-        if keep > 0 {
-            candidates.sort_unstable_by_key(|c| c.0);
-        }
+        candidates.retain(|c| c.1 >= min_p);
         let total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
-        let mut left = uniform(seed, position) * total;
-        for &(token, weight) in &candidates {
-            left -= f64::from(weight);
-            if left < 0.0 {
-                return token;
+        one_of(candidates.iter().copied(), drawn * total).unwrap_or_else(|| greatest(logits))
+    }
+}
+
+/// Most likely first; equal ones by id, so that the order never depends on the sort.
+fn order(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
+    b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0))
+}
+
+/// Logits that are looked at together: whether the greatest is among them, what they weigh.
+const RUN: usize = 256;
+
+/// What the logits weigh, run by run.
+fn sums(logits: &[f32], weight: impl Fn(f32) -> f32) -> Vec<f64> {
+    logits.chunks(RUN).map(|run| run.iter().map(|l| f64::from(weight(*l))).sum()).collect()
+}
+
+/// The token in which the part `drawn` of all weights ends. Weights are computed once, and those of one run twice, so none are kept.
+fn any_of(logits: &[f32], weight: impl Fn(f32) -> f32, drawn: f64) -> Option<u32> {
+    let sums = sums(logits, &weight);
+    let mut left = drawn * sums.iter().sum::<f64>();
+    let mut last = None;
+    for (run, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        last = Some(run);
+        if left < *sum {
+            break;
+        }
+        left -= sum;
+    }
+    // Rounding can leave a rest: then it is the last run that has any weight.
+    let run = last?;
+    let weights = logits.chunks(RUN).nth(run)?.iter().enumerate().map(|(i, l)| ((run * RUN + i) as u32, weight(*l)));
+    one_of(weights, left)
+}
+
+/// The candidate in which the weight `left`, counted from the first, ends.
+fn one_of(candidates: impl Iterator<Item = (u32, f32)>, mut left: f64) -> Option<u32> {
+    let mut last = None;
+    for (token, weight) in candidates.filter(|c| c.1 > 0.0) {
+        last = Some(token);
+        left -= f64::from(weight);
+        if left < 0.0 {
+            break;
+        }
+    }
+    // Rounding can leave a rest: then it is the last one that has any weight.
+    last
+}
+
+/// The candidates of a nucleus of `top_p` of all weights, which are `total`, and some others.
+///
+/// All tokens lighter than the average of what the nucleus may leave out weigh less than that together: none of them is in it.
+fn likely(logits: &[f32], weight: impl Fn(f32) -> f32, total: f64, top_p: f32) -> Vec<(u32, f32)> {
+    let least = (1.0 - f64::from(top_p)) * total / logits.len() as f64;
+    let all = logits.iter().enumerate().map(|(i, l)| (i as u32, weight(*l)));
+    all.filter(|c| f64::from(c.1) >= least).collect()
+}
+
+/// The `count` greatest logits, in no order, without a copy of all.
+fn most_likely(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+    /// So many are collected at least before some are let go of.
+    const MANY: usize = 64;
+    if count == 0 {
+        return Vec::new();
+    }
+    let mut kept: Vec<(u32, f32)> = Vec::new();
+    // What is no greater than this one is not among them: of equal ones the earlier are.
+    let mut least = f32::NEG_INFINITY;
+    for (i, &logit) in logits.iter().enumerate() {
+        if logit > least || (kept.len() < count && !logit.is_nan()) {
+            kept.push((i as u32, logit));
+            if kept.len() >= (2 * count).max(MANY) {
+                kept.select_nth_unstable_by(count - 1, order);
+                kept.truncate(count);
+                least = kept[count - 1].1;
             }
         }
-        // Rounding can leave a rest: then it is the last one that has any weight.
-        candidates.iter().rev().find(|c| c.1 > 0.0).map_or_else(|| greatest(logits), |c| c.0)
     }
+    if kept.len() > count {
+        kept.select_nth_unstable_by(count - 1, order);
+        kept.truncate(count);
+    }
+    kept
 }
 
 /// The last of the first candidates in `order` that together weigh `enough`, found without sorting them all.
@@ -136,8 +212,6 @@ fn uniform(seed: u64, position: usize) -> f64 {
 
 /// Id of the greatest logit; the lowest id of several. Not-a-number never wins.
 fn greatest(logits: &[f32]) -> u32 {
-    /// Logits that are looked through without asking which it was.
-    const RUN: usize = 256;
     let mut best = (0, f32::NEG_INFINITY);
     for (run, logits) in logits.chunks(RUN).enumerate() {
         // Sixteen chains, which become vectors.
@@ -161,23 +235,14 @@ fn greatest(logits: &[f32]) -> u32 {
 
 /// Log-probability of `token`, and of the `n` most likely ones.
 fn logprob(logits: &[f32], token: u32, n: usize) -> TokenLogprob {
-    let highest = f64::from(logits[greatest(logits) as usize]);
-    let sum: f64 = logits.iter().map(|&l| (f64::from(l) - highest).exp()).sum();
-    let of = |logit: f32| (f64::from(logit) - highest - sum.ln()) as f32;
-    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    let order = |a: &u32, b: &u32| {
-        let (a_logit, b_logit) = (logits[*a as usize], logits[*b as usize]);
-        b_logit.partial_cmp(&a_logit).unwrap_or(Ordering::Equal).then(a.cmp(b))
-    };
-    let n = n.min(ids.len());
-    if n > 0 && n < ids.len() {
-        ids.select_nth_unstable_by(n - 1, order);
-    }
-    ids.truncate(n);
-    ids.sort_unstable_by(order);
+    let highest = logits[greatest(logits) as usize];
+    let sum: f64 = sums(logits, |l| (l - highest).exp()).iter().sum();
+    let of = |logit: f32| (f64::from(logit) - f64::from(highest) - sum.ln()) as f32;
+    let mut top = most_likely(logits, n);
+    top.sort_unstable_by(order);
     TokenLogprob {
         logprob: of(logits[token as usize]),
-        top: ids.into_iter().map(|token| TopLogprob { token, logprob: of(logits[token as usize]) }).collect(),
+        top: top.into_iter().map(|(token, logit)| TopLogprob { token, logprob: of(logit) }).collect(),
     }
 }
 
@@ -227,8 +292,33 @@ mod tests {
     }
 
     #[test]
+    fn filters_keep_what_sorting_all_would() {
+        let logits: Vec<f32> = (0..5000u32).map(|i| (i * 7919 % 997) as f32 * 0.02).collect();
+        let mut sorted: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+        sorted.sort_by(order);
+        for count in [1, 3, 63, 64, 500, 5000] {
+            let mut top = most_likely(&logits, count);
+            top.sort_by(order);
+            assert_eq!(top, sorted[..count]);
+        }
+        let weight = |l: f32| (l - 19.92).exp();
+        let total: f64 = logits.iter().map(|l| f64::from(weight(*l))).sum();
+        for top_p in [0.1, 0.5, 0.9, 0.99] {
+            let mut sum = 0.0;
+            let mut nucleus = sorted.iter().take_while(|c| {
+                let before = sum;
+                sum += f64::from(weight(c.1));
+                before < f64::from(top_p) * total
+            });
+            let candidates = likely(&logits, weight, total, top_p);
+            assert!(nucleus.all(|c| candidates.iter().any(|k| k.0 == c.0)), "{top_p}");
+            assert!(candidates.len() < logits.len(), "{top_p}: some are left out at once");
+            assert!(candidates.is_sorted_by_key(|c| c.0));
+        }
+    }
+
+    #[test]
     fn a_nucleus_is_what_sorting_gives() {
-        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0));
         for count in [1, 5, 33, 1000] {
             // Weights that sum exactly, with many equal ones.
             let candidates: Vec<(u32, f32)> = (0..count).map(|i| (i, (i * 7919 % 61) as f32 * 0.25)).collect();

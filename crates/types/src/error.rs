@@ -15,6 +15,8 @@ pub enum Code {
     ResourceExhausted,
     /// A node or a whole pair of them is away; another node or later may help.
     Unavailable,
+    /// A node took its blocks for an older sequence; it goes on from where it was, elsewhere or later.
+    Preempted,
     /// Its time ran out.
     DeadlineExceeded,
     /// The one who asked went away.
@@ -33,11 +35,12 @@ pub enum Code {
 
 impl Code {
     /// All of them, for exhaustive tests.
-    pub const ALL: [Code; 11] = [
+    pub const ALL: [Code; 12] = [
         Code::InvalidArgument,
         Code::NotFound,
         Code::ResourceExhausted,
         Code::Unavailable,
+        Code::Preempted,
         Code::DeadlineExceeded,
         Code::Cancelled,
         Code::Mismatch,
@@ -54,6 +57,7 @@ impl Code {
             Code::NotFound => "not_found",
             Code::ResourceExhausted => "resource_exhausted",
             Code::Unavailable => "unavailable",
+            Code::Preempted => "preempted",
             Code::DeadlineExceeded => "deadline_exceeded",
             Code::Cancelled => "cancelled",
             Code::Mismatch => "mismatch",

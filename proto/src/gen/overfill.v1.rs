@@ -435,8 +435,9 @@ pub mod decode_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// From the router. Reserves KV blocks for the prompt and all that may be written, or refuses at once
-        /// (RESOURCE_EXHAUSTED); then waits for the KV cache from a prefill node and streams tokens from index 1 on.
+        /// From the router. Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache
+        /// from a prefill node and streams tokens, from index 1 or after those that were written. Where an older sequence comes to
+        /// need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
         /// When the stream is dropped the sequence ends and its blocks are free.
         pub async fn generate(
             &mut self,
@@ -524,8 +525,9 @@ pub mod decode_server {
             >
             + std::marker::Send
             + 'static;
-        /// From the router. Reserves KV blocks for the prompt and all that may be written, or refuses at once
-        /// (RESOURCE_EXHAUSTED); then waits for the KV cache from a prefill node and streams tokens from index 1 on.
+        /// From the router. Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache
+        /// from a prefill node and streams tokens, from index 1 or after those that were written. Where an older sequence comes to
+        /// need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
         /// When the stream is dropped the sequence ends and its blocks are free.
         async fn generate(
             &self,

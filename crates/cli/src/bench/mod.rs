@@ -1,6 +1,8 @@
 //! `overfill bench`: speed, measured by programs.
 
 mod engine;
+mod handoff;
+mod itl;
 mod peaks;
 
 use clap::Subcommand;
@@ -11,10 +13,22 @@ use crate::Home;
 pub(crate) enum BenchCommand {
     /// Tokens per second of one model, without a server
     Engine(engine::EngineArgs),
+    /// What the KV cache's way from a prefill to a decode node costs
+    Handoff(handoff::HandoffArgs),
+    /// Inter-token latency of a running cluster, alone and while long prompts arrive
+    Itl(itl::ItlArgs),
 }
 
 pub(crate) fn run(what: BenchCommand, home: &Home) -> anyhow::Result<()> {
     match what {
         BenchCommand::Engine(args) => engine::run(&args, home),
+        BenchCommand::Handoff(args) => handoff::run(&args, home),
+        BenchCommand::Itl(args) => itl::run(&args),
     }
+}
+
+/// The middle one; not a number where there is none.
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
 }

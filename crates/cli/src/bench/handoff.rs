@@ -1,0 +1,336 @@
+//! `overfill bench handoff`: what the KV cache's way from a prefill to a decode node costs, and how much of it is hidden.
+//!
+//! Two real nodes run in this process and speak over loopback; the bench is their router. For each prompt length it measures
+//! the hand-over of a prompt that the full model reads, the push of the same rows when they all are there already (the
+//! transfer's own time), and a plain TCP socket that moves as many bytes.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use overfill_cluster::Discovery;
+use overfill_decode_node::DecodeConfig;
+use overfill_kv::{HandoffDigest, RowsHeader, prompt_digest, wire};
+use overfill_lifecycle::{Drain, NodeArgs, grpc};
+use overfill_model::Pair;
+use overfill_prefill_node::PrefillConfig;
+use overfill_proto::v1::decode_client::DecodeClient;
+use overfill_proto::v1::prefill_client::PrefillClient;
+use overfill_proto::v1::{
+    DecodeEvent, DecodeRequest, Handoff, HandoffDone, KvCommit, KvFrame, KvRows, PrefillRequest, Reserved, Sampling, StatusRequest,
+    StopTokens, decode_event, kv_frame, prefill_event,
+};
+use overfill_proto::{MAX_MESSAGE, convert};
+use overfill_types::{Epoch, PairManifest, Ticket};
+use serde_json::json;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+use crate::bench::median;
+use crate::{Home, PairArgs};
+
+/// How long the nodes may take to load the pair.
+const LOADING: Duration = Duration::from_secs(120);
+
+#[derive(Args)]
+pub(crate) struct HandoffArgs {
+    #[command(flatten)]
+    pair: PairArgs,
+    /// Tokens of the prompt, separated by commas
+    #[arg(long, env = "OVERFILL_PROMPT_TOKENS", value_delimiter = ',', default_value = "512,1500")]
+    prompt_tokens: Vec<usize>,
+    /// Compute threads of the prefill node
+    #[arg(long, env = "OVERFILL_THREADS", default_value_t = 1)]
+    threads: u16,
+    /// Prompt tokens in one forward pass
+    #[arg(long, env = "OVERFILL_CHUNK_TOKENS", default_value_t = 256)]
+    chunk_tokens: u32,
+    /// Measured runs; one more comes first and warms up
+    #[arg(long, env = "OVERFILL_RUNS", default_value_t = 5)]
+    runs: usize,
+    /// Print a JSON object a line
+    #[arg(long, env = "OVERFILL_JSON")]
+    json: bool,
+}
+
+pub(crate) fn run(args: &HandoffArgs, home: &Home) -> anyhow::Result<()> {
+    let dir = args.pair.dir(home)?;
+    let manifest = Pair::open(&dir)?.manifest;
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let nodes = Drain::new();
+        let (mut bench, prefill, decode) = start(args, dir, manifest, nodes.clone()).await?;
+        let measured = async {
+            for &tokens in &args.prompt_tokens {
+                bench.measure(args, tokens).await?;
+            }
+            nodes.start();
+            anyhow::Ok(())
+        };
+        tokio::try_join!(measured, async { prefill.await.context("the prefill node failed") }, async {
+            decode.await.context("the decode node failed")
+        })?;
+        Ok(())
+    })
+}
+
+type Running<E> = std::pin::Pin<Box<dyn Future<Output = Result<(), E>>>>;
+type Started = (Bench, Running<overfill_prefill_node::RunError>, Running<overfill_decode_node::RunError>);
+
+async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Drain) -> anyhow::Result<Started> {
+    let node = NodeArgs {
+        pair: dir,
+        advertise: None,
+        threads: Some(args.threads),
+        cpus: Vec::new(),
+        device: "cpu".into(),
+        kv_memory: 1 << 30,
+        block_tokens: 16,
+        max_context: None,
+        drain_timeout: 10,
+    };
+    let prefill = PrefillConfig { node: node.clone(), chunk_tokens: args.chunk_tokens, max_queue: 4, prefix_cache: false };
+    let decode = DecodeConfig {
+        node: NodeArgs { threads: Some(1), ..node },
+        max_sequences: 4,
+        max_batch: 4,
+        kv_overcommit: 1.0,
+        reservation_timeout: 30,
+    };
+    let listen = || tokio::net::TcpListener::bind("127.0.0.1:0");
+    let (for_prefill, for_decode) = (listen().await?, listen().await?);
+    let addresses = [for_prefill.local_addr()?, for_decode.local_addr()?].map(|a| a.to_string());
+    let discovery = Discovery::memory();
+    let prefill = overfill_prefill_node::run(prefill, for_prefill, discovery.clone(), end.clone());
+    let decode = overfill_decode_node::run(decode, for_decode, discovery, end);
+    let bench = Bench {
+        prefill: PrefillClient::new(grpc::channel(&addresses[0])?),
+        decode: DecodeClient::new(grpc::channel(&addresses[1])?).max_encoding_message_size(MAX_MESSAGE),
+        decode_address: addresses[1].clone(),
+        manifest,
+        requests: 0,
+    };
+    Ok((bench, Box::pin(prefill), Box::pin(decode)))
+}
+
+struct Bench {
+    prefill: PrefillClient<Channel>,
+    decode: DecodeClient<Channel>,
+    decode_address: String,
+    manifest: PairManifest,
+    /// Requests so far: each has a prompt of its own, so that no prefix is held.
+    requests: usize,
+}
+
+impl Bench {
+    async fn measure(&mut self, args: &HandoffArgs, tokens: usize) -> anyhow::Result<()> {
+        self.loaded().await?;
+        let (mut tails, mut own, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+        let mut bytes = 0;
+        for run in 0..=args.runs {
+            let done = self.handed_over(tokens).await?;
+            let frames = self.frames(tokens, args.chunk_tokens as usize).await?;
+            let sizes: Vec<usize> = frames.rows.iter().map(payload).collect();
+            let pushed = self.push(frames).await?;
+            let moved = tokio::task::spawn_blocking(move || plain_socket(&sizes)).await??;
+            if run > 0 {
+                bytes = done.bytes;
+                tails.push(done.tail_us as f64 / 1e3);
+                own.push(pushed.as_secs_f64() * 1e3);
+                plain.push(moved.as_secs_f64() * 1e3);
+            }
+        }
+        let [tail, own, plain] = [tails, own, plain].map(median);
+        let rate = |ms: f64| bytes as f64 / ms / 1e3;
+        let hidden = 1.0 - tail / own;
+        if args.json {
+            let line = json!({
+                "bench": "handoff", "prompt_tokens": tokens, "bytes": bytes, "tail_ms": tail, "transfer_ms": own, "hidden": hidden,
+                "push_megabytes_per_second": rate(own), "socket_megabytes_per_second": rate(plain),
+            });
+            println!("{line}");
+        } else {
+            println!(
+                "{tokens:5} tokens  {:6.1} MB  {tail:6.2} ms from the last layer to the acknowledgement, {own:6.2} ms alone: {:.1} % hidden  push {:6.0} MB/s, plain socket {:6.0} MB/s ({:.0} %)",
+                bytes as f64 / 1e6,
+                hidden * 100.0,
+                rate(own),
+                rate(plain),
+                plain / own * 100.0
+            );
+        }
+        Ok(())
+    }
+
+    /// Waits until both nodes answer.
+    async fn loaded(&self) -> anyhow::Result<()> {
+        let (mut prefill, mut decode) = (self.prefill.clone(), self.decode.clone());
+        let both = async {
+            while prefill.status(StatusRequest {}).await.is_err() || decode.status(StatusRequest {}).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(LOADING, both).await.context("the nodes did not load the pair in time")
+    }
+
+    fn prompt(&mut self, tokens: usize) -> Vec<u32> {
+        self.requests += 1;
+        (0..tokens).map(|i| ((7919 * (i + 1) + 31 * self.requests) % self.manifest.vocab_size()) as u32).collect()
+    }
+
+    async fn reserve(&mut self, prompt: &[u32]) -> anyhow::Result<(Reserved, Streaming<DecodeEvent>)> {
+        let request = DecodeRequest {
+            fingerprint: self.manifest.fingerprint.to_string(),
+            request_id: format!("bench-{}", self.requests),
+            epoch: 1,
+            prompt: prompt.to_vec(),
+            sampling: Some(greedy()),
+            stop: Some(stop()),
+            written: Vec::new(),
+        };
+        let mut events = self.decode.generate(request).await?.into_inner();
+        match events.message().await? {
+            Some(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }) => Ok((reserved, events)),
+            _ => bail!("the decode node broke off before it reserved"),
+        }
+    }
+
+    /// The hand-over of a prompt while the full model reads it.
+    async fn handed_over(&mut self, tokens: usize) -> anyhow::Result<HandoffDone> {
+        let prompt = self.prompt(tokens);
+        let (reserved, mut written) = self.reserve(&prompt).await?;
+        let request = PrefillRequest {
+            fingerprint: self.manifest.fingerprint.to_string(),
+            request_id: format!("bench-{}", self.requests),
+            prompt,
+            sampling: Some(greedy()),
+            stop: Some(stop()),
+            handoff: Some(Handoff {
+                address: self.decode_address.clone(),
+                ticket: reserved.ticket,
+                epoch: 1,
+                held_tokens: reserved.held_tokens,
+            }),
+        };
+        let mut events = self.prefill.prefill(request).await?.into_inner();
+        let mut done = None;
+        while let Some(event) = events.message().await? {
+            if let Some(prefill_event::Event::HandoffDone(it)) = event.event {
+                done = Some(it);
+            }
+        }
+        while written.message().await?.is_some() {}
+        done.context("the prefill node ended without a hand-over")
+    }
+
+    /// A reservation, and the frames of a prompt for it, cut as the prefill node cuts them when it keeps up.
+    async fn frames(&mut self, tokens: usize, chunk: usize) -> anyhow::Result<Prepared> {
+        let prompt = self.prompt(tokens);
+        let (reserved, written) = self.reserve(&prompt).await?;
+        let (geometry, format) = (self.manifest.decode.kv, self.manifest.kv_formats.wire);
+        let (fingerprint, ticket) = (self.manifest.fingerprint.clone(), Ticket::new(reserved.ticket));
+        let frame = |index: u32, body| KvFrame {
+            fingerprint: fingerprint.to_string(),
+            ticket: ticket.to_string(),
+            epoch: 1,
+            index,
+            body: Some(body),
+        };
+        let numbers: Vec<f32> = (0..chunk * geometry.row()).map(|i| (i % 251) as f32 / 251.0 - 0.5).collect();
+        let mut digest = HandoffDigest::default();
+        let mut rows = Vec::new();
+        for start in (0..tokens).step_by(chunk) {
+            let count = chunk.min(tokens - start);
+            let encoded = wire::encode(format, &geometry, &numbers[..count * geometry.row()]);
+            for layer in 0..geometry.layers as u32 {
+                let header = RowsHeader {
+                    fingerprint: fingerprint.clone(),
+                    ticket: ticket.clone(),
+                    epoch: Epoch(1),
+                    index: rows.len() as u32,
+                    layer,
+                    start: start as u32,
+                    tokens: count as u32,
+                };
+                let (k, v) = (encoded.clone(), encoded.clone());
+                let checksum = header.checksum(&k, &v);
+                digest.update(&header, checksum);
+                let dtype = convert::wire_format_to_wire(format).into();
+                let body = KvRows { layer, start: header.start, tokens: header.tokens, dtype, k, v, checksum };
+                rows.push(frame(header.index, kv_frame::Body::Rows(body)));
+            }
+        }
+        let commit =
+            KvCommit { digest: digest.finish().to_vec().into(), prompt_digest: prompt_digest(&prompt).to_vec().into(), first_token: 0 };
+        let commit = frame(rows.len() as u32, kv_frame::Body::Commit(commit));
+        Ok(Prepared { rows, commit, written })
+    }
+
+    /// Pushes what is there already; the time to the acknowledgement.
+    async fn push(&mut self, prepared: Prepared) -> anyhow::Result<Duration> {
+        let Prepared { mut rows, commit, mut written } = prepared;
+        rows.push(commit);
+        let begun = Instant::now();
+        self.decode.push_kv(tokio_stream::iter(rows)).await?;
+        let took = begun.elapsed();
+        while written.message().await?.is_some() {}
+        Ok(took)
+    }
+}
+
+/// A handoff whose rows are all there.
+struct Prepared {
+    rows: Vec<KvFrame>,
+    commit: KvFrame,
+    written: Streaming<DecodeEvent>,
+}
+
+fn payload(frame: &KvFrame) -> usize {
+    match &frame.body {
+        Some(kv_frame::Body::Rows(rows)) => rows.k.len() + rows.v.len(),
+        _ => 0,
+    }
+}
+
+fn greedy() -> Sampling {
+    Sampling { temperature: Some(0.0), ..Sampling::default() }
+}
+
+fn stop() -> StopTokens {
+    StopTokens { max_tokens: 2, ignore_eos: true, ..StopTokens::default() }
+}
+
+/// Moves messages of these sizes over a socket to a thread that reads them; the time to its answer.
+fn plain_socket(sizes: &[usize]) -> anyhow::Result<Duration> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let total: usize = sizes.iter().sum();
+    let reader = std::thread::spawn(move || -> std::io::Result<()> {
+        let (mut socket, _) = listener.accept()?;
+        let mut buffer = vec![0; 1 << 20];
+        let mut left = total;
+        while left > 0 {
+            match socket.read(&mut buffer)? {
+                0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                n => left -= n,
+            }
+        }
+        socket.write_all(&[1])
+    });
+    let message = vec![7; sizes.iter().copied().max().unwrap_or(0)];
+    let mut socket = TcpStream::connect(address)?;
+    socket.set_nodelay(true)?;
+    let begun = Instant::now();
+    for &size in sizes {
+        socket.write_all(&message[..size])?;
+    }
+    socket.read_exact(&mut [0])?;
+    let took = begun.elapsed();
+    match reader.join() {
+        Ok(read) => read?,
+        Err(_) => bail!("the reading thread panicked"),
+    }
+    Ok(took)
+}

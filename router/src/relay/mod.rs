@@ -1,0 +1,69 @@
+//! One request's way through the cluster: both nodes are asked, their tokens become text, whatever fails is told once.
+//!
+//! `flow` knows what was written and what a failure means, without I/O; `driver` asks the nodes; `text` turns tokens into text.
+//! An attempt that fails is followed by another one, which goes on after the last token: the client sees one answer.
+//! Dropping the answer drops both nodes' streams, which ends everything there.
+
+mod driver;
+mod flow;
+mod text;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use overfill_proto::v1::{ServedBy, Token};
+use overfill_types::{Code, FinishReason, ServiceError};
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+
+use crate::Router;
+use crate::admission::ValidRequest;
+use crate::relay::driver::Driver;
+
+/// Events that wait for a slow client; then its nodes' streams wait.
+const EVENTS: usize = 64;
+
+/// What happens to an answer.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// New text and tokens.
+    Delta { text: String, tokens: Vec<Token> },
+    /// The end.
+    Finished(End),
+}
+
+/// How an answer ended.
+#[derive(Debug)]
+pub(crate) struct End {
+    pub(crate) reason: FinishReason,
+    pub(crate) completion_tokens: usize,
+    pub(crate) served_by: ServedBy,
+    pub(crate) matched_stop: Option<String>,
+}
+
+/// An answer as it comes.
+pub(crate) type Answer = mpsc::Receiver<Result<Event, ServiceError>>;
+
+/// Starts a request. It ends when the answer is dropped.
+pub(crate) fn start(router: Arc<Router>, request: ValidRequest) -> Answer {
+    let (sender, answer) = mpsc::channel(EVENTS);
+    // Owned by the answer.
+    tokio::spawn(async move {
+        let (id, deadline) = (request.id.clone(), request.deadline);
+        let gone = sender.clone();
+        let mut driver = Driver::new(router, request, sender);
+        let ended = tokio::select! {
+            ended = driver.run() => ended,
+            () = gone.closed() => return,
+            () = sleep(deadline.saturating_duration_since(Instant::now())) => {
+                Err(ServiceError::new(Code::DeadlineExceeded, "the request's time ran out: ask for fewer tokens, or give it a longer deadline"))
+            }
+        };
+        if let Err(error) = ended {
+            tracing::info!(request = %id, code = %error.code, %error, "request failed");
+            // A client that does not read gets its connection closed in the end; nothing is held for it here.
+            let _ = timeout(Duration::from_secs(5), gone.send(Err(error))).await;
+        }
+    });
+    answer
+}
