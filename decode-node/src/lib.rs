@@ -49,7 +49,8 @@ pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discove
         let geometry = model.config().kv;
         let formats = pair.manifest.kv_formats;
         let blocks = node.blocks(cache::bytes_per_token(geometry, formats.cache));
-        let cache = KvCache::new(geometry, formats.cache, blocks as usize, node.block_tokens as usize, &device)?;
+        let mut cache = KvCache::new(geometry, formats.cache, blocks as usize, node.block_tokens as usize, &device)?;
+        cache.claim(&pool);
         Ok::<_, ModelError>((pair.manifest, Workspace::new(pool), model, cache, blocks))
     });
     let (manifest, workspace, model, cache, blocks) = loading.await??;

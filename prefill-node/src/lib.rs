@@ -52,7 +52,8 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
         let geometry = model.config().kv;
         let format = pair.manifest.kv_formats.cache;
         let blocks = node.blocks(cache::bytes_per_token(geometry, format));
-        let cache = KvCache::new(geometry, format, blocks as usize, node.block_tokens as usize, &device)?;
+        let mut cache = KvCache::new(geometry, format, blocks as usize, node.block_tokens as usize, &device)?;
+        cache.claim(&pool);
         Ok::<_, ModelError>((pair.manifest, Workspace::new(pool), model, transform, cache, blocks))
     });
     let (manifest, workspace, model, transform, cache, blocks) = loading.await??;

@@ -122,6 +122,14 @@ impl KvLayer {
         self.shape
     }
 
+    /// Has the system give all of its memory now: the first write to each page costs microseconds, which a handoff would wait for.
+    pub fn claim(&mut self, pool: &Pool) {
+        match &mut self.stored {
+            Stored::F32(both) => both.claim(pool),
+            Stored::F16(both) => both.claim(pool),
+        }
+    }
+
     /// Bytes that one token takes.
     pub fn bytes_per_token(shape: KvShape, format: KvFormat) -> usize {
         let number = if format == KvFormat::F32 { 4 } else { 2 };
@@ -236,6 +244,20 @@ fn pieces(shape: KvShape, runs: &[Run<'_>]) -> Vec<Piece> {
 }
 
 impl<T: Number> Both<T> {
+    fn claim(&mut self, pool: &Pool) {
+        /// Bytes of the smallest page.
+        const PAGE: usize = 4096;
+        let numbers = PAGE / size_of::<T>();
+        for all in [&mut self.k, &mut self.v] {
+            let pages = all.len().div_ceil(numbers);
+            let all = Disjoint::new(all);
+            pool.rows(pages, 1000, |page| {
+                // SAFETY: each place is written once.
+                unsafe { all.part(page * numbers, 1)[0] = T::default() };
+            });
+        }
+    }
+
     fn write<S: Copy + Sync>(&mut self, pool: &Pool, shape: KvShape, pieces: &[Piece], from: Rows<'_, S>, stored: impl Fn(S) -> T + Sync) {
         let KvShape { kv_heads, head_dim, block_tokens, .. } = shape;
         let padded = shape.padded();

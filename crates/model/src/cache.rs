@@ -86,6 +86,13 @@ impl KvCache {
         Self { geometry, format, blocks, block_tokens, rows, decoded: Default::default() }
     }
 
+    /// Has the system give all of its memory now, while it is still empty, rather than as sequences first write to it.
+    pub fn claim(&mut self, pool: &Pool) {
+        if let Rows::Host(layers) = &mut self.rows {
+            layers.iter_mut().for_each(|layer| layer.claim(pool));
+        }
+    }
+
     /// Its shape.
     pub fn geometry(&self) -> KvGeometry {
         self.geometry
