@@ -158,7 +158,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// The same rows as [`wire::encode`](overfill_kv::wire::encode) would give them in `format`, without converting a number;
+    /// The same rows as [`wire::encode`] would give them in `format`, without converting a number;
     /// `None` where the cache does not hold them in that format in main memory.
     ///
     /// # Errors
