@@ -59,11 +59,6 @@ impl CpuLlama {
         Ok(Self { embedding, layers, norm: vector(weights, "model.norm.weight")?, head })
     }
 
-    pub(crate) fn bytes_per_step(&self) -> usize {
-        let layers: usize = self.layers.iter().map(|l| l.qkv.bytes() + l.output.bytes() + l.gate_up.bytes() + l.down.bytes()).sum();
-        layers + self.head().bytes()
-    }
-
     fn head(&self) -> &Matrix {
         self.head.as_ref().unwrap_or(&self.embedding)
     }

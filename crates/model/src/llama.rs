@@ -81,14 +81,6 @@ impl Llama {
         &self.device
     }
 
-    /// Bytes of weights that a decode step reads, whatever its batch; 0 where they are not in main memory.
-    pub fn bytes_per_step(&self) -> usize {
-        match &self.weights {
-            Form::Cpu(weights) => weights.bytes_per_step(),
-            Form::Gpu(_) => 0,
-        }
-    }
-
     /// Reads all chunks, appending to the cache.
     ///
     /// `on_layer(layer, cache, pool)` is called as soon as a layer's keys and values of all chunks lie in the cache.
