@@ -1,0 +1,9 @@
+//! Making pairs: a full model is pruned to a decode model, which is trained to answer from the full model's KV cache.
+//!
+//! No network, and nothing that serves: what this crate makes are checkpoints that every node can load.
+
+pub mod data;
+pub mod error;
+
+pub use data::{Conversation, Example};
+pub use error::CompressError;
