@@ -42,6 +42,9 @@ pub struct DecodeConfig {
     // Most answers end long before max_tokens; those that then find no block are preempted, and go on later or elsewhere.
     #[arg(long, env = "OVERFILL_KV_OVERCOMMIT", default_value_t = 2.0, value_parser = parse_overcommit)]
     pub kv_overcommit: f64,
+    /// Nice value of the compute threads: above 0, threads that pass on tokens or frames do not wait for their time slices (Linux)
+    #[arg(long, env = "OVERFILL_NICE", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=19))]
+    pub nice: u8,
     /// Seconds that a reservation is held without a frame of its KV cache
     #[arg(long, env = "OVERFILL_RESERVATION_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub reservation_timeout: u64,

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use overfill_kv::BlockId;
 use overfill_lifecycle::Drain;
 use overfill_model::cache::WireRows;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Sampled, Workspace};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Sampled, Workspace};
 use overfill_types::{Code, ServiceError, Ticket, WireFormat};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
@@ -112,8 +112,8 @@ pub(crate) struct Settings {
     pub(crate) patience: Duration,
     /// How rows come over the wire.
     pub(crate) wire: WireFormat,
-    /// Cores that the threads keep to; none in particular if empty.
-    pub(crate) cpus: Vec<usize>,
+    /// Of its thread.
+    pub(crate) placement: Placement,
 }
 
 pub(crate) struct Engine {
@@ -128,7 +128,7 @@ impl Engine {
     pub(crate) fn start(self, end: Drain) -> std::io::Result<(Commands, JoinHandle<()>)> {
         let (sender, commands) = flume::bounded(COMMANDS);
         let thread = std::thread::Builder::new().name("decode-engine".into()).spawn(move || {
-            Pool::pin_caller(&self.settings.cpus);
+            self.settings.placement.apply_to_caller();
             Loop { engine: self, waiting: HashMap::new(), running: Vec::new(), parts: VecDeque::new() }.run(&commands, &end);
         })?;
         Ok((Commands { sender, frames: Arc::new(Semaphore::new(FRAMES)) }, thread))

@@ -18,7 +18,7 @@ use std::time::Duration;
 use overfill_cluster::Discovery;
 use overfill_kv::BlockPool;
 use overfill_lifecycle::{Drain, grpc};
-use overfill_model::{KvCache, ModelError, Pair, Pool, Workspace, cache};
+use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
 use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
 use overfill_types::{Limits, NodeId, NodeInfo, Role};
@@ -40,10 +40,12 @@ pub use crate::error::RunError;
 pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
     let node = config.node.clone();
     let id = NodeId::new(format!("decode-{}", uuid::Uuid::new_v4()));
+    let placement = Placement { cpus: node.cpus.clone(), nice: config.nice };
+    let placement_of_pool = placement.clone();
     let loading = tokio::task::spawn_blocking(move || {
         let pair = Pair::open(&node.pair)?;
         let device = overfill_model::device::parse(&node.device)?;
-        let pool = Pool::new(node.threads(), &node.cpus)
+        let pool = Pool::placed(node.threads(), &placement_of_pool)
             .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
         let model = pair.load_decode(&device, &pool)?;
         let geometry = model.config().kv;
@@ -68,7 +70,7 @@ pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discove
         max_batch: config.max_batch,
         patience: config.reservation_timeout(),
         wire: manifest.kv_formats.wire,
-        cpus: config.node.cpus.clone(),
+        placement,
     };
     let end = Drain::new();
     let (commands, engine_thread) = Engine { model, cache, workspace, settings }.start(end.clone())?;

@@ -38,6 +38,9 @@ pub struct PrefillConfig {
     /// Most prompts held at a time, waiting and running
     #[arg(long, env = "OVERFILL_MAX_QUEUE", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_queue: u32,
+    /// Nice value of the compute threads: above 0, threads that pass on tokens or frames do not wait for their time slices (Linux)
+    #[arg(long, env = "OVERFILL_NICE", default_value_t = 10, value_parser = clap::value_parser!(u8).range(0..=19))]
+    pub nice: u8,
     /// Whether KV blocks of prompts are kept for others that begin alike, while their memory is not needed: on or off
     #[arg(long, env = "OVERFILL_PREFIX_CACHE", default_value = "on", action = ArgAction::Set, value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub prefix_cache: bool,

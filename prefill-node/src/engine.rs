@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use overfill_kv::{BlockHash, BlockId, BlockPool, Reservation};
 use overfill_lifecycle::Drain;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Sampled, Sampler, Workspace};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Sampled, Sampler, Workspace};
 use overfill_proto::v1::{FirstToken, PrefillEvent, Token, prefill_event};
 use overfill_proto::{convert, status};
 use overfill_types::{Code, SamplingParams, ServiceError, StopConditions};
@@ -52,8 +52,8 @@ pub(crate) struct Settings {
     pub(crate) eos: Vec<u32>,
     /// Most tokens in one step.
     pub(crate) chunk_tokens: usize,
-    /// Cores that the threads keep to; none in particular if empty.
-    pub(crate) cpus: Vec<usize>,
+    /// Of its thread.
+    pub(crate) placement: Placement,
 }
 
 pub(crate) struct Engine {
@@ -88,7 +88,7 @@ impl Engine {
         let counts = Arc::new(Counts::default());
         let shared = counts.clone();
         let thread = std::thread::Builder::new().name("prefill-engine".into()).spawn(move || {
-            Pool::pin_caller(&self.settings.cpus);
+            self.settings.placement.apply_to_caller();
             Loop { engine: self, counts: shared, waiting: VecDeque::new(), running: Vec::new() }.run(&jobs, &end);
         })?;
         Ok((sender, counts, thread))

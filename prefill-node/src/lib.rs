@@ -20,7 +20,7 @@ use std::time::Duration;
 use overfill_cluster::Discovery;
 use overfill_kv::BlockPool;
 use overfill_lifecycle::{Drain, grpc};
-use overfill_model::{KvCache, ModelError, Pair, Pool, Workspace, cache};
+use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
 use overfill_proto::v1::prefill_server::PrefillServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
 use overfill_types::{Limits, NodeId, NodeInfo, Role};
@@ -42,10 +42,12 @@ pub use crate::error::RunError;
 pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
     let node = config.node.clone();
     let id = NodeId::new(format!("prefill-{}", uuid::Uuid::new_v4()));
+    let placement = Placement { cpus: node.cpus.clone(), nice: config.nice };
+    let placement_of_pool = placement.clone();
     let loading = tokio::task::spawn_blocking(move || {
         let pair = Pair::open(&node.pair)?;
         let device = overfill_model::device::parse(&node.device)?;
-        let pool = Pool::new(node.threads(), &node.cpus)
+        let pool = Pool::placed(node.threads(), &placement_of_pool)
             .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
         let model = pair.load_full(&device, &pool)?;
         let transform = pair.load_transform(&pool)?;
@@ -60,11 +62,7 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
 
     let pool = BlockPool::new(blocks, config.node.block_tokens as usize);
     let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
-    let settings = Settings {
-        eos: manifest.tokenizer.eos_token_ids.clone(),
-        chunk_tokens: config.chunk_tokens as usize,
-        cpus: config.node.cpus.clone(),
-    };
+    let settings = Settings { eos: manifest.tokenizer.eos_token_ids.clone(), chunk_tokens: config.chunk_tokens as usize, placement };
     let end = Drain::new();
     let rows = Rows::new(transform, manifest.full.kv.layers, manifest.decode.kv, manifest.kv_formats.wire);
     let engine = Engine { model, cache, rows, workspace, pool: pool.clone(), settings };

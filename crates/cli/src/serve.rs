@@ -30,6 +30,9 @@ pub(crate) struct ServeArgs {
     /// Compute threads of each of the two models [default: all cores; they mostly take turns]
     #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Nice value of the full model's threads: above 0, running answers go before new prompts where both want a core (Linux)
+    #[arg(long, env = "OVERFILL_PREFILL_NICE", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=19))]
+    prefill_nice: u8,
     /// Where the models compute: cpu or cuda:N
     #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
     device: String,
@@ -61,8 +64,14 @@ pub(crate) fn run(args: ServeArgs, home: &Home) -> anyhow::Result<()> {
             max_context: None,
             drain_timeout: args.bounds.router_drain_timeout,
         };
-        let prefill = PrefillConfig { node: node.clone(), chunk_tokens: args.chunk_tokens, max_queue: 256, prefix_cache: true };
-        let decode = DecodeConfig { node, max_sequences: 64, max_batch: 32, kv_overcommit: 2.0, reservation_timeout: 30 };
+        let prefill = PrefillConfig {
+            node: node.clone(),
+            chunk_tokens: args.chunk_tokens,
+            max_queue: 256,
+            nice: args.prefill_nice,
+            prefix_cache: true,
+        };
+        let decode = DecodeConfig { node, max_sequences: 64, max_batch: 32, kv_overcommit: 2.0, nice: 0, reservation_timeout: 30 };
         let local = || TcpListener::bind("127.0.0.1:0");
         // The router drains first; its requests need the nodes until they are finished.
         let nodes = Drain::new();

@@ -39,7 +39,7 @@ pub use attention::{AttentionScratch, paged_attention};
 pub use dense::DenseMatrix;
 pub use ggml::BlockFormat;
 pub use kv::{BLOCK_MULTIPLE, KvFormat, KvLayer, KvShape, Run};
-pub use pool::Pool;
+pub use pool::{Placement, Pool};
 pub use product::{Into, Matrix, products};
 pub use quantised::QuantisedMatrix;
 pub use rows::{rms_norm, rotate, swiglu};

@@ -19,6 +19,35 @@ const SPINS: u32 = 1500;
 /// Most parts in one run; more are grouped.
 const MOST_PARTS: usize = 1 << 15;
 
+/// Where an engine's threads run, and how readily they give way.
+#[derive(Clone, Debug, Default)]
+pub struct Placement {
+    /// Cores that they keep to: thread `i`, counted from the caller, to `cpus[i % cpus.len()]`; any core if empty.
+    pub cpus: Vec<usize>,
+    /// Their nice value. With one above 0 other threads of the machine (a network thread that has a frame to pass on)
+    /// need not wait for the end of a compute thread's time slice.
+    pub nice: u8,
+}
+
+impl Placement {
+    /// Places the calling thread, as the first of an engine's.
+    pub fn apply_to_caller(&self) {
+        self.apply(0);
+    }
+
+    fn apply(&self, thread: usize) {
+        if !self.cpus.is_empty() {
+            // A core that this process may not use is the same as none: the thread stays free.
+            core_affinity::set_for_current(core_affinity::CoreId { id: self.cpus[thread % self.cpus.len()] });
+        }
+        #[cfg(target_os = "linux")]
+        if self.nice > 0 {
+            // Of the calling thread alone, on Linux. Giving way more is always allowed where the call is.
+            let _ = rustix::process::setpriority_process(None, self.nice.into());
+        }
+    }
+}
+
 /// A fixed set of threads that run the parts of one job at a time. The caller is one of them.
 pub struct Pool {
     shared: Arc<Shared>,
@@ -62,11 +91,19 @@ unsafe impl Sync for Shared {}
 impl Pool {
     /// `threads` threads, the caller's included; at least one.
     ///
-    /// With `cpus`, worker `i` keeps to core `cpus[i % cpus.len()]`, counted from the caller, which [`Pool::pin_caller`] pins.
+    /// With `cpus`, worker `i` keeps to core `cpus[i % cpus.len()]`, counted from the caller.
     ///
     /// # Errors
     /// Where the system gives no more threads.
     pub fn new(threads: usize, cpus: &[usize]) -> std::io::Result<Self> {
+        Self::placed(threads, &Placement { cpus: cpus.to_vec(), nice: 0 })
+    }
+
+    /// `threads` threads, placed; the caller places itself ([`Placement::apply_to_caller`]).
+    ///
+    /// # Errors
+    /// Where the system gives no more threads.
+    pub fn placed(threads: usize, placement: &Placement) -> std::io::Result<Self> {
         let threads = threads.max(1);
         let shared = Arc::new(Shared {
             shares: (0..threads).map(|_| Share(AtomicU64::new(0))).collect(),
@@ -84,23 +121,14 @@ impl Pool {
         let mut pool = Self { shared, workers: Vec::new(), run: Mutex::new(0) };
         for me in 1..threads {
             let shared = pool.shared.clone();
-            let cpu = if cpus.is_empty() { None } else { Some(cpus[me % cpus.len()]) };
+            let placement = placement.clone();
             let worker = std::thread::Builder::new().name(format!("compute-{me}")).spawn(move || {
-                if let Some(cpu) = cpu {
-                    pin(cpu);
-                }
+                placement.apply(me);
                 shared.serve(me);
             })?;
             pool.workers.push(worker);
         }
         Ok(pool)
-    }
-
-    /// Keeps the calling thread to the first of `cpus`, if there is one.
-    pub fn pin_caller(cpus: &[usize]) {
-        if let Some(&cpu) = cpus.first() {
-            pin(cpu);
-        }
     }
 
     /// Threads, the caller's included.
@@ -269,11 +297,6 @@ fn claim(share: &AtomicU64, run: u32, front: bool) -> Option<usize> {
             Err(other) => now = other,
         }
     }
-}
-
-fn pin(cpu: usize) {
-    // A core that this process may not use is the same as none: the thread stays free.
-    core_affinity::set_for_current(core_affinity::CoreId { id: cpu });
 }
 
 #[cfg(test)]

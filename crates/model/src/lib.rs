@@ -29,7 +29,7 @@ pub use candle_core::quantized::GgmlDType;
 pub use config::LlamaConfig;
 pub use error::ModelError;
 pub use llama::{Chunk, Llama};
-pub use overfill_kernels::Pool;
+pub use overfill_kernels::{Placement, Pool};
 pub use pair::Pair;
 pub use pair_make::{KvSpec, MakePair};
 pub use sample::{Sampled, Sampler};

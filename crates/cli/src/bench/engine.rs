@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::Args;
 use overfill_kv::BlockId;
 use overfill_model::profile::Cost;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Workspace};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Pool, Workspace};
 use overfill_types::KvFormat;
 use overfill_types::pair::WeightFormat;
 use serde_json::json;
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &EngineArgs, home: &Home) -> anyhow::Result<()> {
         }
     };
     let device = overfill_model::device::parse(&args.device)?;
-    Pool::pin_caller(&args.cpus);
+    Placement { cpus: args.cpus.clone(), nice: 0 }.apply_to_caller();
     for &threads in &args.threads {
         let peaks = args.profile.then(|| Peaks::measure(threads, &args.cpus)).transpose()?;
         for (path, weights) in &models {

@@ -91,12 +91,13 @@ async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Dr
         max_context: None,
         drain_timeout: 10,
     };
-    let prefill = PrefillConfig { node: node.clone(), chunk_tokens: args.chunk_tokens, max_queue: 4, prefix_cache: false };
+    let prefill = PrefillConfig { node: node.clone(), chunk_tokens: args.chunk_tokens, max_queue: 4, nice: 10, prefix_cache: false };
     let decode = DecodeConfig {
         node: NodeArgs { threads: Some(1), ..node },
         max_sequences: 4,
         max_batch: 4,
         kv_overcommit: 1.0,
+        nice: 0,
         reservation_timeout: 30,
     };
     let listen = || tokio::net::TcpListener::bind("127.0.0.1:0");
