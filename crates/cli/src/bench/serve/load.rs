@@ -4,6 +4,7 @@
 //! Two things can still hold a request back, and both are in its record: this program being late, and `--max-concurrency`.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
@@ -48,6 +49,9 @@ struct Shared {
     keep_texts: bool,
     stop: Drain,
     bar: ProgressBar,
+    /// What the bar says while nothing fails.
+    what: String,
+    failed: AtomicUsize,
 }
 
 impl Load {
@@ -66,7 +70,9 @@ impl Load {
             think: self.think,
             keep_texts: self.keep_texts,
             stop: stop.clone(),
+            what: bar.message(),
             bar,
+            failed: AtomicUsize::new(0),
         });
         // Bounded by the plan: there are no more tasks than conversations.
         let mut running = JoinSet::new();
@@ -122,12 +128,20 @@ impl Shared {
         self.begun.elapsed()
     }
 
+    /// Moves the bar on; a failure is seen at once.
+    fn show(&self, record: &Record) {
+        if matches!(record.outcome, Outcome::Failed(_)) {
+            let failed = self.failed.fetch_add(1, Ordering::Relaxed) + 1;
+            self.bar.set_message(format!("{}, {failed} failed", self.what));
+        }
+        self.bar.inc(1);
+    }
+
     /// All turns of a conversation, one after the other; one record for each.
     async fn converse(&self, conversation: Conversation, due: Duration) -> Vec<Record> {
         let mut records: Vec<Record> = Vec::with_capacity(conversation.turns.len());
         let mut chat: Vec<Message> = Vec::new();
         chat.extend(conversation.system.map(|content| Message { role: "system".into(), content }));
-        let several = conversation.turns.len() > 1 || !chat.is_empty();
         let mut due = due;
         for turn in conversation.turns {
             let lost = match records.last().map(|r| &r.outcome) {
@@ -138,8 +152,9 @@ impl Shared {
                 Some(Outcome::Completed) | None => None,
             };
             if let Some(outcome) = lost {
-                self.bar.inc(1);
-                records.push(Record::unsent(due, &turn, outcome));
+                let record = Record::unsent(due, &turn, outcome);
+                self.show(&record);
+                records.push(record);
                 continue;
             }
             if !records.is_empty() && !self.think.is_zero() {
@@ -149,29 +164,27 @@ impl Shared {
                 }
             }
             let released = self.now();
-            let request = match &turn.input {
-                Input::Say(text) if several => {
+            let prompt = match &turn.input {
+                Input::Ids(ids) => Prompt::Ids(ids),
+                Input::Text(text) => Prompt::Text(text),
+                Input::Say(text) => {
                     chat.push(Message { role: "user".into(), content: text.clone() });
-                    self.backend.prepare(&Prompt::Chat(&chat), turn.max_tokens)
+                    Prompt::Chat(&chat)
                 }
-                input => self.backend.prepare(&Prompt::Input(input), turn.max_tokens),
             };
+            let request = self.backend.prepare(&prompt, turn.max_tokens);
             let mut record = self.ask(&turn, request, due, released).await;
-            self.bar.inc(1);
+            self.show(&record);
             due = record.ended + self.think;
-            if several {
-                chat.push(Message { role: "assistant".into(), content: record.text.clone() });
-            }
-            if !self.keep_texts {
-                record.text = String::new();
-            }
+            let text = if self.keep_texts { record.text.clone() } else { std::mem::take(&mut record.text) };
+            chat.push(Message { role: "assistant".into(), content: text });
             records.push(record);
         }
         records
     }
 
     /// One request, from its permit to its end.
-    async fn ask(&self, turn: &Turn, request: Prepared, due: Duration, released: Duration) -> Record {
+    async fn ask(&self, turn: &Turn, request: Prepared<'_>, due: Duration, released: Duration) -> Record {
         let mut record = Record { released, ..Record::unsent(due, turn, Outcome::Interrupted) };
         let permit = async {
             match &self.permits {
@@ -192,7 +205,7 @@ impl Shared {
         record.outcome = tokio::select! {
             biased;
             () = self.stop.signaled() => Outcome::Interrupted,
-            asked = tokio::time::timeout(self.backend.request_timeout, self.backend.ask(request, &mut answer)) => match asked {
+            asked = tokio::time::timeout(self.backend.request_timeout, request.ask(&mut answer)) => match asked {
                 Ok(Ok(())) => Outcome::Completed,
                 Ok(Err(failure)) => Outcome::Failed(failure),
                 Err(_) => {

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
+use overfill_proto::v1::GenerateRequest;
 use overfill_text::Message;
 use serde_json::{Map, Value};
 
-use super::dataset::Input;
 use super::failure::Failure;
 use super::sampling::SamplingArgs;
 
@@ -102,16 +102,20 @@ fn object(text: &str) -> Result<Map<String, Value>, String> {
 
 /// What a request reads.
 pub(super) enum Prompt<'a> {
-    /// As it is, or as the only message of a chat.
-    Input(&'a Input),
+    /// Continued as it is.
+    Ids(&'a [u32]),
+    /// Continued as it is.
+    Text(&'a str),
     /// A chat so far.
     Chat(&'a [Message]),
 }
 
 /// A request that only needs to be sent.
-pub(super) enum Prepared {
-    Http(Vec<u8>),
-    Grpc(Box<overfill_proto::v1::GenerateRequest>),
+pub(super) struct Prepared<'a>(Through<'a>);
+
+enum Through<'a> {
+    Http(&'a openai::OpenAi, Vec<u8>),
+    Grpc(&'a grpc::Grpc, Box<GenerateRequest>),
 }
 
 /// An answer as it comes; what is there stays when the rest is lost.
@@ -171,22 +175,23 @@ impl Backend {
     }
 
     /// Makes a request for up to `max_tokens` tokens after `prompt`.
-    pub(super) fn prepare(&self, prompt: &Prompt, max_tokens: u32) -> Prepared {
+    pub(super) fn prepare(&self, prompt: &Prompt, max_tokens: u32) -> Prepared<'_> {
         match &self.wire {
-            Wire::OpenAi(http) => Prepared::Http(http.body(&self.model, prompt, max_tokens)),
-            Wire::Grpc(grpc) => Prepared::Grpc(Box::new(grpc.request(&self.model, prompt, max_tokens))),
+            Wire::OpenAi(http) => Prepared(Through::Http(http, http.body(&self.model, prompt, max_tokens))),
+            Wire::Grpc(grpc) => Prepared(Through::Grpc(grpc, Box::new(grpc.request(&self.model, prompt, max_tokens)))),
         }
     }
+}
 
-    /// Sends a request and reads the answer to its end.
+impl Prepared<'_> {
+    /// Sends it and reads the answer to its end.
     ///
     /// # Errors
     /// Why the answer is not whole; what came of it is in `answer`.
-    pub(super) async fn ask(&self, request: Prepared, answer: &mut Answer) -> Result<(), Failure> {
-        match (&self.wire, request) {
-            (Wire::OpenAi(http), Prepared::Http(body)) => http.ask(body, answer).await,
-            (Wire::Grpc(grpc), Prepared::Grpc(request)) => grpc.ask(*request, answer).await,
-            _ => Err(Failure::new(super::failure::Kind::Malformed, "a request was prepared for another door")),
+    pub(super) async fn ask(self, answer: &mut Answer) -> Result<(), Failure> {
+        match self.0 {
+            Through::Http(http, body) => http.ask(body, answer).await,
+            Through::Grpc(grpc, request) => grpc.ask(*request, answer).await,
         }
     }
 }

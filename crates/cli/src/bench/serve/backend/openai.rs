@@ -9,19 +9,20 @@ use serde_json::{Map, Value, json};
 
 use super::sse::Events;
 use super::{Answer, Door, Prompt, TargetArgs};
-use crate::bench::serve::dataset::Input;
 use crate::bench::serve::failure::{Failure, Kind};
 use crate::bench::serve::sampling::SamplingArgs;
 
 /// How long a connection may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long a body may take to end after `[DONE]`.
+const CLOSING_LIMIT: Duration = Duration::from_millis(100);
+
 /// A server that speaks OpenAI's API.
 pub(super) struct OpenAi {
     client: Client,
     base: String,
     endpoint: String,
-    door: Door,
     /// What every request has.
     fields: Map<String, Value>,
 }
@@ -48,7 +49,7 @@ impl OpenAi {
         fields.extend(args.extra_body.clone().unwrap_or_default());
         let path = if chat { "/v1/chat/completions" } else { "/v1/completions" };
         let endpoint = format!("{base}{}", args.endpoint.as_deref().unwrap_or(path));
-        Ok(Self { client: client.context("an HTTP client cannot be made")?, base, endpoint, door, fields })
+        Ok(Self { client: client.context("an HTTP client cannot be made")?, base, endpoint, fields })
     }
 
     /// The first model that the server lists.
@@ -66,23 +67,13 @@ impl OpenAi {
     pub(super) fn body(&self, model: &str, prompt: &Prompt, max_tokens: u32) -> Vec<u8> {
         let mut body = self.fields.clone();
         body.insert("model".into(), json!(model));
-        if self.door == Door::Chat {
-            let messages = match prompt {
-                Prompt::Chat(messages) => json!(messages),
-                Prompt::Input(Input::Say(text) | Input::Text(text)) => json!([{ "role": "user", "content": text }]),
-                Prompt::Input(Input::Ids(ids)) => json!([{ "role": "user", "content": ids }]),
-            };
-            body.insert("messages".into(), messages);
-            body.entry("max_completion_tokens").or_insert(json!(max_tokens));
-        } else {
-            let prompt = match prompt {
-                Prompt::Input(Input::Ids(ids)) => json!(ids),
-                Prompt::Input(Input::Say(text) | Input::Text(text)) => json!(text),
-                Prompt::Chat(messages) => json!(messages),
-            };
-            body.insert("prompt".into(), prompt);
-            body.entry("max_tokens").or_insert(json!(max_tokens));
-        }
+        let (field, prompt, limit) = match prompt {
+            Prompt::Chat(messages) => ("messages", json!(messages), "max_completion_tokens"),
+            Prompt::Ids(ids) => ("prompt", json!(ids), "max_tokens"),
+            Prompt::Text(text) => ("prompt", json!(text), "max_tokens"),
+        };
+        body.insert(field.into(), prompt);
+        body.entry(limit).or_insert(json!(max_tokens));
         Value::Object(body).to_string().into_bytes()
     }
 
@@ -101,6 +92,9 @@ impl OpenAi {
             let Some(piece) = piece else { return stream.closed(answer) };
             for data in events.push(&piece).map_err(|_| Failure::new(Kind::Malformed, "an event is larger than 16 MiB"))? {
                 if stream.take(&data, now, answer)? {
+                    // To the body's end: a connection with something left to read cannot be used again.
+                    let rest = async { while let Ok(Some(_)) = response.chunk().await {} };
+                    let _ = tokio::time::timeout(CLOSING_LIMIT, rest).await;
                     return stream.closed(answer);
                 }
             }

@@ -6,6 +6,8 @@ mod chats;
 mod custom;
 mod sharegpt;
 mod synthetic;
+#[cfg(test)]
+mod tests;
 mod tokens;
 mod trace;
 

@@ -5,10 +5,10 @@ use std::fmt::Write;
 use super::escape;
 
 const WIDTH: f64 = 560.0;
-const HEIGHT: f64 = 300.0;
+const HEIGHT: f64 = 310.0;
 const LEFT: f64 = 58.0;
 const RIGHT: f64 = 14.0;
-const TOP: f64 = 52.0;
+const TOP: f64 = 64.0;
 const BOTTOM: f64 = 44.0;
 
 /// A chart; nothing is drawn of one that has no point.
@@ -177,12 +177,12 @@ impl Chart {
         }
         let _ = write!(
             svg,
-            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text><text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"start\">{}</text>",
+            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text><text x=\"{:.1}\" y=\"{:.1}\">{}</text>",
             WIDTH - RIGHT,
             HEIGHT - 8.0,
             escape(self.x.label),
-            4.0,
-            HEIGHT - 8.0,
+            0.0,
+            TOP - 12.0,
             escape(self.y.label)
         );
         for layer in &self.layers {
