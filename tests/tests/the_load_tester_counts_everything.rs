@@ -119,9 +119,10 @@ async fn every_door_of_a_cluster() {
             let lens = result["input_lens"].as_array().unwrap();
             assert!(lens.iter().all(|n| (6..=18).contains(&n.as_u64().unwrap())), "{backend}: {lens:?}");
         }
-        // Never more gaps than tokens after the first.
+        // Never more gaps than tokens after the first. Over HTTP a last chunk may have text and no token: the rest of a character.
+        let spare = u64::from(backend != "grpc");
         for (gaps, tokens) in result["itls"].as_array().unwrap().iter().zip(&lens) {
-            assert!(gaps.as_array().unwrap().len() as u64 <= tokens - 1, "{backend}");
+            assert!(gaps.as_array().unwrap().len() as u64 <= tokens - 1 + spare, "{backend}: {gaps} for {tokens} tokens");
         }
         assert!(ran.said().contains("Serving Benchmark Result"));
     }

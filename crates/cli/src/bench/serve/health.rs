@@ -79,22 +79,20 @@ pub(super) fn lateness(records: &[Record]) -> Spread {
 
 /// Why the figures of a run may be this program's own and not the server's. Without a schedule (all requests at once) there is
 /// nothing to be late for: `lateness` is then none.
-pub(super) fn warnings(health: &Health, lateness: Option<&Spread>) -> Vec<String> {
-    let mut warnings = Vec::new();
+pub(super) fn warning(health: &Health, lateness: Option<&Spread>) -> Option<String> {
+    let mut reasons = Vec::new();
     let late = lateness.map_or(0.0, |l| l.percentile(99.0));
     if late > LATE {
-        warnings.push(format!("requests were sent late: 1 % of them more than {:.1} ms after they were due", late * 1e3));
+        reasons.push(format!("1 % of the requests were sent more than {:.1} ms late", late * 1e3));
     }
     if health.lag_p99 > LATE {
-        warnings.push(format!("the event loop lagged: 1 % of its wake-ups were more than {:.1} ms late", health.lag_p99 * 1e3));
+        reasons.push(format!("1 % of its wake-ups came more than {:.1} ms late", health.lag_p99 * 1e3));
     }
     if health.cores_used > BUSY * health.cores as f64 {
-        warnings.push(format!("the load tester kept {:.2} of {} cores busy", health.cores_used, health.cores));
+        reasons.push(format!("it kept {:.2} of {} cores busy", health.cores_used, health.cores));
     }
-    if !warnings.is_empty() {
-        warnings.push("the load tester may itself be the bottleneck: give it more or faster cores, or cores that the server does not use, or a lower rate".into());
-    }
-    warnings
+    let advice = "give it cores that the server does not use, or a lower rate";
+    (!reasons.is_empty()).then(|| format!("the load tester may itself be the bottleneck: {}; {advice}", reasons.join(", ")))
 }
 
 #[cfg(test)]
@@ -108,12 +106,11 @@ mod tests {
             .map(|i| Record { released: Duration::from_millis(if i < 95 { 1000 } else { 1050 }), ..answered(1000, 1050, &[(1100, 1)], 1) })
             .collect();
         let well = Health { cores_used: 0.1, cores: 2, lag_p99: 0.001 };
-        assert!(warnings(&well, Some(&lateness(&records[..95]))).is_empty());
-        let late = warnings(&well, Some(&lateness(&records)));
-        assert!(warnings(&well, None).is_empty());
-        assert!(late[0].contains("50.0 ms") && late.len() == 2, "{late:?}");
-        assert_eq!(warnings(&Health { cores_used: 1.9, ..well }, None).len(), 2);
-        assert_eq!(warnings(&Health { lag_p99: 0.2, ..well }, None).len(), 2);
+        assert_eq!(warning(&well, Some(&lateness(&records[..95]))), None);
+        assert_eq!(warning(&well, None), None);
+        assert!(warning(&well, Some(&lateness(&records))).unwrap().contains("50.0 ms late"));
+        assert!(warning(&Health { cores_used: 1.9, ..well }, None).unwrap().contains("1.90 of 2 cores"));
+        assert!(warning(&Health { lag_p99: 0.2, ..well }, None).unwrap().contains("200.0 ms late"));
     }
 
     #[tokio::test]

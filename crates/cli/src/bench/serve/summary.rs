@@ -127,7 +127,7 @@ impl Summary {
         let pieces: usize = answered.iter().map(|(r, _)| r.arrivals.len()).sum();
         let output_tokens: usize = answered.iter().map(|(r, _)| r.output_tokens).sum();
         let tokens_per_piece = output_tokens as f64 / pieces as f64;
-        let mut warnings = health::warnings(&measured.health, scheduled.then_some(&lateness));
+        let mut warnings: Vec<String> = health::warning(&measured.health, scheduled.then_some(&lateness)).into_iter().collect();
         let untold = answered.iter().filter(|(r, _)| !r.usage_told).count();
         if untold > 0 {
             warnings.push(format!("the server told no usage for {untold} answers: their tokens are counted by the pieces that came"));

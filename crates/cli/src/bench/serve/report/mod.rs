@@ -96,7 +96,8 @@ fn figures_table(runs: &[Run], figures: &FigureArgs) -> String {
     row("Most requests at once", &|r| r.summary.peak_concurrency.to_string());
     let mut spread = |title: &str, of: &dyn Fn(&Run) -> Spread| {
         row(&format!("{title} median, ms"), &|r| number(of(r).median() * 1e3));
-        for &percent in &figures.metric_percentiles {
+        // The median is there already.
+        for &percent in figures.metric_percentiles.iter().filter(|p| **p != 50.0) {
             row(&format!("{title} p{}, ms", percent_word(percent)), &|r| number(of(r).percentile(percent) * 1e3));
         }
     };

@@ -19,13 +19,13 @@ const CURVE: usize = 200;
 
 /// The plots of one run.
 pub(super) fn of_run(run: &Run) -> String {
-    let time = Slices::of(run);
-    let due = |r: &Record| r.due;
-    let ms = "ms";
+    let time = Slices::of(run, run.summary.duration);
+    // An overloaded server answers long after the last request was due.
+    let due = Slices::of(run, run.records.iter().map(|r| r.due).max().unwrap_or_default());
     let latency = |title, value: fn(&Record) -> Option<f64>| {
-        let slices = time.fill(run.records.iter().filter_map(|r| Some((due(r), value(r)? * 1e3))));
-        let of = |percent: f64| time.points(&slices, |values| Spread::of(values.iter().copied()).percentile(percent));
-        Chart::new(title, Axis::linear("due, s"), Axis::linear(ms))
+        let slices = due.fill(run.records.iter().filter_map(|r| Some((r.due, value(r)? * 1e3))));
+        let of = |percent: f64| due.points(&slices, |values| Spread::of(values.iter().copied()).percentile(percent));
+        Chart::new(title, Axis::linear("due, s"), Axis::linear("ms"))
             .line("p50", "var(--r0)", of(50.0))
             .line("p90", "var(--r1)", of(90.0))
             .line("p99", "var(--r2)", of(99.0))
@@ -134,16 +134,17 @@ fn share(spread: &Spread) -> Vec<(f64, f64)> {
     (0..=CURVE).map(|i| i as f64 / CURVE as f64).map(|share| (spread.percentile(share * 100.0) * 1e3, share)).collect()
 }
 
-/// A run cut into equal slices of time.
+/// Time cut into equal slices.
 struct Slices {
     seconds: f64,
     count: usize,
 }
 
 impl Slices {
-    fn of(run: &Run) -> Self {
+    /// As many as `run` has answers for.
+    fn of(run: &Run, time: Duration) -> Self {
         let count = (run.summary.completed / PER_SLICE).clamp(5, SLICES);
-        Self { seconds: run.summary.duration.as_secs_f64().max(1e-3) / count as f64, count }
+        Self { seconds: time.as_secs_f64().max(1e-3) / count as f64, count }
     }
 
     /// Each slice's values.
