@@ -52,7 +52,7 @@ pub(super) fn render(run: &Run, figures: &FigureArgs) -> String {
             table.number("Request goodput (req/s):", goodput);
         }
     }
-    table.own(summary, run.plan.scheduled());
+    table.own(summary, run.plan.scheduled(), run.plan.max_concurrency.is_some());
     table.failures(summary);
     table.rule("", '=');
     let mut text = table.text;
@@ -94,12 +94,12 @@ impl Table {
         }
     }
 
-    fn own(&mut self, summary: &Summary, scheduled: bool) {
+    fn own(&mut self, summary: &Summary, scheduled: bool, capped: bool) {
         self.rule("The load tester itself", '-');
         if scheduled {
             self.number("P99 sent late (ms):", summary.lateness.percentile(99.0) * 1e3);
         }
-        if summary.held_back.percentile(100.0) > 0.001 {
+        if capped {
             self.number("P99 held back by the cap (ms):", summary.held_back.percentile(99.0) * 1e3);
         }
         self.number("P99 event loop lag (ms):", summary.health.lag_p99 * 1e3);
