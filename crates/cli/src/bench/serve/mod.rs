@@ -38,7 +38,7 @@ use sampling::SamplingArgs;
 use summary::{FigureArgs, Summary};
 
 /// Warm-up prompts are drawn from another seed, so that they warm no cache for the run.
-const WARM_UP_SEED: u64 = 0x5eed_0f_3a57;
+const WARM_UP_SEED: u64 = 0x5eed_0f3a;
 
 #[derive(Args)]
 #[command(

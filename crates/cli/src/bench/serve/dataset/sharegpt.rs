@@ -44,10 +44,8 @@ fn turn(question: &str, answer: &str, output_len: Option<u32>, count: &Count) ->
         Some(n) => n as usize,
         None => count.tokens(answer)?,
     };
-    let fits = tokens >= SHORTEST
-        && tokens <= LONGEST_PROMPT
-        && tokens + max_tokens <= LONGEST
-        && (output_len.is_some() || max_tokens >= SHORTEST);
+    let fits =
+        (SHORTEST..=LONGEST_PROMPT).contains(&tokens) && tokens + max_tokens <= LONGEST && (output_len.is_some() || max_tokens >= SHORTEST);
     Ok(fits.then_some((tokens, max_tokens as u32)))
 }
 
