@@ -108,6 +108,7 @@ impl Admission {
     pub(crate) fn admit(self: &Arc<Self>, asked: &Asked) -> Result<Place, ServiceError> {
         self.check_pair(&asked.fingerprint)?;
         self.limits.check(&asked.prompt, &asked.stop)?;
+        self.limits.check_bias(&asked.sampling)?;
         self.check_written(asked)?;
         let most = (asked.prompt.len() + asked.stop.max_tokens).div_ceil(self.pool.block_tokens());
         if most > self.pool.total() {

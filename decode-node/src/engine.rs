@@ -285,6 +285,10 @@ impl Loop {
                         sequence.read(count);
                         self.running.push(sequence);
                     } else if let Some(sampled) = sampled.next() {
+                        if let Some(error) = sequence.sampler.failure().cloned() {
+                            sequence.fail(&error);
+                            continue;
+                        }
                         match sequence.wrote(&sampled, &settings.eos) {
                             Some(reason) => sequence.finish(reason),
                             None => self.running.push(sequence),

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use overfill_cluster::Discovery;
+use overfill_guide::Guides;
 use overfill_kv::BlockPool;
 use overfill_lifecycle::{Drain, grpc};
 use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
@@ -53,9 +54,10 @@ pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discove
         let blocks = node.blocks(cache::bytes_per_token(geometry, formats.cache));
         let mut cache = KvCache::new(geometry, formats.cache, blocks as usize, node.block_tokens as usize, &device)?;
         cache.claim(&pool);
-        Ok::<_, ModelError>((pair.manifest, Workspace::new(pool), model, cache, blocks))
+        let guides = Guides::open(&pair.dir, &pair.manifest);
+        Ok::<_, ModelError>((pair.manifest, Workspace::new(pool), model, cache, blocks, guides))
     });
-    let (manifest, workspace, model, cache, blocks) = loading.await??;
+    let (manifest, workspace, model, cache, blocks, guides) = loading.await??;
 
     let pool = BlockPool::new(blocks, config.node.block_tokens as usize);
     let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
@@ -74,7 +76,7 @@ pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discove
     };
     let end = Drain::new();
     let (commands, engine_thread) = Engine { model, cache, workspace, settings }.start(end.clone())?;
-    let service = DecodeService::new(id.clone(), manifest.name.clone(), admission.clone(), commands, drain.clone());
+    let service = DecodeService::new(id.clone(), manifest.name.clone(), admission.clone(), commands, Arc::new(guides), drain.clone());
     let routes = Routes::new(DecodeServer::new(service).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
 

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use overfill_guide::Matcher;
 use overfill_model::{Sampled, Sampler};
 use overfill_proto::v1::{DecodeEvent, DecodeFinished, Token, decode_event};
 use overfill_proto::{convert, status};
@@ -30,9 +31,9 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn new(asked: Asked, place: Place, events: Events, patience: Duration) -> Self {
+    pub(crate) fn new(asked: Asked, guide: Option<Matcher>, place: Place, events: Events, patience: Duration) -> Self {
         let Asked { prompt, written, sampling, stop, .. } = asked;
-        let mut sampler = Sampler::new(sampling, &prompt);
+        let mut sampler = Sampler::new(sampling, &prompt).guided(guide);
         written.iter().for_each(|token| sampler.observe(*token));
         let (prompt_tokens, until) = (prompt.len(), Instant::now() + patience);
         Self { place, prompt_tokens, cached: prompt_tokens, unread: written, stop, sampler, events, until }

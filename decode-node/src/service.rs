@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use overfill_guide::Guides;
 use overfill_lifecycle::Drain;
 use overfill_proto::v1::decode_server::Decode;
 use overfill_proto::v1::{DecodeEvent, DecodeRequest, KvFrame, NodeStatus, Phase, PushSummary, Reserved, StatusRequest, decode_event};
@@ -22,12 +23,13 @@ pub(crate) struct DecodeService {
     model: String,
     admission: Arc<Admission>,
     commands: Commands,
+    guides: Arc<Guides>,
     drain: Drain,
 }
 
 impl DecodeService {
-    pub(crate) fn new(id: NodeId, model: String, admission: Arc<Admission>, commands: Commands, drain: Drain) -> Self {
-        Self { id, model, admission, commands, drain }
+    pub(crate) fn new(id: NodeId, model: String, admission: Arc<Admission>, commands: Commands, guides: Arc<Guides>, drain: Drain) -> Self {
+        Self { id, model, admission, commands, guides, drain }
     }
 
     async fn reserve(&self, request: DecodeRequest) -> Result<mpsc::Receiver<Result<DecodeEvent, Status>>, ServiceError> {
@@ -43,6 +45,10 @@ impl DecodeService {
             sampling: convert::sampling(request.sampling.as_ref(), 0)?,
             stop: convert::stop(request.stop)?,
         };
+        let guide = match &asked.sampling.guide {
+            Some(guide) => Some(self.guides.compile_beside(guide).await?),
+            None => None,
+        };
         let place = self.admission.admit(&asked)?;
         let patience = self.admission.reservation_timeout();
         // Room for the reservation, every token and the end.
@@ -55,7 +61,7 @@ impl DecodeService {
         };
         // The channel is empty and its reader is here: it has room.
         let _ = events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }));
-        self.commands.admit(Sequence::new(asked, place, events, patience)).await?;
+        self.commands.admit(Sequence::new(asked, guide, place, events, patience)).await?;
         Ok(answer)
     }
 }

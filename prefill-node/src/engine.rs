@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use overfill_kv::{BlockHash, BlockId, BlockPool, Reservation};
 use overfill_lifecycle::Drain;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Sampled, Sampler, Workspace};
-use overfill_proto::v1::{FirstToken, PrefillEvent, Token, prefill_event};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Row, Sampled, Sampler, Workspace};
+use overfill_proto::v1::{FirstToken, PrefillEvent, Token, TokenLogprob, prefill_event};
 use overfill_proto::{convert, status};
-use overfill_types::{Code, SamplingParams, ServiceError, StopConditions};
+use overfill_types::{Code, ServiceError, StopConditions};
 use tokio::sync::mpsc;
 use tonic::Status;
 
@@ -30,6 +30,9 @@ pub(crate) type Events = mpsc::Sender<Result<PrefillEvent, Status>>;
 
 /// How often an idle engine looks for prompts that nobody waits for, and whether it is to end.
 const SWEEP: Duration = Duration::from_millis(20);
+/// Most tokens that one step reads of a prompt whose own log-probabilities are wanted: each has a row of logits then, of
+/// some 0.5 MB with a large vocabulary.
+const LOGPROB_TOKENS: usize = 32;
 /// How often it looks, while nothing computes, whether a push has room for what it owes.
 const POLL: Duration = Duration::from_millis(1);
 
@@ -38,7 +41,10 @@ pub(crate) struct Job {
     pub(crate) prompt: Vec<u32>,
     /// Names of the blocks that the prompt fills; `None` where no prompt's blocks are kept.
     pub(crate) names: Option<Vec<BlockHash>>,
-    pub(crate) sampling: SamplingParams,
+    /// Chooses the first token.
+    pub(crate) sampler: Sampler,
+    /// How many most likely tokens are reported with each token of the prompt; `None` where nothing of the prompt is.
+    pub(crate) prompt_logprobs: Option<usize>,
     pub(crate) stop: StopConditions,
     pub(crate) events: Events,
     /// Where the KV cache goes; `None` if one token is all that is wanted.
@@ -71,12 +77,17 @@ struct Running {
     reservation: Reservation,
     /// Tokens that are in the cache.
     done: usize,
+    /// Of these, found there.
+    cached: usize,
+    /// Of the prompt's tokens that were read, as far as they are wanted: from the second on.
+    logprobs: Vec<TokenLogprob>,
 }
 
 /// What a step gave.
 struct Read {
-    /// First tokens of the answers to those prompts that were read to their end, in order.
-    firsts: Vec<Sampled>,
+    /// The token of each row of logits, in the order of the prompts: those of the prompt that are reported on, then, where it
+    /// was read to its end, the first of the answer.
+    tokens: Vec<Sampled>,
     /// When the full model was through.
     computed: Instant,
 }
@@ -129,8 +140,8 @@ impl Loop {
         let pool = &self.engine.pool;
         while let Some(job) = self.waiting.front() {
             let names = job.names.as_deref().unwrap_or_default();
-            // At least the last token is read: its logits are wanted.
-            let findable = (job.prompt.len() - 1) / pool.block_tokens();
+            // At least the last token is read: its logits are wanted. Or all are, where those of all are.
+            let findable = if job.prompt_logprobs.is_some() { 0 } else { (job.prompt.len() - 1) / pool.block_tokens() };
             let Ok(reservation) = pool.reserve(&names[..findable.min(names.len())], job.prompt.len()) else { return };
             let Some(mut job) = self.waiting.pop_front() else { return };
             let done = reservation.shared_tokens();
@@ -141,12 +152,12 @@ impl Loop {
             if let Some(handoff) = &mut job.handoff {
                 handoff.available_in_all(done);
             }
-            self.running.push(Running { job, reservation, done });
+            self.running.push(Running { job, reservation, done, cached: done, logprobs: Vec::new() });
         }
     }
 
     fn step(&mut self) {
-        let remaining: Vec<usize> = self.running.iter().map(Running::remaining).collect();
+        let remaining: Vec<usize> = self.running.iter().map(Running::due).collect();
         if remaining.iter().all(|r| *r == 0) {
             return;
         }
@@ -170,10 +181,12 @@ impl Loop {
     /// After a step: counts what was read, names the blocks that are full, and gives their first token to those that were
     /// read to their end.
     fn advance(&mut self, given: &[usize], read: Read) {
-        let (mut given, mut firsts) = (given.iter(), read.firsts.iter());
+        let (mut given, mut tokens) = (given.iter(), read.tokens.into_iter());
         let Engine { pool, settings, .. } = &self.engine;
         self.running.retain_mut(|running| {
             let given = given.next().copied().unwrap_or(0);
+            let reported = running.reported(given);
+            running.logprobs.extend(tokens.by_ref().take(reported).filter_map(|t| t.logprob).map(|l| convert::logprob_to_wire(&l)));
             running.done += given;
             if let Some(names) = &running.job.names {
                 running.reservation.keep(&names[..running.done / pool.block_tokens()]);
@@ -181,7 +194,7 @@ impl Loop {
             if given == 0 || running.remaining() > 0 {
                 return true;
             }
-            firsts.next().is_some_and(|first| running.job.finish(first, &settings.eos, read.computed))
+            tokens.next().is_some_and(|first| running.finish(&first, &settings.eos, read.computed))
         });
     }
 
@@ -213,24 +226,36 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
         start: usize,
         blocks: &'a [BlockId],
         last: bool,
+        /// Whether the logits after each token are wanted.
+        each: bool,
         handoff: Option<&'a mut Sender>,
     }
     let Engine { model, cache, rows, workspace, .. } = engine;
     let mut parts: Vec<Part<'_>> = Vec::with_capacity(running.len());
-    let mut samplers: Vec<(Sampler, usize)> = Vec::new();
-    for (Running { job, reservation, done }, &given) in running.iter_mut().zip(given) {
-        let Job { prompt, sampling, handoff, .. } = job;
+    let mut wanted: Vec<Row<'_>> = Vec::new();
+    for (running, &given) in running.iter_mut().zip(given) {
+        let reported = running.reported(given);
+        let Running { job, reservation, done, .. } = running;
+        let Job { prompt, sampler, prompt_logprobs, handoff, .. } = job;
         let (start, end) = (*done, *done + given);
         let last = given > 0 && end == prompt.len();
+        let most = prompt_logprobs.unwrap_or(0);
+        wanted.extend(prompt[start..].iter().skip(1).take(reported).map(|next| Row::Known(*next, most)));
         if last {
-            samplers.push((Sampler::new(sampling.clone(), prompt), prompt.len()));
+            wanted.push(Row::Choose(sampler, prompt.len()));
         }
-        parts.push(Part { tokens: &prompt[start..end], start, blocks: reservation.blocks(), last, handoff: handoff.as_mut() });
+        let (tokens, blocks, each) = (&prompt[start..end], reservation.blocks(), prompt_logprobs.is_some());
+        parts.push(Part { tokens, start, blocks, last, each, handoff: handoff.as_mut() });
     }
+    // A chunk has logits after its last token alone: where each token's are wanted, each is a chunk.
     let chunks: Vec<Chunk<'_>> = parts
         .iter()
         .filter(|p| !p.tokens.is_empty())
-        .map(|p| Chunk { tokens: p.tokens, start: p.start, blocks: p.blocks, logits: p.last })
+        .flat_map(|p| {
+            let size = if p.each { 1 } else { p.tokens.len() };
+            let pieces = p.tokens.chunks(size).enumerate();
+            pieces.map(move |(i, tokens)| Chunk { tokens, start: p.start + i * size, blocks: p.blocks, logits: p.last || p.each })
+        })
         .collect();
     model.forward(&chunks, cache, workspace, &mut |layer, cache, pool| {
         for Part { tokens, start, blocks, handoff, .. } in &mut parts {
@@ -241,11 +266,9 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
         Ok(())
     })?;
     let computed = Instant::now();
-    if samplers.is_empty() {
-        return Ok(Read { firsts: Vec::new(), computed });
-    }
-    let firsts = workspace.sample(samplers.iter_mut().map(|(sampler, position)| (sampler, *position)));
-    Ok(Read { firsts, computed })
+    drop(chunks);
+    let tokens = if wanted.is_empty() { Vec::new() } else { workspace.tokens(wanted) };
+    Ok(Read { tokens, computed })
 }
 
 impl Running {
@@ -253,27 +276,47 @@ impl Running {
     fn remaining(&self) -> usize {
         self.job.prompt.len() - self.done
     }
+
+    /// Of these, those that one step may read.
+    fn due(&self) -> usize {
+        if self.job.prompt_logprobs.is_some() { self.remaining().min(LOGPROB_TOKENS) } else { self.remaining() }
+    }
+
+    /// Tokens of the prompt that are reported on when the next `given` were read: those that follow one of them.
+    fn reported(&self, given: usize) -> usize {
+        if self.job.prompt_logprobs.is_some() { given.min(self.remaining().saturating_sub(1)) } else { 0 }
+    }
+
+    /// The first token, from the full model's logits after the whole prompt. True if a handoff is to be brought to its end.
+    fn finish(&mut self, sampled: &Sampled, eos: &[u32], computed: Instant) -> bool {
+        let job = &mut self.job;
+        if let Some(error) = job.sampler.failure() {
+            job.send(Err(status::to_status(error)));
+            return false;
+        }
+        let finish = job.stop.after(sampled.token, 1, eos);
+        let token = Token { id: sampled.token, index: 0, logprob: sampled.logprob.as_ref().map(convert::logprob_to_wire) };
+        let first = FirstToken {
+            token: Some(token),
+            finish: finish.map_or(0, |f| convert::finish_to_wire(f).into()),
+            cached_tokens: self.cached as u32,
+            prompt_logprobs: std::mem::take(&mut self.logprobs),
+        };
+        job.send(Ok(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) }));
+        match &mut job.handoff {
+            Some(handoff) if finish.is_none() => {
+                handoff.end(&job.prompt, sampled.token, computed);
+                true
+            }
+            _ => false,
+        }
+    }
 }
 
 impl Job {
     /// Whether nobody waits for it any more: the router has gone, or its push has failed (which has told the router).
     fn abandoned(&self) -> bool {
         self.events.is_closed() || self.handoff.as_ref().is_some_and(Sender::broken)
-    }
-
-    /// The first token, from the full model's logits after the whole prompt. True if a handoff is to be brought to its end.
-    fn finish(&mut self, sampled: &Sampled, eos: &[u32], computed: Instant) -> bool {
-        let finish = self.stop.after(sampled.token, 1, eos);
-        let token = Token { id: sampled.token, index: 0, logprob: sampled.logprob.as_ref().map(convert::logprob_to_wire) };
-        let first = FirstToken { token: Some(token), finish: finish.map_or(0, |f| convert::finish_to_wire(f).into()) };
-        self.send(Ok(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) }));
-        match &mut self.handoff {
-            Some(handoff) if finish.is_none() => {
-                handoff.end(&self.prompt, sampled.token, computed);
-                true
-            }
-            _ => false,
-        }
     }
 
     fn send(&self, event: Result<PrefillEvent, Status>) {

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use overfill_cluster::Discovery;
+use overfill_guide::Guides;
 use overfill_kv::BlockPool;
 use overfill_lifecycle::{Drain, grpc};
 use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
@@ -56,9 +57,10 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
         let blocks = node.blocks(cache::bytes_per_token(geometry, format));
         let mut cache = KvCache::new(geometry, format, blocks as usize, node.block_tokens as usize, &device)?;
         cache.claim(&pool);
-        Ok::<_, ModelError>((pair.manifest, Workspace::new(pool), model, transform, cache, blocks))
+        let guides = Guides::open(&pair.dir, &pair.manifest);
+        Ok::<_, ModelError>((pair.manifest, Workspace::new(pool), model, transform, cache, blocks, guides))
     });
-    let (manifest, workspace, model, transform, cache, blocks) = loading.await??;
+    let (manifest, workspace, model, transform, cache, blocks, guides) = loading.await??;
 
     let pool = BlockPool::new(blocks, config.node.block_tokens as usize);
     let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
@@ -77,6 +79,7 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
         wire: manifest.kv_formats.wire,
         max_queue: config.max_queue as usize,
         prefix_cache: config.prefix_cache,
+        guides: Arc::new(guides),
     };
     let service = PrefillService::new(served, jobs, counts.clone(), drain.clone());
     let routes = Routes::new(PrefillServer::new(service).max_decoding_message_size(MAX_MESSAGE));

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use overfill_guide::Guides;
 use overfill_kv::{BlockPool, block_hashes};
 use overfill_lifecycle::Drain;
+use overfill_model::Sampler;
 use overfill_proto::v1::prefill_server::Prefill;
 use overfill_proto::v1::{HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, StatusRequest, prefill_event};
 use overfill_proto::{convert, status};
@@ -32,6 +34,8 @@ pub(crate) struct Served {
     pub(crate) max_queue: usize,
     /// Whether blocks of prompts are kept for others that begin alike.
     pub(crate) prefix_cache: bool,
+    /// Compiles what answers have to look like.
+    pub(crate) guides: Arc<Guides>,
 }
 
 pub(crate) struct PrefillService {
@@ -46,7 +50,7 @@ impl PrefillService {
         Self { served, jobs, counts, drain }
     }
 
-    fn admit(&self, request: PrefillRequest) -> Result<mpsc::Receiver<Result<PrefillEvent, Status>>, ServiceError> {
+    async fn admit(&self, request: PrefillRequest) -> Result<mpsc::Receiver<Result<PrefillEvent, Status>>, ServiceError> {
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "this prefill node is draining: try another"));
         }
@@ -63,6 +67,7 @@ impl PrefillService {
         let sampling = convert::sampling(request.sampling.as_ref(), 0)?;
         let stop = convert::stop(request.stop)?;
         limits.check(&request.prompt, &stop)?;
+        limits.check_bias(&sampling)?;
         let needed = request.prompt.len().div_ceil(pool.block_tokens());
         if needed > pool.total() {
             let message =
@@ -82,6 +87,10 @@ impl PrefillService {
         if self.counts.held.load(Ordering::Acquire) > self.served.max_queue {
             return Err(full());
         }
+        let guide = match &sampling.guide {
+            Some(guide) => Some(self.served.guides.compile_beside(guide).await?),
+            None => None,
+        };
         let (events, answer) = mpsc::channel(EVENTS);
         let (sender, push) = request
             .handoff
@@ -92,7 +101,16 @@ impl PrefillService {
             })
             .unzip();
         let names = self.served.prefix_cache.then(|| block_hashes(fingerprint, &request.prompt, pool.block_tokens()));
-        let job = Job { prompt: request.prompt, names, sampling, stop, events: events.clone(), handoff: sender, _counted: counted.clone() };
+        let job = Job {
+            prompt_logprobs: sampling.prompt_logprobs.map(|n| n as usize),
+            sampler: Sampler::new(sampling, &request.prompt).guided(guide),
+            prompt: request.prompt,
+            names,
+            stop,
+            events: events.clone(),
+            handoff: sender,
+            _counted: counted.clone(),
+        };
         self.jobs.try_send(job).map_err(|_| full())?;
         if let Some(push) = push {
             // Owned by the answer: it ends when the router has gone, when the engine gave up, or when all is pushed.
@@ -127,7 +145,7 @@ impl Prefill for PrefillService {
     type PrefillStream = ReceiverStream<Result<PrefillEvent, Status>>;
 
     async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
-        match self.admit(request.into_inner()) {
+        match self.admit(request.into_inner()).await {
             Ok(answer) => Ok(Response::new(ReceiverStream::new(answer))),
             Err(error) => Err(status::to_status(&error)),
         }

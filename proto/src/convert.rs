@@ -1,6 +1,6 @@
 //! Wire messages to our words and back. What the wire leaves out gets its documented default here.
 
-use overfill_types::{Code, FinishReason, SamplingParams, ServiceError, StopConditions, TokenLogprob, TopLogprob, WireFormat};
+use overfill_types::{Code, FinishReason, Guide, SamplingParams, ServiceError, StopConditions, TokenLogprob, TopLogprob, WireFormat};
 
 use crate::v1;
 
@@ -9,7 +9,9 @@ use crate::v1;
 /// # Errors
 /// [`Code::InvalidArgument`] where a value is out of range.
 pub fn sampling(wire: Option<&v1::Sampling>, default_seed: u64) -> Result<SamplingParams, ServiceError> {
-    let wire = wire.copied().unwrap_or_default();
+    let wire = wire.cloned().unwrap_or_default();
+    let mut logit_bias: Vec<(u32, f32)> = wire.logit_bias.into_iter().collect();
+    logit_bias.sort_unstable_by_key(|(token, _)| *token);
     let params = SamplingParams {
         temperature: wire.temperature.unwrap_or(1.0),
         top_p: wire.top_p.unwrap_or(1.0),
@@ -20,6 +22,13 @@ pub fn sampling(wire: Option<&v1::Sampling>, default_seed: u64) -> Result<Sampli
         frequency_penalty: wire.frequency_penalty.unwrap_or(0.0),
         seed: wire.seed.unwrap_or(default_seed),
         logprobs: wire.logprobs,
+        logit_bias,
+        guide: wire.guide.and_then(|guide| guide.kind).map(|kind| match kind {
+            v1::guide::Kind::JsonSchema(schema) => Guide::JsonSchema(schema),
+            v1::guide::Kind::Regex(regex) => Guide::Regex(regex),
+            v1::guide::Kind::Grammar(grammar) => Guide::Grammar(grammar),
+        }),
+        prompt_logprobs: wire.prompt_logprobs,
     };
     params.validate()?;
     Ok(params)
@@ -37,6 +46,15 @@ pub fn sampling_to_wire(params: &SamplingParams) -> v1::Sampling {
         frequency_penalty: Some(params.frequency_penalty),
         seed: Some(params.seed),
         logprobs: params.logprobs,
+        logit_bias: params.logit_bias.iter().copied().collect(),
+        guide: params.guide.as_ref().map(|guide| v1::Guide {
+            kind: Some(match guide {
+                Guide::JsonSchema(schema) => v1::guide::Kind::JsonSchema(schema.clone()),
+                Guide::Regex(regex) => v1::guide::Kind::Regex(regex.clone()),
+                Guide::Grammar(grammar) => v1::guide::Kind::Grammar(grammar.clone()),
+            }),
+        }),
+        prompt_logprobs: params.prompt_logprobs,
     }
 }
 
@@ -118,6 +136,13 @@ mod tests {
         let params = sampling(None, 7).unwrap();
         assert_eq!((params.temperature, params.top_p, params.top_k, params.seed, params.logprobs), (1.0, 1.0, 0, 7, None));
         assert_eq!(sampling(Some(&sampling_to_wire(&params)), 9).unwrap(), params);
+        let all = SamplingParams {
+            logit_bias: vec![(3, -100.0), (9, 1.5)],
+            guide: Some(Guide::Regex("a+".into())),
+            prompt_logprobs: Some(0),
+            ..params
+        };
+        assert_eq!(sampling(Some(&sampling_to_wire(&all)), 9).unwrap(), all);
         let bad = v1::Sampling { temperature: Some(f32::NAN), ..Default::default() };
         assert_eq!(sampling(Some(&bad), 0).unwrap_err().code, Code::InvalidArgument);
     }

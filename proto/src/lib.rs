@@ -1,7 +1,7 @@
 //! The wire: generated gRPC code, and its mapping to and from the words of `overfill-types`.
 //!
-//! The `.proto` files in `overfill/v1` are the contract; `src/gen` is made from them and checked in, so that building
-//! needs no protobuf compiler. `tests/generated_code_is_current.rs` makes it anew and compares.
+//! The `.proto` files in `overfill/v1` are the contract, and `inference` is the KServe v2 protocol, whose names and field
+//! numbers are given; `src/gen` is made from them and checked in, so that building needs no protobuf compiler. `tests/generated_code_is_current.rs` makes it anew and compares.
 
 pub mod convert;
 pub mod status;
@@ -10,6 +10,12 @@ pub mod status;
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
 pub mod v1 {
     include!("gen/overfill.v1.rs");
+}
+
+/// Generated from `inference/grpc_service.proto`: the KServe v2 protocol.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
+pub mod kserve {
+    include!("gen/inference.rs");
 }
 
 /// All services' descriptors, for gRPC reflection (an encoded `FileDescriptorSet`).

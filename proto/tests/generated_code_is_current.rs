@@ -4,8 +4,14 @@ use std::path::Path;
 
 use prost::Message;
 
-const FILES: [&str; 4] =
-    ["overfill/v1/common.proto", "overfill/v1/decode.proto", "overfill/v1/prefill.proto", "overfill/v1/inference.proto"];
+const FILES: [&str; 5] = [
+    "overfill/v1/common.proto",
+    "overfill/v1/decode.proto",
+    "overfill/v1/prefill.proto",
+    "overfill/v1/inference.proto",
+    "inference/grpc_service.proto",
+];
+const GENERATED: [&str; 2] = ["overfill.v1.rs", "inference.rs"];
 
 #[test]
 fn generated_code_is_current() {
@@ -14,14 +20,15 @@ fn generated_code_is_current() {
     let encoded = descriptors.encode_to_vec();
     let made = tempfile::tempdir().unwrap();
     tonic_prost_build::configure().bytes(".").out_dir(made.path()).compile_fds(descriptors).unwrap();
-    let code = std::fs::read(made.path().join("overfill.v1.rs")).unwrap();
 
     let target = root.join("src/gen");
-    if std::env::var_os("OVERFILL_WRITE_GENERATED").is_some() {
-        std::fs::write(target.join("overfill.v1.rs"), &code).unwrap();
-        std::fs::write(target.join("descriptors.bin"), &encoded).unwrap();
+    let mut files: Vec<(&str, Vec<u8>)> = GENERATED.iter().map(|name| (*name, std::fs::read(made.path().join(name)).unwrap())).collect();
+    files.push(("descriptors.bin", encoded));
+    for (name, made) in files {
+        if std::env::var_os("OVERFILL_WRITE_GENERATED").is_some() {
+            std::fs::write(target.join(name), &made).unwrap();
+        }
+        let stale = std::fs::read(target.join(name)).ok() != Some(made);
+        assert!(!stale, "src/gen/{name} is stale: run `OVERFILL_WRITE_GENERATED=1 cargo test -p overfill-proto`");
     }
-    let hint = "run `OVERFILL_WRITE_GENERATED=1 cargo test -p overfill-proto`";
-    assert!(std::fs::read(target.join("overfill.v1.rs")).unwrap() == code, "src/gen/overfill.v1.rs is stale: {hint}");
-    assert!(std::fs::read(target.join("descriptors.bin")).unwrap() == encoded, "src/gen/descriptors.bin is stale: {hint}");
 }

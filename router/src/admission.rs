@@ -3,16 +3,21 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use overfill_text::{Message, StopMatcher, TextModel};
+use overfill_text::{Chat, StopMatcher, TextModel};
 use overfill_types::{Code, Limits, RequestId, SamplingParams, ServiceError, StopConditions};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::Router;
 
+/// Most answers of one request, over all its prompts.
+const MOST_ANSWERS: usize = 256;
+/// Most log-probabilities of one prompt's tokens: what a message between two of our servers holds, and to spare.
+const MOST_PROMPT_LOGPROBS: usize = 400_000;
+
 /// What is to be continued.
 pub(crate) enum Input {
     Text(String),
-    Chat(Vec<Message>),
+    Chat(Chat),
     TokenIds(Vec<u32>),
 }
 
@@ -20,7 +25,9 @@ pub(crate) enum Input {
 pub(crate) struct Asked {
     /// Empty where the client named none.
     pub(crate) model: String,
-    pub(crate) input: Input,
+    pub(crate) inputs: Vec<Input>,
+    /// Answers to each input, from 1.
+    pub(crate) n: usize,
     pub(crate) sampling: SamplingParams,
     /// `None` for the router's default.
     pub(crate) max_tokens: Option<usize>,
@@ -35,7 +42,7 @@ pub(crate) struct Asked {
 pub(crate) struct ValidRequest {
     pub(crate) id: RequestId,
     pub(crate) model: Arc<TextModel>,
-    pub(crate) prompt: Vec<u32>,
+    pub(crate) prompt: Arc<Vec<u32>>,
     pub(crate) sampling: SamplingParams,
     pub(crate) stop: StopConditions,
     pub(crate) stop_strings: StopMatcher,
@@ -45,49 +52,91 @@ pub(crate) struct ValidRequest {
 }
 
 impl Router {
-    /// Checks and tokenises what is asked.
+    /// Checks and tokenises what is asked. Gives `n` requests for each input, in their order; the first of an input has the seed
+    /// that was asked for, the others have seeds that follow from it.
     ///
     /// # Errors
     /// [`Code::InvalidArgument`], [`Code::NotFound`] for an unknown model, [`Code::ResourceExhausted`] where too many
     /// requests are under way, [`Code::Unavailable`] at a drain.
-    pub(crate) fn admit(&self, asked: Asked) -> Result<ValidRequest, ServiceError> {
+    pub(crate) async fn admit(&self, asked: Asked) -> Result<Vec<ValidRequest>, ServiceError> {
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "the router is draining: send the request to another"));
         }
-        let place = self.places.clone().try_acquire_owned().map_err(|_| {
+        let answers = asked.inputs.len().saturating_mul(asked.n);
+        if answers > MOST_ANSWERS {
+            let message = format!("{answers} answers were asked for: one request has at most {MOST_ANSWERS}; send several");
+            return Err(ServiceError::new(Code::InvalidArgument, message));
+        }
+        let mut places = self.places.clone().try_acquire_many_owned(answers as u32).map_err(|_| {
             let message = format!("{} requests are under way, this router's most: try again later", self.config.max_requests);
             ServiceError::new(Code::ResourceExhausted, message)
         })?;
         let model = self.model(&asked.model)?;
         asked.sampling.validate()?;
         let stop_strings = StopMatcher::new(asked.stop)?;
-        let prompt = match asked.input {
-            Input::Text(text) => model.encode(&text)?,
-            Input::Chat(messages) if messages.is_empty() => {
-                return Err(ServiceError::new(Code::InvalidArgument, "messages is empty: send at least one message"));
-            }
-            Input::Chat(messages) => model.encode_chat(&messages)?,
-            Input::TokenIds(ids) => ids,
-        };
         let limits = Limits { max_context: self.max_context(&model), vocab_size: model.manifest.vocab_size() };
-        let left = limits.max_context.saturating_sub(prompt.len());
-        let max_tokens = asked.max_tokens.unwrap_or_else(|| self.config.default_max_tokens.min(left).max(1));
-        let stop = StopConditions { max_tokens, stop_token_ids: asked.stop_token_ids, ignore_eos: asked.ignore_eos };
-        limits.check(&prompt, &stop)?;
-        let longest = Duration::from_secs(self.config.request_timeout);
-        Ok(ValidRequest {
-            id: RequestId::new(uuid::Uuid::new_v4().to_string()),
-            model,
-            prompt,
-            sampling: asked.sampling,
-            stop,
-            stop_strings,
-            deadline: Instant::now() + asked.timeout.map_or(longest, |t| t.min(longest)),
-            _place: place,
-        })
+        limits.check_bias(&asked.sampling)?;
+        if let Some(guide) = &asked.sampling.guide {
+            // The nodes compile it too; here a malformed one is told of before any node is asked.
+            self.guides(&model)?.compile_beside(guide).await?;
+        }
+        let deadline = {
+            let longest = Duration::from_secs(self.config.request_timeout);
+            Instant::now() + asked.timeout.map_or(longest, |t| t.min(longest))
+        };
+        let id = uuid::Uuid::new_v4();
+        let mut requests = Vec::with_capacity(answers);
+        for input in asked.inputs {
+            let prompt = Arc::new(match input {
+                Input::Text(text) => model.encode(&text)?,
+                Input::Chat(chat) => model.encode_whole_chat(&chat)?,
+                Input::TokenIds(ids) => ids,
+            });
+            let left = limits.max_context.saturating_sub(prompt.len());
+            let max_tokens = asked.max_tokens.unwrap_or_else(|| self.config.default_max_tokens.min(left).max(1));
+            let stop = StopConditions { max_tokens, stop_token_ids: asked.stop_token_ids.clone(), ignore_eos: asked.ignore_eos };
+            limits.check(&prompt, &stop)?;
+            let reported = asked.sampling.prompt_logprobs.map_or(0, |top| prompt.len() * (top as usize + 1));
+            if reported > MOST_PROMPT_LOGPROBS {
+                let message =
+                    format!("{reported} log-probabilities of the prompt were asked for: at most {MOST_PROMPT_LOGPROBS} are given");
+                return Err(ServiceError::new(Code::InvalidArgument, message));
+            }
+            for answer in 0..asked.n {
+                let number = requests.len();
+                let Some(place) = places.split(1) else {
+                    return Err(ServiceError::new(Code::Internal, "a place for each answer was taken, and one is missing"));
+                };
+                requests.push(ValidRequest {
+                    // Nodes tell requests apart by it.
+                    id: RequestId::new(if number == 0 { id.to_string() } else { format!("{id}-{number}") }),
+                    model: model.clone(),
+                    prompt: prompt.clone(),
+                    sampling: SamplingParams { seed: seed(asked.sampling.seed, answer), ..asked.sampling.clone() },
+                    stop: stop.clone(),
+                    stop_strings: stop_strings.clone(),
+                    deadline,
+                    _place: place,
+                });
+            }
+        }
+        Ok(requests)
     }
 
-    fn model(&self, name: &str) -> Result<Arc<TextModel>, ServiceError> {
+    /// As [`Router::admit`], for one input with one answer.
+    ///
+    /// # Errors
+    /// As [`Router::admit`].
+    pub(crate) async fn admit_one(&self, asked: Asked) -> Result<ValidRequest, ServiceError> {
+        let first = self.admit(asked).await?.into_iter().next();
+        first.ok_or_else(|| ServiceError::new(Code::InvalidArgument, "the input is missing"))
+    }
+
+    /// The model of this name, or the only one where none is named.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`] naming those that are here.
+    pub(crate) fn model(&self, name: &str) -> Result<Arc<TextModel>, ServiceError> {
         let found = match self.models.as_slice() {
             [only] if name.is_empty() => Some(only),
             models => models.iter().find(|m| m.manifest.name == name),
@@ -99,4 +148,9 @@ impl Router {
             )
         })
     }
+}
+
+/// The seed of a prompt's `answer`th answer, from 0: steps of 2^64 over the golden ratio keep seeds that are close apart.
+fn seed(first: u64, answer: usize) -> u64 {
+    first.wrapping_add((answer as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }

@@ -13,23 +13,28 @@ mod pairing;
 mod peers;
 mod relay;
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use overfill_cluster::{Discovery, Snapshot};
+use overfill_guide::Guides;
 use overfill_lifecycle::{Drain, grpc};
 use overfill_proto::DESCRIPTORS;
+use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceServiceServer;
 use overfill_proto::v1::inference_server::InferenceServer;
 use overfill_text::TextModel;
-use overfill_types::Role;
+use overfill_types::{Code, Fingerprint, Role, ServiceError};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::task::AbortOnDropHandle;
+use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 
 pub use crate::config::RouterConfig;
 pub use crate::error::RunError;
 use crate::frontend::grpc::InferenceService;
+use crate::frontend::kserve::KserveService;
 use crate::pairing::Pairing;
 use crate::peers::Peers;
 
@@ -37,6 +42,10 @@ use crate::peers::Peers;
 pub(crate) struct Router {
     config: RouterConfig,
     models: Vec<Arc<TextModel>>,
+    /// What compiles each model's guides.
+    guides: HashMap<Fingerprint, Arc<Guides>>,
+    /// Seconds since 1970 at the start.
+    started: u64,
     view: watch::Receiver<Arc<Snapshot>>,
     pairing: Pairing,
     peers: Peers,
@@ -49,7 +58,7 @@ pub(crate) struct Router {
 pub struct Listeners {
     /// OpenAI-compatible HTTP.
     pub http: TcpListener,
-    /// `overfill.v1.Inference`.
+    /// `overfill.v1.Inference`, and `inference.GRPCInferenceService` (KServe v2).
     pub grpc: TcpListener,
 }
 
@@ -59,9 +68,16 @@ pub struct Listeners {
 /// Where a pair cannot be opened or a transport fails.
 pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
     let models = config.pair.iter().map(|dir| TextModel::open(dir).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+    let guides = config.pair.iter().zip(&models).map(|(dir, model)| {
+        let manifest = &model.manifest;
+        (manifest.fingerprint.clone(), Arc::new(Guides::open(dir, manifest)))
+    });
+    let guides = guides.collect();
     let most = config.max_requests as usize;
     let router = Arc::new(Router {
         models,
+        guides,
+        started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         view: discovery.watch(),
         pairing: Pairing::default(),
         peers: Peers::default(),
@@ -69,8 +85,16 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
         drain: drain.clone(),
         config,
     });
-    let service = InferenceServer::new(InferenceService::new(router.clone())).max_decoding_message_size(router.config.max_body);
-    let (routes, health) = grpc::with_health(Routes::new(service), DESCRIPTORS).await?;
+    // Requests may be compressed; answers are a few bytes at a time, which compressing would only make dearer.
+    let inference = InferenceServer::new(InferenceService::new(router.clone()))
+        .max_decoding_message_size(router.config.max_body)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Zstd);
+    let kserve = GrpcInferenceServiceServer::new(KserveService::new(router.clone()))
+        .max_decoding_message_size(router.config.max_body)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Zstd);
+    let (routes, health) = grpc::with_health(Routes::new(inference).add_service(kserve), DESCRIPTORS).await?;
     tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.model_names(), "router ready");
 
     let end = Drain::new();
@@ -132,6 +156,15 @@ impl Router {
         let view = self.view.borrow();
         let missing: Vec<String> = self.models.iter().map(|m| pairing::missing(&view, &m.manifest)).collect();
         if missing.iter().any(String::is_empty) { Ok(()) } else { Err(missing.join("; ")) }
+    }
+
+    /// What compiles a model's guides.
+    ///
+    /// # Errors
+    /// [`Code::Internal`] for a model that is not served here.
+    pub(crate) fn guides(&self, model: &TextModel) -> Result<Arc<Guides>, ServiceError> {
+        let guides = self.guides.get(&model.manifest.fingerprint).cloned();
+        guides.ok_or_else(|| ServiceError::new(Code::Internal, format!("model {} has no guides", model.manifest.name)))
     }
 
     /// Longest sequence that a model's nodes take now, in tokens.

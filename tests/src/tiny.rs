@@ -104,6 +104,17 @@ pub fn pair(kind: Kind, seed: u64) -> TinyPair {
     TinyPair { dir, _folder: folder }
 }
 
+/// As [`pair`], with a chat template that tells the model of tools, of calls and of their results.
+pub fn pair_with_tools(kind: Kind, seed: u64) -> TinyPair {
+    let pair = pair(kind, seed);
+    let template = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|a|>{{ m.role }}:{{ m.content }}\
+        {% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}\
+        {% if add_generation_prompt %}<|b|>{% endif %}";
+    let config = json!({ "chat_template": template, "bos_token": "<|start|>", "eos_token": "<|end|>" });
+    std::fs::write(pair.dir.join("tokenizer_config.json"), config.to_string()).unwrap();
+    pair
+}
+
 impl TinyPair {
     /// The pair, opened.
     pub fn open(&self) -> Pair {

@@ -109,7 +109,7 @@ async fn prefill(cluster: &Cluster, address: &str, prompt: &[u32], held_tokens: 
 
 async fn first_token(events: &mut Streaming<PrefillEvent>) -> u32 {
     match events.message().await.unwrap().unwrap().event {
-        Some(prefill_event::Event::FirstToken(FirstToken { token: Some(token), finish: 0 })) => token.id,
+        Some(prefill_event::Event::FirstToken(FirstToken { token: Some(token), finish: 0, .. })) => token.id,
         other => panic!("{other:?}"),
     }
 }

@@ -48,7 +48,12 @@ async fn http() {
     let whole = post(&cluster, "/v1/chat/completions", &ask).await;
     let choice = &whole["choices"][0];
     assert_eq!((&whole["object"], &choice["finish_reason"]), (&json!("chat.completion"), &json!("length")));
-    assert_eq!(whole["usage"], json!({ "prompt_tokens": 6, "completion_tokens": 30, "total_tokens": 36 }));
+    assert_eq!(
+        whole["usage"],
+        json!({
+            "prompt_tokens": 6, "completion_tokens": 30, "total_tokens": 36, "prompt_tokens_details": { "cached_tokens": 0 },
+        })
+    );
     assert_eq!(whole["prompt_token_ids"].as_array().unwrap().len(), 6);
     assert_eq!(choice["token_ids"].as_array().unwrap().len(), 30);
     assert_eq!(whole["served_by"]["mode"], "overfill");

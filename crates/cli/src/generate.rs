@@ -173,7 +173,7 @@ impl GenerateArgs {
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
             seed: self.seed,
-            logprobs: None,
+            ..SamplingParams::greedy()
         }
     }
 }

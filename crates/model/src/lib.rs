@@ -34,4 +34,4 @@ pub use pair::Pair;
 pub use pair_make::{KvSpec, MakePair};
 pub use sample::{Sampled, Sampler};
 pub use transform::Transform;
-pub use workspace::Workspace;
+pub use workspace::{Row, Workspace};

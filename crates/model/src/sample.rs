@@ -3,7 +3,8 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
-use overfill_types::{SamplingParams, TokenLogprob, TopLogprob};
+use overfill_guide::Matcher;
+use overfill_types::{SamplingParams, ServiceError, TokenLogprob, TopLogprob};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -17,38 +18,72 @@ pub struct Sampled {
 }
 
 /// Chooses one sequence's tokens.
-#[derive(Clone, Debug)]
 pub struct Sampler {
     params: SamplingParams,
     /// How often the answer holds each token; 0 for tokens of the prompt alone.
     seen: HashMap<u32, u32>,
+    /// What the answer has to look like.
+    guide: Option<Matcher>,
 }
 
 impl Sampler {
     /// For a sequence with this prompt (the repetition penalty sees it).
     pub fn new(params: SamplingParams, prompt: &[u32]) -> Self {
         let seen = if params.repetition_penalty == 1.0 { HashMap::new() } else { prompt.iter().map(|&t| (t, 0)).collect() };
-        Self { params, seen }
+        Self { params, seen, guide: None }
+    }
+
+    /// With the guide of the parameters, compiled, if they have one.
+    pub fn guided(mut self, guide: Option<Matcher>) -> Self {
+        self.guide = guide;
+        self
     }
 
     /// Counts a token of the answer that was chosen elsewhere (the full model's first token, a replayed one).
     pub fn observe(&mut self, token: u32) {
         *self.seen.entry(token).or_insert(0) += 1;
+        if let Some(guide) = &mut self.guide {
+            guide.observe(token);
+        }
+    }
+
+    /// Why the answer cannot go on as its guide wants it to, if so.
+    pub fn failure(&self) -> Option<&ServiceError> {
+        self.guide.as_ref()?.failure()
     }
 
     /// Chooses the token for `position` (prompt length + index in the answer), and counts it.
-    /// The draw depends on the logits, the parameters, the seed and `position` alone.
+    /// The draw depends on the logits, the parameters, the seed and `position` alone, and on what the guide allows.
     ///
-    /// `logits` is `[vocab]`, not empty; the penalties are applied in place.
+    /// `logits` is `[vocab]`, not empty; bias, penalties and guide are applied in place.
     pub fn sample(&mut self, logits: &mut [f32], position: usize) -> Sampled {
         self.penalise(logits);
-        let token = if self.params.temperature == 0.0 { greatest(logits) } else { self.draw(logits, position) };
+        // Log-probabilities are the model's own: what the guide forbids has its part in them.
+        let reported = self.params.logprobs.map(|n| Logprobs::of(logits, n as usize));
+        let token = if self.params.temperature == 0.0 { self.most_likely(logits) } else { self.draw(logits, position) };
         self.observe(token);
-        Sampled { token, logprob: self.params.logprobs.map(|n| logprob(logits, token, n as usize)) }
+        Sampled { token, logprob: reported.map(|reported| reported.with(logits[token as usize])) }
+    }
+
+    /// The most likely token that the guide allows. Where that is the most likely of all, as it mostly is, no other is looked at.
+    fn most_likely(&mut self, logits: &mut [f32]) -> u32 {
+        let token = greatest(logits);
+        if let Some(guide) = &mut self.guide
+            && !guide.allows(token)
+        {
+            guide.mask(logits);
+            return greatest(logits);
+        }
+        token
     }
 
     fn penalise(&self, logits: &mut [f32]) {
         let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.params;
+        for &(token, bias) in &self.params.logit_bias {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
         for (&token, &count) in &self.seen {
             let Some(logit) = logits.get_mut(token as usize) else { continue };
             *logit = if *logit > 0.0 { *logit / repetition_penalty } else { *logit * repetition_penalty };
@@ -58,7 +93,11 @@ impl Sampler {
         }
     }
 
-    fn draw(&self, logits: &[f32], position: usize) -> u32 {
+    fn draw(&mut self, logits: &mut [f32], position: usize) -> u32 {
+        if let Some(guide) = &mut self.guide {
+            guide.mask(logits);
+        }
+        let logits = &*logits;
         let SamplingParams { temperature, top_p, min_p, seed, .. } = self.params;
         let top_k = Some(self.params.top_k as usize).filter(|k| (1..logits.len()).contains(k));
         let highest = logits[greatest(logits) as usize];
@@ -233,16 +272,32 @@ fn greatest(logits: &[f32]) -> u32 {
     best.0 as u32
 }
 
-/// Log-probability of `token`, and of the `n` most likely ones.
-fn logprob(logits: &[f32], token: u32, n: usize) -> TokenLogprob {
-    let highest = logits[greatest(logits) as usize];
-    let sum: f64 = sums(logits, |l| (l - highest).exp()).iter().sum();
-    let of = |logit: f32| (f64::from(logit) - f64::from(highest) - sum.ln()) as f32;
-    let mut top = most_likely(logits, n);
-    top.sort_unstable_by(order);
-    TokenLogprob {
-        logprob: of(logits[token as usize]),
-        top: top.into_iter().map(|(token, logit)| TopLogprob { token, logprob: of(logit) }).collect(),
+/// Log-probability of `token`, which was not chosen here but is known, and of the `n` most likely ones.
+pub(crate) fn logprob(logits: &[f32], token: u32, n: usize) -> TokenLogprob {
+    Logprobs::of(logits, n).with(logits[token as usize])
+}
+
+/// The logarithms of a softmax's probabilities, of any of its logits.
+struct Logprobs {
+    highest: f64,
+    log_sum: f64,
+    /// Most likely first.
+    top: Vec<(u32, f32)>,
+}
+
+impl Logprobs {
+    fn of(logits: &[f32], n: usize) -> Self {
+        let highest = logits[greatest(logits) as usize];
+        let sum: f64 = sums(logits, |l| (l - highest).exp()).iter().sum();
+        let mut top = most_likely(logits, n);
+        top.sort_unstable_by(order);
+        Self { highest: f64::from(highest), log_sum: sum.ln(), top }
+    }
+
+    /// Of a token with this logit, and of the most likely ones.
+    fn with(&self, logit: f32) -> TokenLogprob {
+        let of = |logit: f32| (f64::from(logit) - self.highest - self.log_sum) as f32;
+        TokenLogprob { logprob: of(logit), top: self.top.iter().map(|&(token, logit)| TopLogprob { token, logprob: of(logit) }).collect() }
     }
 }
 
@@ -363,6 +418,15 @@ mod tests {
         let mut logits = LOGITS;
         sampler.penalise(&mut logits);
         assert_eq!(logits, [1.0, 3.0, 2.0, -1.0, 2.0, 0.0]);
+    }
+
+    #[test]
+    fn a_bias_moves_its_tokens_alone() {
+        let mut logits = LOGITS;
+        let logit_bias = vec![(3, 100.0), (1, -1.5), (99, 1.0)];
+        let mut sampler = Sampler::new(SamplingParams { logit_bias, ..SamplingParams::greedy() }, &[]);
+        assert_eq!(sampler.sample(&mut logits, 0).token, 3);
+        assert_eq!(logits, [1.0, 1.5, 2.0, 99.0, 3.0, 0.0]);
     }
 
     #[test]

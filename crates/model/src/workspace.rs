@@ -5,7 +5,15 @@ use std::sync::Mutex;
 use overfill_kernels::{Activations, AttentionScratch, Pool};
 
 use crate::profile::Profile;
-use crate::sample::{Sampled, Sampler};
+use crate::sample::{Sampled, Sampler, logprob};
+
+/// What becomes of one row of logits.
+pub enum Row<'s> {
+    /// The sequence's next token is chosen, for this position.
+    Choose(&'s mut Sampler, usize),
+    /// The next token is known: it and so many most likely ones are reported with their log-probabilities.
+    Known(u32, usize),
+}
 
 /// Threads and buffers of one engine. Buffers grow to the largest step and stay, so a decode step allocates next to nothing.
 pub struct Workspace {
@@ -58,23 +66,30 @@ impl Workspace {
     /// # Panics
     /// Where there are not as many samplers as rows of logits.
     pub fn sample<'s>(&mut self, samplers: impl IntoIterator<Item = (&'s mut Sampler, usize)>) -> Vec<Sampled> {
-        let samplers: Vec<_> = samplers.into_iter().collect();
-        assert!(!samplers.is_empty() && self.logits.len().is_multiple_of(samplers.len()), "a sampler for each row of logits");
-        let vocabulary = self.logits.len() / samplers.len();
-        let rows: Vec<_> = self
-            .logits
-            .chunks_exact_mut(vocabulary)
-            .zip(samplers)
-            .map(|(logits, (sampler, position))| Mutex::new((logits, sampler, position, None)))
-            .collect();
+        self.tokens(samplers.into_iter().map(|(sampler, position)| Row::Choose(sampler, position)))
+    }
+
+    /// The token of each row of the last forward pass's logits, chosen or known, in parallel. There are as many as rows.
+    ///
+    /// # Panics
+    /// Where there are not.
+    pub fn tokens<'s>(&mut self, rows: impl IntoIterator<Item = Row<'s>>) -> Vec<Sampled> {
+        let rows: Vec<_> = rows.into_iter().collect();
+        assert!(!rows.is_empty() && self.logits.len().is_multiple_of(rows.len()), "each row of logits has its use");
+        let vocabulary = self.logits.len() / rows.len();
+        let rows: Vec<_> =
+            self.logits.chunks_exact_mut(vocabulary).zip(rows).map(|(logits, row)| Mutex::new((logits, row, None))).collect();
         self.pool.run(rows.len(), |i| {
             // Each row is locked once, by the thread that has it.
-            if let Ok(mut row) = rows[i].lock() {
-                let (logits, sampler, position, sampled) = &mut *row;
-                *sampled = Some(sampler.sample(logits, *position));
+            if let Ok(mut locked) = rows[i].lock() {
+                let (logits, row, sampled) = &mut *locked;
+                *sampled = Some(match row {
+                    Row::Choose(sampler, position) => sampler.sample(logits, *position),
+                    Row::Known(token, most) => Sampled { token: *token, logprob: Some(logprob(logits, *token, *most)) },
+                });
             }
         });
         // A row without a token panicked, and the run with it.
-        rows.into_iter().filter_map(|row| row.into_inner().ok().and_then(|row| row.3)).collect()
+        rows.into_iter().filter_map(|row| row.into_inner().ok().and_then(|row| row.2)).collect()
     }
 }

@@ -7,8 +7,10 @@ pub mod gguf;
 pub mod stop;
 pub mod template;
 pub mod tokenizer;
+pub mod tools;
 
 pub use detokenize::Detokenizer;
 pub use stop::StopMatcher;
-pub use template::{ChatTemplate, Message};
+pub use template::{Chat, ChatTemplate, Message};
 pub use tokenizer::TextModel;
+pub use tools::{ToolPiece, ToolReader};

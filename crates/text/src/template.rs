@@ -1,6 +1,7 @@
 //! Chat templates, rendered as Hugging Face's `apply_chat_template` does.
 
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use overfill_types::{Code, ServiceError};
 use serde::{Deserialize, Serialize};
@@ -16,9 +17,21 @@ pub struct Message {
     pub content: String,
 }
 
+/// A chat with all that a template may look at.
+#[derive(Clone, Debug, Default)]
+pub struct Chat {
+    /// Objects with a `role`, mostly with `content`, and with whatever else the template reads (`tool_calls`, `name`, …).
+    pub messages: Vec<serde_json::Value>,
+    /// Descriptions of the tools that may be called, as the OpenAI API has them.
+    pub tools: Vec<serde_json::Value>,
+    /// Further variables of the template.
+    pub variables: serde_json::Map<String, serde_json::Value>,
+}
+
 /// A model's chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    knows_tools: bool,
     bos_token: String,
     eos_token: String,
 }
@@ -38,10 +51,16 @@ impl ChatTemplate {
         });
         environment.add_function("strftime_now", |format: &str| chrono::Local::now().format(format).to_string());
         environment.add_filter("tojson", to_json);
+        let knows_tools = source.contains("tools");
         environment
             .add_template_owned(NAME, without_generation_blocks(source))
             .map_err(|e| ServiceError::new(Code::InvalidArgument, format!("the chat template is malformed: {e}")))?;
-        Ok(Self { environment, bos_token, eos_token })
+        Ok(Self { environment, knows_tools, bos_token, eos_token })
+    }
+
+    /// Whether it tells the model of tools.
+    pub fn knows_tools(&self) -> bool {
+        self.knows_tools
     }
 
     /// The chat as text, up to where the assistant's answer begins.
@@ -49,21 +68,33 @@ impl ChatTemplate {
     /// # Errors
     /// [`Code::InvalidArgument`] where the template refuses the messages (its own words are given) or fails.
     pub fn render(&self, messages: &[Message]) -> Result<String, ServiceError> {
+        let message = |m: &Message| serde_json::json!({ "role": m.role, "content": m.content });
+        self.render_chat(&Chat { messages: messages.iter().map(message).collect(), ..Chat::default() })
+    }
+
+    /// As [`ChatTemplate::render`], with tools and whatever else the messages hold.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_chat(&self, chat: &Chat) -> Result<String, ServiceError> {
         let refuse = |e: Error| {
             let why = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
             ServiceError::new(Code::InvalidArgument, format!("the chat template refuses the messages: {why}"))
         };
-        let messages: Vec<Value> =
-            messages.iter().map(|m| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())])).collect();
+        let tools = if chat.tools.is_empty() { Value::from(()) } else { Value::from(Serde(&chat.tools)) };
+        // The client's own variables may say otherwise.
+        let mut variables = serde_json::Map::new();
+        variables.insert("add_generation_prompt".into(), true.into());
+        variables.insert("documents".into(), ().into());
+        variables.extend(chat.variables.clone());
         let template = self.environment.get_template(NAME).map_err(refuse)?;
         template
             .render(context! {
-                messages => messages,
-                add_generation_prompt => true,
+                messages => Serde(&chat.messages),
+                tools => tools,
                 bos_token => self.bos_token.as_str(),
                 eos_token => self.eos_token.as_str(),
-                tools => (),
-                documents => (),
+                ..Value::from(Serde(&variables)),
             })
             .map_err(refuse)
     }

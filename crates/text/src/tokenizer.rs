@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::detokenize::Detokenizer;
-use crate::template::{ChatTemplate, Message};
+use crate::template::{Chat, ChatTemplate, Message};
 
 /// The tokenizer in a pair's folder.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -113,19 +113,41 @@ impl TextModel {
         self.tokens(text, true)
     }
 
+    /// As [`TextModel::encode`], with nothing before it.
+    ///
+    /// # Errors
+    /// As [`TextModel::encode`].
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, ServiceError> {
+        self.tokens(text, false)
+    }
+
     /// Token ids of a chat, rendered with the template, up to where the assistant's answer begins.
     ///
     /// # Errors
     /// [`Code::InvalidArgument`] where there is no template, or it refuses the messages.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>, ServiceError> {
-        let Some(template) = &self.template else {
-            return Err(ServiceError::new(
-                Code::InvalidArgument,
-                format!("model {} has no chat template: send the prompt as text or token ids instead", self.manifest.name),
-            ));
-        };
         // The template writes the special tokens itself.
-        self.tokens(&template.render(messages)?, false)
+        self.tokens(&self.template()?.render(messages)?, false)
+    }
+
+    /// As [`TextModel::encode_chat`], with tools and whatever else the messages hold.
+    ///
+    /// # Errors
+    /// As [`TextModel::encode_chat`], and where tools are there and the template knows of none.
+    pub fn encode_whole_chat(&self, chat: &Chat) -> Result<Vec<u32>, ServiceError> {
+        let template = self.template()?;
+        if !chat.tools.is_empty() && !template.knows_tools() {
+            let message = format!("tools: the chat template of model {} has no place for tools; leave them out", self.manifest.name);
+            return Err(ServiceError::new(Code::InvalidArgument, message));
+        }
+        self.tokens(&template.render_chat(chat)?, false)
+    }
+
+    fn template(&self) -> Result<&ChatTemplate, ServiceError> {
+        self.template.as_ref().ok_or_else(|| {
+            let message = format!("model {} has no chat template: send the prompt as text or token ids instead", self.manifest.name);
+            ServiceError::new(Code::InvalidArgument, message)
+        })
     }
 
     /// Whether chats can be rendered.
@@ -136,6 +158,16 @@ impl TextModel {
     /// A detokeniser for one answer.
     pub fn detokenizer(&self) -> Detokenizer {
         Detokenizer::new(self.tokenizer.clone())
+    }
+
+    /// The text of token ids, with special tokens or without.
+    pub fn decode(&self, ids: &[u32], special: bool) -> String {
+        self.tokenizer.decode(ids, !special).unwrap_or_default()
+    }
+
+    /// A token as the tokenizer writes it, in its own alphabet; `None` where there is none with this id.
+    pub fn token_name(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
     }
 
     /// The text of one token by itself, special tokens included: what log-probabilities name tokens by.

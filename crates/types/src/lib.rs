@@ -17,4 +17,4 @@ pub use kv::{KvFormat, KvFormats, KvGeometry, KvTransform, PruneStrategy, WireFo
 pub use node::{Endpoint, NodeInfo, Role};
 pub use outcome::{FinishReason, TokenLogprob, TopLogprob};
 pub use pair::PairManifest;
-pub use sampling::{Limits, SamplingParams, StopConditions};
+pub use sampling::{Guide, Limits, SamplingParams, StopConditions};

@@ -5,7 +5,7 @@ use crate::outcome::FinishReason;
 
 /// How the next token is chosen from the logits. Absent filters are off.
 ///
-/// Order of application: repetition, presence and frequency penalties; temperature; top-k; top-p; min-p; draw.
+/// Order of application: logit bias; repetition, presence and frequency penalties; guide; temperature; top-k; top-p; min-p; draw.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy; else logits are divided by it. From 0 to 100.
@@ -26,6 +26,38 @@ pub struct SamplingParams {
     pub seed: u64,
     /// How many most likely tokens to report with each token; `None` reports no log-probabilities. At most 20.
     pub logprobs: Option<u32>,
+    /// Added to the logits of these token ids, each from -100 to 100; at most [`MOST_BIASES`].
+    pub logit_bias: Vec<(u32, f32)>,
+    /// What the answer has to look like.
+    pub guide: Option<Guide>,
+    /// How many most likely tokens to report with each token of the prompt after the first; `None` reports nothing of the prompt.
+    /// At most 20.
+    pub prompt_logprobs: Option<u32>,
+}
+
+/// Most token ids that one request may bias.
+pub const MOST_BIASES: usize = 1024;
+/// Longest guide, in bytes.
+pub const LONGEST_GUIDE: usize = 256 << 10;
+
+/// What an answer has to look like: tokens that would break it are not chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Guide {
+    /// JSON of this schema (a JSON text).
+    JsonSchema(String),
+    /// Text that the whole of this expression matches.
+    Regex(String),
+    /// Text of this grammar, in llguidance's variant of Lark.
+    Grammar(String),
+}
+
+impl Guide {
+    /// The schema, expression or grammar.
+    pub fn text(&self) -> &str {
+        match self {
+            Guide::JsonSchema(text) | Guide::Regex(text) | Guide::Grammar(text) => text,
+        }
+    }
 }
 
 impl SamplingParams {
@@ -41,6 +73,9 @@ impl SamplingParams {
             frequency_penalty: 0.0,
             seed: 0,
             logprobs: None,
+            logit_bias: Vec::new(),
+            guide: None,
+            prompt_logprobs: None,
         }
     }
 
@@ -64,8 +99,20 @@ impl SamplingParams {
         )?;
         check((-2.0..=2.0).contains(&self.presence_penalty), "presence_penalty", self.presence_penalty, "from -2 to 2")?;
         check((-2.0..=2.0).contains(&self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "from -2 to 2")?;
-        if let Some(n) = self.logprobs.filter(|&n| n > 20) {
-            return Err(ServiceError::new(Code::InvalidArgument, format!("{n} logprobs were asked for: at most 20 are given")));
+        let refuse = |message: String| Err(ServiceError::new(Code::InvalidArgument, message));
+        for n in [self.logprobs, self.prompt_logprobs].into_iter().flatten() {
+            if n > 20 {
+                return refuse(format!("{n} logprobs were asked for: at most 20 are given"));
+            }
+        }
+        if self.logit_bias.len() > MOST_BIASES {
+            return refuse(format!("logit_bias names {} token ids: at most {MOST_BIASES} may be", self.logit_bias.len()));
+        }
+        if let Some((token, bias)) = self.logit_bias.iter().find(|(_, bias)| !(-100.0..=100.0).contains(bias)) {
+            return refuse(format!("logit_bias is {bias} for token id {token}: it must be from -100 to 100"));
+        }
+        if let Some(bytes) = self.guide.as_ref().map(|g| g.text().len()).filter(|&bytes| bytes > LONGEST_GUIDE) {
+            return refuse(format!("the guide has {bytes} bytes: at most {LONGEST_GUIDE} are taken"));
         }
         Ok(())
     }
@@ -136,6 +183,20 @@ impl Limits {
         }
         Ok(())
     }
+
+    /// Refuses a bias for a token id out of range.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`].
+    pub fn check_bias(&self, sampling: &SamplingParams) -> Result<(), ServiceError> {
+        match sampling.logit_bias.iter().find(|(token, _)| *token as usize >= self.vocab_size) {
+            Some((token, _)) => {
+                let message = format!("token id {token} of logit_bias is out of range: the vocabulary has {} tokens", self.vocab_size);
+                Err(ServiceError::new(Code::InvalidArgument, message))
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -144,13 +205,14 @@ mod tests {
 
     #[test]
     fn not_a_number_is_refused_in_every_field() {
-        let set: [fn(&mut SamplingParams); 6] = [
+        let set: [fn(&mut SamplingParams); 7] = [
             |p| p.temperature = f32::NAN,
             |p| p.top_p = f32::NAN,
             |p| p.min_p = f32::NAN,
             |p| p.repetition_penalty = f32::NAN,
             |p| p.presence_penalty = f32::NAN,
             |p| p.frequency_penalty = f32::INFINITY,
+            |p| p.logit_bias = vec![(1, f32::NAN)],
         ];
         for set in set {
             let mut params = SamplingParams::greedy();

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use overfill_proto::v1::inference_server::Inference;
 use overfill_proto::v1::{
-    Delta, Finished, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse, Model, Started, generate_event,
+    Delta, Finished, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse, Model, Started, TokenLogprob, generate_event,
     generate_request,
 };
 use overfill_proto::{convert, status};
-use overfill_text::Message;
+use overfill_text::Chat;
 use overfill_types::{Code, ServiceError};
+use serde_json::json;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
@@ -18,7 +19,7 @@ use tonic::{Request, Response, Status};
 use crate::Router;
 use crate::admission::{Asked, Input};
 use crate::pairing;
-use crate::relay::{self, Event};
+use crate::relay::{self, Event, Read};
 
 pub(crate) struct InferenceService {
     router: Arc<Router>,
@@ -35,22 +36,24 @@ impl Inference for InferenceService {
     type GenerateStream = std::pin::Pin<Box<dyn Stream<Item = Result<GenerateEvent, Status>> + Send>>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let timeout = request.metadata().get("grpc-timeout").and_then(|t| t.to_str().ok()).and_then(parse_timeout);
+        let timeout = timeout_of(&request);
         let request = request.into_inner();
         let echo = request.echo_prompt_token_ids;
-        let valid = asked(request, timeout).and_then(|asked| self.router.admit(asked)).map_err(|e| status::to_status(&e))?;
+        let asked = asked(request, timeout).map_err(|e| status::to_status(&e))?;
+        let valid = self.router.admit_one(asked).await.map_err(|e| status::to_status(&e))?;
         let prompt_tokens = valid.prompt.len() as u32;
         let started = Started {
             request_id: valid.id.to_string(),
             model: valid.model.manifest.name.clone(),
             prompt_tokens,
-            prompt_token_ids: if echo { valid.prompt.clone() } else { Vec::new() },
+            prompt_token_ids: if echo { valid.prompt.to_vec() } else { Vec::new() },
         };
         let answer = ReceiverStream::new(relay::start(self.router.clone(), valid));
         let first = Ok(GenerateEvent { event: Some(generate_event::Event::Started(started)) });
-        let rest = answer.map(move |event| match event {
-            Ok(event) => Ok(GenerateEvent { event: Some(to_wire(event, prompt_tokens)) }),
-            Err(error) => Err(status::to_status(&error)),
+        let mut wire = Wire { prompt_tokens, ..Wire::default() };
+        let rest = answer.filter_map(move |event| match event {
+            Ok(event) => Some(Ok(GenerateEvent { event: Some(wire.event(event)?) })),
+            Err(error) => Some(Err(status::to_status(&error))),
         });
         Ok(Response::new(Box::pin(tokio_stream::once(first).chain(rest))))
     }
@@ -76,14 +79,16 @@ fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<Asked, S
     let input = match request.input {
         Some(generate_request::Input::Text(text)) => Input::Text(text),
         Some(generate_request::Input::Chat(chat)) => {
-            Input::Chat(chat.messages.into_iter().map(|m| Message { role: m.role, content: m.content }).collect())
+            let messages = chat.messages.into_iter().map(|m| json!({ "role": m.role, "content": m.content })).collect();
+            Input::Chat(Chat { messages, ..Chat::default() })
         }
         Some(generate_request::Input::TokenIds(ids)) => Input::TokenIds(ids.ids),
         None => return Err(ServiceError::new(Code::InvalidArgument, "the input is missing: set text, chat or token_ids")),
     };
     Ok(Asked {
         model: request.model,
-        input,
+        inputs: vec![input],
+        n: 1,
         sampling: convert::sampling(request.sampling.as_ref(), rand::random())?,
         max_tokens: request.max_tokens.map(|n| n as usize),
         stop: request.stop,
@@ -93,17 +98,41 @@ fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<Asked, S
     })
 }
 
-fn to_wire(event: Event, prompt_tokens: u32) -> generate_event::Event {
-    match event {
-        Event::Delta { text, tokens } => generate_event::Event::Delta(Delta { text, tokens }),
-        Event::Finished(end) => generate_event::Event::Finished(Finished {
-            reason: convert::finish_to_wire(end.reason).into(),
-            prompt_tokens,
-            completion_tokens: end.completion_tokens as u32,
-            served_by: Some(end.served_by),
-            matched_stop: end.matched_stop.unwrap_or_default(),
-        }),
+/// Events on their way out.
+#[derive(Default)]
+struct Wire {
+    prompt_tokens: u32,
+    cached_tokens: u32,
+    /// They go out with the first delta.
+    prompt_logprobs: Vec<TokenLogprob>,
+}
+
+impl Wire {
+    fn event(&mut self, event: Event) -> Option<generate_event::Event> {
+        match event {
+            Event::Read(Read { cached_tokens, prompt_logprobs, .. }) => {
+                (self.cached_tokens, self.prompt_logprobs) = (cached_tokens, prompt_logprobs);
+                None
+            }
+            Event::Delta { text, tokens } => {
+                let prompt_logprobs = std::mem::take(&mut self.prompt_logprobs);
+                Some(generate_event::Event::Delta(Delta { text, tokens, prompt_logprobs }))
+            }
+            Event::Finished(end) => Some(generate_event::Event::Finished(Finished {
+                reason: convert::finish_to_wire(end.reason).into(),
+                prompt_tokens: self.prompt_tokens,
+                completion_tokens: end.completion_tokens as u32,
+                served_by: Some(end.served_by),
+                matched_stop: end.matched_stop.unwrap_or_default(),
+                cached_tokens: self.cached_tokens,
+            })),
+        }
     }
+}
+
+/// How long a client waits at most, if it says so.
+pub(crate) fn timeout_of<T>(request: &Request<T>) -> Option<Duration> {
+    request.metadata().get("grpc-timeout").and_then(|t| t.to_str().ok()).and_then(parse_timeout)
 }
 
 /// The `grpc-timeout` header: up to eight digits and a unit (gRPC over HTTP/2).
@@ -111,8 +140,8 @@ fn parse_timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     let n: u64 = digits.parse().ok()?;
     Some(match unit {
-        "H" => Duration::from_secs(n * 3600),
-        "M" => Duration::from_secs(n * 60),
+        "H" => Duration::from_secs(n.saturating_mul(3600)),
+        "M" => Duration::from_secs(n.saturating_mul(60)),
         "S" => Duration::from_secs(n),
         "m" => Duration::from_millis(n),
         "u" => Duration::from_micros(n),

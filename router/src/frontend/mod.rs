@@ -1,5 +1,7 @@
-//! The two doors: gRPC and OpenAI-compatible HTTP. Both lead to the same relay.
+//! The doors: gRPC (ours, and the KServe v2 protocol) and OpenAI-compatible HTTP. All lead to the same relay.
 
+mod docs;
 pub(crate) mod grpc;
 pub(crate) mod http;
+pub(crate) mod kserve;
 mod openai;

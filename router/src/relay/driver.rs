@@ -17,7 +17,7 @@ use crate::admission::ValidRequest;
 use crate::pairing::Chosen;
 use crate::relay::flow::{Blame, Failure, Flow};
 use crate::relay::text::Text;
-use crate::relay::{End, Event};
+use crate::relay::{End, Event, Read};
 
 /// How long the other node gets to say what it knows when one has failed, so that the more telling error is given.
 const SECOND_OPINION: Duration = Duration::from_millis(100);
@@ -91,8 +91,13 @@ impl Driver {
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) })) => {
                         begun = true;
                         let Some(token) = first.token else { return Err(Failure::broken("prefill node", &chosen.prefill.id)) };
-                        if self.flow.first(&token).map_err(Failure::of_request)? && self.pass_on(chosen, token).await {
-                            return Ok(());
+                        if self.flow.first(&token).map_err(Failure::of_request)? {
+                            let served_by = self.served_by(chosen, decode.is_some());
+                            let (cached_tokens, prompt_logprobs) = (first.cached_tokens, first.prompt_logprobs);
+                            self.send(Event::Read(Read { cached_tokens, prompt_logprobs, served_by })).await;
+                            if self.pass_on(chosen, token).await {
+                                return Ok(());
+                            }
                         }
                         for event in std::mem::take(&mut early) {
                             if self.decoded(chosen, event).await? {
@@ -127,7 +132,7 @@ impl Driver {
             fingerprint: node.fingerprint.to_string(),
             request_id: self.request.id.to_string(),
             epoch,
-            prompt: self.request.prompt.clone(),
+            prompt: self.request.prompt.to_vec(),
             sampling: Some(convert::sampling_to_wire(&self.request.sampling)),
             stop: Some(convert::stop_to_wire(&self.request.stop)),
             written: self.flow.written().to_vec(),
@@ -146,11 +151,14 @@ impl Driver {
 
     async fn prefill(&self, chosen: &Chosen, handoff: Option<v1::Handoff>) -> Result<Streaming<PrefillEvent>, Failure> {
         let node = &chosen.prefill;
+        let mut sampling = convert::sampling_to_wire(&self.request.sampling);
+        // The client has them by now.
+        sampling.prompt_logprobs = sampling.prompt_logprobs.filter(|_| self.flow.written().is_empty());
         let request = PrefillRequest {
             fingerprint: node.fingerprint.to_string(),
             request_id: self.request.id.to_string(),
-            prompt: self.request.prompt.clone(),
-            sampling: Some(convert::sampling_to_wire(&self.request.sampling)),
+            prompt: self.request.prompt.to_vec(),
+            sampling: Some(sampling),
             stop: Some(convert::stop_to_wire(&self.request.stop)),
             handoff,
         };
@@ -206,13 +214,17 @@ impl Driver {
     /// The end. The nodes that are named are those that finished the answer.
     async fn end(&mut self, chosen: &Chosen, reason: FinishReason, matched_stop: Option<String>) {
         let completion_tokens = self.flow.written().len();
-        let served_by = ServedBy {
+        let served_by = self.served_by(chosen, completion_tokens > 1);
+        self.send(Event::Finished(End { reason, completion_tokens, served_by, matched_stop })).await;
+    }
+
+    fn served_by(&self, chosen: &Chosen, decoded: bool) -> ServedBy {
+        ServedBy {
             fingerprint: chosen.prefill.fingerprint.to_string(),
             mode: "overfill".into(),
             prefill_node: chosen.prefill.id.to_string(),
-            decode_node: if completion_tokens > 1 { chosen.decode.id.to_string() } else { String::new() },
-        };
-        self.send(Event::Finished(End { reason, completion_tokens, served_by, matched_stop })).await;
+            decode_node: if decoded { chosen.decode.id.to_string() } else { String::new() },
+        }
     }
 
     async fn send(&self, event: Event) {

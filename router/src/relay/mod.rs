@@ -11,7 +11,7 @@ mod text;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use overfill_proto::v1::{ServedBy, Token};
+use overfill_proto::v1::{ServedBy, Token, TokenLogprob};
 use overfill_types::{Code, FinishReason, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -26,10 +26,23 @@ const EVENTS: usize = 64;
 /// What happens to an answer.
 #[derive(Debug)]
 pub(crate) enum Event {
+    /// The prompt was read; always the first.
+    Read(Read),
     /// New text and tokens.
     Delta { text: String, tokens: Vec<Token> },
     /// The end.
     Finished(End),
+}
+
+/// What is known once the prompt was read.
+#[derive(Debug)]
+pub(crate) struct Read {
+    /// Tokens of the prompt that were in the prefill node's cache.
+    pub(crate) cached_tokens: u32,
+    /// Of each token of the prompt but the first; empty where they were not asked for.
+    pub(crate) prompt_logprobs: Vec<TokenLogprob>,
+    /// Who serves the answer, unless a node is lost.
+    pub(crate) served_by: ServedBy,
 }
 
 /// How an answer ended.

@@ -1,0 +1,80 @@
+//! `/tokenize` and `/detokenize`, as vLLM has them.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::response::{IntoResponse, Response};
+use overfill_text::Chat;
+use overfill_types::{Code, ServiceError};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::Router;
+use crate::frontend::openai::failed::Failed;
+use crate::frontend::openai::reply::{parse, read};
+
+/// `POST /tokenize`: a prompt or a chat.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct TokenizeRequest {
+    model: Option<String>,
+    prompt: Option<String>,
+    messages: Option<Vec<Value>>,
+    tools: Option<Vec<Value>>,
+    /// Whether what the tokenizer puts before every text is put before a prompt. Default true.
+    add_special_tokens: Option<bool>,
+    /// Whether the chat goes up to where the assistant's answer begins. Default true.
+    add_generation_prompt: Option<bool>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+    /// Whether tokens are named too.
+    return_token_strs: Option<bool>,
+}
+
+/// `POST /detokenize`.
+#[derive(Debug, Deserialize)]
+pub(crate) struct DetokenizeRequest {
+    #[serde(default)]
+    model: Option<String>,
+    tokens: Vec<u32>,
+}
+
+pub(crate) async fn tokenize(State(router): State<Arc<Router>>, body: Result<Bytes, BytesRejection>) -> Response {
+    answered(read(&router, body).and_then(|body| Ok(tokens(&router, parse(&body)?)?)))
+}
+
+pub(crate) async fn detokenize(State(router): State<Arc<Router>>, body: Result<Bytes, BytesRejection>) -> Response {
+    answered(read(&router, body).and_then(|body| Ok(text(&router, parse(&body)?)?)))
+}
+
+fn answered(answer: Result<Value, Failed>) -> Response {
+    answer.map_or_else(IntoResponse::into_response, |answer| Json(answer).into_response())
+}
+
+fn tokens(router: &Router, request: TokenizeRequest) -> Result<Value, ServiceError> {
+    let model = router.model(request.model.as_deref().unwrap_or_default())?;
+    let tokens = match (request.prompt, request.messages) {
+        (Some(prompt), None) if request.add_special_tokens.unwrap_or(true) => model.encode(&prompt)?,
+        (Some(prompt), None) => model.encode_plain(&prompt)?,
+        (None, Some(messages)) => {
+            let mut variables = request.chat_template_kwargs.unwrap_or_default();
+            variables.insert("add_generation_prompt".into(), request.add_generation_prompt.unwrap_or(true).into());
+            model.encode_whole_chat(&Chat { messages, tools: request.tools.unwrap_or_default(), variables })?
+        }
+        _ => return Err(ServiceError::new(Code::InvalidArgument, "prompt: send either it or messages")),
+    };
+    let names: Option<Vec<String>> =
+        request.return_token_strs.unwrap_or(false).then(|| tokens.iter().map(|&id| model.token_name(id).unwrap_or_default()).collect());
+    Ok(json!({ "count": tokens.len(), "max_model_len": router.max_context(&model), "tokens": tokens, "token_strs": names }))
+}
+
+fn text(router: &Router, request: DetokenizeRequest) -> Result<Value, ServiceError> {
+    let model = router.model(request.model.as_deref().unwrap_or_default())?;
+    if let Some(id) = request.tokens.iter().find(|&&id| id as usize >= model.manifest.vocab_size()) {
+        let message = format!("tokens: {id} is out of range, the vocabulary has {} tokens", model.manifest.vocab_size());
+        return Err(ServiceError::new(Code::InvalidArgument, message));
+    }
+    Ok(json!({ "prompt": model.decode(&request.tokens, true) }))
+}
