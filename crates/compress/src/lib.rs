@@ -4,6 +4,7 @@
 
 pub mod data;
 pub mod error;
+pub mod net;
 
 pub use data::{Conversation, Example};
 pub use error::CompressError;
