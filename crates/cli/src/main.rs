@@ -1,5 +1,6 @@
 //! `overfill`: one command for everything that is not a server of its own.
 
+mod answer;
 mod bench;
 mod fetch;
 mod generate;
@@ -79,6 +80,8 @@ enum Command {
     Fetch(fetch::FetchArgs),
     /// Tell what a pair is made of
     Inspect(inspect::InspectArgs),
+    /// Have a pair answer a file of prompts
+    Answer(answer::AnswerArgs),
     /// Make a pair of two models
     Pair(pair::MakePairArgs),
     /// Measure speed
@@ -111,6 +114,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(args, &cli.home),
         Command::Fetch(args) => fetch::run(args, &cli.home),
         Command::Inspect(args) => inspect::run(args),
+        Command::Answer(args) => answer::run(args, &cli.home),
         Command::Pair(args) => pair::run(args),
         Command::Bench { what } => bench::run(what, &cli.home),
     }

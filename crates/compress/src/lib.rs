@@ -2,9 +2,15 @@
 //!
 //! No network, and nothing that serves: what this crate makes are checkpoints that every node can load.
 
+pub mod answer;
 pub mod data;
 pub mod error;
 pub mod net;
+mod read;
+pub mod score;
 
+pub use answer::{Asked, Writing, answer};
 pub use data::{Conversation, Example};
 pub use error::CompressError;
+pub use read::{Arm, Mode};
+pub use score::{Scored, score};

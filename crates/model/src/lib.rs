@@ -33,6 +33,6 @@ pub use overfill_kernels::Pool;
 pub use pair::Pair;
 pub use pair_make::{KvSpec, MakePair};
 pub use sample::{Sampled, Sampler};
-pub use transform::Transform;
+pub use transform::{Passage, Transform};
 pub use weights::Weights;
 pub use workspace::Workspace;

@@ -138,6 +138,11 @@ impl TextModel {
         Detokenizer::new(self.tokenizer.clone())
     }
 
+    /// The text of a whole answer, special tokens left out.
+    pub fn text_of(&self, tokens: &[u32]) -> String {
+        self.tokenizer.decode(tokens, true).unwrap_or_default()
+    }
+
     /// The text of one token by itself, special tokens included: what log-probabilities name tokens by.
     pub fn token_text(&self, id: u32) -> String {
         self.tokenizer.decode(&[id], false).unwrap_or_default()
