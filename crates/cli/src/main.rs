@@ -6,6 +6,7 @@ mod generate;
 mod inspect;
 mod pair;
 mod progress;
+mod prune;
 mod serve;
 
 use std::path::PathBuf;
@@ -81,6 +82,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Make a pair of two models
     Pair(pair::MakePairArgs),
+    /// Make a smaller checkpoint of a full model
+    Prune(prune::PruneArgs),
     /// Measure speed
     Bench {
         #[command(subcommand)]
@@ -112,6 +115,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Fetch(args) => fetch::run(args, &cli.home),
         Command::Inspect(args) => inspect::run(args),
         Command::Pair(args) => pair::run(args),
+        Command::Prune(args) => prune::run(args),
         Command::Bench { what } => bench::run(what, &cli.home),
     }
 }

@@ -2,8 +2,12 @@
 //!
 //! No network, and nothing that serves: what this crate makes are checkpoints that every node can load.
 
+pub mod calibrate;
+pub mod checkpoint;
 pub mod data;
 pub mod error;
+pub mod matrix;
+pub mod prune;
 
 pub use data::{Conversation, Example};
 pub use error::CompressError;
