@@ -7,6 +7,7 @@ mod generate;
 mod inspect;
 mod pair;
 mod progress;
+mod prune;
 mod serve;
 
 use std::path::PathBuf;
@@ -84,6 +85,8 @@ enum Command {
     Answer(answer::AnswerArgs),
     /// Make a pair of two models
     Pair(pair::MakePairArgs),
+    /// Make a smaller checkpoint of a full model
+    Prune(prune::PruneArgs),
     /// Measure speed
     Bench {
         #[command(subcommand)]
@@ -116,6 +119,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Inspect(args) => inspect::run(args),
         Command::Answer(args) => answer::run(args, &cli.home),
         Command::Pair(args) => pair::run(args),
+        Command::Prune(args) => prune::run(args),
         Command::Bench { what } => bench::run(what, &cli.home),
     }
 }

@@ -31,7 +31,7 @@ pub use error::ModelError;
 pub use llama::{Chunk, Llama};
 pub use overfill_kernels::Pool;
 pub use pair::Pair;
-pub use pair_make::{KvSpec, MakePair};
+pub use pair_make::{KvSpec, MakePair, TokenizerFiles};
 pub use sample::{Sampled, Sampler};
 pub use transform::{Passage, Transform};
 pub use weights::Weights;
