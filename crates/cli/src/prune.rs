@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use overfill_compress::calibrate::Calibration;
 use overfill_compress::checkpoint::Format;
-use overfill_compress::prune::{Fit, Keep, Method, Prune, Sizes};
+use overfill_compress::prune::{Fit, Keep, Method, Prune, Sizes, quantise};
+use overfill_model::GgmlDType;
 use overfill_types::PruneStrategy;
 
 use crate::progress::spinner;
@@ -18,6 +19,8 @@ enum MethodName {
     Pca,
     /// Keeps some layers as they are
     Depth,
+    /// Copies a GGUF file in fewer bits
+    Quantise,
 }
 
 #[derive(Args)]
@@ -58,11 +61,14 @@ pub(crate) struct PruneArgs {
     /// How strongly pca's fit is pulled to the rotated weights, relative to the mean square of what they read
     #[arg(long, default_value_t = 0.02)]
     ridge: f64,
+    /// Blocks that quantise writes: q4_0, q4_1, q5_0, q5_1 or q8_0
+    #[arg(long, default_value = "q4_0", value_parser = blocks)]
+    blocks: GgmlDType,
     /// Text, or conversations as JSON lines (its name ends in .jsonl)
     #[arg(long)]
     calibration: Option<PathBuf>,
     /// Most samples to calibrate with
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 256)]
     samples: usize,
     /// Samples kept apart to measure losses with
     #[arg(long, default_value_t = 32)]
@@ -76,9 +82,20 @@ pub(crate) struct PruneArgs {
     /// What the weights are stored as: f32, bf16 or f16
     #[arg(long, default_value = "f32")]
     format: Format,
-    /// The folder to make
+    /// The folder to make; with quantise the file
     #[arg(long, env = "OVERFILL_OUT")]
     out: PathBuf,
+}
+
+fn blocks(name: &str) -> Result<GgmlDType, String> {
+    Ok(match name {
+        "q4_0" => GgmlDType::Q4_0,
+        "q4_1" => GgmlDType::Q4_1,
+        "q5_0" => GgmlDType::Q5_0,
+        "q5_1" => GgmlDType::Q5_1,
+        "q8_0" => GgmlDType::Q8_0,
+        other => return Err(format!("'{other}' is no block format: use q4_0, q4_1, q5_0, q5_1 or q8_0")),
+    })
 }
 
 pub(crate) fn run(args: PruneArgs) -> anyhow::Result<()> {
@@ -87,25 +104,32 @@ pub(crate) fn run(args: PruneArgs) -> anyhow::Result<()> {
         (None, Some(width)) => Keep::Exactly(width),
         (None, None) => Keep::All,
     };
-    let pruning = Prune {
-        method: match args.method {
-            MethodName::Minitron => Method::Minitron,
-            MethodName::Pca => Method::Pca { fit: args.fit, ridge: args.ridge },
-            MethodName::Depth => Method::Depth(args.keep),
-        },
-        sizes: Sizes {
-            hidden: keep(args.hidden_ratio, args.hidden),
-            intermediate: keep(args.mlp_ratio, args.intermediate),
-            kv_heads: keep(None, args.kv_heads),
-            layers: keep(None, args.layers),
-        },
-        full: args.full,
-        calibration: args.calibration,
-        samples: Calibration { samples: args.samples, held_out: args.held_out, length: args.length, seed: args.seed },
-        format: args.format,
+    let samples = Calibration { samples: args.samples, held_out: args.held_out, length: args.length, seed: args.seed };
+    let sizes = Sizes {
+        hidden: keep(args.hidden_ratio, args.hidden),
+        intermediate: keep(args.mlp_ratio, args.intermediate),
+        kv_heads: keep(None, args.kv_heads),
+        layers: keep(None, args.layers),
     };
     let waiting = spinner("reading the full model");
-    let report = pruning.run(&args.out, &mut |what, done, all| waiting.set_message(format!("{what}: layer {} of {all}", done + 1)))?;
+    let progress = &mut |what: &str, done: usize, all: usize| waiting.set_message(format!("{what}: {} of {all}", done + 1));
+    let method = match args.method {
+        MethodName::Minitron => Some(Method::Minitron),
+        MethodName::Pca => Some(Method::Pca { fit: args.fit, ridge: args.ridge }),
+        MethodName::Depth => Some(Method::Depth(args.keep)),
+        MethodName::Quantise => None,
+    };
+    let report = match method {
+        Some(method) => {
+            let pruning = Prune { full: args.full, method, sizes, calibration: args.calibration, samples, format: args.format };
+            pruning.run(&args.out, progress)?
+        }
+        None if sizes != Sizes::ALL => anyhow::bail!("quantise cuts nothing away: leave widths and layers out"),
+        None => {
+            let calibration = args.calibration.as_deref().map(|path| (path, &samples));
+            quantise(&args.full, args.blocks, calibration, &args.out, progress)?
+        }
+    };
     waiting.finish_and_clear();
 
     let (full, decode) = (&report.full, &report.decode);

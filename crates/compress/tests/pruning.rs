@@ -16,7 +16,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
 
-const ALL: Sizes = Sizes { hidden: Keep::All, intermediate: Keep::All, kv_heads: Keep::All, layers: Keep::All };
+const ALL: Sizes = Sizes::ALL;
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")

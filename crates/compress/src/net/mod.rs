@@ -22,7 +22,8 @@ mod rows;
 #[cfg(test)]
 mod tests;
 mod vector;
-pub(crate) use vector::{sum, vectorised};
+pub(crate) use product::{Onto, multiply_here};
+pub(crate) use vector::{exp, max, sum, vectorised};
 
 pub use batch::{Context, KvRows, Packed, Sequence};
 pub use layer::{LayerBuffers, LayerGradients, LayerShape, LayerWeights, Saved};

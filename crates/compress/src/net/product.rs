@@ -21,7 +21,7 @@ pub struct ViewMut<'a> {
 
 /// What becomes of the numbers that are there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Onto {
+pub(crate) enum Onto {
     /// They are overwritten.
     Replace,
     /// The product is added to them.
@@ -81,7 +81,7 @@ pub fn multiply(to: ViewMut<'_>, left: View<'_>, right: View<'_>, add: bool) {
 }
 
 /// `to (+)= factor * left x right` on the calling thread alone.
-pub(super) fn multiply_here(to: ViewMut<'_>, left: View<'_>, right: View<'_>, factor: f32, onto: Onto) {
+pub(crate) fn multiply_here(to: ViewMut<'_>, left: View<'_>, right: View<'_>, factor: f32, onto: Onto) {
     product(to, left, right, factor, onto, Parallelism::None);
 }
 

@@ -10,7 +10,8 @@ use crate::error::CompressError;
 const BLOCK: usize = 32;
 
 /// How much of a width is kept.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Keep {
     /// All of it.
     All,
@@ -21,7 +22,7 @@ pub enum Keep {
 }
 
 /// What a decode model is to be like.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Sizes {
     /// Of the residual stream.
     pub hidden: Keep,
@@ -34,6 +35,9 @@ pub struct Sizes {
 }
 
 impl Sizes {
+    /// The full model's.
+    pub const ALL: Self = Self { hidden: Keep::All, intermediate: Keep::All, kv_heads: Keep::All, layers: Keep::All };
+
     /// The shape of the decode model.
     ///
     /// # Errors
@@ -78,10 +82,14 @@ fn nearest(n: usize, of: usize) -> usize {
 fn count(flag: &str, keep: Keep, all: usize) -> Result<usize, CompressError> {
     match keep {
         Keep::All => Ok(all),
-        Keep::Without(ratio) if (0.0..1.0).contains(&ratio) && ((1.0 - ratio) * all as f64) >= 1.0 => Ok(((1.0 - ratio) * all as f64) as usize),
+        Keep::Without(ratio) if (0.0..1.0).contains(&ratio) && ((1.0 - ratio) * all as f64) >= 1.0 => {
+            Ok(((1.0 - ratio) * all as f64) as usize)
+        }
         Keep::Without(ratio) => Err(CompressError::Refused(format!("{flag} {ratio} is the share to cut away: at least 0 and less than 1"))),
         Keep::Exactly(n) if (1..=all).contains(&n) => Ok(n),
-        Keep::Exactly(n) => Err(CompressError::Refused(format!("{flag} {n} is not possible: the full model has {all}, so 1 to {all} can be kept"))),
+        Keep::Exactly(n) => {
+            Err(CompressError::Refused(format!("{flag} {n} is not possible: the full model has {all}, so 1 to {all} can be kept")))
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use crate::calibrate::Sample;
 use crate::checkpoint::{Checkpoint, LayerWeights};
 use crate::error::CompressError;
 use crate::matrix::Matrix;
+use crate::net::{exp, max, sum, vectorised};
 use crate::prune::Progress;
 use crate::prune::kept::kv_columns;
 use crate::prune::statistics::embed;
@@ -82,8 +83,10 @@ impl Stream {
 }
 
 fn loss(logits: &[f32], target: usize) -> f64 {
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&l| f64::from((l - most).exp())).sum();
+    let (most, sum) = vectorised(|| {
+        let most = max(logits);
+        (most, sum(logits.len(), |i| exp(logits[i] - most)))
+    });
     sum.ln() + f64::from(most) - f64::from(logits[target])
 }
 

@@ -3,6 +3,7 @@
 //! - `minitron` cuts channels and neurons by the importance of their activations; what is kept are the original's weights.
 //! - `pca` rotates the residual stream, keeps its first components and fits every matrix again ([`Fit`]).
 //! - `depth` keeps some layers as they are.
+//! - [`quantise`] keeps everything, in fewer bits.
 //!
 //! The first two also cut KV heads with their queries. The full model is streamed: its weights are read layer by layer, once
 //! for the statistics and once for the fit.
@@ -10,6 +11,7 @@
 mod fit;
 mod kept;
 mod loss;
+mod quantise;
 mod statistics;
 mod stream;
 
@@ -33,6 +35,7 @@ use crate::prune::statistics::Statistics;
 pub use fit::Fit;
 pub use kept::{Keep, Kept, Sizes};
 pub use loss::Losses;
+pub use quantise::quantise;
 
 /// Name of the file, in the decode model's folder, that `overfill pair --kv projection:FILE` asks for where KV heads were cut.
 pub const PROJECTION_FILE: &str = "projection.safetensors";
@@ -95,13 +98,7 @@ impl Prune {
         let full = Checkpoint::open(&self.full)?;
         let shape = self.shape(&full)?;
         let samples = match (&self.calibration, self.method) {
-            (Some(path), _) => {
-                let files = full.tokenizer()?;
-                let config = serde_json::to_vec(&files.config).unwrap_or_default();
-                let text = ModelText::from_files(&self.full.display().to_string(), &files.tokenizer, &config)?;
-                let end = text.eos().or(full.config().eos_token_ids.first().copied());
-                self.samples.read(path, &text, end)?
-            }
+            (Some(path), _) => read(&full, &self.samples, path)?,
             (None, Method::Depth(_)) => Samples { fit: Vec::new(), held_out: Vec::new(), provenance: Value::Null },
             (None, method) => {
                 return Err(CompressError::Refused(format!("{} needs --calibration, a file of text or conversations", method.name())));
@@ -126,13 +123,23 @@ impl Prune {
         }
     }
 
-    fn make(&self, full: &Checkpoint, shape: &LlamaConfig, samples: &Samples, out: &Path, progress: Progress<'_>) -> Result<Report, CompressError> {
+    fn make(
+        &self,
+        full: &Checkpoint,
+        shape: &LlamaConfig,
+        samples: &Samples,
+        out: &Path,
+        progress: Progress<'_>,
+    ) -> Result<Report, CompressError> {
         let mut shape = shape.clone();
         shape.tied_embeddings = full.tied() && !matches!(self.method, Method::Pca { .. });
         let mut writer = Writer::create(out, self.format)?;
         let mut provenance = Map::new();
         provenance.insert("full_sha256".into(), overfill_model::pair::weights_sha256(&self.full)?.into());
         provenance.insert("calibration".into(), samples.provenance.clone());
+        provenance.insert("asked".into(), json!(self.sizes));
+        let sizes = |c: &LlamaConfig| json!({ "hidden": c.hidden_size, "intermediate": c.intermediate_size, "kv_heads": c.kv.kv_heads, "layers": c.kv.layers });
+        provenance.insert("sizes".into(), json!({ "full": sizes(full.config()), "decode": sizes(&shape) }));
         let kept = match self.method {
             Method::Depth(strategy) => {
                 let layers = strategy.kept(full.config().kv.layers, shape.kv.layers).unwrap_or_default();
@@ -151,7 +158,7 @@ impl Prune {
             }
             Method::Pca { fit, ridge } => {
                 enough(&samples.fit, fit, &shape)?;
-                let found = Statistics::measure(full, &samples.fit, fit.reads(), progress)?;
+                let found = Statistics::measure(full, settled(&samples.fit, fit, shape.hidden_size), fit.reads(), progress)?;
                 let kept = within_layers(&found, &shape, full.config(), |l| &l.neurons_by_output);
                 let (basis, energies) = found.components.principal(shape.hidden_size)?;
                 let energy = energies[..shape.hidden_size].iter().sum::<f64>() / energies.iter().sum::<f64>();
@@ -190,6 +197,14 @@ impl Prune {
     }
 }
 
+/// Samples as the full model's tokenizer reads them.
+fn read(full: &Checkpoint, calibration: &Calibration, path: &Path) -> Result<Samples, CompressError> {
+    let files = full.tokenizer()?;
+    let config = serde_json::to_vec(&files.config).unwrap_or_default();
+    let text = ModelText::from_files("this one", &files.tokenizer, &config)?;
+    calibration.read(path, &text, text.eos().or(full.config().eos_token_ids.first().copied()))
+}
+
 /// A fit needs as many rows as it has unknowns a row.
 fn enough(samples: &[Sample], fit: Fit, shape: &LlamaConfig) -> Result<(), CompressError> {
     let rows: usize = stream::batches(samples, fit.reads()).iter().map(|b| b.tokens.len()).sum();
@@ -203,12 +218,28 @@ fn enough(samples: &[Sample], fit: Fit, shape: &LlamaConfig) -> Result<(), Compr
     )))
 }
 
+/// As many of the samples as directions and neurons are chosen by: both settle long before the fit does.
+fn settled(samples: &[Sample], fit: Fit, hidden: usize) -> &[Sample] {
+    const ROWS_PER_DIRECTION: usize = 16;
+    let mut rows = 0;
+    let enough = samples.iter().position(|s| {
+        rows += if fit == Fit::Decode { s.tokens.len() } else { s.tokens.len() - s.prompt };
+        rows >= ROWS_PER_DIRECTION * hidden
+    });
+    &samples[..enough.map_or(samples.len(), |last| last + 1)]
+}
+
 fn everything(full: &LlamaConfig, layers: Vec<usize>) -> Kept {
     let all = |n: usize| vec![(0..n).collect::<Vec<usize>>(); layers.len()];
     Kept { kv_heads: all(full.kv.kv_heads), neurons: all(full.intermediate_size), layers, channels: None }
 }
 
-fn within_layers(found: &Statistics, shape: &LlamaConfig, full: &LlamaConfig, neurons: impl Fn(&statistics::LayerStatistics) -> &[f64]) -> Kept {
+fn within_layers(
+    found: &Statistics,
+    shape: &LlamaConfig,
+    full: &LlamaConfig,
+    neurons: impl Fn(&statistics::LayerStatistics) -> &[f64],
+) -> Kept {
     Kept {
         layers: (0..full.kv.layers).collect(),
         channels: None,
@@ -278,4 +309,3 @@ impl Method {
         }
     }
 }
-

@@ -13,9 +13,13 @@ use rayon::prelude::*;
 use crate::calibrate::Sample;
 use crate::checkpoint::LayerWeights;
 use crate::matrix::Matrix;
+use crate::net::{Onto, View, ViewMut, exp, max, multiply_here, sum, vectorised};
 
 /// Most tokens of a batch, unless one sample has more: bounds what a layer computes at once.
 const BATCH_TOKENS: usize = 4096;
+
+/// Tokens whose scores are made at once: with a few hundred keys they stay in a core's cache.
+const TILE: usize = 64;
 
 /// One sample's rows in a batch.
 #[derive(Clone, Debug)]
@@ -147,14 +151,26 @@ impl Shape {
                 let keys = gather(context.map(|c| &c.0), k);
                 let values = gather(context.map(|c| &c.1), v);
                 let mut out = vec![0.0; span.rows.len() * group * size];
-                let mut scores = vec![0.0; span.start + span.rows.len()];
-                for (i, row) in span.rows.clone().enumerate() {
-                    let visible = span.start + i + 1;
-                    for g in 0..group {
-                        let head = (kv_head * group + g) * size;
-                        let query = &q.row(row)[head..head + size];
-                        attend(query, &keys[..visible * size], &values[..visible * size], &mut scores[..visible], &mut out[(i * group + g) * size..][..size]);
+                let mut scores = Vec::new();
+                for (first, out) in out.chunks_mut(TILE * group * size).enumerate().map(|(i, out)| (i * TILE, out)) {
+                    let tile = first..(first + TILE).min(span.rows.len());
+                    let rows = tile.clone().map(|i| &q.row(span.rows.start + i)[kv_head * group * size..(kv_head + 1) * group * size]);
+                    let queries: Vec<f32> = rows.flatten().copied().collect();
+                    let visible = span.start + tile.end;
+                    scores.resize(tile.len() * group * visible, 0.0);
+                    let (keys, values) = (&keys[..visible * size], &values[..visible * size]);
+                    let scale = 1.0 / (size as f32).sqrt();
+                    multiply_here(
+                        ViewMut::new(&mut scores, visible),
+                        View::new(&queries, size),
+                        View::new(keys, size).transposed(),
+                        scale,
+                        Onto::Replace,
+                    );
+                    for (i, row) in scores.chunks_exact_mut(visible).enumerate() {
+                        softmax(row, span.start + first + i / group + 1);
                     }
+                    multiply_here(ViewMut::new(out, size), View::new(&scores, visible), View::new(values, size), 1.0, Onto::Replace);
                 }
                 out
             })
@@ -174,45 +190,26 @@ impl Shape {
         let mut normed = x.clone();
         let n = x.columns();
         normed.numbers_mut().par_chunks_mut(n).for_each(|row| {
-            let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-            let scale = 1.0 / (squares / n as f64 + f64::from(self.eps)).sqrt();
-            row.iter_mut().for_each(|x| *x = (f64::from(*x) * scale) as f32);
+            vectorised(|| {
+                let squares = sum(n, |i| row[i] * row[i]);
+                let scale = (1.0 / (squares / n as f64 + f64::from(self.eps)).sqrt()) as f32;
+                row.iter_mut().for_each(|x| *x *= scale);
+            });
         });
         normed
     }
 }
 
-/// One query over its keys; `scores` is scratch of as many numbers as keys.
-fn attend(query: &[f32], keys: &[f32], values: &[f32], scores: &mut [f32], out: &mut [f32]) {
-    let size = query.len();
-    let scale = 1.0 / (size as f32).sqrt();
-    let mut most = f32::NEG_INFINITY;
-    for (score, key) in scores.iter_mut().zip(keys.chunks_exact(size)) {
-        *score = dot(query, key) * scale;
-        most = most.max(*score);
-    }
-    let mut sum = 0.0;
-    for score in scores.iter_mut() {
-        *score = (*score - most).exp();
-        sum += *score;
-    }
-    for (score, value) in scores.iter().zip(values.chunks_exact(size)) {
-        let weight = score / sum;
-        out.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
-    }
-}
-
-/// In eight sums, which compilers turn into vectors.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 8];
-    let (a8, a_rest) = a.as_chunks::<8>();
-    let (b8, b_rest) = b.as_chunks::<8>();
-    for (a, b) in a8.iter().zip(b8) {
-        for i in 0..8 {
-            sums[i] += a[i] * b[i];
-        }
-    }
-    sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
+/// The softmax of a row's first `visible` scores; the others become 0.
+fn softmax(row: &mut [f32], visible: usize) {
+    let (row, rest) = row.split_at_mut(visible);
+    rest.fill(0.0);
+    vectorised(|| {
+        let most = max(row);
+        row.iter_mut().for_each(|s| *s = exp(*s - most));
+        let scale = (1.0 / sum(row.len(), |i| row[i])) as f32;
+        row.iter_mut().for_each(|s| *s *= scale);
+    });
 }
 
 /// What the MLP's output reads: the gate's SiLU times the input.
@@ -221,7 +218,7 @@ pub(crate) fn activations(layer: &LayerWeights, normed: &Matrix) -> Matrix {
     let up = normed.through(&layer.up);
     let n = gate.columns();
     gate.numbers_mut().par_chunks_mut(n).zip(up.numbers().par_chunks(n)).for_each(|(gate, up)| {
-        gate.iter_mut().zip(up).for_each(|(g, u)| *g = *g / (1.0 + (-*g).exp()) * u);
+        vectorised(|| gate.iter_mut().zip(up).for_each(|(g, u)| *g = *g / (1.0 + exp(-*g)) * u));
     });
     gate
 }
