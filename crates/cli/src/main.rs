@@ -1,11 +1,13 @@
 //! `overfill`: one command for everything that is not a server of its own.
 
+mod answer;
 mod bench;
 mod fetch;
 mod generate;
 mod inspect;
 mod pair;
 mod progress;
+mod prune;
 mod serve;
 
 use std::path::PathBuf;
@@ -79,8 +81,12 @@ enum Command {
     Fetch(fetch::FetchArgs),
     /// Tell what a pair is made of
     Inspect(inspect::InspectArgs),
+    /// Have a pair answer a file of prompts
+    Answer(answer::AnswerArgs),
     /// Make a pair of two models
     Pair(pair::MakePairArgs),
+    /// Make a smaller checkpoint of a full model
+    Prune(prune::PruneArgs),
     /// Measure speed
     Bench {
         #[command(subcommand)]
@@ -111,7 +117,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(args, &cli.home),
         Command::Fetch(args) => fetch::run(args, &cli.home),
         Command::Inspect(args) => inspect::run(args),
+        Command::Answer(args) => answer::run(args, &cli.home),
         Command::Pair(args) => pair::run(args),
+        Command::Prune(args) => prune::run(args),
         Command::Bench { what } => bench::run(what, &cli.home),
     }
 }

@@ -1,14 +1,16 @@
 //! Conversations: what decode models are calibrated, trained and evaluated with.
 //!
 //! A file is JSON lines. A line is `{"messages": [{"role", "content"}, …]}`, the last message the assistant's, or
-//! `{"prompt", "response"}`; `task` and `answers` are optional and only scored.
+//! `{"prompt", "response"}`; `task` and `answers` are optional and only scored. `"complete": false` says that the answer was
+//! cut off, so that nobody learns to end there.
 
 use std::io::BufRead;
 use std::path::Path;
 
-use overfill_text::{Message, TextModel};
+use overfill_text::{Message, ModelText};
 use overfill_types::ServiceError;
 use serde::Deserialize;
+use serde_json::{Map, Value, json};
 
 use crate::error::CompressError;
 
@@ -23,6 +25,10 @@ pub struct Conversation {
     pub task: Option<String>,
     /// Answers that count as right; empty where nothing is scored.
     pub answers: Vec<String>,
+    /// Whether the answer ends where it ends, and was not cut off.
+    pub complete: bool,
+    /// What else the line says, carried along when an answer is written to it.
+    pub other: Map<String, Value>,
 }
 
 /// A conversation as token ids.
@@ -30,7 +36,7 @@ pub struct Conversation {
 pub struct Example {
     /// All that the full model reads, up to the end of the assistant's header.
     pub prompt: Vec<u32>,
-    /// All that the decode model learns to write, the end-of-turn token included. Not empty.
+    /// All that the decode model learns to write, with the end-of-turn token where the answer is complete. Not empty.
     pub response: Vec<u32>,
 }
 
@@ -39,11 +45,33 @@ impl Conversation {
     ///
     /// # Errors
     /// Where the chat template refuses the messages.
-    pub fn tokenise(&self, text: &TextModel, end: u32) -> Result<Example, ServiceError> {
+    pub fn tokenise(&self, text: &ModelText, end: u32) -> Result<Example, ServiceError> {
         let prompt = text.encode_chat(&self.messages)?;
         let mut response = text.encode(&self.response)?;
-        response.push(end);
+        if self.complete {
+            response.push(end);
+        }
         Ok(Example { prompt, response })
+    }
+
+    /// Its line in a file, without the end of the line.
+    pub fn to_line(&self) -> String {
+        let mut messages = json!(self.messages);
+        if let Some(messages) = messages.as_array_mut() {
+            messages.push(json!({ "role": "assistant", "content": self.response }));
+        }
+        let mut line = Map::from_iter([("messages".to_owned(), messages)]);
+        if let Some(task) = &self.task {
+            line.insert("task".into(), json!(task));
+        }
+        if !self.answers.is_empty() {
+            line.insert("answers".into(), json!(self.answers));
+        }
+        if !self.complete {
+            line.insert("complete".into(), json!(false));
+        }
+        line.extend(self.other.clone());
+        Value::Object(line).to_string()
     }
 }
 
@@ -52,7 +80,11 @@ impl Conversation {
 enum Turns {
     Messages { messages: Vec<Message> },
     Pair { prompt: String, response: String },
+    Prompt { prompt: String },
 }
+
+/// Keys of a line that mean something here.
+const KEYS: [&str; 6] = ["messages", "prompt", "response", "task", "answers", "complete"];
 
 #[derive(Deserialize)]
 struct Line {
@@ -61,13 +93,37 @@ struct Line {
     task: Option<String>,
     #[serde(default)]
     answers: Vec<String>,
+    #[serde(default = "yes")]
+    complete: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Reads a file of conversations; empty lines are passed over.
 ///
 /// # Errors
-/// [`CompressError::File`], and [`CompressError::Line`] with the number of the first line that is malformed.
+/// [`CompressError::File`], and [`CompressError::Line`] with the number of the first line that is malformed or whose answer is empty.
 pub fn read(path: &Path) -> Result<Vec<Conversation>, CompressError> {
+    lines(path, |conversation| {
+        if conversation.response.is_empty() {
+            return Err("the answer is empty: leave the line out, or have one written with `overfill answer`".into());
+        }
+        Ok(conversation)
+    })
+}
+
+/// Reads a file of prompts that wait for an answer: conversations that end with another role's message, or `{"prompt"}`. Answers
+/// that are there already are left out.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_prompts(path: &Path) -> Result<Vec<Conversation>, CompressError> {
+    lines(path, |conversation| Ok(Conversation { response: String::new(), complete: true, ..conversation }))
+}
+
+fn lines(path: &Path, take: impl Fn(Conversation) -> Result<Conversation, String>) -> Result<Vec<Conversation>, CompressError> {
     let failed = |source| CompressError::File { path: path.to_owned(), source };
     let file = std::fs::File::open(path).map_err(failed)?;
     let mut all = Vec::new();
@@ -76,23 +132,34 @@ pub fn read(path: &Path) -> Result<Vec<Conversation>, CompressError> {
         if line.trim().is_empty() {
             continue;
         }
-        all.push(parse(&line).map_err(|what| CompressError::Line { path: path.to_owned(), line: at + 1, what })?);
+        all.push(parse(&line).and_then(&take).map_err(|what| CompressError::Line { path: path.to_owned(), line: at + 1, what })?);
     }
     Ok(all)
 }
 
-fn parse(line: &str) -> Result<Conversation, String> {
-    let value: serde_json::Value = serde_json::from_str(line).map_err(|e| format!("no JSON: {e}"))?;
+/// Reads one line.
+///
+/// # Errors
+/// A sentence that says what is wrong with it.
+pub fn parse(line: &str) -> Result<Conversation, String> {
+    let value: Value = serde_json::from_str(line).map_err(|e| format!("no JSON: {e}"))?;
+    let mut other = value.as_object().cloned().unwrap_or_default();
+    other.retain(|key, _| !KEYS.contains(&key.as_str()));
     let line: Line = serde_json::from_value(value)
         .map_err(|_| "neither {\"messages\": [{\"role\", \"content\"}, …]} nor {\"prompt\", \"response\"}".to_owned())?;
+    let asked = |prompt| vec![Message { role: "user".into(), content: prompt }];
     let (messages, response) = match line.turns {
-        Turns::Pair { prompt, response } => (vec![Message { role: "user".into(), content: prompt }], response),
-        Turns::Messages { mut messages } => match messages.pop() {
-            Some(last) if last.role == "assistant" && !messages.is_empty() => (messages, last.content),
-            _ => return Err("the last message must be the assistant's, after one of another role".into()),
-        },
+        Turns::Pair { prompt, response } => (asked(prompt), response),
+        Turns::Prompt { prompt } => (asked(prompt), String::new()),
+        Turns::Messages { mut messages } => {
+            let response = messages.pop_if(|last| last.role == "assistant").map_or_else(String::new, |last| last.content);
+            if messages.is_empty() {
+                return Err("there must be a message of another role before the assistant's answer".into());
+            }
+            (messages, response)
+        }
     };
-    Ok(Conversation { messages, response, task: line.task, answers: line.answers })
+    Ok(Conversation { messages, response, task: line.task, answers: line.answers, complete: line.complete, other })
 }
 
 #[cfg(test)]
@@ -122,6 +189,28 @@ mod tests {
     }
 
     #[test]
+    fn prompts_are_read_with_and_without_an_answer() {
+        let file = file(concat!(
+            r#"{"prompt": "p", "response": "r"}"#,
+            "\n",
+            r#"{"prompt": "p", "document": "kept elsewhere"}"#,
+            "\n",
+            r#"{"messages": [{"role": "user", "content": "p"}]}"#,
+            "\n",
+            r#"{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}], "complete": false}"#,
+        ));
+        for prompt in read_prompts(file.path()).unwrap() {
+            assert_eq!((prompt.messages.len(), prompt.messages[0].content.as_str()), (1, "p"));
+            assert!(prompt.response.is_empty() && prompt.complete);
+            let answered = Conversation { response: "yes\n\"no\"".into(), complete: false, task: Some("t".into()), ..prompt };
+            let line = answered.to_line();
+            assert!(!line.contains('\n'));
+            assert_eq!(parse(&line).unwrap(), answered);
+        }
+        assert!(read(file.path()).unwrap_err().to_string().contains("line 2: the answer is empty"));
+    }
+
+    #[test]
     fn a_broken_line_is_named() {
         for broken in [
             "{",
@@ -130,6 +219,7 @@ mod tests {
             r#"{"messages": []}"#,
             r#"{"messages": [{"role": "assistant", "content": "a"}]}"#,
             r#"{"messages": [{"role": "user", "content": "a"}]}"#,
+            r#"{"prompt": "p", "response": ""}"#,
         ] {
             let file = file(&format!("{{\"prompt\": \"p\", \"response\": \"r\"}}\n\n{broken}\n"));
             let error = read(file.path()).unwrap_err().to_string();

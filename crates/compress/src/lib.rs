@@ -2,8 +2,19 @@
 //!
 //! No network, and nothing that serves: what this crate makes are checkpoints that every node can load.
 
+pub mod answer;
+pub mod calibrate;
+pub mod checkpoint;
 pub mod data;
 pub mod error;
+pub mod matrix;
+pub mod net;
+pub mod prune;
+mod read;
+pub mod score;
 
+pub use answer::{Asked, Writing, answer};
 pub use data::{Conversation, Example};
 pub use error::CompressError;
+pub use read::{Arm, Mode};
+pub use score::{Scored, score};

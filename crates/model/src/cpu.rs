@@ -13,7 +13,7 @@ use crate::cache::KvCache;
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gguf::block_format;
-use crate::llama::{Chunk, OnLayer};
+use crate::llama::{OnLayer, Pass};
 use crate::profile::Part;
 use crate::rope::Frequencies;
 use crate::values;
@@ -63,16 +63,17 @@ impl CpuLlama {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// Reads all chunks; leaves the logits of those that want them in the workspace.
+    /// Reads all chunks; leaves the logits that are wanted in the workspace.
     pub(crate) fn forward(
         &self,
         config: &LlamaConfig,
         frequencies: &Frequencies,
-        chunks: &[Chunk<'_>],
+        pass: &Pass<'_>,
         cache: &mut KvCache,
         workspace: &mut Workspace,
         on_layer: OnLayer<'_>,
     ) -> Result<(), ModelError> {
+        let Pass { chunks, wanted } = pass;
         let Workspace { pool, profile, x, input, qkv, attended, gate_up, cos, sin, logits, attention } = workspace;
         let pool = &*pool;
         let (hidden, head_dim, eps) = (config.hidden_size, config.kv.head_dim, config.rms_norm_eps as f32);
@@ -140,14 +141,10 @@ impl CpuLlama {
         }
 
         // The rows that logits are wanted of move to the front.
-        let (mut end, mut wanted) = (0, 0);
-        for chunk in chunks {
-            end += chunk.tokens.len();
-            if chunk.logits {
-                x.copy_within((end - 1) * hidden..end * hidden, wanted * hidden);
-                wanted += 1;
-            }
+        for (to, from) in wanted.iter().enumerate() {
+            x.copy_within(from * hidden..(from + 1) * hidden, to * hidden);
         }
+        let wanted = wanted.len();
         logits.resize(wanted * config.vocab_size, 0.0);
         if wanted > 0 {
             let started = profile.start();

@@ -32,6 +32,13 @@ pub struct Chunk<'a> {
     pub logits: bool,
 }
 
+/// What one forward pass reads, and gives.
+pub(crate) struct Pass<'a> {
+    pub(crate) chunks: &'a [Chunk<'a>],
+    /// Which of all tokens, counted over the chunks, logits are given after; ascending.
+    pub(crate) wanted: Vec<usize>,
+}
+
 /// Called with a layer's number as soon as its keys and values of all chunks lie in the cache.
 pub type OnLayer<'a> = &'a mut dyn FnMut(usize, &KvCache, &Pool) -> Result<(), ModelError>;
 
@@ -99,13 +106,46 @@ impl Llama {
         workspace: &'w mut Workspace,
         on_layer: OnLayer<'_>,
     ) -> Result<&'w mut [f32], ModelError> {
-        self.check(chunks, cache)?;
+        let mut end = 0;
+        let wanted = chunks.iter().filter_map(|chunk| {
+            end += chunk.tokens.len();
+            chunk.logits.then(|| end - 1)
+        });
+        self.run(&Pass { chunks, wanted: wanted.collect() }, cache, workspace, on_layer)
+    }
+
+    /// As [`Llama::forward`], but with the logits after every token of the chunks that want them: `[wanted tokens, vocab]`.
+    ///
+    /// # Errors
+    /// As [`Llama::forward`].
+    pub fn forward_each<'w>(
+        &self,
+        chunks: &[Chunk<'_>],
+        cache: &mut KvCache,
+        workspace: &'w mut Workspace,
+    ) -> Result<&'w mut [f32], ModelError> {
+        let mut end = 0;
+        let wanted = chunks.iter().flat_map(|chunk| {
+            end += chunk.tokens.len();
+            if chunk.logits { end - chunk.tokens.len()..end } else { 0..0 }
+        });
+        self.run(&Pass { chunks, wanted: wanted.collect() }, cache, workspace, &mut |_, _, _| Ok(()))
+    }
+
+    fn run<'w>(
+        &self,
+        pass: &Pass<'_>,
+        cache: &mut KvCache,
+        workspace: &'w mut Workspace,
+        on_layer: OnLayer<'_>,
+    ) -> Result<&'w mut [f32], ModelError> {
+        self.check(pass.chunks, cache)?;
         match &self.weights {
-            Form::Cpu(weights) => weights.forward(&self.config, &self.frequencies, chunks, cache, workspace, on_layer)?,
+            Form::Cpu(weights) => weights.forward(&self.config, &self.frequencies, pass, cache, workspace, on_layer)?,
             Form::Gpu(weights) => {
                 let pool = &workspace.pool;
                 let on_layer = &mut |layer, cache: &KvCache| on_layer(layer, cache, pool);
-                workspace.logits = weights.forward(&self.config, &self.frequencies, chunks, cache, on_layer)?;
+                workspace.logits = weights.forward(&self.config, &self.frequencies, pass, cache, on_layer)?;
             }
         }
         Ok(&mut workspace.logits)
@@ -159,6 +199,20 @@ mod tests {
             }
             all
         };
+        // The same sequence once more, in one piece: after each token what was there when it was read by itself, bit for bit.
+        let tokens: Vec<u32> = [&[5, 9, 1, 80, 3][..], &[77; 14], &[1]].concat();
+        let mut one_by_one = Vec::new();
+        let new = || KvCache::new(geometry, KvFormat::F32, 12, 16, &Device::Cpu).unwrap();
+        let (mut cache, mut scratch) = (new(), Workspace::new(Pool::new(1, &[]).unwrap()));
+        for start in 0..tokens.len() {
+            let chunk = Chunk { tokens: &tokens[start..=start], start, blocks: &tables[0], logits: true };
+            one_by_one.extend_from_slice(model.forward(&[chunk], &mut cache, &mut scratch, &mut |_, _, _| Ok(())).unwrap());
+        }
+        let quiet = Chunk { tokens: &[4, 4, 8], start: 0, blocks: &tables[1], logits: false };
+        let whole = Chunk { tokens: &tokens, start: 0, blocks: &tables[0], logits: true };
+        let each = model.forward_each(&[quiet, whole], &mut new(), &mut scratch).unwrap();
+        assert_eq!(each, one_by_one);
+
         let cpu = run(&model, KvCache::new(geometry, KvFormat::F32, 12, 16, &Device::Cpu).unwrap());
         let gpu = run(&gpu, KvCache::in_tensors(geometry, KvFormat::F32, 12, 16));
         assert_eq!(cpu.len(), gpu.len());

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use overfill_kernels::Pool;
-use overfill_kv::{BlockId, wire};
+use overfill_kv::BlockId;
 use overfill_types::{FinishReason, KvFormats, SamplingParams, StopConditions};
 
 use crate::cache::KvCache;
@@ -12,7 +12,7 @@ use crate::error::ModelError;
 use crate::llama::{Chunk, Llama};
 use crate::pair::Pair;
 use crate::sample::{Sampled, Sampler};
-use crate::transform::Transform;
+use crate::transform::{Passage, Transform};
 use crate::workspace::Workspace;
 
 /// Token positions in a block.
@@ -103,22 +103,12 @@ impl Solo {
     fn prefill(&mut self, prompt: &[u32], blocks: &[BlockId], to: &mut KvCache) -> Result<(), ModelError> {
         let needed = prompt.len().div_ceil(BLOCK_TOKENS);
         let mut cache = KvCache::new(self.full.config().kv, self.formats.cache, needed, BLOCK_TOKENS, self.full.device())?;
-        let geometry = self.decode.config().kv;
-        let (mut k, mut v) = (Vec::new(), Vec::new());
         for (i, tokens) in prompt.chunks(CHUNK_TOKENS).enumerate() {
             let start = i * CHUNK_TOKENS;
             let chunk = Chunk { tokens, start, blocks: &blocks[..needed], logits: start + tokens.len() == prompt.len() };
             self.full.forward(&[chunk], &mut cache, &mut self.workspace, &mut |layer, cache, pool| {
-                for &target in self.transform.targets(layer) {
-                    cache.read(layer, blocks, start, tokens.len(), &mut k, &mut v)?;
-                    for rows in [&mut k, &mut v] {
-                        self.transform.apply(pool, target, rows)?;
-                        let sent = wire::encode(self.formats.wire, &geometry, rows);
-                        wire::decode(self.formats.wire, &geometry, &sent, rows);
-                    }
-                    to.write(pool, target, blocks, start, &k, &v)?;
-                }
-                Ok(())
+                let passage = Passage { format: self.formats.wire, blocks, start, count: tokens.len() };
+                self.transform.carry(pool, layer, passage, cache, to)
             })?;
         }
         Ok(())

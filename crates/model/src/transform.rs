@@ -4,8 +4,10 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use overfill_kernels::{Activations, DenseMatrix, Into, Matrix, Pool, Reads, products};
-use overfill_types::{KvGeometry, KvTransform};
+use overfill_kv::{BlockId, wire};
+use overfill_types::{KvGeometry, KvTransform, WireFormat};
 
+use crate::cache::KvCache;
 use crate::error::ModelError;
 use crate::values;
 
@@ -15,6 +17,19 @@ pub struct Transform {
     targets: Vec<Vec<usize>>,
     /// For each decode-model layer, where rows are projected.
     projections: Vec<Projection>,
+}
+
+/// Positions of one sequence that go from one cache to another, in both of which it has the same block table.
+#[derive(Clone, Copy, Debug)]
+pub struct Passage<'a> {
+    /// How rows are written on the wire.
+    pub format: WireFormat,
+    /// The sequence's blocks.
+    pub blocks: &'a [BlockId],
+    /// The first position.
+    pub start: usize,
+    /// How many.
+    pub count: usize,
 }
 
 /// A linear map of rows, `[kv_dim]` to `[kv_dim']`.
@@ -73,6 +88,27 @@ impl Transform {
         rows.clear();
         rows.extend(std::iter::repeat_n(bias, input.rows()).flatten());
         products(pool, &input, &[weight], rows, Into::Sum);
+        Ok(())
+    }
+
+    /// Carries a layer's rows from the full model's cache into the decode model's, as a handoff would: transformed, and rounded
+    /// as on the wire.
+    ///
+    /// # Errors
+    /// [`ModelError::Mismatch`] where a cache does not hold the positions or is not of the geometry that is meant.
+    pub fn carry(&self, pool: &Pool, layer: usize, passage: Passage<'_>, from: &KvCache, to: &mut KvCache) -> Result<(), ModelError> {
+        let Passage { format, blocks, start, count } = passage;
+        let geometry = to.geometry();
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        for &target in self.targets(layer) {
+            from.read(layer, blocks, start, count, &mut k, &mut v)?;
+            for rows in [&mut k, &mut v] {
+                self.apply(pool, target, rows)?;
+                let sent = wire::encode(format, &geometry, rows);
+                wire::decode(format, &geometry, &sent, rows);
+            }
+            to.write(pool, target, blocks, start, &k, &v)?;
+        }
         Ok(())
     }
 

@@ -12,5 +12,5 @@ pub mod tools;
 pub use detokenize::Detokenizer;
 pub use stop::StopMatcher;
 pub use template::{Chat, ChatTemplate, Message};
-pub use tokenizer::TextModel;
+pub use tokenizer::{ModelText, TextModel};
 pub use tools::{ToolPiece, ToolReader};
