@@ -35,25 +35,24 @@ TITLE = [
     "{text}\n\nName the subject of the text above.",
 ]
 SIMPLE = [
-    "Rewrite this sentence in simpler words: {text}",
-    "Make this easier to read: {text}",
-    "Simplify this sentence: {text}",
+    "Rewrite this sentence in simpler words.\n\n{text}",
+    "Make this easier to read:\n\n{text}",
+    "{text}\n\nSimplify the sentence above.",
 ]
 REWRITE = [
-    "Say this in other words: {text}",
-    "Paraphrase this sentence: {text}",
-    "Rewrite the following sentence: {text}",
+    "Say this in other words.\n\n{text}",
+    "Paraphrase this sentence:\n\n{text}",
+    "{text}\n\nRewrite the sentence above.",
 ]
 KEYWORDS = ["List five keywords of this text.\n\n{text}", "{text}\n\nWhat are the most important words in this text?"]
 POINTS = ["List the main points of this text.\n\n{text}", "{text}\n\nWhat do we learn from this text? Make a short list."]
 ASK = ["Write a question that this text answers.\n\n{text}", "{text}\n\nAsk one question about this text."]
 ANSWER = [
+    "Use this text to answer the question in one sentence.\n\n{text}\n\n{question}",
     "{text}\n\n{question}",
     "Read the text and answer the question.\n\nText: {text}\n\nQuestion: {question}",
     "Text: {text}\n\nQuestion: {question}\n\nAnswer with a few words from the text.",
 ]
-WORDS = ["Write a sentence with these words: {text}"]
-DATA = ["Write a sentence that says this: {text}"]
 
 OPEN = [
     "Tell me about {title}.",
@@ -127,8 +126,8 @@ def everyday():
 
 
 def facts(random):
-    """Some people, two facts about each, and a question about one of them: prompt without wording, question, answer."""
-    people = random.sample(NAMES, 3)
+    """Two people, two facts about each, and a question about one of them: text, question, answer."""
+    people = random.sample(NAMES, 2)
     told, asked = [], []
     for person in people:
         for said, question, values in random.sample(FACTS, 2):
