@@ -22,7 +22,7 @@ FACTS = [
 SUMMARY = [
     "Summarize this text in one sentence.\n\n{text}",
     "Write a one-sentence summary of the following text:\n\n{text}",
-    "{text}\n\nWhat is the main point of this text? Answer in one sentence.",
+    "{text}\n\nWhat is its main point? Answer in one sentence.",
 ]
 FIRST = [
     "Copy the first sentence of this text.\n\n{text}",
