@@ -2,6 +2,7 @@
 
 mod answer;
 mod bench;
+mod eval;
 mod fetch;
 mod generate;
 mod inspect;
@@ -82,6 +83,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Have a pair answer a file of prompts
     Answer(answer::AnswerArgs),
+    /// Score a pair on given conversations, next to its halves alone and to baselines
+    Eval(eval::EvalArgs),
     /// Make a pair of two models
     Pair(pair::MakePairArgs),
     /// Measure speed
@@ -115,6 +118,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Fetch(args) => fetch::run(args, &cli.home),
         Command::Inspect(args) => inspect::run(args),
         Command::Answer(args) => answer::run(args, &cli.home),
+        Command::Eval(args) => eval::run(args, &cli.home),
         Command::Pair(args) => pair::run(args),
         Command::Bench { what } => bench::run(what, &cli.home),
     }

@@ -5,6 +5,7 @@
 pub mod answer;
 pub mod data;
 pub mod error;
+pub mod eval;
 mod read;
 pub mod score;
 
