@@ -8,6 +8,7 @@ mod generate;
 mod inspect;
 mod pair;
 mod progress;
+mod prune;
 mod serve;
 
 use std::path::PathBuf;
@@ -87,6 +88,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Make a pair of two models
     Pair(pair::MakePairArgs),
+    /// Make a smaller checkpoint of a full model
+    Prune(prune::PruneArgs),
     /// Measure speed
     Bench {
         #[command(subcommand)]
@@ -120,6 +123,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Answer(args) => answer::run(args, &cli.home),
         Command::Eval(args) => eval::run(args, &cli.home),
         Command::Pair(args) => pair::run(args),
+        Command::Prune(args) => prune::run(args),
         Command::Bench { what } => bench::run(what, &cli.home),
     }
 }

@@ -7,7 +7,7 @@
 use std::io::BufRead;
 use std::path::Path;
 
-use overfill_text::{Message, TextModel};
+use overfill_text::{Message, ModelText};
 use overfill_types::ServiceError;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -61,7 +61,7 @@ impl Conversation {
     ///
     /// # Errors
     /// Where the chat template refuses the messages.
-    pub fn tokenise(&self, text: &TextModel, end: u32) -> Result<Example, ServiceError> {
+    pub fn tokenise(&self, text: &ModelText, end: u32) -> Result<Example, ServiceError> {
         let prompt = text.encode_chat(&self.messages)?;
         let mut response = text.encode(&self.response)?;
         if self.complete {

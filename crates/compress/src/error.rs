@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use overfill_model::ModelError;
+use overfill_types::ServiceError;
+
 /// Why a decode model could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum CompressError {
@@ -23,4 +26,28 @@ pub enum CompressError {
         /// What is wrong with it.
         what: String,
     },
+    /// A checkpoint could not be read.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A text could not be turned into tokens.
+    #[error(transparent)]
+    Text(#[from] ServiceError),
+    /// A tensor has not the shape that the checkpoint's own configuration asks for.
+    #[error("{}: tensor {name} has shape {found:?}, config.json asks for {wanted:?}", path.display())]
+    Shape {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// What it should be.
+        wanted: Vec<usize>,
+    },
+    /// What was asked for cannot be made; the sentence says why, and what can.
+    #[error("{0}")]
+    Refused(String),
+    /// Numbers that are not finite, or that cannot be computed with.
+    #[error("{0} cannot be computed: the checkpoint has weights that are not finite, or gives numbers that are not")]
+    Numbers(String),
 }

@@ -3,9 +3,14 @@
 //! No network, and nothing that serves: what this crate makes are checkpoints that every node can load.
 
 pub mod answer;
+pub mod calibrate;
+pub mod checkpoint;
 pub mod data;
 pub mod error;
 pub mod eval;
+pub mod matrix;
+pub mod net;
+pub mod prune;
 mod read;
 pub mod score;
 

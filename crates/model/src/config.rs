@@ -119,6 +119,12 @@ impl LlamaConfig {
         Ok(config)
     }
 
+    /// Weights that a decode step reads for one token: all matrices but the embedding, of which it reads a row.
+    pub fn decode_weights(&self) -> usize {
+        let (q, kv) = (self.heads * self.kv.head_dim, self.kv.row());
+        self.kv.layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size) + self.vocab_size * self.hidden_size
+    }
+
     /// Refuses shapes that no Llama has.
     pub(crate) fn check(&self) -> Result<(), String> {
         let sizes = [

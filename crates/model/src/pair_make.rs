@@ -172,13 +172,19 @@ impl MakePair {
 }
 
 /// The files that the text side opens.
-struct TokenizerFiles {
-    tokenizer: Vec<u8>,
-    config: Value,
+pub struct TokenizerFiles {
+    /// Content of `tokenizer.json`.
+    pub tokenizer: Vec<u8>,
+    /// Content of `tokenizer_config.json`, the chat template inside.
+    pub config: Value,
 }
 
 impl TokenizerFiles {
-    fn of(path: &Path, weights: &Weights) -> Result<Self, ModelError> {
+    /// A checkpoint's: those of its folder, or made of what a GGUF file at `path` holds.
+    ///
+    /// # Errors
+    /// [`ModelError::Read`] and [`ModelError::Format`] where they are not there or malformed.
+    pub fn of(path: &Path, weights: &Weights) -> Result<Self, ModelError> {
         match weights {
             Weights::HuggingFace(_) => Self::from_folder(path),
             Weights::Gguf(file) => Self::from_gguf(path, file),

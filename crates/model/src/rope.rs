@@ -6,11 +6,11 @@ use crate::config::{Rope, RopeScaling};
 use crate::llama::Chunk;
 
 /// Frequencies of one model's rotary embedding, `[head_dim / 2]`.
-pub(crate) struct Frequencies(Vec<f32>);
+pub struct Frequencies(Vec<f32>);
 
 impl Frequencies {
     /// From the base and the scaling. Formulas: Su et al. 2021 for the base, Llama 3.1's release for `llama3`.
-    pub(crate) fn new(rope: &Rope, head_dim: usize) -> Self {
+    pub fn new(rope: &Rope, head_dim: usize) -> Self {
         let half = head_dim / 2;
         let base = (0..half).map(|i| 1.0 / rope.theta.powf(2.0 * i as f64 / head_dim as f64));
         let scaled: Vec<f64> = match &rope.scaling {
@@ -38,9 +38,14 @@ impl Frequencies {
 
     /// Cosines and sines at the positions of `chunks`, each `[tokens, head_dim / 2]`, put into `cos` and `sin`.
     pub(crate) fn at(&self, chunks: &[Chunk<'_>], cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
+        self.at_positions(chunks.iter().flat_map(|c| c.start..c.start + c.tokens.len()), cos, sin);
+    }
+
+    /// Cosines and sines at `positions`, each `[positions, head_dim / 2]`, put into `cos` and `sin`.
+    pub fn at_positions(&self, positions: impl Iterator<Item = usize>, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
         cos.clear();
         sin.clear();
-        for position in chunks.iter().flat_map(|c| c.start..c.start + c.tokens.len()) {
+        for position in positions {
             for frequency in &self.0 {
                 let (s, c) = (position as f32 * frequency).sin_cos();
                 cos.push(c);

@@ -10,6 +10,7 @@ use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gguf::GgufFile;
 use crate::hugging_face::HuggingFaceFolder;
+use crate::values;
 
 /// One weight as it will be held.
 pub enum Weight {
@@ -95,6 +96,22 @@ impl Weights {
             return Err(self.format_error(format!("tensor {name} has shape {:?}, not that of a vector", tensor.dims())));
         }
         Ok(tensor.to_dtype(DType::F32)?)
+    }
+
+    /// A tensor's numbers as f32, in row-major order, with its shape: for those who compute without tensors.
+    ///
+    /// # Errors
+    /// [`ModelError::Format`] where it is missing or cannot be read.
+    pub fn numbers(&self, name: &str) -> Result<(Vec<f32>, Vec<usize>), ModelError> {
+        let tensor = match self {
+            Self::HuggingFace(folder) => folder.tensor(name, &Device::Cpu)?,
+            Self::Gguf(file) => match file.tensor(name, &Device::Cpu)? {
+                Weight::Dense(t) => t,
+                Weight::Quantised(q) => q.dequantize(&Device::Cpu)?,
+            },
+        };
+        let tensor = tensor.to_dtype(DType::F32)?.contiguous()?;
+        Ok((values::read(&tensor, <[f32]>::to_vec)?, tensor.dims().to_vec()))
     }
 
     fn format_error(&self, what: String) -> ModelError {

@@ -11,4 +11,4 @@ pub mod tokenizer;
 pub use detokenize::Detokenizer;
 pub use stop::StopMatcher;
 pub use template::{ChatTemplate, Message};
-pub use tokenizer::TextModel;
+pub use tokenizer::{ModelText, TextModel};

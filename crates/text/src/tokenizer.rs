@@ -21,8 +21,25 @@ pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
 pub struct TextModel {
     /// What `pair.json` says.
     pub manifest: PairManifest,
+    text: ModelText,
+}
+
+impl std::ops::Deref for TextModel {
+    type Target = ModelText;
+
+    fn deref(&self) -> &ModelText {
+        &self.text
+    }
+}
+
+/// The text side of a model, be it part of a pair or not.
+pub struct ModelText {
+    /// What messages call the model.
+    name: String,
     tokenizer: Arc<Tokenizer>,
     template: Option<ChatTemplate>,
+    /// The token that ends a turn, as `tokenizer_config.json` names it.
+    eos: Option<u32>,
 }
 
 /// What we read of `tokenizer_config.json`.
@@ -74,8 +91,6 @@ impl TextModel {
             let path = dir.join(name);
             std::fs::read(&path).map_err(|e| ServiceError::new(Code::NotFound, format!("cannot read {}: {e}", path.display())))
         };
-        let malformed =
-            |name: &str, e: &dyn std::fmt::Display| ServiceError::new(Code::InvalidArgument, format!("{name} cannot be read: {e}"));
         let manifest = PairManifest::from_json(&String::from_utf8_lossy(&read(PAIR_FILE)?))?;
         let bytes = read(TOKENIZER_FILE)?;
         let sha256 = hex::encode(Sha256::digest(&bytes));
@@ -88,20 +103,35 @@ impl TextModel {
                 ),
             ));
         }
-        let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| malformed(TOKENIZER_FILE, &e))?;
-        let config: TokenizerConfig =
-            serde_json::from_slice(&read(TOKENIZER_CONFIG_FILE)?).map_err(|e| malformed(TOKENIZER_CONFIG_FILE, &e))?;
-        Self::new(manifest, tokenizer, config)
+        let text = ModelText::from_files(&manifest.name, &bytes, &read(TOKENIZER_CONFIG_FILE)?)?;
+        Ok(Self { manifest, text })
     }
+}
 
-    fn new(manifest: PairManifest, tokenizer: Tokenizer, config: TokenizerConfig) -> Result<Self, ServiceError> {
+impl ModelText {
+    /// From the content of `tokenizer.json` and `tokenizer_config.json`; messages call the model `name`.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`] where one is malformed.
+    pub fn from_files(name: &str, tokenizer: &[u8], config: &[u8]) -> Result<Self, ServiceError> {
+        let malformed =
+            |name: &str, e: &dyn std::fmt::Display| ServiceError::new(Code::InvalidArgument, format!("{name} cannot be read: {e}"));
+        let tokenizer = Tokenizer::from_bytes(tokenizer).map_err(|e| malformed(TOKENIZER_FILE, &e))?;
+        let config: TokenizerConfig = serde_json::from_slice(config).map_err(|e| malformed(TOKENIZER_CONFIG_FILE, &e))?;
         let source = config.chat_template.and_then(|templates| match templates {
             Templates::One(source) => Some(source),
             Templates::Named(all) => all.into_iter().find(|t| t.name == "default").map(|t| t.template),
         });
         let text = |token: Option<SpecialToken>| token.map(SpecialToken::into_text).unwrap_or_default();
-        let template = source.map(|source| ChatTemplate::new(source, text(config.bos_token), text(config.eos_token))).transpose()?;
-        Ok(Self { manifest, tokenizer: Arc::new(tokenizer), template })
+        let eos_token = text(config.eos_token);
+        let eos = tokenizer.token_to_id(&eos_token);
+        let template = source.map(|source| ChatTemplate::new(source, text(config.bos_token), eos_token)).transpose()?;
+        Ok(Self { name: name.to_owned(), tokenizer: Arc::new(tokenizer), template, eos })
+    }
+
+    /// The token that ends a turn, if `tokenizer_config.json` names one.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
     }
 
     /// Token ids of a text that is continued as it is, with what the tokenizer puts before every text (Llama's
@@ -121,7 +151,7 @@ impl TextModel {
         let Some(template) = &self.template else {
             return Err(ServiceError::new(
                 Code::InvalidArgument,
-                format!("model {} has no chat template: send the prompt as text or token ids instead", self.manifest.name),
+                format!("model {} has no chat template: send the prompt as text or token ids instead", self.name),
             ));
         };
         // The template writes the special tokens itself.

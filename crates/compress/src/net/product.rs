@@ -1,0 +1,175 @@
+//! Products of matrices in f32, by crate `gemm`; everything else sees checked views.
+
+use gemm::Parallelism;
+
+/// A matrix in memory: `rows x columns` numbers with a distance between rows and one between columns.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    data: &'a [f32],
+    rows: usize,
+    columns: usize,
+    strides: [usize; 2],
+}
+
+/// A matrix that is written to; rows may be further apart than they are long.
+pub struct ViewMut<'a> {
+    data: &'a mut [f32],
+    rows: usize,
+    columns: usize,
+    stride: usize,
+}
+
+/// What becomes of the numbers that are there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Onto {
+    /// They are overwritten.
+    Replace,
+    /// The product is added to them.
+    Add,
+}
+
+impl Onto {
+    /// `Add` where there is something to add to.
+    pub(super) fn adding(adding: bool) -> Self {
+        if adding { Self::Add } else { Self::Replace }
+    }
+}
+
+impl<'a> View<'a> {
+    /// Rows one after the other.
+    ///
+    /// # Panics
+    /// Where `data` is no whole number of rows of `columns`.
+    pub fn new(data: &'a [f32], columns: usize) -> Self {
+        assert!(data.len().is_multiple_of(columns.max(1)), "{} numbers are no rows of {columns}", data.len());
+        Self { data, rows: data.len() / columns.max(1), columns, strides: [columns, 1] }
+    }
+
+    /// `rows` rows of `columns`, the first at the beginning of `data`, `stride` numbers from one to the next.
+    ///
+    /// # Panics
+    /// Where `data` is too short.
+    pub fn strided(data: &'a [f32], rows: usize, columns: usize, stride: usize) -> Self {
+        assert!(rows == 0 || (rows - 1) * stride + columns <= data.len(), "{rows} rows of {columns} do not fit");
+        Self { data, rows, columns, strides: [stride, 1] }
+    }
+
+    /// The same numbers, columns as rows.
+    pub fn transposed(self) -> Self {
+        Self { rows: self.columns, columns: self.rows, strides: [self.strides[1], self.strides[0]], ..self }
+    }
+}
+
+impl<'a> ViewMut<'a> {
+    /// Rows one after the other.
+    ///
+    /// # Panics
+    /// Where `data` is no whole number of rows of `columns`.
+    pub fn new(data: &'a mut [f32], columns: usize) -> Self {
+        assert!(data.len().is_multiple_of(columns.max(1)), "{} numbers are no rows of {columns}", data.len());
+        Self { rows: data.len() / columns.max(1), data, columns, stride: columns }
+    }
+}
+
+/// `to = left x right`, or `to += left x right` where `add` is set, on all threads of the rayon pool that it is called in.
+///
+/// # Panics
+/// Where the shapes do not fit.
+pub fn multiply(to: ViewMut<'_>, left: View<'_>, right: View<'_>, add: bool) {
+    let threads = rayon::current_num_threads();
+    product(to, left, right, 1.0, Onto::adding(add), if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None });
+}
+
+/// `to (+)= factor * left x right` on the calling thread alone.
+pub(super) fn multiply_here(to: ViewMut<'_>, left: View<'_>, right: View<'_>, factor: f32, onto: Onto) {
+    product(to, left, right, factor, onto, Parallelism::None);
+}
+
+fn product(to: ViewMut<'_>, left: View<'_>, right: View<'_>, factor: f32, onto: Onto, parallelism: Parallelism) {
+    assert!(
+        to.rows == left.rows && to.columns == right.columns && left.columns == right.rows,
+        "{} x {} is not {} x {} times {} x {}",
+        to.rows,
+        to.columns,
+        left.rows,
+        left.columns,
+        right.rows,
+        right.columns
+    );
+    // SAFETY: views are made with sizes that lie within their slices, and transposing keeps that; `to` is borrowed
+    // mutably, so it overlaps neither operand.
+    unsafe {
+        gemm::gemm(
+            to.rows,
+            to.columns,
+            left.columns,
+            to.data.as_mut_ptr(),
+            1,
+            to.stride as isize,
+            onto == Onto::Add,
+            left.data.as_ptr(),
+            left.strides[1] as isize,
+            left.strides[0] as isize,
+            right.data.as_ptr(),
+            right.strides[1] as isize,
+            right.strides[0] as isize,
+            1.0f32,
+            factor,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// `y = x wᵀ`, or added to it: `x` is `[rows, inputs]`, `w` `[outputs, inputs]`.
+pub(super) fn linear(y: &mut [f32], x: &[f32], w: &[f32], inputs: usize, onto: Onto) {
+    let (x, w) = (View::new(x, inputs), View::new(w, inputs));
+    multiply(ViewMut::new(y, w.rows), x, w.transposed(), onto == Onto::Add);
+}
+
+/// Gradient of what went into a linear map: `dx = dy w`, or added to it.
+pub(super) fn linear_input(dx: &mut [f32], dy: &[f32], w: &[f32], inputs: usize, onto: Onto) {
+    let w = View::new(w, inputs);
+    multiply(ViewMut::new(dx, inputs), View::new(dy, w.rows), w, onto == Onto::Add);
+}
+
+/// Gradient of a linear map's weights: `dw = dyᵀ x`, or added to it.
+pub(super) fn linear_weight(dw: &mut [f32], dy: &[f32], x: &[f32], inputs: usize, onto: Onto) {
+    let outputs = dw.len() / inputs;
+    multiply(ViewMut::new(dw, inputs), View::new(dy, outputs).transposed(), View::new(x, inputs), onto == Onto::Add);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_are_those_of_three_loops() {
+        let numbers = |n: usize, seed: usize| (0..n).map(|i| ((i * 31 + seed * 17) % 23) as f32 - 11.0).collect::<Vec<_>>();
+        for (rows, inputs, outputs) in [(1, 1, 1), (3, 5, 7), (17, 33, 9)] {
+            let (x, w, dy) = (numbers(rows * inputs, 1), numbers(outputs * inputs, 2), numbers(rows * outputs, 3));
+            let mut y = vec![1.0; rows * outputs];
+            linear(&mut y, &x, &w, inputs, Onto::Add);
+            let mut dx = vec![9.0; rows * inputs];
+            linear_input(&mut dx, &dy, &w, inputs, Onto::Replace);
+            let mut dw = vec![9.0; outputs * inputs];
+            linear_weight(&mut dw, &dy, &x, inputs, Onto::Replace);
+            let sum = |n: usize, f: &dyn Fn(usize) -> f32| (0..n).map(f).sum::<f32>();
+            for r in 0..rows {
+                for o in 0..outputs {
+                    assert_eq!(y[r * outputs + o], 1.0 + sum(inputs, &|i| x[r * inputs + i] * w[o * inputs + i]));
+                }
+                for i in 0..inputs {
+                    assert_eq!(dx[r * inputs + i], sum(outputs, &|o| dy[r * outputs + o] * w[o * inputs + i]));
+                }
+            }
+            for o in 0..outputs {
+                for i in 0..inputs {
+                    assert_eq!(dw[o * inputs + i], sum(rows, &|r| dy[r * outputs + o] * x[r * inputs + i]));
+                }
+            }
+        }
+    }
+}

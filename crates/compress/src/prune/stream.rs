@@ -1,0 +1,245 @@
+//! The streamed forward pass: all samples go through one layer before the next layer's weights are read.
+//!
+//! What is held between layers is the hidden states of the samples, in batches. Norms are folded into the matrices that
+//! read them, so a norm here has no weights. The attention of a batch's rows may begin with keys and values of another
+//! model, as that of a decode model does.
+
+use std::ops::Range;
+
+use overfill_model::LlamaConfig;
+use overfill_model::rope::Frequencies;
+use rayon::prelude::*;
+
+use crate::calibrate::Sample;
+use crate::checkpoint::LayerWeights;
+use crate::matrix::Matrix;
+
+/// Most tokens of a batch, unless one sample has more: bounds what a layer computes at once.
+const BATCH_TOKENS: usize = 4096;
+
+/// One sample's rows in a batch.
+#[derive(Clone, Debug)]
+pub(crate) struct Span {
+    /// Its rows.
+    pub(crate) rows: Range<usize>,
+    /// Position of the first of them.
+    pub(crate) start: usize,
+    /// Rows of the context's batch that hold positions 0 to `start`; empty where `start` is 0.
+    pub(crate) context: Range<usize>,
+}
+
+/// Samples that go through a layer together.
+#[derive(Clone)]
+pub(crate) struct Batch {
+    pub(crate) spans: Vec<Span>,
+    /// A token for each row.
+    pub(crate) tokens: Vec<u32>,
+    /// The token that follows each row, where it belongs to the answer and the decode model has to write it.
+    pub(crate) targets: Vec<Option<u32>>,
+}
+
+/// Which positions of its samples a model reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reads {
+    /// All of them, as a model alone does.
+    Everything,
+    /// The answer's, all but its last token, as a decode model does that has the full model's keys and values of the prompt.
+    Answers,
+}
+
+/// Cuts samples into batches.
+pub(crate) fn batches(samples: &[Sample], reads: Reads) -> Vec<Batch> {
+    let mut all: Vec<Batch> = Vec::new();
+    let mut context = 0;
+    for sample in samples {
+        let begins = context == 0 || context + sample.tokens.len() > BATCH_TOKENS;
+        if begins {
+            context = 0;
+            all.push(Batch { spans: Vec::new(), tokens: Vec::new(), targets: Vec::new() });
+        }
+        let Some(batch) = all.last_mut() else { continue };
+        let n = sample.tokens.len();
+        let (start, end) = match reads {
+            Reads::Everything => (0, n),
+            Reads::Answers => (sample.prompt, n - 1),
+        };
+        let first = batch.tokens.len();
+        batch.spans.push(Span { rows: first..first + end - start, start, context: context..context + start });
+        batch.tokens.extend_from_slice(&sample.tokens[start..end]);
+        // The full model writes the answer's first token.
+        batch.targets.extend((start..end).map(|i| if i >= sample.prompt { sample.tokens.get(i + 1).copied() } else { None }));
+        context += n;
+    }
+    all
+}
+
+impl Batch {
+    /// Which rows of the same samples' [`Reads::Everything`] batch these rows are.
+    pub(crate) fn rows_of_everything(&self) -> impl Iterator<Item = usize> + '_ {
+        self.spans.iter().flat_map(|s| s.context.end..s.context.end + s.rows.len())
+    }
+}
+
+/// A model's attention and MLP, whatever its weights.
+pub(crate) struct Shape {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) eps: f32,
+    frequencies: Frequencies,
+}
+
+impl Shape {
+    pub(crate) fn of(config: &LlamaConfig) -> Self {
+        Self {
+            heads: config.heads,
+            kv_heads: config.kv.kv_heads,
+            head_dim: config.kv.head_dim,
+            eps: config.rms_norm_eps as f32,
+            frequencies: Frequencies::new(&config.rope, config.kv.head_dim),
+        }
+    }
+
+    /// Queries, keys and values of normed rows; queries and keys are rotated.
+    pub(crate) fn qkv(&self, layer: &LayerWeights, normed: &Matrix, batch: &Batch) -> [Matrix; 3] {
+        let mut all = [0, 1, 2].map(|i| {
+            let mut rows = normed.through(&layer.qkv[i]);
+            let bias = &layer.qkv_bias[i];
+            if !bias.is_empty() {
+                let n = rows.columns();
+                rows.numbers_mut().chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(bias).for_each(|(x, b)| *x += b));
+            }
+            rows
+        });
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        self.frequencies.at_positions(batch.spans.iter().flat_map(|s| s.start..s.start + s.rows.len()), &mut cos, &mut sin);
+        for rows in &mut all[..2] {
+            self.rotate(rows, &cos, &sin);
+        }
+        all
+    }
+
+    fn rotate(&self, rows: &mut Matrix, cos: &[f32], sin: &[f32]) {
+        let (n, half) = (rows.columns(), self.head_dim / 2);
+        rows.numbers_mut().par_chunks_mut(n).enumerate().for_each(|(i, row)| {
+            let (cos, sin) = (&cos[i * half..(i + 1) * half], &sin[i * half..(i + 1) * half]);
+            for head in row.chunks_exact_mut(2 * half) {
+                let (low, high) = head.split_at_mut(half);
+                for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                    (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                }
+            }
+        });
+    }
+
+    /// Causal attention; `context` has the keys and values of the positions before a span's first.
+    pub(crate) fn attention(&self, [q, k, v]: &[Matrix; 3], context: Option<&(Matrix, Matrix)>, spans: &[Span]) -> Matrix {
+        let (size, group) = (self.head_dim, self.heads / self.kv_heads);
+        let parts: Vec<(&Span, usize)> = spans.iter().flat_map(|s| (0..self.kv_heads).map(move |h| (s, h))).collect();
+        let done: Vec<Vec<f32>> = parts
+            .par_iter()
+            .map(|&(span, kv_head)| {
+                let gather = |before: Option<&Matrix>, own: &Matrix| {
+                    let own = span.rows.clone().map(|r| own.row(r));
+                    let rows = before.into_iter().flat_map(|m| span.context.clone().map(|r| m.row(r))).chain(own);
+                    rows.flat_map(|row| &row[kv_head * size..(kv_head + 1) * size]).copied().collect::<Vec<f32>>()
+                };
+                let keys = gather(context.map(|c| &c.0), k);
+                let values = gather(context.map(|c| &c.1), v);
+                let mut out = vec![0.0; span.rows.len() * group * size];
+                let mut scores = vec![0.0; span.start + span.rows.len()];
+                for (i, row) in span.rows.clone().enumerate() {
+                    let visible = span.start + i + 1;
+                    for g in 0..group {
+                        let head = (kv_head * group + g) * size;
+                        let query = &q.row(row)[head..head + size];
+                        attend(query, &keys[..visible * size], &values[..visible * size], &mut scores[..visible], &mut out[(i * group + g) * size..][..size]);
+                    }
+                }
+                out
+            })
+            .collect();
+        let mut all = Matrix::zeros(q.rows(), q.columns());
+        let columns = all.columns();
+        for ((span, kv_head), part) in parts.iter().zip(&done) {
+            for (row, piece) in span.rows.clone().zip(part.chunks_exact(group * size)) {
+                all.numbers_mut()[row * columns + kv_head * group * size..][..group * size].copy_from_slice(piece);
+            }
+        }
+        all
+    }
+
+    /// Rows divided by their root mean square.
+    pub(crate) fn normed(&self, x: &Matrix) -> Matrix {
+        let mut normed = x.clone();
+        let n = x.columns();
+        normed.numbers_mut().par_chunks_mut(n).for_each(|row| {
+            let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            let scale = 1.0 / (squares / n as f64 + f64::from(self.eps)).sqrt();
+            row.iter_mut().for_each(|x| *x = (f64::from(*x) * scale) as f32);
+        });
+        normed
+    }
+}
+
+/// One query over its keys; `scores` is scratch of as many numbers as keys.
+fn attend(query: &[f32], keys: &[f32], values: &[f32], scores: &mut [f32], out: &mut [f32]) {
+    let size = query.len();
+    let scale = 1.0 / (size as f32).sqrt();
+    let mut most = f32::NEG_INFINITY;
+    for (score, key) in scores.iter_mut().zip(keys.chunks_exact(size)) {
+        *score = dot(query, key) * scale;
+        most = most.max(*score);
+    }
+    let mut sum = 0.0;
+    for score in scores.iter_mut() {
+        *score = (*score - most).exp();
+        sum += *score;
+    }
+    for (score, value) in scores.iter().zip(values.chunks_exact(size)) {
+        let weight = score / sum;
+        out.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
+    }
+}
+
+/// In eight sums, which compilers turn into vectors.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 8];
+    let (a8, a_rest) = a.as_chunks::<8>();
+    let (b8, b_rest) = b.as_chunks::<8>();
+    for (a, b) in a8.iter().zip(b8) {
+        for i in 0..8 {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
+}
+
+/// What the MLP's output reads: the gate's SiLU times the input.
+pub(crate) fn activations(layer: &LayerWeights, normed: &Matrix) -> Matrix {
+    let mut gate = normed.through(&layer.gate);
+    let up = normed.through(&layer.up);
+    let n = gate.columns();
+    gate.numbers_mut().par_chunks_mut(n).zip(up.numbers().par_chunks(n)).for_each(|(gate, up)| {
+        gate.iter_mut().zip(up).for_each(|(g, u)| *g = *g / (1.0 + (-*g).exp()) * u);
+    });
+    gate
+}
+
+/// Adds `x` through a linear map to the residual stream.
+pub(crate) fn add_through(hidden: &mut Matrix, x: &Matrix, map: &Matrix) {
+    let sum = x.through(map);
+    hidden.numbers_mut().iter_mut().zip(sum.numbers()).for_each(|(h, s)| *h += s);
+}
+
+impl LayerWeights {
+    /// The same layer with its norms inside the matrices that read them.
+    pub(crate) fn folded(mut self) -> Self {
+        self.qkv.iter_mut().for_each(|m| m.scale_columns(&self.input_norm));
+        self.gate.scale_columns(&self.mlp_norm);
+        self.up.scale_columns(&self.mlp_norm);
+        self.input_norm.fill(1.0);
+        self.mlp_norm.fill(1.0);
+        self
+    }
+}
