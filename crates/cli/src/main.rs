@@ -3,6 +3,7 @@
 mod answer;
 mod bench;
 mod eval;
+mod export;
 mod fetch;
 mod generate;
 mod inspect;
@@ -86,6 +87,8 @@ enum Command {
     Answer(answer::AnswerArgs),
     /// Score a pair on given conversations, next to its halves alone and to baselines
     Eval(eval::EvalArgs),
+    /// Write a decode model as other engines load it
+    Export(export::ExportArgs),
     /// Make a pair of two models
     Pair(pair::MakePairArgs),
     /// Make a smaller checkpoint of a full model
@@ -122,6 +125,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Inspect(args) => inspect::run(args),
         Command::Answer(args) => answer::run(args, &cli.home),
         Command::Eval(args) => eval::run(args, &cli.home),
+        Command::Export(args) => export::run(args),
         Command::Pair(args) => pair::run(args),
         Command::Prune(args) => prune::run(args),
         Command::Bench { what } => bench::run(what, &cli.home),
