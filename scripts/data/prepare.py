@@ -14,6 +14,7 @@ import argparse
 import json
 import pathlib
 import random
+import re
 
 import sources
 import tasks
@@ -162,14 +163,27 @@ def prompts(splits, split, rng):
     return made
 
 
+# How a question begins that a text may answer; and words of answers that talk about the question instead.
+BEGINS = tuple("What Who When Where Why How Which Is Are Was Were Did Does Do In".split())
+ABOUT_ITSELF = re.compile(r"\b(question|answer|text|passage|you|your)\b", re.IGNORECASE)
+
+
 def questions(answered, splits, rng):
-    """The questions that the full model wrote when it was asked for one, each with its text."""
+    """A question about every third text; and those that the full model wrote when it was asked for one, if they are any."""
     texts = {"wikipedia: " + a["title"]: a["text"] for a in splits.wikipedia["train"]}
+    asked = []
+    for article in rng.sample(splits.wikipedia["train"], len(splits.wikipedia["train"]) // 3):
+        wordings = tasks.ABOUT.get(article["topic"], ["What is {title}?"])
+        asked.append((rng.choice(wordings).format(title=tasks.plain(article["title"])), "wikipedia: " + article["title"]))
     for line in map(json.loads, answered):
-        question = line["messages"][-1]["content"].strip().strip('"').splitlines()[0]
-        if line["task"] == "ask" and question.endswith("?") and 4 <= len(question.split()) <= 25:
-            text = texts[line["document"]]
-            yield conversation(rng.choice(tasks.ANSWER).format(text=text, question=question), "qa", line["document"])
+        if line["task"] == "ask":
+            question = line["messages"][-1]["content"].strip().strip('"').split("\n")[0]
+            fit = question.startswith(BEGINS) and question.endswith("?") and 4 <= len(question.split()) <= 25
+            if fit and not ABOUT_ITSELF.search(question):
+                asked.append((question, line["document"]))
+    rng.shuffle(asked)
+    for question, document in asked:
+        yield conversation(rng.choice(tasks.ANSWER).format(text=texts[document], question=question), "qa", document)
 
 
 def write(path, lines):

@@ -73,6 +73,12 @@ PEOPLE = [
     "Why do people remember {title}?",
 ]
 PLACES = ["Where is {title}?", "What can I see in {title}?", "Tell me about {title}.", "Write three sentences about {title}."]
+# Questions that a lead answers.
+ABOUT = {
+    "People": ["Who was {title}?", "What is {title} known for?", "What did {title} do?", "When did {title} live?"],
+    "Geography": ["Where is {title}?", "What is {title}?", "What is {title} known for?"],
+    "History": ["What was {title}?", "When was {title}?", "Why was {title} important?"],
+}
 CREATIVE = ["Write a short story about {title}.", "Write a poem about {title}.", "Write a joke about {title}.", "Write a haiku about {title}."]
 
 # Everyday questions: every wording with every word for it.
