@@ -3,15 +3,18 @@
 
     scripts/data/prepare.py DIR OUT [--questions FILE]
 
-Writes OUT/train.prompts.jsonl, which `overfill answer` has the full model answer, and OUT/{valid,test}.jsonl. The same
-input gives the same files. With --questions, a file of answered prompts, OUT/train.questions.jsonl asks the full model
-the questions that it thought of itself. Every line names its document; `check.py` proves that no two splits share one.
+Writes OUT/{train,valid,test}.prompts.jsonl, which `overfill answer` has the full model answer as it would (training, and
+the loss on held-out documents); OUT/{valid,test}.jsonl, questions with answers that people gave; and
+OUT/{valid,test}.open.prompts.jsonl, questions whose right answer is the full model's. The same input gives the same files.
+With --questions, a file of answered prompts, OUT/train.questions.jsonl asks the full model the questions that it thought of
+itself. Every line names its document; `check.py` proves that no two splits share one.
 """
 
 import argparse
 import json
 import pathlib
 import random
+import re
 
 import sources
 import tasks
@@ -20,6 +23,8 @@ import tasks
 TEST, VALID = 6, 4
 # Lines of a task in validation and test.
 COUNTS = {"valid": 100, "test": 300}
+# Which score tells best whether a task was done. Where a few words are asked for, they need only be in the answer.
+METRICS = {"qa": "contains", "facts": "contains", "title": "contains"}
 
 
 def conversation(prompt, task, document, answers=()):
@@ -28,7 +33,7 @@ def conversation(prompt, task, document, answers=()):
         messages.append({"role": "assistant", "content": answers[0]})
     line = {"messages": messages, "task": task}
     if answers:
-        line["answers"] = list(answers)
+        line |= {"answers": list(answers), "metric": METRICS.get(task, "f1")}
     return line | {"document": document}
 
 
@@ -39,10 +44,7 @@ class Splits:
         squad = list(sources.squad(folder))
         self.squad = {split: [p for p in squad if self.half(p["title"]) == split] for split in COUNTS}
         about = {sources.key(p["title"]) for p in squad}
-        self.gem = {}
-        for name in ["asset", "common_gen", "e2e_nlg", "webnlg_en"]:
-            for split in COUNTS:
-                self.gem[name, split] = [e for e in sources.gem(folder, name) if self.half(e["text"]) == split]
+        self.asset = {split: [e for e in sources.asset(folder) if self.half(e["text"]) == split] for split in COUNTS}
         self.wikipedia = {"train": [], "valid": [], "test": []}
         for article in sources.wikipedia(folder):
             number = sources.part(article["title"])
@@ -65,11 +67,19 @@ class Splits:
             if split in COUNTS:
                 self.squad[split] = [p for p in self.squad[split] if seen.isdisjoint(sources.shingles(p["text"]))]
                 texts += [p["text"] for p in self.squad[split]]
-                for (_, of), examples in self.gem.items():
-                    if of == split:
-                        texts += [text for e in examples for text in [e["text"], *e["answers"]]]
+                texts += [text for e in self.asset[split] for text in [e["text"], *e["answers"]]]
             for text in texts:
                 seen |= sources.shingles(text)
+
+
+def sentence_at(text, start):
+    """The sentence that this character is in, if it is neither short nor long."""
+    at = 0
+    for sentence in sources.sentences(text):
+        at = text.index(sentence, at)
+        if start < at + len(sentence):
+            return sentence if 10 <= len(sentence.split()) <= 45 else None
+    return None
 
 
 def held_out(splits, split, rng):
@@ -81,44 +91,24 @@ def held_out(splits, split, rng):
         rng.shuffle(made)
         lines.extend(made[: COUNTS[split]])
 
-    def qa(task, text_of):
+    def qa():
         for paragraph in splits.squad[split]:
             for question, start, answers in paragraph["questions"]:
-                text = text_of(paragraph["text"], start)
+                text = sentence_at(paragraph["text"], start)
                 if text:
-                    yield conversation(tasks.ANSWER[2].format(text=text, question=question), task, "squad: " + paragraph["title"], answers)
+                    yield conversation(tasks.ANSWER[0].format(text=text, question=question), "qa", "squad: " + paragraph["title"], answers)
 
-    def sentence_at(text, start):
-        at = 0
-        for sentence in sources.sentences(text):
-            at = text.index(sentence, at)
-            if start < at + len(sentence):
-                return sentence if 10 <= len(sentence.split()) <= 45 else None
-        return None
-
-    add("qa", qa("qa", lambda text, _: text if len(text.split()) <= 90 else None))
-    add("qa_sentence", qa("qa_sentence", sentence_at))
-
+    add("qa", qa())
     articles = splits.wikipedia[split]
     named = lambda article: "wikipedia: " + article["title"]
     people = [tasks.facts(rng) for _ in range(COUNTS[split])]
-    add("facts", (conversation(tasks.ANSWER[2].format(text=t, question=q), "facts", f"facts: {t}", [a]) for t, q, a in people))
-    described = [a for a in articles if 3 <= len(a["description"].split()) <= 10]
-    add("notes", (notes_line(rng, rng.sample(described, 4)) for _ in range(COUNTS[split])))
+    add("facts", (conversation(tasks.ANSWER[0].format(text=t, question=q), "facts", f"facts: {t}", [a]) for t, q, a in people))
     short = [a for a in articles if 3 <= len(sources.sentences(a["text"])) and len(a["text"].split()) <= 120]
     add("first", (conversation(tasks.FIRST[0].format(**a), "first", named(a), [sources.sentences(a["text"])[0]]) for a in short))
     add("title", (conversation(tasks.TITLE[0].format(**a), "title", named(a), [tasks.plain(a["title"]), a["title"]]) for a in short))
     add("summary", (conversation(tasks.SUMMARY[0].format(**a), "summary", named(a), [sources.sentences(a["text"])[0]]) for a in short))
-    for task, name, wording in [
-        ("simple", "asset", tasks.SIMPLE[0]),
-        ("words", "common_gen", tasks.WORDS[0]),
-        ("data", "e2e_nlg", tasks.DATA[0]),
-        ("triples", "webnlg_en", tasks.DATA[0]),
-    ]:
-        examples = splits.gem[name, split]
-        add(task, (conversation(wording.format(text=e["text"]), task, f"{name}: {e['text']}", e["answers"]) for e in examples))
-    # Without an answer: the full model's own becomes it.
-    add("open", (conversation(prompt, "open", document) for prompt, document in open_prompts(rng, articles, split)))
+    simple = splits.asset[split]
+    add("simple", (conversation(tasks.SIMPLE[0].format(**e), "simple", "asset: " + e["text"], e["answers"]) for e in simple))
     return lines
 
 
@@ -144,10 +134,10 @@ def open_prompts(rng, articles, split):
             yield prompt, f"everyday: {prompt}"
 
 
-def training(splits, rng):
-    """Prompts for the full model."""
-    articles = splits.wikipedia["train"]
-    made = [conversation(prompt, "open", document) for prompt, document in open_prompts(rng, articles, "train")]
+def prompts(splits, split, rng):
+    """Prompts for the full model, of all kinds."""
+    articles = splits.wikipedia[split]
+    made = [conversation(prompt, "open", document) for prompt, document in open_prompts(rng, articles, split)]
     described = [a for a in articles if 3 <= len(a["description"].split()) <= 10]
     for article in articles:
         document = "wikipedia: " + article["title"]
@@ -163,24 +153,37 @@ def training(splits, rng):
         if sentence:
             task, wordings = rng.choice([("simple", tasks.SIMPLE), ("rewrite", tasks.REWRITE)])
             made.append(conversation(rng.choice(wordings).format(text=sentence), task, document))
-    for _ in range(1200):
+    for _ in range(len(articles) // 7):
         text, question, _ = tasks.facts(rng)
         made.append(conversation(rng.choice(tasks.ANSWER).format(text=text, question=question), "facts", f"facts: {text}"))
-    for _ in range(1200):
+    for _ in range(len(articles) // 7):
         line = notes_line(rng, rng.sample(described, 4))
         made.append(conversation(line["messages"][0]["content"], "notes", line["document"]))
     rng.shuffle(made)
     return made
 
 
+# How a question begins that a text may answer; and words of answers that talk about the question instead.
+BEGINS = tuple("What Who When Where Why How Which Is Are Was Were Did Does Do In".split())
+ABOUT_ITSELF = re.compile(r"\b(question|answer|text|passage|you|your)\b", re.IGNORECASE)
+
+
 def questions(answered, splits, rng):
-    """The questions that the full model wrote when it was asked for one, each with its text."""
+    """A question about every third text; and those that the full model wrote when it was asked for one, if they are any."""
     texts = {"wikipedia: " + a["title"]: a["text"] for a in splits.wikipedia["train"]}
+    asked = []
+    for article in rng.sample(splits.wikipedia["train"], len(splits.wikipedia["train"]) // 3):
+        wordings = tasks.ABOUT.get(article["topic"], ["What is {title}?"])
+        asked.append((rng.choice(wordings).format(title=tasks.plain(article["title"])), "wikipedia: " + article["title"]))
     for line in map(json.loads, answered):
-        question = line["messages"][-1]["content"].strip().strip('"').splitlines()[0]
-        if line["task"] == "ask" and question.endswith("?") and 4 <= len(question.split()) <= 25:
-            text = texts[line["document"]]
-            yield conversation(rng.choice(tasks.ANSWER).format(text=text, question=question), "qa", line["document"])
+        if line["task"] == "ask":
+            question = line["messages"][-1]["content"].strip().strip('"').split("\n")[0]
+            fit = question.startswith(BEGINS) and question.endswith("?") and 4 <= len(question.split()) <= 25
+            if fit and not ABOUT_ITSELF.search(question):
+                asked.append((question, line["document"]))
+    rng.shuffle(asked)
+    for question, document in asked:
+        yield conversation(rng.choice(tasks.ANSWER).format(text=texts[document], question=question), "qa", document)
 
 
 def write(path, lines):
@@ -202,9 +205,14 @@ def main():
         with open(args.questions, encoding="utf-8") as answered:
             write(args.out / "train.questions.jsonl", list(questions(answered, splits, random.Random(3))))
         return
-    write(args.out / "train.prompts.jsonl", training(splits, random.Random(1)))
-    for split in COUNTS:
-        write(args.out / f"{split}.jsonl", held_out(splits, split, random.Random(2)))
+    write(args.out / "train.prompts.jsonl", prompts(splits, "train", random.Random(1)))
+    for split, count in COUNTS.items():
+        rng = random.Random(f"2 {split}")
+        write(args.out / f"{split}.jsonl", held_out(splits, split, rng))
+        asked = [conversation(prompt, "open", document) for prompt, document in open_prompts(rng, splits.wikipedia[split], split)]
+        rng.shuffle(asked)
+        write(args.out / f"{split}.open.prompts.jsonl", asked[:count])
+        write(args.out / f"{split}.prompts.jsonl", prompts(splits, split, rng)[: 2 * count])
 
 
 main()

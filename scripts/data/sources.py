@@ -45,15 +45,14 @@ def squad(folder):
     for article in load(folder, "squad")["data"]:
         for paragraph in article["paragraphs"]:
             questions = [
-                (q["question"].strip(), q["answers"][0]["answer_start"], sorted({a["text"] for a in q["answers"]}, key=len))
+                (q["question"].strip(), q["answers"][0]["answer_start"], sorted({a["text"] for a in q["answers"]}, key=lambda text: (len(text), text)))
                 for q in paragraph["qas"]
                 if q["answers"]
             ]
             yield {"title": article["title"].replace("_", " "), "text": paragraph["context"], "questions": questions}
 
 
-def gem(folder, name):
-    """Inputs with the answers that people gave: text, answers."""
-    for example in load(folder, name)["examples"]:
-        target = example["target"]
-        yield {"text": example["input"], "answers": [target] if isinstance(target, str) else target}
+def asset(folder):
+    """Sentences with simpler ones that people made of them: text, answers."""
+    for example in load(folder, "asset")["examples"]:
+        yield {"text": example["input"], "answers": example["target"]}

@@ -22,7 +22,7 @@ FACTS = [
 SUMMARY = [
     "Summarize this text in one sentence.\n\n{text}",
     "Write a one-sentence summary of the following text:\n\n{text}",
-    "{text}\n\nWhat is the main point of this text? Answer in one sentence.",
+    "{text}\n\nWhat is its main point? Answer in one sentence.",
 ]
 FIRST = [
     "Copy the first sentence of this text.\n\n{text}",
@@ -35,25 +35,24 @@ TITLE = [
     "{text}\n\nName the subject of the text above.",
 ]
 SIMPLE = [
-    "Rewrite this sentence in simpler words: {text}",
-    "Make this easier to read: {text}",
-    "Simplify this sentence: {text}",
+    "Rewrite this sentence in simpler words.\n\n{text}",
+    "Make this easier to read:\n\n{text}",
+    "{text}\n\nSimplify the sentence above.",
 ]
 REWRITE = [
-    "Say this in other words: {text}",
-    "Paraphrase this sentence: {text}",
-    "Rewrite the following sentence: {text}",
+    "Say this in other words.\n\n{text}",
+    "Paraphrase this sentence:\n\n{text}",
+    "{text}\n\nRewrite the sentence above.",
 ]
 KEYWORDS = ["List five keywords of this text.\n\n{text}", "{text}\n\nWhat are the most important words in this text?"]
 POINTS = ["List the main points of this text.\n\n{text}", "{text}\n\nWhat do we learn from this text? Make a short list."]
 ASK = ["Write a question that this text answers.\n\n{text}", "{text}\n\nAsk one question about this text."]
 ANSWER = [
+    "Use this text to answer the question in one sentence.\n\n{text}\n\n{question}",
     "{text}\n\n{question}",
     "Read the text and answer the question.\n\nText: {text}\n\nQuestion: {question}",
     "Text: {text}\n\nQuestion: {question}\n\nAnswer with a few words from the text.",
 ]
-WORDS = ["Write a sentence with these words: {text}"]
-DATA = ["Write a sentence that says this: {text}"]
 
 OPEN = [
     "Tell me about {title}.",
@@ -74,6 +73,12 @@ PEOPLE = [
     "Why do people remember {title}?",
 ]
 PLACES = ["Where is {title}?", "What can I see in {title}?", "Tell me about {title}.", "Write three sentences about {title}."]
+# Questions that a lead answers.
+ABOUT = {
+    "People": ["Who was {title}?", "What is {title} known for?", "What did {title} do?", "When did {title} live?"],
+    "Geography": ["Where is {title}?", "What is {title}?", "What is {title} known for?"],
+    "History": ["What was {title}?", "When was {title}?", "Why was {title} important?"],
+}
 CREATIVE = ["Write a short story about {title}.", "Write a poem about {title}.", "Write a joke about {title}.", "Write a haiku about {title}."]
 
 # Everyday questions: every wording with every word for it.
@@ -127,8 +132,8 @@ def everyday():
 
 
 def facts(random):
-    """Some people, two facts about each, and a question about one of them: prompt without wording, question, answer."""
-    people = random.sample(NAMES, 3)
+    """Two people, two facts about each, and a question about one of them: text, question, answer."""
+    people = random.sample(NAMES, 2)
     told, asked = [], []
     for person in people:
         for said, question, values in random.sample(FACTS, 2):

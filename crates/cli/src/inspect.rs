@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use overfill_model::Pair;
 use overfill_types::pair::ModelManifest;
+use serde_json::Value;
 
 #[derive(Args)]
 pub(crate) struct InspectArgs {
@@ -35,10 +36,31 @@ pub(crate) fn run(args: InspectArgs) -> anyhow::Result<()> {
         println!("  {:18}{kv}, {} bytes a token in f32", "KV cache", kv.values_per_token() * size_of::<f32>());
         println!("  {:18}{} million", "weights a token", weights_read(model) / 1_000_000);
     }
-    for (key, value) in &manifest.provenance {
-        println!("\nprovenance {key}: {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+    if !manifest.provenance.is_empty() {
+        println!("\nprovenance");
+        tell(&Value::Object(manifest.provenance), 1);
     }
     Ok(())
+}
+
+/// Lists longer than this are told by their length: kept channels are hundreds.
+const LONG: usize = 12;
+
+/// An object, a line for each value, what is inside another indented under it.
+fn tell(value: &Value, depth: usize) {
+    let Value::Object(all) = value else { return };
+    for (key, value) in all {
+        let key = format!("{:indent$}{key}", "", indent = 2 * depth);
+        match value {
+            Value::Object(_) => {
+                println!("{key}");
+                tell(value, depth + 1);
+            }
+            Value::String(text) => println!("{key:24}{text}"),
+            Value::Array(list) if list.len() > LONG => println!("{key:24}{} values", list.len()),
+            other => println!("{key:24}{other}"),
+        }
+    }
 }
 
 /// Weights that one decoded token reads: all matrices and the head, not the embedding.

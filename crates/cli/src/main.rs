@@ -2,6 +2,8 @@
 
 mod answer;
 mod bench;
+mod eval;
+mod export;
 mod fetch;
 mod generate;
 mod inspect;
@@ -83,6 +85,10 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Have a pair answer a file of prompts
     Answer(answer::AnswerArgs),
+    /// Score a pair on given conversations, next to its halves alone and to baselines
+    Eval(eval::EvalArgs),
+    /// Write a decode model as other engines load it
+    Export(export::ExportArgs),
     /// Make a pair of two models
     Pair(pair::MakePairArgs),
     /// Make a smaller checkpoint of a full model
@@ -118,6 +124,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Fetch(args) => fetch::run(args, &cli.home),
         Command::Inspect(args) => inspect::run(args),
         Command::Answer(args) => answer::run(args, &cli.home),
+        Command::Eval(args) => eval::run(args, &cli.home),
+        Command::Export(args) => export::run(args),
         Command::Pair(args) => pair::run(args),
         Command::Prune(args) => prune::run(args),
         Command::Bench { what } => bench::run(what, &cli.home),

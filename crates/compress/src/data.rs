@@ -1,7 +1,7 @@
 //! Conversations: what decode models are calibrated, trained and evaluated with.
 //!
 //! A file is JSON lines. A line is `{"messages": [{"role", "content"}, …]}`, the last message the assistant's, or
-//! `{"prompt", "response"}`; `task` and `answers` are optional and only scored. `"complete": false` says that the answer was
+//! `{"prompt", "response"}`; `task`, `answers` and `metric` are optional and only scored. `"complete": false` says that the answer was
 //! cut off, so that nobody learns to end there.
 
 use std::io::BufRead;
@@ -9,7 +9,7 @@ use std::path::Path;
 
 use overfill_text::{Message, ModelText};
 use overfill_types::ServiceError;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::error::CompressError;
@@ -25,10 +25,26 @@ pub struct Conversation {
     pub task: Option<String>,
     /// Answers that count as right; empty where nothing is scored.
     pub answers: Vec<String>,
+    /// Which score tells best whether the task was done.
+    pub metric: Metric,
     /// Whether the answer ends where it ends, and was not cut off.
     pub complete: bool,
     /// What else the line says, carried along when an answer is written to it.
     pub other: Map<String, Value>,
+}
+
+/// How an answer is compared with those that count as right. All three compare words as SQuAD does: without case,
+/// punctuation and articles.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Metric {
+    /// The same words.
+    Exact,
+    /// The words that both have: harmonic mean of the shares of one and the other.
+    #[default]
+    F1,
+    /// The right answer stands in it.
+    Contains,
 }
 
 /// A conversation as token ids.
@@ -67,6 +83,9 @@ impl Conversation {
         if !self.answers.is_empty() {
             line.insert("answers".into(), json!(self.answers));
         }
+        if self.metric != Metric::default() {
+            line.insert("metric".into(), json!(self.metric));
+        }
         if !self.complete {
             line.insert("complete".into(), json!(false));
         }
@@ -84,7 +103,7 @@ enum Turns {
 }
 
 /// Keys of a line that mean something here.
-const KEYS: [&str; 6] = ["messages", "prompt", "response", "task", "answers", "complete"];
+const KEYS: [&str; 7] = ["messages", "prompt", "response", "task", "answers", "metric", "complete"];
 
 #[derive(Deserialize)]
 struct Line {
@@ -93,6 +112,8 @@ struct Line {
     task: Option<String>,
     #[serde(default)]
     answers: Vec<String>,
+    #[serde(default)]
+    metric: Metric,
     #[serde(default = "yes")]
     complete: bool,
 }
@@ -159,7 +180,8 @@ pub fn parse(line: &str) -> Result<Conversation, String> {
             (messages, response)
         }
     };
-    Ok(Conversation { messages, response, task: line.task, answers: line.answers, complete: line.complete, other })
+    let Line { task, answers, metric, complete, .. } = line;
+    Ok(Conversation { messages, response, task, answers, metric, complete, other })
 }
 
 #[cfg(test)]
@@ -202,7 +224,13 @@ mod tests {
         for prompt in read_prompts(file.path()).unwrap() {
             assert_eq!((prompt.messages.len(), prompt.messages[0].content.as_str()), (1, "p"));
             assert!(prompt.response.is_empty() && prompt.complete);
-            let answered = Conversation { response: "yes\n\"no\"".into(), complete: false, task: Some("t".into()), ..prompt };
+            let answered = Conversation {
+                response: "yes\n\"no\"".into(),
+                complete: false,
+                task: Some("t".into()),
+                metric: Metric::Contains,
+                ..prompt
+            };
             let line = answered.to_line();
             assert!(!line.contains('\n'));
             assert_eq!(parse(&line).unwrap(), answered);

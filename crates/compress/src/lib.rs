@@ -7,6 +7,10 @@ pub mod calibrate;
 pub mod checkpoint;
 pub mod data;
 pub mod error;
+pub mod eval;
+pub mod export;
+#[cfg(test)]
+mod fixture;
 pub mod matrix;
 pub mod net;
 pub mod prune;

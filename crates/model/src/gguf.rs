@@ -93,7 +93,7 @@ fn open(path: &Path) -> Result<File, ModelError> {
 }
 
 /// The file's name of a tensor that Hugging Face names `name`.
-fn file_name(name: &str) -> Option<String> {
+pub(crate) fn file_name(name: &str) -> Option<String> {
     if let Some(rest) = name.strip_prefix("model.layers.") {
         let (layer, rest) = rest.split_once('.')?;
         let (module, kind) = rest.rsplit_once('.')?;

@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gguf::{GgufFile, whole};
+use crate::gguf_write::PROVENANCE_KEY;
 use crate::hugging_face;
 use crate::pair::{Pair, describe, file_sha256, weights_sha256};
 use crate::transform::Transform;
@@ -124,6 +125,9 @@ impl MakePair {
             tokenizer: TokenizerManifest { sha256: hex::encode(Sha256::digest(&tokenizer.tokenizer)), eos_token_ids },
             provenance: self.provenance.clone(),
         };
+        if let Some(made) = provenance(&self.decode)? {
+            manifest.provenance.insert("decode".into(), Value::Object(made));
+        }
         manifest.fingerprint = manifest.compute_fingerprint();
         let pool = Pool::new(1, &[]).map_err(|e| ModelError::Device(format!("no thread could be started: {e}")))?;
         Transform::load(&manifest.kv, dir, manifest.full.kv, manifest.decode.kv, &pool)?;
@@ -253,6 +257,28 @@ fn vocabulary(file: &GgufFile) -> GgufVocabulary {
         chat_template: text("chat_template"),
         model,
     }
+}
+
+/// Name of the file in a checkpoint's folder that says how it was made.
+pub const PROVENANCE_FILE: &str = "provenance.json";
+
+/// How a checkpoint was made, where it says so: a folder in [`PROVENANCE_FILE`], a GGUF file in its header.
+///
+/// # Errors
+/// [`ModelError::Read`] and [`ModelError::Format`] where it cannot be read.
+pub fn provenance(checkpoint: &Path) -> Result<Option<Map<String, Value>>, ModelError> {
+    let (path, text) = if checkpoint.is_file() {
+        let said = GgufFile::open(checkpoint)?.metadata(PROVENANCE_KEY).and_then(|said| said.to_string().ok().cloned());
+        (checkpoint.to_owned(), said)
+    } else {
+        let path = checkpoint.join(PROVENANCE_FILE);
+        let said = if path.exists() { Some(hugging_face::read(&path)?) } else { None };
+        (path, said)
+    };
+    let parse = |text: String| {
+        serde_json::from_str(&text).map_err(|e| ModelError::Format { path, what: format!("its provenance is no JSON object: {e}") })
+    };
+    text.map(parse).transpose()
 }
 
 /// Puts a model into the pair's folder; gives its path there.

@@ -36,6 +36,16 @@ impl Frequencies {
         Self(scaled.into_iter().map(|f| f as f32).collect())
     }
 
+    /// What each frequency of the base was divided by, where that is more than one number for all: `[head_dim / 2]`.
+    pub(crate) fn divisors(rope: &Rope, head_dim: usize) -> Option<Vec<f32>> {
+        if matches!(rope.scaling, RopeScaling::None | RopeScaling::Linear { .. }) {
+            return None;
+        }
+        let plain = Self::new(&Rope { scaling: RopeScaling::None, ..rope.clone() }, head_dim);
+        let scaled = Self::new(rope, head_dim);
+        Some(plain.0.iter().zip(&scaled.0).map(|(plain, scaled)| plain / scaled).collect())
+    }
+
     /// Cosines and sines at the positions of `chunks`, each `[tokens, head_dim / 2]`, put into `cos` and `sin`.
     pub(crate) fn at(&self, chunks: &[Chunk<'_>], cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
         self.at_positions(chunks.iter().flat_map(|c| c.start..c.start + c.tokens.len()), cos, sin);

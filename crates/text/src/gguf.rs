@@ -5,6 +5,7 @@
 
 use ahash::AHashMap;
 use overfill_types::{Code, ServiceError};
+use serde_json::Value;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
@@ -83,6 +84,55 @@ impl GgufVocabulary {
             tokenizer.with_post_processor(Some(processor));
         }
         Ok(tokenizer)
+    }
+
+    /// The other way: what a GGUF file has to say of the tokenizer in `tokenizer.json` and `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`] naming what such a file cannot say: only byte-level BPE with a pre-tokenizer known here.
+    pub fn of(tokenizer: &Value, config: &Value) -> Result<Self, ServiceError> {
+        let vocabulary = tokenizer["model"]["vocab"].as_object().ok_or_else(|| refuse("tokenizer.json has no vocabulary of BPE"))?;
+        let added = tokenizer["added_tokens"].as_array().map_or(&[][..], Vec::as_slice);
+        let id = |v: &Value| v.as_u64().and_then(|id| usize::try_from(id).ok());
+        let all = vocabulary.iter().map(|(token, at)| (token.as_str(), id(at), 1));
+        let all = all.chain(added.iter().map(|token| {
+            let kind = if token["special"].as_bool() == Some(true) { 3 } else { 4 };
+            (token["content"].as_str().unwrap_or_default(), id(&token["id"]), kind)
+        }));
+        let (mut tokens, mut token_types) = (Vec::new(), Vec::new());
+        for (token, at, kind) in all {
+            let at = at.ok_or_else(|| refuse(format!("tokenizer.json gives token '{token}' no id")))?;
+            if at >= tokens.len() {
+                // Ids without a token are unused ones (5).
+                tokens.extend((tokens.len()..=at).map(|id| format!("[PAD{id}]")));
+                token_types.resize(at + 1, 5);
+            }
+            tokens[at] = token.to_owned();
+            token_types[at] = kind;
+        }
+        let merge = |merge: &Value| match merge {
+            Value::Array(two) => two.iter().map(Value::as_str).collect::<Option<Vec<_>>>().map(|two| two.join(" ")),
+            one => one.as_str().map(str::to_owned),
+        };
+        let merges = tokenizer["model"]["merges"].as_array().map_or(&[][..], Vec::as_slice);
+        let merges: Option<Vec<String>> = merges.iter().map(merge).collect();
+        let special = |name: &str| {
+            let text = config[name].as_str().or_else(|| config[name]["content"].as_str())?;
+            tokens.iter().position(|token| token == text).map(|at| at as u32)
+        };
+        let (bos, eos) = (special("bos_token"), special("eos_token"));
+        Ok(Self {
+            model: "gpt2".into(),
+            pre: Some(pre_tokenizer(&tokenizer["pre_tokenizer"])?.to_owned()),
+            merges: merges.ok_or_else(|| refuse("tokenizer.json has a merge that is no two pieces"))?,
+            bos,
+            eos,
+            add_bos: tokenizer["post_processor"].to_string().contains("\"SpecialToken\""),
+            chat_template: config["chat_template"].as_str().map(str::to_owned),
+            tokens,
+            token_types,
+            ..Self::default()
+        })
     }
 
     /// The token with this id.
@@ -178,6 +228,29 @@ impl GgufVocabulary {
     }
 }
 
+/// The name by which a GGUF file tells of a pre-tokenizer.
+fn pre_tokenizer(json: &Value) -> Result<&'static str, ServiceError> {
+    let steps = match json["pretokenizers"].as_array() {
+        Some(steps) => steps.iter().collect(),
+        None => vec![json],
+    };
+    let kinds: Vec<&str> = steps.iter().filter_map(|step| step["type"].as_str()).collect();
+    match kinds.as_slice() {
+        ["ByteLevel"] => Ok("gpt-2"),
+        ["Digits", "ByteLevel"] if steps[0]["individual_digits"].as_bool() == Some(true) => Ok("smollm"),
+        ["Split", "ByteLevel"] => match steps[0]["pattern"]["Regex"].as_str() {
+            Some(LLAMA3_SPLIT) => Ok("llama-bpe"),
+            Some(QWEN2_SPLIT) => Ok("qwen2"),
+            _ => Err(refuse(
+                "tokenizer.json splits text by an expression that no pre-tokenizer known here has: gpt-2, smollm, llama-bpe and qwen2 are",
+            )),
+        },
+        kinds => Err(refuse(format!(
+            "tokenizer.json splits text by {kinds:?}, which no pre-tokenizer known here does: gpt-2, smollm, llama-bpe and qwen2 are"
+        ))),
+    }
+}
+
 fn refuse(what: impl std::fmt::Display) -> ServiceError {
     ServiceError::new(Code::InvalidArgument, what.to_string())
 }
@@ -248,6 +321,24 @@ pub(crate) mod tests {
         let hello = tokenizer.encode("hello", false).unwrap();
         assert_eq!(hello.get_tokens(), ["hello"]);
         assert_eq!(tokenizer.encode("12", false).unwrap().get_tokens(), ["1", "2"], "digits stand alone");
+    }
+
+    #[test]
+    fn a_vocabulary_survives_the_way_through_a_tokenizer() {
+        for pre in ["smollm", "llama-bpe", "qwen2", "gpt-2"] {
+            let vocabulary = GgufVocabulary { pre: Some(pre.into()), chat_template: Some("{{ x }}".into()), ..byte_level_vocabulary() };
+            let json: Value = serde_json::from_str(&vocabulary.tokenizer().unwrap().to_string(false).unwrap()).unwrap();
+            let config = serde_json::json!({ "bos_token": "<|start|>", "eos_token": { "content": "<|end|>" }, "chat_template": "{{ x }}" });
+            let back = GgufVocabulary::of(&json, &config).unwrap();
+            assert_eq!((&back.tokens, &back.merges, &back.pre), (&vocabulary.tokens, &vocabulary.merges, &vocabulary.pre));
+            assert_eq!((&back.token_types, back.bos, back.eos), (&vocabulary.token_types, vocabulary.bos, vocabulary.eos));
+            assert_eq!((back.add_bos, back.chat_template), (false, vocabulary.chat_template));
+        }
+        let with_bos = GgufVocabulary { add_bos: true, ..byte_level_vocabulary() };
+        let mut json: Value = serde_json::from_str(&with_bos.tokenizer().unwrap().to_string(false).unwrap()).unwrap();
+        assert!(GgufVocabulary::of(&json, &Value::Null).unwrap().add_bos);
+        json["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = Value::Bool(false);
+        assert!(GgufVocabulary::of(&json, &Value::Null).unwrap_err().message.contains("smollm"));
     }
 
     #[test]

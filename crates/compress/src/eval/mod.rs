@@ -1,0 +1,225 @@
+//! Evaluation: how a pair's arms, and baselines, score on the same conversations.
+//!
+//! Loss, KL divergence to the full model and top-1 agreement are teacher-forced over the given answers; task scores are of
+//! greedy answers. All of it runs on the engine that serves.
+
+pub mod estimate;
+mod plot;
+mod report;
+pub mod words;
+
+use overfill_model::{Llama, ModelError, Workspace};
+use overfill_text::TextModel;
+use overfill_types::{Code, KvFormats, SamplingParams, ServiceError};
+
+use crate::answer::{Asked, Writing, answer};
+use crate::data::{Conversation, Example, Metric};
+use crate::read::Arm;
+use crate::score::score;
+
+pub use plot::plot;
+pub use report::{Comparison, Contender, Figures, Report};
+
+/// What is measured with, besides the models.
+#[derive(Clone, Debug)]
+pub struct Measuring {
+    /// Formats of the KV cache.
+    pub formats: KvFormats,
+    /// Most tokens of an answer.
+    pub max_tokens: usize,
+    /// Answers at a time.
+    pub batch: usize,
+    /// Tokens that end an answer.
+    pub end: Vec<u32>,
+    /// Longest sequence that all models take.
+    pub max_context: usize,
+}
+
+/// Conversations that can be measured.
+pub struct Samples {
+    conversations: Vec<Conversation>,
+    examples: Vec<Example>,
+    /// How many were left out, since they do not fit the context.
+    pub left_out: usize,
+}
+
+impl Samples {
+    /// Tokenises conversations.
+    ///
+    /// # Errors
+    /// Where the chat template refuses one, or the pair has no token that ends an answer.
+    pub fn new(conversations: Vec<Conversation>, text: &TextModel, how: &Measuring) -> Result<Self, ServiceError> {
+        let mut samples = Self { conversations: Vec::new(), examples: Vec::new(), left_out: 0 };
+        let end = text.end_of_turn().ok_or_else(|| {
+            ServiceError::new(
+                Code::InvalidArgument,
+                "the pair names no token that ends an answer: make it of models whose config.json has an eos_token_id",
+            )
+        })?;
+        for conversation in conversations {
+            let example = conversation.tokenise(text, end)?;
+            if example.prompt.len() + example.response.len().max(how.max_tokens) > how.max_context {
+                samples.left_out += 1;
+                continue;
+            }
+            samples.conversations.push(conversation);
+            samples.examples.push(example);
+        }
+        Ok(samples)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.examples.len()
+    }
+}
+
+/// What one arm made of one sample.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Outcome {
+    tokens: f64,
+    /// Sums over the tokens.
+    loss: f64,
+    divergence: f64,
+    agreements: f64,
+    exact: f64,
+    f1: f64,
+    contains: f64,
+    /// The one of the last three that the sample asks for.
+    score: f64,
+}
+
+/// Measures every arm on all samples. `progress` is told of each sample that an arm has been scored on or has answered.
+///
+/// # Errors
+/// Where a forward pass fails or a baseline does not know a token.
+pub fn evaluate(
+    full: &Llama,
+    arms: &[(String, Arm<'_>)],
+    samples: &Samples,
+    text: &TextModel,
+    how: &Measuring,
+    workspace: &mut Workspace,
+    mut progress: impl FnMut(),
+) -> Result<Report, ModelError> {
+    let mut told = 0;
+    let all = score(full, &arms.iter().map(|a| a.1).collect::<Vec<_>>(), how.formats, workspace, &samples.examples, |done| {
+        (told * arms.len()..done * arms.len()).for_each(|_| progress());
+        told = done;
+    })?;
+    let mut outcomes: Vec<Vec<Outcome>> = Vec::with_capacity(arms.len());
+    for ((_, arm), scored) in arms.iter().zip(&all) {
+        let of_tokens = scored.iter().map(|scored| Outcome {
+            tokens: scored.log_probs.len() as f64,
+            loss: scored.loss(true),
+            divergence: scored.divergences.iter().map(|d| f64::from(*d)).sum(),
+            agreements: scored.agrees.iter().filter(|agrees| **agrees).count() as f64,
+            ..Outcome::default()
+        });
+        let mut of_tokens: Vec<Outcome> = of_tokens.collect();
+        let longest = samples.examples.iter().map(|e| e.prompt.len()).max().unwrap_or(0);
+        let writing = Writing { batch: how.batch, positions: longest + how.max_tokens, formats: how.formats, end: how.end.clone() };
+        let asked = samples.examples.iter().map(|example| Asked {
+            prompt: example.prompt.clone(),
+            sampling: SamplingParams::greedy(),
+            max_tokens: how.max_tokens,
+        });
+        answer(full, *arm, &writing, workspace, asked, |sample, written| -> Result<(), ModelError> {
+            progress();
+            let conversation = &samples.conversations[sample];
+            let own = [conversation.response.clone()];
+            let right = if conversation.answers.is_empty() { &own[..] } else { &conversation.answers };
+            let answer = text.text_of(&written);
+            let [exact, f1, contains] = [Metric::Exact, Metric::F1, Metric::Contains].map(|metric| words::score(metric, &answer, right));
+            let score = match conversation.metric {
+                Metric::Exact => exact,
+                Metric::F1 => f1,
+                Metric::Contains => contains,
+            };
+            of_tokens[sample] = Outcome { exact, f1, contains, score, ..of_tokens[sample] };
+            Ok(())
+        })?;
+        outcomes.push(of_tokens);
+    }
+    Ok(Report::new(arms, samples, &outcomes))
+}
+
+#[cfg(test)]
+mod tests {
+    use overfill_model::{Device, KvSpec, MakePair, Pool};
+    use overfill_types::pair::WeightFormat;
+
+    use super::*;
+    use crate::fixture;
+
+    fn conversation(prompt: &str, answer: &str, task: &str) -> Conversation {
+        let line = format!(r#"{{"prompt": "{prompt}", "response": "{answer}", "task": "{task}", "metric": "contains"}}"#);
+        crate::data::parse(&line).unwrap()
+    }
+
+    #[test]
+    fn a_decode_model_that_is_the_full_one_loses_nothing() {
+        let (full, narrow, folder) = (fixture::model("full"), fixture::model("narrow"), tempfile::tempdir().unwrap());
+        let making = MakePair {
+            name: "same".into(),
+            full: full.path().into(),
+            full_weights: WeightFormat::F32,
+            decode: full.path().into(),
+            decode_weights: WeightFormat::F32,
+            kv: KvSpec::Identity,
+            kv_formats: KvFormats::default(),
+            provenance: serde_json::Map::new(),
+        };
+        let pair = making.make(&folder.path().join("pair")).unwrap();
+        let text = TextModel::open(&pair.dir).unwrap();
+        let mut workspace = Workspace::new(Pool::new(2, &[]).unwrap());
+        let (full, decode) = (pair.load_full(&Device::Cpu, workspace.pool()), pair.load_decode(&Device::Cpu, workspace.pool()));
+        let (full, decode, transform) = (full.unwrap(), decode.unwrap(), pair.load_transform(workspace.pool()).unwrap());
+        let other = Llama::load(narrow.path(), WeightFormat::F32, &Device::Cpu, workspace.pool()).unwrap();
+
+        let how = Measuring { formats: KvFormats::default(), max_tokens: 12, batch: 3, end: vec![fixture::END], max_context: 100 };
+        let mut conversations: Vec<Conversation> = (0..9)
+            .map(|i| conversation(&"ask ".repeat(i + 1), &"say".repeat(i % 3 + 1), if i % 2 == 0 { "even" } else { "odd" }))
+            .collect();
+        conversations.push(conversation(&"long ".repeat(30), "no", "odd"));
+        // What the full model writes counts as right, so that there is a score.
+        for conversation in &mut conversations[..9] {
+            let prompt = text.encode_chat(&conversation.messages).unwrap();
+            let writing = Writing { batch: 1, positions: 90, formats: how.formats, end: how.end.clone() };
+            let asked = Asked { prompt, sampling: SamplingParams::greedy(), max_tokens: 12 };
+            answer(&full, Arm::Full, &writing, &mut workspace, [asked], |_, written| -> Result<(), ModelError> {
+                conversation.answers = vec![text.text_of(&written)];
+                Ok(())
+            })
+            .unwrap();
+        }
+        let samples = Samples::new(conversations, &text, &how).unwrap();
+        assert_eq!((samples.count(), samples.left_out), (9, 1));
+        let arms = [
+            ("overfill".to_owned(), Arm::Overfill { decode: &decode, transform: &transform }),
+            ("full".to_owned(), Arm::Full),
+            ("narrow <&>".to_owned(), Arm::Alone(&other)),
+        ];
+        let mut told = 0;
+        let report = evaluate(&full, &arms, &samples, &text, &how, &mut workspace, || told += 1).unwrap();
+        assert_eq!(told, 2 * 9 * 3);
+        let [pair, itself, other] = report.arms.as_slice() else { panic!("three arms") };
+        assert_eq!(report.samples.iter().map(|(task, count)| (task.as_str(), *count)).collect::<Vec<_>>(), [("even", 5), ("odd", 4)]);
+        assert!((pair.mean.loss.value - itself.mean.loss.value).abs() < 1e-6 && pair.mean.kl.value < 1e-6);
+        assert_eq!((pair.mean.agreement.value, pair.mean.exact.value), (1.0, 1.0));
+        assert_eq!(pair.mean.score, itself.mean.score);
+        assert!(other.mean.kl.value > 1e-3 && other.mean.kl.low <= other.mean.kl.value && other.mean.kl.value <= other.mean.kl.high);
+        assert!(other.mean.exact.value < 1.0);
+        let [comparison] = report.comparisons.as_slice() else { panic!("one arm works alone") };
+        assert_eq!(comparison.gap_closed.unwrap().value, 1.0);
+
+        let picture = plot(&report);
+        assert!(picture.starts_with("<svg") && picture.trim_end().ends_with("</svg>") && picture.contains("narrow &lt;&amp;&gt;"));
+        let told = report.to_string();
+        assert!(
+            ["even", "odd", "KL to full", "of the gap", "1 conversations did not fit"].iter().all(|what| told.contains(what)),
+            "{told}"
+        );
+        assert!(serde_json::to_value(&report).unwrap()["arms"][0]["tasks"]["odd"]["f1"]["high"].is_number());
+    }
+}
