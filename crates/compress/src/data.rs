@@ -63,7 +63,7 @@ impl Conversation {
     /// Where the chat template refuses the messages.
     pub fn tokenise(&self, text: &ModelText, end: u32) -> Result<Example, ServiceError> {
         let prompt = text.encode_chat(&self.messages)?;
-        let mut response = text.encode(&self.response)?;
+        let mut response = text.encode_plain(&self.response)?;
         if self.complete {
             response.push(end);
         }
