@@ -13,7 +13,7 @@ use crate::cache::KvCache;
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gguf::block_format;
-use crate::llama::{Chunk, OnLayer};
+use crate::llama::{OnLayer, Pass};
 use crate::profile::Part;
 use crate::rope::Frequencies;
 use crate::values;
@@ -63,12 +63,12 @@ impl CpuLlama {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// Reads all chunks; leaves the logits of those that want them in the workspace.
+    /// Reads all chunks; leaves the logits of the rows that are wanted in the workspace.
     pub(crate) fn forward(
         &self,
         config: &LlamaConfig,
         frequencies: &Frequencies,
-        chunks: &[Chunk<'_>],
+        Pass { chunks, rows }: Pass<'_>,
         cache: &mut KvCache,
         workspace: &mut Workspace,
         on_layer: OnLayer<'_>,
@@ -140,13 +140,9 @@ impl CpuLlama {
         }
 
         // The rows that logits are wanted of move to the front.
-        let (mut end, mut wanted) = (0, 0);
-        for chunk in chunks {
-            end += chunk.tokens.len();
-            if chunk.logits {
-                x.copy_within((end - 1) * hidden..end * hidden, wanted * hidden);
-                wanted += 1;
-            }
+        let wanted = rows.len();
+        for (to, row) in rows.iter().enumerate() {
+            x.copy_within(row * hidden..(row + 1) * hidden, to * hidden);
         }
         logits.resize(wanted * config.vocab_size, 0.0);
         if wanted > 0 {

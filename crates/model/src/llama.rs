@@ -32,6 +32,14 @@ pub struct Chunk<'a> {
     pub logits: bool,
 }
 
+/// What one forward pass reads, and after which of its tokens the logits are wanted: their numbers, ascending, counted over
+/// all chunks.
+#[derive(Clone, Copy)]
+pub(crate) struct Pass<'a> {
+    pub(crate) chunks: &'a [Chunk<'a>],
+    pub(crate) rows: &'a [usize],
+}
+
 /// Called with a layer's number as soon as its keys and values of all chunks lie in the cache.
 pub type OnLayer<'a> = &'a mut dyn FnMut(usize, &KvCache, &Pool) -> Result<(), ModelError>;
 
@@ -99,13 +107,39 @@ impl Llama {
         workspace: &'w mut Workspace,
         on_layer: OnLayer<'_>,
     ) -> Result<&'w mut [f32], ModelError> {
+        let ends = chunks.iter().scan(0, |end, chunk| {
+            *end += chunk.tokens.len();
+            Some((*end, chunk.logits))
+        });
+        let rows: Vec<usize> = ends.filter(|(end, logits)| *logits && *end > 0).map(|(end, _)| end - 1).collect();
+        self.forward_rows(chunks, &rows, cache, workspace, on_layer)
+    }
+
+    /// As [`Llama::forward`], but gives the logits after those tokens whose numbers are in `rows`, whatever the chunks say:
+    /// `[rows, vocab]`. The numbers ascend and are counted over all chunks.
+    ///
+    /// # Errors
+    /// As [`Llama::forward`], and where a number is that of no token.
+    pub fn forward_rows<'w>(
+        &self,
+        chunks: &[Chunk<'_>],
+        rows: &[usize],
+        cache: &mut KvCache,
+        workspace: &'w mut Workspace,
+        on_layer: OnLayer<'_>,
+    ) -> Result<&'w mut [f32], ModelError> {
         self.check(chunks, cache)?;
+        let tokens: usize = chunks.iter().map(|c| c.tokens.len()).sum();
+        if !rows.is_sorted_by(|a, b| a < b) || rows.last().is_some_and(|row| *row >= tokens) {
+            return Err(ModelError::Mismatch(format!("logits are wanted of rows {rows:?} of {tokens} tokens")));
+        }
+        let pass = Pass { chunks, rows };
         match &self.weights {
-            Form::Cpu(weights) => weights.forward(&self.config, &self.frequencies, chunks, cache, workspace, on_layer)?,
+            Form::Cpu(weights) => weights.forward(&self.config, &self.frequencies, pass, cache, workspace, on_layer)?,
             Form::Gpu(weights) => {
                 let pool = &workspace.pool;
                 let on_layer = &mut |layer, cache: &KvCache| on_layer(layer, cache, pool);
-                workspace.logits = weights.forward(&self.config, &self.frequencies, chunks, cache, on_layer)?;
+                workspace.logits = weights.forward(&self.config, &self.frequencies, pass, cache, on_layer)?;
             }
         }
         Ok(&mut workspace.logits)

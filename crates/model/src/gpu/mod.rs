@@ -13,7 +13,7 @@ use crate::cache::KvCache;
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gpu::linear::{Linear, Matrix};
-use crate::llama::Chunk;
+use crate::llama::{Chunk, Pass};
 use crate::rope::Frequencies;
 use crate::weights::Weights;
 
@@ -40,12 +40,12 @@ impl GpuLlama {
         Ok(Self { device: device.clone(), embedding, layers, norm, head })
     }
 
-    /// Reads all chunks; gives the logits of those that want them, `[wanted, vocab]`.
+    /// Reads all chunks; gives the logits of the rows that are wanted, `[rows, vocab]`.
     pub(crate) fn forward(
         &self,
         config: &LlamaConfig,
         frequencies: &Frequencies,
-        chunks: &[Chunk<'_>],
+        Pass { chunks, rows }: Pass<'_>,
         cache: &mut KvCache,
         on_layer: &mut dyn FnMut(usize, &KvCache) -> Result<(), ModelError>,
     ) -> Result<Vec<f32>, ModelError> {
@@ -61,23 +61,16 @@ impl GpuLlama {
             x = (x + attended)?;
             x = (&x + layer.mlp(&layer.mlp_norm.forward(&x)?)?)?;
         }
-        self.logits(&x, chunks)
+        self.logits(&x, rows)
     }
 
-    fn logits(&self, x: &Tensor, chunks: &[Chunk<'_>]) -> Result<Vec<f32>, ModelError> {
-        let mut end = 0;
-        let mut last = Vec::new();
-        for chunk in chunks {
-            end += chunk.tokens.len();
-            if chunk.logits {
-                last.push(end as u32 - 1);
-            }
-        }
-        if last.is_empty() {
+    fn logits(&self, x: &Tensor, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
+        if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let last = Tensor::from_slice(&last, last.len(), &self.device)?;
-        let x = self.norm.forward(&x.index_select(&last, 0)?)?;
+        let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
+        let rows = Tensor::from_slice(&rows, rows.len(), &self.device)?;
+        let x = self.norm.forward(&x.index_select(&rows, 0)?)?;
         Ok(self.head.multiply(&x)?.flatten_all()?.to_vec1()?)
     }
 }
