@@ -247,17 +247,19 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
         let (tokens, blocks, each) = (&prompt[start..end], reservation.blocks(), prompt_logprobs.is_some());
         parts.push(Part { tokens, start, blocks, last, each, handoff: handoff.as_mut() });
     }
-    // A chunk has logits after its last token alone: where each token's are wanted, each is a chunk.
+    let mut rows_wanted = Vec::new();
+    let mut end = 0;
+    for part in &parts {
+        let first = end;
+        end += part.tokens.len();
+        rows_wanted.extend(if part.each { first..end } else { end - usize::from(part.last)..end });
+    }
     let chunks: Vec<Chunk<'_>> = parts
         .iter()
         .filter(|p| !p.tokens.is_empty())
-        .flat_map(|p| {
-            let size = if p.each { 1 } else { p.tokens.len() };
-            let pieces = p.tokens.chunks(size).enumerate();
-            pieces.map(move |(i, tokens)| Chunk { tokens, start: p.start + i * size, blocks: p.blocks, logits: p.last || p.each })
-        })
+        .map(|p| Chunk { tokens: p.tokens, start: p.start, blocks: p.blocks, logits: p.last })
         .collect();
-    model.forward(&chunks, cache, workspace, &mut |layer, cache, pool| {
+    model.forward_rows(&chunks, &rows_wanted, cache, workspace, &mut |layer, cache, pool| {
         for Part { tokens, start, blocks, handoff, .. } in &mut parts {
             let Some(handoff) = handoff else { continue };
             handoff.available(rows.targets(layer), *start + tokens.len());

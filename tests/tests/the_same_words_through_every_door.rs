@@ -21,9 +21,9 @@ const NEW: u64 = 24;
 /// A guide that all text fits.
 const ANYTHING: &str = r"(?s:.*)";
 
-/// Every byte that is not ASCII by itself is kept out, so that the answer is text for any guide.
+/// All but ASCII is kept out, so that the answer is text for any guide.
 fn ascii() -> Value {
-    (128..256).map(|id: u32| (id.to_string(), json!(-100))).collect::<serde_json::Map<_, _>>().into()
+    (128..260).map(|id: u32| (id.to_string(), json!(-100))).collect::<serde_json::Map<_, _>>().into()
 }
 
 fn asked(sampling: &Value, more: Value) -> Value {
@@ -67,7 +67,7 @@ async fn over_grpc(cluster: &Cluster, sampling: &Value, guide: Option<Guide>) ->
         temperature: sampling["temperature"].as_f64().map(|t| t as f32),
         top_p: sampling["top_p"].as_f64().map(|p| p as f32),
         seed: sampling["seed"].as_u64(),
-        logit_bias: (128..256).map(|id| (id, -100.0)).collect(),
+        logit_bias: (128..260).map(|id| (id, -100.0)).collect(),
         guide,
         ..Default::default()
     });

@@ -63,17 +63,16 @@ impl CpuLlama {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// Reads all chunks; leaves the logits that are wanted in the workspace.
+    /// Reads all chunks; leaves the logits of the rows that are wanted in the workspace.
     pub(crate) fn forward(
         &self,
         config: &LlamaConfig,
         frequencies: &Frequencies,
-        pass: &Pass<'_>,
+        Pass { chunks, rows }: Pass<'_>,
         cache: &mut KvCache,
         workspace: &mut Workspace,
         on_layer: OnLayer<'_>,
     ) -> Result<(), ModelError> {
-        let Pass { chunks, wanted } = pass;
         let Workspace { pool, profile, x, input, qkv, attended, gate_up, cos, sin, logits, attention } = workspace;
         let pool = &*pool;
         let (hidden, head_dim, eps) = (config.hidden_size, config.kv.head_dim, config.rms_norm_eps as f32);
@@ -141,10 +140,10 @@ impl CpuLlama {
         }
 
         // The rows that logits are wanted of move to the front.
-        for (to, from) in wanted.iter().enumerate() {
-            x.copy_within(from * hidden..(from + 1) * hidden, to * hidden);
+        let wanted = rows.len();
+        for (to, row) in rows.iter().enumerate() {
+            x.copy_within(row * hidden..(row + 1) * hidden, to * hidden);
         }
-        let wanted = wanted.len();
         logits.resize(wanted * config.vocab_size, 0.0);
         if wanted > 0 {
             let started = profile.start();

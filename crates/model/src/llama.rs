@@ -32,11 +32,12 @@ pub struct Chunk<'a> {
     pub logits: bool,
 }
 
-/// What one forward pass reads, and gives.
+/// What one forward pass reads, and after which of its tokens the logits are wanted: their numbers, ascending, counted over
+/// all chunks.
+#[derive(Clone, Copy)]
 pub(crate) struct Pass<'a> {
     pub(crate) chunks: &'a [Chunk<'a>],
-    /// Which of all tokens, counted over the chunks, logits are given after; ascending.
-    pub(crate) wanted: Vec<usize>,
+    pub(crate) rows: &'a [usize],
 }
 
 /// Called with a layer's number as soon as its keys and values of all chunks lie in the cache.
@@ -106,12 +107,12 @@ impl Llama {
         workspace: &'w mut Workspace,
         on_layer: OnLayer<'_>,
     ) -> Result<&'w mut [f32], ModelError> {
-        let mut end = 0;
-        let wanted = chunks.iter().filter_map(|chunk| {
-            end += chunk.tokens.len();
-            chunk.logits.then(|| end - 1)
+        let ends = chunks.iter().scan(0, |end, chunk| {
+            *end += chunk.tokens.len();
+            Some((*end, chunk.logits))
         });
-        self.run(&Pass { chunks, wanted: wanted.collect() }, cache, workspace, on_layer)
+        let rows: Vec<usize> = ends.filter(|(end, logits)| *logits && *end > 0).map(|(end, _)| end - 1).collect();
+        self.forward_rows(chunks, &rows, cache, workspace, on_layer)
     }
 
     /// As [`Llama::forward`], but with the logits after every token of the chunks that want them: `[wanted tokens, vocab]`.
@@ -125,21 +126,33 @@ impl Llama {
         workspace: &'w mut Workspace,
     ) -> Result<&'w mut [f32], ModelError> {
         let mut end = 0;
-        let wanted = chunks.iter().flat_map(|chunk| {
+        let rows = chunks.iter().flat_map(|chunk| {
             end += chunk.tokens.len();
             if chunk.logits { end - chunk.tokens.len()..end } else { 0..0 }
         });
-        self.run(&Pass { chunks, wanted: wanted.collect() }, cache, workspace, &mut |_, _, _| Ok(()))
+        let rows: Vec<usize> = rows.collect();
+        self.forward_rows(chunks, &rows, cache, workspace, &mut |_, _, _| Ok(()))
     }
 
-    fn run<'w>(
+    /// As [`Llama::forward`], but gives the logits after those tokens whose numbers are in `rows`, whatever the chunks say:
+    /// `[rows, vocab]`. The numbers ascend and are counted over all chunks.
+    ///
+    /// # Errors
+    /// As [`Llama::forward`], and where a number is that of no token.
+    pub fn forward_rows<'w>(
         &self,
-        pass: &Pass<'_>,
+        chunks: &[Chunk<'_>],
+        rows: &[usize],
         cache: &mut KvCache,
         workspace: &'w mut Workspace,
         on_layer: OnLayer<'_>,
     ) -> Result<&'w mut [f32], ModelError> {
-        self.check(pass.chunks, cache)?;
+        self.check(chunks, cache)?;
+        let tokens: usize = chunks.iter().map(|c| c.tokens.len()).sum();
+        if !rows.is_sorted_by(|a, b| a < b) || rows.last().is_some_and(|row| *row >= tokens) {
+            return Err(ModelError::Mismatch(format!("logits are wanted of rows {rows:?} of {tokens} tokens")));
+        }
+        let pass = Pass { chunks, rows };
         match &self.weights {
             Form::Cpu(weights) => weights.forward(&self.config, &self.frequencies, pass, cache, workspace, on_layer)?,
             Form::Gpu(weights) => {

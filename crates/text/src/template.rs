@@ -31,7 +31,6 @@ pub struct Chat {
 /// A model's chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    knows_tools: bool,
     bos_token: String,
     eos_token: String,
 }
@@ -51,16 +50,10 @@ impl ChatTemplate {
         });
         environment.add_function("strftime_now", |format: &str| chrono::Local::now().format(format).to_string());
         environment.add_filter("tojson", to_json);
-        let knows_tools = source.contains("tools");
         environment
             .add_template_owned(NAME, without_generation_blocks(source))
             .map_err(|e| ServiceError::new(Code::InvalidArgument, format!("the chat template is malformed: {e}")))?;
-        Ok(Self { environment, knows_tools, bos_token, eos_token })
-    }
-
-    /// Whether it tells the model of tools.
-    pub fn knows_tools(&self) -> bool {
-        self.knows_tools
+        Ok(Self { environment, bos_token, eos_token })
     }
 
     /// The chat as text, up to where the assistant's answer begins.

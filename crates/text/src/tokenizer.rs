@@ -166,11 +166,12 @@ impl ModelText {
     /// As [`TextModel::encode_chat`], and where tools are there and the template knows of none.
     pub fn encode_whole_chat(&self, chat: &Chat) -> Result<Vec<u32>, ServiceError> {
         let template = self.template()?;
-        if !chat.tools.is_empty() && !template.knows_tools() {
+        let text = template.render_chat(chat)?;
+        if !chat.tools.is_empty() && text == template.render_chat(&Chat { tools: Vec::new(), ..chat.clone() })? {
             let message = format!("tools: the chat template of model {} has no place for tools; leave them out", self.name);
             return Err(ServiceError::new(Code::InvalidArgument, message));
         }
-        self.tokens(&template.render_chat(chat)?, false)
+        self.tokens(&text, false)
     }
 
     fn template(&self) -> Result<&ChatTemplate, ServiceError> {

@@ -40,12 +40,12 @@ impl GpuLlama {
         Ok(Self { device: device.clone(), embedding, layers, norm, head })
     }
 
-    /// Reads all chunks; gives the logits that are wanted, `[wanted, vocab]`.
+    /// Reads all chunks; gives the logits of the rows that are wanted, `[rows, vocab]`.
     pub(crate) fn forward(
         &self,
         config: &LlamaConfig,
         frequencies: &Frequencies,
-        pass: &Pass<'_>,
+        Pass { chunks, rows }: Pass<'_>,
         cache: &mut KvCache,
         on_layer: &mut dyn FnMut(usize, &KvCache) -> Result<(), ModelError>,
     ) -> Result<Vec<f32>, ModelError> {
@@ -62,16 +62,16 @@ impl GpuLlama {
             x = (x + attended)?;
             x = (&x + layer.mlp(&layer.mlp_norm.forward(&x)?)?)?;
         }
-        self.logits(&x, &pass.wanted)
+        self.logits(&x, rows)
     }
 
-    fn logits(&self, x: &Tensor, wanted: &[usize]) -> Result<Vec<f32>, ModelError> {
-        if wanted.is_empty() {
+    fn logits(&self, x: &Tensor, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
+        if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let wanted: Vec<u32> = wanted.iter().map(|row| *row as u32).collect();
-        let wanted = Tensor::from_slice(&wanted, wanted.len(), &self.device)?;
-        let x = self.norm.forward(&x.index_select(&wanted, 0)?)?;
+        let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
+        let rows = Tensor::from_slice(&rows, rows.len(), &self.device)?;
+        let x = self.norm.forward(&x.index_select(&rows, 0)?)?;
         Ok(self.head.multiply(&x)?.flatten_all()?.to_vec1()?)
     }
 }
