@@ -30,7 +30,7 @@ pub(crate) struct EvalArgs {
     #[arg(long, env = "OVERFILL_BASELINE", value_delimiter = ',')]
     baseline: Vec<PathBuf>,
     /// Most tokens of an answer
-    #[arg(long, env = "OVERFILL_MAX_TOKENS", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, env = "OVERFILL_MAX_TOKENS", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..))]
     max_tokens: u16,
     /// Only the first so many conversations of each task
     #[arg(long, env = "OVERFILL_LIMIT")]

@@ -118,7 +118,9 @@ impl<'e> Batch<'e> {
                 }
             }
         }
-        slabs.push(slab);
+        if !slab.is_empty() {
+            slabs.push(slab);
+        }
         slabs
     }
 
@@ -372,6 +374,19 @@ mod tests {
             }
             let alone = score(&full, &arms, formats, &mut workspace, &examples[e..=e], |_| ()).unwrap();
             assert!((0..3).all(|arm| alone[arm][0] == all[arm][e]), "company changes nothing");
+        }
+    }
+
+    #[test]
+    fn slabs_hold_every_token_once() {
+        for lengths in [vec![1], vec![95], vec![96], vec![97], vec![40, 56], vec![192, 3, 93], vec![300, 1, 1]] {
+            let examples: Vec<Example> = lengths.iter().map(|n| Example { prompt: vec![1], response: vec![2; *n] }).collect();
+            let slabs = Batch::new(&examples).slabs();
+            let sizes: Vec<usize> = slabs.iter().map(|slab| slab.iter().map(|part| part.tokens.len()).sum()).collect();
+            assert!(sizes.iter().all(|size| (1..=SLAB_ROWS).contains(size)), "{lengths:?}: {sizes:?}");
+            let all: Vec<(usize, usize)> = slabs.iter().flatten().flat_map(|p| p.tokens.clone().map(|t| (p.example, t))).collect();
+            let wanted: Vec<(usize, usize)> = lengths.iter().enumerate().flat_map(|(e, n)| (0..*n).map(move |t| (e, t))).collect();
+            assert_eq!(all, wanted);
         }
     }
 

@@ -181,11 +181,6 @@ impl ModelText {
         })
     }
 
-    /// The token that ends an answer in a chat: of the manifest's the one that the tokenizer calls its end of sequence.
-    pub fn end_of_turn(&self) -> Option<u32> {
-        self.end_of_turn
-    }
-
     /// Whether chats can be rendered.
     pub fn has_template(&self) -> bool {
         self.template.is_some()

@@ -50,7 +50,7 @@ impl Samples {
     /// Where the chat template refuses one, or the pair has no token that ends an answer.
     pub fn new(conversations: Vec<Conversation>, text: &TextModel, how: &Measuring) -> Result<Self, ServiceError> {
         let mut samples = Self { conversations: Vec::new(), examples: Vec::new(), left_out: 0 };
-        let end = text.end_of_turn().ok_or_else(|| {
+        let end = text.eos().or(how.end.first().copied()).ok_or_else(|| {
             ServiceError::new(
                 Code::InvalidArgument,
                 "the pair names no token that ends an answer: make it of models whose config.json has an eos_token_id",

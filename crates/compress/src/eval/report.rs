@@ -133,6 +133,9 @@ fn mean(
     draw[tasks].iter().map(of_task).sum::<f64>() / count
 }
 
+/// One of the figures.
+type Figure = fn(&Figures) -> Estimate;
+
 /// Tables for a terminal: scores by task, then all figures' means, then comparisons.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -146,7 +149,7 @@ impl fmt::Display for Report {
         }
         write!(f, "\n{:16}{:>8}", "mean of tasks", "")?;
         self.arms.iter().try_for_each(|arm| write!(f, "  {:>widest$}", cell(arm.mean.score)))?;
-        let rows: [(&str, fn(&Figures) -> Estimate); 6] = [
+        let rows: [(&str, Figure); 6] = [
             ("loss, nats", |m| m.loss),
             ("KL to full", |m| m.kl),
             ("top-1 as full", |m| m.agreement),
@@ -154,7 +157,7 @@ impl fmt::Display for Report {
             ("F1", |m| m.f1),
             ("contains", |m| m.contains),
         ];
-        write!(f, "\n")?;
+        writeln!(f)?;
         for (name, of) in rows {
             write!(f, "\n{name:24}")?;
             self.arms.iter().try_for_each(|arm| write!(f, "  {:>widest$}", cell(of(&arm.mean))))?;
