@@ -9,6 +9,7 @@ mod pair;
 mod progress;
 mod prune;
 mod serve;
+mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -87,6 +88,8 @@ enum Command {
     Pair(pair::MakePairArgs),
     /// Make a smaller checkpoint of a full model
     Prune(prune::PruneArgs),
+    /// Train a decode model to answer from the full model's KV cache
+    Train(Box<train::TrainArgs>),
     /// Measure speed
     Bench {
         #[command(subcommand)]
@@ -120,6 +123,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Answer(args) => answer::run(args, &cli.home),
         Command::Pair(args) => pair::run(args),
         Command::Prune(args) => prune::run(args),
+        Command::Train(args) => train::run(*args),
         Command::Bench { what } => bench::run(what, &cli.home),
     }
 }

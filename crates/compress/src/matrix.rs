@@ -4,8 +4,8 @@
 //! the square of its factor's condition number.
 
 use faer::linalg::matmul::matmul;
-use faer::{Accum, Mat, MatMut, MatRef, Par, Side};
 use faer::prelude::Solve;
+use faer::{Accum, Mat, MatMut, MatRef, Par, Side};
 
 use crate::error::CompressError;
 
@@ -140,7 +140,8 @@ impl Products {
     /// # Errors
     /// [`CompressError::Numbers`] where the iteration does not converge: the numbers are not finite.
     pub fn principal(&self, kept: usize) -> Result<(Matrix, Vec<f64>), CompressError> {
-        let eigen = self.0.self_adjoint_eigen(Side::Lower).map_err(|_| CompressError::Numbers("the eigenvalues of the residual stream".into()))?;
+        let eigen =
+            self.0.self_adjoint_eigen(Side::Lower).map_err(|_| CompressError::Numbers("the eigenvalues of the residual stream".into()))?;
         let n = self.0.nrows();
         let vectors = eigen.U();
         let numbers = (0..n).flat_map(|i| (0..kept).map(move |j| vectors[(i, n - 1 - j)] as f32)).collect();
@@ -166,6 +167,13 @@ pub fn ridge(gram: &Products, cross: &Products, prior: &Matrix, ridge: f64) -> R
     (0..n).for_each(|i| regular[(i, i)] += lambda);
     let factor = regular.llt(Side::Lower).map_err(|_| CompressError::Numbers("a least-squares fit".into()))?;
     factor.solve_in_place(&mut wanted);
-    let numbers = (0..prior.rows).flat_map(|j| (0..n).map({ let (w, b) = (&wanted, &before); move |i| (b[(i, j)] + w[(i, j)]) as f32 })).collect();
+    let numbers = (0..prior.rows)
+        .flat_map(|j| {
+            (0..n).map({
+                let (w, b) = (&wanted, &before);
+                move |i| (b[(i, j)] + w[(i, j)]) as f32
+            })
+        })
+        .collect();
     Ok(Matrix::new(prior.rows, n, numbers))
 }

@@ -4,6 +4,7 @@ mod engine;
 mod handoff;
 mod itl;
 mod peaks;
+mod train;
 
 use clap::Subcommand;
 
@@ -17,6 +18,8 @@ pub(crate) enum BenchCommand {
     Handoff(handoff::HandoffArgs),
     /// Inter-token latency of a running cluster, alone and while long prompts arrive
     Itl(itl::ItlArgs),
+    /// Training tokens per second, on random numbers
+    Train(train::TrainArgs),
 }
 
 pub(crate) fn run(what: BenchCommand, home: &Home) -> anyhow::Result<()> {
@@ -24,6 +27,7 @@ pub(crate) fn run(what: BenchCommand, home: &Home) -> anyhow::Result<()> {
         BenchCommand::Engine(args) => engine::run(&args, home),
         BenchCommand::Handoff(args) => handoff::run(&args, home),
         BenchCommand::Itl(args) => itl::run(&args),
+        BenchCommand::Train(args) => train::run(&args),
     }
 }
 

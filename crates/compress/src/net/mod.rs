@@ -22,7 +22,7 @@ mod rows;
 #[cfg(test)]
 mod tests;
 mod vector;
-pub(crate) use vector::{sum, vectorised};
+pub(crate) use vector::{exp, sum, vectorised};
 
 pub use batch::{Context, KvRows, Packed, Sequence};
 pub use layer::{LayerBuffers, LayerGradients, LayerShape, LayerWeights, Saved};

@@ -78,10 +78,14 @@ fn nearest(n: usize, of: usize) -> usize {
 fn count(flag: &str, keep: Keep, all: usize) -> Result<usize, CompressError> {
     match keep {
         Keep::All => Ok(all),
-        Keep::Without(ratio) if (0.0..1.0).contains(&ratio) && ((1.0 - ratio) * all as f64) >= 1.0 => Ok(((1.0 - ratio) * all as f64) as usize),
+        Keep::Without(ratio) if (0.0..1.0).contains(&ratio) && ((1.0 - ratio) * all as f64) >= 1.0 => {
+            Ok(((1.0 - ratio) * all as f64) as usize)
+        }
         Keep::Without(ratio) => Err(CompressError::Refused(format!("{flag} {ratio} is the share to cut away: at least 0 and less than 1"))),
         Keep::Exactly(n) if (1..=all).contains(&n) => Ok(n),
-        Keep::Exactly(n) => Err(CompressError::Refused(format!("{flag} {n} is not possible: the full model has {all}, so 1 to {all} can be kept"))),
+        Keep::Exactly(n) => {
+            Err(CompressError::Refused(format!("{flag} {n} is not possible: the full model has {all}, so 1 to {all} can be kept")))
+        }
     }
 }
 

@@ -126,7 +126,14 @@ impl Prune {
         }
     }
 
-    fn make(&self, full: &Checkpoint, shape: &LlamaConfig, samples: &Samples, out: &Path, progress: Progress<'_>) -> Result<Report, CompressError> {
+    fn make(
+        &self,
+        full: &Checkpoint,
+        shape: &LlamaConfig,
+        samples: &Samples,
+        out: &Path,
+        progress: Progress<'_>,
+    ) -> Result<Report, CompressError> {
         let mut shape = shape.clone();
         shape.tied_embeddings = full.tied() && !matches!(self.method, Method::Pca { .. });
         let mut writer = Writer::create(out, self.format)?;
@@ -208,7 +215,12 @@ fn everything(full: &LlamaConfig, layers: Vec<usize>) -> Kept {
     Kept { kv_heads: all(full.kv.kv_heads), neurons: all(full.intermediate_size), layers, channels: None }
 }
 
-fn within_layers(found: &Statistics, shape: &LlamaConfig, full: &LlamaConfig, neurons: impl Fn(&statistics::LayerStatistics) -> &[f64]) -> Kept {
+fn within_layers(
+    found: &Statistics,
+    shape: &LlamaConfig,
+    full: &LlamaConfig,
+    neurons: impl Fn(&statistics::LayerStatistics) -> &[f64],
+) -> Kept {
     Kept {
         layers: (0..full.kv.layers).collect(),
         channels: None,
@@ -278,4 +290,3 @@ impl Method {
         }
     }
 }
-

@@ -153,7 +153,13 @@ impl Shape {
                     for g in 0..group {
                         let head = (kv_head * group + g) * size;
                         let query = &q.row(row)[head..head + size];
-                        attend(query, &keys[..visible * size], &values[..visible * size], &mut scores[..visible], &mut out[(i * group + g) * size..][..size]);
+                        attend(
+                            query,
+                            &keys[..visible * size],
+                            &values[..visible * size],
+                            &mut scores[..visible],
+                            &mut out[(i * group + g) * size..][..size],
+                        );
                     }
                 }
                 out
