@@ -11,6 +11,7 @@ mod pair;
 mod progress;
 mod prune;
 mod serve;
+mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -93,6 +94,8 @@ enum Command {
     Pair(pair::MakePairArgs),
     /// Make a smaller checkpoint of a full model
     Prune(prune::PruneArgs),
+    /// Train a decode model to answer from the full model's KV cache
+    Train(Box<train::TrainArgs>),
     /// Measure speed
     Bench {
         #[command(subcommand)]
@@ -128,6 +131,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Export(args) => export::run(args),
         Command::Pair(args) => pair::run(args),
         Command::Prune(args) => prune::run(args),
+        Command::Train(args) => train::run(*args),
         Command::Bench { what } => bench::run(what, &cli.home),
     }
 }

@@ -358,7 +358,8 @@ impl Writer {
         self.tensor(name, vec![numbers.len()], numbers)
     }
 
-    fn tensor(&mut self, name: String, shape: Vec<usize>, numbers: &[f32]) -> Result<(), CompressError> {
+    /// A tensor under its whole name.
+    pub(crate) fn tensor(&mut self, name: String, shape: Vec<usize>, numbers: &[f32]) -> Result<(), CompressError> {
         let bytes = self.format.bytes(numbers);
         if self.pending_bytes > 0 && self.pending_bytes + bytes.len() > self.shard_bytes {
             self.flush()?;

@@ -16,6 +16,7 @@ pub mod net;
 pub mod prune;
 mod read;
 pub mod score;
+pub mod train;
 
 pub use answer::{Asked, Writing, answer};
 pub use data::{Conversation, Example};

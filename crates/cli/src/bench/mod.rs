@@ -5,6 +5,7 @@ mod handoff;
 mod itl;
 mod peaks;
 mod serve;
+mod train;
 
 use clap::Subcommand;
 
@@ -20,6 +21,8 @@ pub(crate) enum BenchCommand {
     Itl(itl::ItlArgs),
     /// A load on a running server, over HTTP or gRPC, as `vllm bench serve` puts it
     Serve(Box<serve::ServeBenchArgs>),
+    /// Training tokens per second, on random numbers
+    Train(train::TrainArgs),
 }
 
 pub(crate) fn run(what: BenchCommand, home: &Home) -> anyhow::Result<()> {
@@ -28,6 +31,7 @@ pub(crate) fn run(what: BenchCommand, home: &Home) -> anyhow::Result<()> {
         BenchCommand::Handoff(args) => handoff::run(&args, home),
         BenchCommand::Itl(args) => itl::run(&args),
         BenchCommand::Serve(args) => serve::run(&args),
+        BenchCommand::Train(args) => train::run(&args),
     }
 }
 

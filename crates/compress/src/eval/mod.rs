@@ -129,7 +129,7 @@ pub fn evaluate(
             let conversation = &samples.conversations[sample];
             let own = [conversation.response.clone()];
             let right = if conversation.answers.is_empty() { &own[..] } else { &conversation.answers };
-            let answer = text.text_of(&written);
+            let answer = text.decode(&written, false);
             let [exact, f1, contains] = [Metric::Exact, Metric::F1, Metric::Contains].map(|metric| words::score(metric, &answer, right));
             let score = match conversation.metric {
                 Metric::Exact => exact,
@@ -188,7 +188,7 @@ mod tests {
             let writing = Writing { batch: 1, positions: 90, formats: how.formats, end: how.end.clone() };
             let asked = Asked { prompt, sampling: SamplingParams::greedy(), max_tokens: 12 };
             answer(&full, Arm::Full, &writing, &mut workspace, [asked], |_, written| -> Result<(), ModelError> {
-                conversation.answers = vec![text.text_of(&written)];
+                conversation.answers = vec![text.decode(&written, false)];
                 Ok(())
             })
             .unwrap();

@@ -20,6 +20,16 @@ pub struct Context {
     pub layers: Vec<KvRows>,
 }
 
+impl Context {
+    /// Keeps the first `tokens` tokens.
+    pub fn truncate(&mut self, tokens: usize) {
+        for rows in self.layers.iter_mut().flat_map(|l| [&mut l.k, &mut l.v]) {
+            rows.truncate(rows.len() / self.tokens.max(1) * tokens);
+        }
+        self.tokens = self.tokens.min(tokens);
+    }
+}
+
 /// A run of tokens that the network reads itself, after a context or from position 0.
 #[derive(Clone, Copy, Debug)]
 pub struct Sequence<'a> {

@@ -13,7 +13,7 @@ const RUN: usize = 4096;
 
 /// The exponential function; relative error below 1e-6, 0 below -87 and the largest at 88.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     /// Adding it rounds to the nearest whole number, which then lies in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
     let low = x < -87.0;

@@ -49,7 +49,6 @@ impl GpuLlama {
         cache: &mut KvCache,
         on_layer: &mut dyn FnMut(usize, &KvCache) -> Result<(), ModelError>,
     ) -> Result<Vec<f32>, ModelError> {
-        let chunks = pass.chunks;
         let tokens: Vec<u32> = chunks.iter().flat_map(|c| c.tokens.iter().copied()).collect();
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         frequencies.at(chunks, &mut cos, &mut sin);

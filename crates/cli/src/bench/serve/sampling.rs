@@ -68,8 +68,8 @@ impl SamplingArgs {
             repetition_penalty: self.repetition_penalty,
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
-            seed: None,
             logprobs: self.logprobs,
+            ..Sampling::default()
         }
     }
 }

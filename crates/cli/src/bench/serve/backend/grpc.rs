@@ -66,7 +66,7 @@ impl Grpc {
         GenerateRequest {
             model: model.to_owned(),
             input: Some(input),
-            sampling: Some(self.sampling),
+            sampling: Some(self.sampling.clone()),
             max_tokens: Some(max_tokens),
             ignore_eos: self.ignore_eos,
             ..GenerateRequest::default()
