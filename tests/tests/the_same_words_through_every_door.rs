@@ -162,7 +162,7 @@ async fn by_every_door() {
         let plain = asked(&sampling, json!({}));
         let expected = post(&cluster, &plain).await["choices"][0]["text"].as_str().unwrap().to_owned();
         assert!(expected.is_ascii() && expected.len() > 5, "{expected:?}");
-        assert_eq!(streamed(&cluster, &plain, 1).await, [expected.clone()]);
+        assert_eq!(streamed(&cluster, &plain, 1).await, std::slice::from_ref(&expected));
         assert_eq!(over_grpc(&cluster, &sampling, None).await, expected);
         let parameters = asked(&sampling, json!({}));
         assert_eq!(over_kserve(&mut kserve, &parameters).await, vec![expected.clone(); 6], "{sampling}");
@@ -219,13 +219,14 @@ async fn kserve_tells_what_there_is() {
     with_input.inputs.push(exclude);
     assert!(text(&client.model_infer(with_input).await.unwrap().into_inner()).starts_with(PROMPT));
 
-    let cases: [(&dyn Fn(&mut ModelInferRequest), &str); 6] = [
-        (&|r| drop(r.inputs.remove(0)), "text_input is missing"),
-        (&|r| r.inputs[0].name = "text".into(), "'text' is not known"),
-        (&|r| r.inputs[0].datatype = "INT32".into(), "INT32"),
-        (&|r| r.inputs[0].contents = None, "one element"),
-        (&|r| r.raw_input_contents = vec![vec![1].into()], "raw contents"),
-        (&|r| r.model_version = "3".into(), "version '3'"),
+    type Change = fn(&mut ModelInferRequest);
+    let cases: [(Change, &str); 6] = [
+        (|r| drop(r.inputs.remove(0)), "text_input is missing"),
+        (|r| r.inputs[0].name = "text".into(), "'text' is not known"),
+        (|r| r.inputs[0].datatype = "INT32".into(), "INT32"),
+        (|r| r.inputs[0].contents = None, "one element"),
+        (|r| r.raw_input_contents = vec![vec![1].into()], "raw contents"),
+        (|r| r.model_version = "3".into(), "version '3'"),
     ];
     for (change, word) in cases {
         let mut wrong = infer(&parameters, None, false);

@@ -1,5 +1,7 @@
 //! A training run is PyTorch's, step for step; it goes on as if it had never stopped; and its loss is the one that is served.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 

@@ -71,7 +71,7 @@ impl ToolReader {
     }
 
     fn text(&self, text: String, to: &mut Vec<ToolPiece>) {
-        if !text.is_empty() && !(self.called && text.trim().is_empty()) {
+        if !(text.is_empty() || self.called && text.trim().is_empty()) {
             to.push(ToolPiece::Text(text));
         }
     }
