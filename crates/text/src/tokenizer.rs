@@ -143,10 +143,10 @@ impl ModelText {
         self.tokens(text, true)
     }
 
-    /// As [`TextModel::encode`], with nothing before it.
+    /// As [`ModelText::encode`], with nothing before it.
     ///
     /// # Errors
-    /// As [`TextModel::encode`].
+    /// As [`ModelText::encode`].
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, ServiceError> {
         self.tokens(text, false)
     }
@@ -160,10 +160,10 @@ impl ModelText {
         self.tokens(&self.template()?.render(messages)?, false)
     }
 
-    /// As [`TextModel::encode_chat`], with tools and whatever else the messages hold.
+    /// As [`ModelText::encode_chat`], with tools and whatever else the messages hold.
     ///
     /// # Errors
-    /// As [`TextModel::encode_chat`], and where tools are there and the template knows of none.
+    /// As [`ModelText::encode_chat`], and where tools are there and the template knows of none.
     pub fn encode_whole_chat(&self, chat: &Chat) -> Result<Vec<u32>, ServiceError> {
         let template = self.template()?;
         let text = template.render_chat(chat)?;
