@@ -162,7 +162,7 @@ async fn everything_may_start_before_its_peers_and_stops_when_told() {
     let pair = tiny::pair(Kind::Identity, 5);
     let mut cluster = Cluster::start(&pair.dir, 0, 0);
     eventually(PATIENCE, "the router listens", || async { reqwest::get(format!("{}/live", cluster.http)).await.is_ok() }).await;
-    let response = reqwest::get(format!("{}/ready", cluster.http)).await.unwrap();
+    let response = reqwest::get(format!("{}/health", cluster.http)).await.unwrap();
     assert_eq!(response.status(), 503);
     assert!(response.text().await.unwrap().contains("no prefill node and no decode node"));
     let body = serde_json::json!({ "model": "tiny", "prompt": "x" });

@@ -29,6 +29,8 @@ pub(crate) fn app(router: Arc<Router>) -> Routes {
         .route("/openapi.json", get(docs::document))
         .route("/live", get(|| async { "live\n" }))
         .route("/ready", get(ready))
+        // vLLM's name, which load testers ask before they begin.
+        .route("/health", get(ready))
         .fallback(|| async {
             Failed::from(ServiceError::new(
                 Code::NotFound,
