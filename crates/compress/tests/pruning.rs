@@ -248,7 +248,7 @@ fn a_fit_is_nearer_to_the_full_model() {
         ours.iter().flatten().zip(theirs.iter().flatten()).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>()
     };
     let (none, decode) = (loss(Fit::None), loss(Fit::Decode));
-    assert!(decode < 0.8 * none, "fitted {decode}, rotated {none}");
+    assert!(decode < 0.9 * none, "fitted {decode}, rotated {none}");
 }
 
 #[test]

@@ -16,7 +16,8 @@ pub struct Schedule {
 impl Schedule {
     /// The rate of step `step` of `steps`, counted from 0; never 0.
     pub fn rate(&self, step: u64, steps: u64) -> f32 {
-        let rise = ((f64::from(self.warmup) * steps as f64).ceil() as u64).min(steps);
+        // In f32: 0.1 as f64 is a little more than a tenth, which would be one step too many of a hundred.
+        let rise = ((self.warmup * steps as f32).ceil() as u64).min(steps);
         if step < rise {
             return (f64::from(self.peak) * (step + 1) as f64 / rise as f64) as f32;
         }
