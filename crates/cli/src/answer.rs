@@ -17,6 +17,7 @@ use overfill_text::TextModel;
 use overfill_types::SamplingParams;
 
 use crate::progress::bar;
+use crate::threads::ThreadArgs;
 use crate::{Home, PairArgs};
 
 #[derive(Args)]
@@ -48,9 +49,8 @@ pub(crate) struct AnswerArgs {
     /// Answers at a time
     #[arg(long, env = "OVERFILL_BATCH", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: u16,
-    /// Compute threads [default: all cores]
-    #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    threads: ThreadArgs,
 }
 
 pub(crate) fn run(args: AnswerArgs, home: &Home) -> anyhow::Result<()> {
@@ -83,7 +83,7 @@ pub(crate) fn run(args: AnswerArgs, home: &Home) -> anyhow::Result<()> {
     }
 
     let pair = Pair::open(&dir)?;
-    let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
+    let threads = args.threads.count();
     let mut workspace = Workspace::new(Pool::new(threads, &[])?);
     let full = pair.load_full(&Device::Cpu, workspace.pool())?;
     let other = if args.mode == Mode::Full { None } else { Some(pair.load_decode(&Device::Cpu, workspace.pool())?) };

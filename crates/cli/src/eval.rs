@@ -11,6 +11,7 @@ use overfill_text::TextModel;
 use overfill_types::pair::WeightFormat;
 
 use crate::progress::bar;
+use crate::threads::ThreadArgs;
 use crate::{Home, PairArgs};
 
 #[derive(Args)]
@@ -38,9 +39,8 @@ pub(crate) struct EvalArgs {
     /// Answers at a time
     #[arg(long, env = "OVERFILL_BATCH", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: u16,
-    /// Compute threads [default: all cores]
-    #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    threads: ThreadArgs,
     /// Print one JSON object instead of tables
     #[arg(long, env = "OVERFILL_JSON")]
     json: bool,
@@ -77,7 +77,7 @@ pub(crate) fn run(args: EvalArgs, home: &Home) -> anyhow::Result<()> {
         bail!("there is nothing to measure: no conversation fits the context, or the files are empty");
     }
 
-    let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
+    let threads = args.threads.count();
     let mut workspace = Workspace::new(Pool::new(threads, &[])?);
     let pool = workspace.pool();
     let full = pair.load_full(&Device::Cpu, pool)?;

@@ -13,6 +13,7 @@ use overfill_types::{FinishReason, Limits, SamplingParams, StopConditions};
 use serde_json::json;
 
 use crate::progress::spinner;
+use crate::threads::ThreadArgs;
 use crate::{Home, PairArgs};
 
 #[derive(Args)]
@@ -64,9 +65,8 @@ pub(crate) struct GenerateArgs {
     /// Write on past the model's end-of-sequence tokens
     #[arg(long, env = "OVERFILL_IGNORE_EOS")]
     ignore_eos: bool,
-    /// Compute threads [default: all cores]
-    #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    threads: ThreadArgs,
     /// Where the models compute: cpu or cuda:N
     #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
     device: String,
@@ -86,7 +86,7 @@ pub(crate) fn run(args: GenerateArgs, home: &Home) -> anyhow::Result<()> {
     let mut stops = StopMatcher::new(args.stop.clone())?;
 
     let loading = spinner("loading the pair");
-    let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
+    let threads = args.threads.count();
     let mut solo = Solo::load(&Pair::open(&dir)?, &overfill_model::device::parse(&args.device)?, Pool::new(threads, &[])?)?;
     loading.finish_and_clear();
 

@@ -11,6 +11,7 @@ mod pair;
 mod progress;
 mod prune;
 mod serve;
+mod threads;
 mod train;
 
 use std::path::PathBuf;

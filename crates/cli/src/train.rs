@@ -18,6 +18,7 @@ use overfill_types::{KvFormat, KvFormats, KvTransform, PruneStrategy, WireFormat
 use serde_json::{Map, json};
 
 use crate::progress::bar;
+use crate::threads::ThreadArgs;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Mode {
@@ -154,15 +155,14 @@ pub(crate) struct TrainArgs {
     /// Most of it, in GiB
     #[arg(long, default_value_t = 16.0)]
     cache_size: f64,
-    /// Compute threads [default: all cores]
-    #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    threads: ThreadArgs,
 }
 
 pub(crate) fn run(args: TrainArgs) -> anyhow::Result<()> {
     let options = args.options();
     options.check()?;
-    let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
+    let threads = args.threads.count();
     let source = args.source()?;
     let (text, end) = source.text()?;
     let load = |path: &Path, most: usize| Set::load(path, &text, end, args.max_tokens.min(source.longest), most);

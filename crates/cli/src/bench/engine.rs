@@ -12,6 +12,7 @@ use overfill_types::pair::WeightFormat;
 use serde_json::json;
 
 use crate::bench::peaks::Peaks;
+use crate::bench::spread::Spread;
 use crate::progress::bar;
 use crate::{Home, fetch};
 
@@ -107,8 +108,7 @@ pub(crate) fn run(args: &EngineArgs, home: &Home) -> anyhow::Result<()> {
             let model = Llama::load(path, *weights, &device, &pool)?;
             let mut bench = Bench { args, model, workspace: Workspace::new(pool) };
             for case in cases(args, threads) {
-                let mut rates = bench.measure(case)?;
-                rates.sort_by(f64::total_cmp);
+                let rates = Spread::of(bench.measure(case)?);
                 bench.report(&name, case, &rates);
                 if let Some(peaks) = &peaks {
                     bench.explain(&name, case, peaks)?;
@@ -204,9 +204,9 @@ impl Bench<'_> {
         (0..count).map(|i| ((7919 * (i + 1) + 31 * run) % vocabulary) as u32).collect()
     }
 
-    fn report(&self, model: &str, case: Case, rates: &[f64]) {
+    fn report(&self, model: &str, case: Case, rates: &Spread) {
         let tenth = |x: f64| (x * 10.0).round() / 10.0;
-        let [min, median, max] = [rates.first(), rates.get(rates.len() / 2), rates.last()].map(|r| tenth(r.copied().unwrap_or(0.0)));
+        let [min, median, max] = [0.0, 50.0, 100.0].map(|percent| tenth(rates.percentile(percent)));
         let Case { phase, batch, context, threads } = case;
         let phase = format!("{phase:?}").to_lowercase();
         if self.args.json {

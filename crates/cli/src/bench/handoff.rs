@@ -29,7 +29,7 @@ use serde_json::json;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use crate::bench::median;
+use crate::bench::spread::Spread;
 use crate::{Home, PairArgs};
 
 /// How long the nodes may take to load the pair.
@@ -143,7 +143,7 @@ impl Bench {
                 plain.push(moved.as_secs_f64() * 1e3);
             }
         }
-        let [tail, own, plain] = [tails, own, plain].map(median);
+        let [tail, own, plain] = [tails, own, plain].map(|ms| Spread::of(ms).median());
         let rate = |ms: f64| bytes as f64 / ms / 1e3;
         let hidden = 1.0 - tail / own;
         if args.json {

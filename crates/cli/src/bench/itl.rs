@@ -14,6 +14,8 @@ use serde_json::json;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
+use crate::bench::spread::Spread;
+
 /// Tokens of a running sequence's prompt.
 const SHORT: usize = 32;
 
@@ -88,7 +90,7 @@ pub(crate) fn run(args: &ItlArgs) -> anyhow::Result<()> {
             idle.extend(a);
             arriving.extend(b);
         }
-        report(args, answered, &mut idle, &mut arriving);
+        report(args, answered, &Spread::of(idle), &Spread::of(arriving));
         Ok(())
     })
 }
@@ -157,12 +159,10 @@ impl Shared {
     }
 }
 
-fn report(args: &ItlArgs, answered: usize, idle: &mut [f64], arriving: &mut [f64]) {
-    let percentiles = |gaps: &mut [f64]| {
-        gaps.sort_by(f64::total_cmp);
-        [50, 99].map(|p| gaps.get((gaps.len().saturating_sub(1)) * p / 100).copied().unwrap_or(f64::NAN))
-    };
+fn report(args: &ItlArgs, answered: usize, idle: &Spread, arriving: &Spread) {
+    let percentiles = |gaps: &Spread| [gaps.median(), gaps.percentile(99.0)];
     let ([idle_50, idle_99], [arriving_50, arriving_99]) = (percentiles(idle), percentiles(arriving));
+    let (idle, arriving) = (idle.values(), arriving.values());
     if args.json {
         let line = json!({
             "bench": "itl", "sequences": args.sequences, "prompt_tokens": args.prompt_tokens, "prompts": answered,

@@ -5,6 +5,7 @@ mod handoff;
 mod itl;
 mod peaks;
 mod serve;
+mod spread;
 mod train;
 
 use clap::Subcommand;
@@ -33,10 +34,4 @@ pub(crate) fn run(what: BenchCommand, home: &Home) -> anyhow::Result<()> {
         BenchCommand::Serve(args) => serve::run(&args),
         BenchCommand::Train(args) => train::run(&args),
     }
-}
-
-/// The middle one; not a number where there is none.
-fn median(mut numbers: Vec<f64>) -> f64 {
-    numbers.sort_by(f64::total_cmp);
-    numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -10,9 +10,12 @@ use overfill_compress::train::adam::{Adam, norm};
 use overfill_model::LlamaConfig;
 use overfill_model::config::{Rope, RopeScaling};
 use overfill_types::KvGeometry;
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
-use super::median;
+use crate::bench::spread::Spread;
+use crate::threads::ThreadArgs;
 
 /// Tokens whose probabilities the full model is taken to have told.
 const TOP: usize = 32;
@@ -37,27 +40,22 @@ pub(crate) struct TrainArgs {
     /// Steps that are measured, after one that is not
     #[arg(long, default_value_t = 5)]
     steps: usize,
-    /// Compute threads [default: all cores]
-    #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    threads: ThreadArgs,
     /// Print one JSON object
     #[arg(long, env = "OVERFILL_JSON")]
     json: bool,
 }
 
-/// Numbers between -1 and 1 that look random.
+/// Random numbers between -`size` and `size`.
 fn numbers(n: usize, size: f32, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        size * ((state >> 40) as f32 / (1u32 << 23) as f32 - 1.0)
-    };
-    (0..n).map(|_| next()).collect()
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    (0..n).map(|_| random.random_range(-size..size)).collect()
 }
 
 pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
     anyhow::ensure!(args.responses.len() == args.prompts.len(), "as many prompts as responses are needed");
-    let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
+    let threads = args.threads.count();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("threads cannot be started")?;
     let config = LlamaConfig {
         architecture: "llama".into(),
@@ -74,7 +72,7 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
     };
     let seconds = pool.install(|| measure(args, &config));
     let tokens: usize = args.responses.iter().sum();
-    let step = median(seconds);
+    let step = Spread::of(seconds).median();
     let rate = tokens as f64 / step;
     if args.json {
         println!("{}", json!({ "response_tokens": tokens, "seconds_per_step": step, "tokens_per_second": rate, "threads": threads }));

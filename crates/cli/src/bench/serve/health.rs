@@ -6,8 +6,8 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::percentile::Spread;
 use super::record::Record;
+use crate::bench::spread::Spread;
 
 /// How often the event loop is asked whether it still runs.
 const TICK: Duration = Duration::from_millis(20);

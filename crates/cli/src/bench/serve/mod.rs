@@ -10,7 +10,6 @@ mod failure;
 mod goodput;
 mod health;
 mod load;
-mod percentile;
 mod record;
 mod report;
 mod result;

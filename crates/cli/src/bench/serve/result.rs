@@ -10,10 +10,10 @@ use serde_json::{Map, Value, json};
 use super::Run;
 use super::arrivals::Rate;
 use super::backend::pair;
-use super::percentile::Spread;
 use super::record::{Outcome, Record};
 use super::summary::FigureArgs;
 use super::table::percent_word;
+use crate::bench::spread::Spread;
 
 #[derive(Args)]
 #[command(next_help_heading = "Results")]

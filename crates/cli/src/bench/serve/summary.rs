@@ -7,8 +7,8 @@ use clap::{Args, ValueEnum};
 use super::goodput::{Goal, Goals, Since, parse};
 use super::health::{self, Health};
 use super::load::Measured;
-use super::percentile::Spread;
 use super::record::{Latency, Outcome, Record};
+use crate::bench::spread::Spread;
 
 /// A piece carries more tokens than this on average: gaps between pieces are then not gaps between tokens. One token of an
 /// answer may come without a piece: many servers count the end of sequence, and send nothing for it.

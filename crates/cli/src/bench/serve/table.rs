@@ -1,8 +1,8 @@
 //! A run on the terminal: `vllm bench serve`'s table, what failed, and what to make of it.
 
 use super::Run;
-use super::percentile::Spread;
 use super::summary::{FigureArgs, Metric, Summary};
+use crate::bench::spread::Spread;
 
 const WIDTH: usize = 50;
 

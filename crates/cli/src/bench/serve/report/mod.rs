@@ -10,9 +10,9 @@ use anyhow::Context;
 
 use super::Run;
 use super::arrivals::Rate;
-use super::percentile::Spread;
 use super::summary::{FigureArgs, Metric};
 use super::table::percent_word;
+use crate::bench::spread::Spread;
 
 const STYLE: &str = include_str!("report.css");
 

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::super::Run;
-use super::super::percentile::Spread;
 use super::super::record::{Outcome, Record};
 use super::chart::{Axis, Chart};
 use super::name;
+use crate::bench::spread::Spread;
 
 /// Answered requests that a slice of time holds on average, so that its percentiles mean something.
 const PER_SLICE: usize = 10;

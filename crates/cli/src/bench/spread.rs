@@ -2,15 +2,15 @@
 
 /// What is told of many values; none of it is a number where there are none.
 #[derive(Clone, Debug)]
-pub(super) struct Spread {
+pub(crate) struct Spread {
     sorted: Vec<f64>,
-    pub(super) mean: f64,
+    pub(crate) mean: f64,
     /// Of the values themselves, not of a sample of more.
-    pub(super) std: f64,
+    pub(crate) std: f64,
 }
 
 impl Spread {
-    pub(super) fn of(values: impl IntoIterator<Item = f64>) -> Self {
+    pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut sorted: Vec<f64> = values.into_iter().collect();
         sorted.sort_by(f64::total_cmp);
         let count = sorted.len() as f64;
@@ -20,7 +20,7 @@ impl Spread {
     }
 
     /// The value that `percent` of all values do not exceed, between two of them on the straight line (as numpy does it).
-    pub(super) fn percentile(&self, percent: f64) -> f64 {
+    pub(crate) fn percentile(&self, percent: f64) -> f64 {
         let Some(last) = self.sorted.len().checked_sub(1) else { return f64::NAN };
         let place = (percent / 100.0).clamp(0.0, 1.0) * last as f64;
         let (below, above) = (place.floor() as usize, place.ceil() as usize);
@@ -28,12 +28,12 @@ impl Spread {
         low + (high - low) * (place - below as f64)
     }
 
-    pub(super) fn median(&self) -> f64 {
+    pub(crate) fn median(&self) -> f64 {
         self.percentile(50.0)
     }
 
     /// All values, ascending.
-    pub(super) fn values(&self) -> &[f64] {
+    pub(crate) fn values(&self) -> &[f64] {
         &self.sorted
     }
 }
