@@ -34,6 +34,13 @@ impl Matrix {
         Self::new(rows, columns, vec![0.0; rows * columns])
     }
 
+    /// The identity, `[size, size]`.
+    pub fn identity(size: usize) -> Self {
+        let mut matrix = Self::zeros(size, size);
+        matrix.numbers.iter_mut().step_by(size + 1).for_each(|x| *x = 1.0);
+        matrix
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows

@@ -65,6 +65,8 @@ pub(crate) struct Rotated<'a> {
     pub(crate) basis: &'a Matrix,
     /// Share of the residual stream's energy that they hold.
     pub(crate) energy: f64,
+    /// Whether the head is fitted too; else last norm and head are the full model's.
+    pub(crate) fits_head: bool,
     pub(crate) fit: Fit,
     pub(crate) ridge: f64,
 }
@@ -79,8 +81,6 @@ impl Rotated<'_> {
         let embedding = self.full.embedding()?;
         let rotated = embedding.times(self.basis);
         writer.embedding(&rotated)?;
-        let mut head = self.full.head()?;
-        head.scale_columns(&self.full.norm()?);
         let mut streams = match self.fit {
             Fit::None => None,
             Fit::Overfill | Fit::Decode => Some(Streams::new(self, &embedding, &rotated, samples)),
@@ -105,10 +105,16 @@ impl Rotated<'_> {
             }
             writer.layer(i, &made)?;
         }
+        if !self.fits_head {
+            let head = if self.full.tied() { None } else { Some(self.full.head()?) };
+            return writer.head(&self.full.norm()?, head.as_ref());
+        }
         let map = match &streams {
             None => self.rotated_norm(),
             Some(streams) => streams.fit_norm()?,
         };
+        let mut head = self.full.head()?;
+        head.scale_columns(&self.full.norm()?);
         writer.head(&vec![1.0; self.basis.columns()], Some(&head.times(&map)))
     }
 
