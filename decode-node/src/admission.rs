@@ -31,6 +31,8 @@ pub(crate) struct Asked {
     pub(crate) prompt: Vec<u32>,
     /// Tokens of the answer that were written before, elsewhere.
     pub(crate) written: Vec<u32>,
+    /// The decode model reads the prompt itself.
+    pub(crate) alone: bool,
     pub(crate) sampling: SamplingParams,
     pub(crate) stop: StopConditions,
 }
@@ -109,13 +111,14 @@ impl Admission {
         self.check_pair(&asked.fingerprint)?;
         self.limits.check(&asked.prompt, &asked.stop)?;
         self.limits.check_bias(&asked.sampling)?;
-        self.check_written(asked)?;
+        self.limits.check_written(&asked.written, &asked.stop)?;
         let most = (asked.prompt.len() + asked.stop.max_tokens).div_ceil(self.pool.block_tokens());
         if most > self.pool.total() {
             let total = self.pool.total();
             return full(format!("{most} KV blocks are needed, this decode node has {total} in all: ask for fewer tokens"));
         }
-        let names = block_hashes(&self.fingerprint, &asked.prompt, self.pool.block_tokens());
+        // Names are of what the full model has read.
+        let names = if asked.alone { Vec::new() } else { block_hashes(&self.fingerprint, &asked.prompt, self.pool.block_tokens()) };
         let mut table = self.lock();
         if let Some(held) = table.held.values_mut().find(|h| h.request == asked.request && !h.superseded) {
             if held.expected.epoch >= asked.epoch {
@@ -161,25 +164,11 @@ impl Admission {
             held_tokens,
             prompt_digest: prompt_digest(&asked.prompt),
         };
-        let held = Held { request: asked.request.clone(), expected, most, claimed: false, superseded: false };
+        // No push is to come where the decode model reads the prompt.
+        let held = Held { request: asked.request.clone(), expected, most, claimed: asked.alone, superseded: false };
         table.held.insert(ticket.clone(), held);
         table.admitted += 1;
         Ok(Place { ticket, number: table.admitted, reservation, names, admission: self.clone() })
-    }
-
-    fn check_written(&self, asked: &Asked) -> Result<(), ServiceError> {
-        let Asked { written, stop, .. } = asked;
-        let refuse = |message: String| Err(ServiceError::new(Code::InvalidArgument, message));
-        if !written.is_empty() && written.len() >= stop.max_tokens {
-            return refuse(format!("{} tokens are written and max_tokens is {}: nothing is left to write", written.len(), stop.max_tokens));
-        }
-        match written.iter().enumerate().find(|(_, id)| **id as usize >= self.limits.vocab_size) {
-            Some((i, id)) => refuse(format!(
-                "token id {id} at place {i} of written is out of range: the vocabulary has {} tokens",
-                self.limits.vocab_size
-            )),
-            None => Ok(()),
-        }
     }
 
     /// Gives a ticket to the one push that may use it.

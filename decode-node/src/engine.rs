@@ -2,7 +2,7 @@
 //!
 //! Between two steps it takes what came in (admissions, rows of KV, commits, failures) and lets go of what nobody waits for.
 //! A step is one forward pass of the decode model over one token of every running sequence, or over several of one whose
-//! answer was begun elsewhere and is read again.
+//! answer was begun elsewhere and is read again, or that has no handoff and whose prompt is read here.
 //!
 //! **Invariants:** the oldest sequence is never preempted, so something always goes on. Running sequences wait for the rows of
 //! others [`ROWS_TIME`] a step, and for one frame more at most.
@@ -30,7 +30,7 @@ const COMMANDS: usize = 64;
 const FRAMES: usize = 8;
 /// How long rows are written between two steps: what a step is late by at most, but for one frame.
 const ROWS_TIME: Duration = Duration::from_millis(1);
-/// Most tokens that one step reads again of answers that are resumed: some two or three times what a step takes without.
+/// Most tokens that one step reads of prompts, and again of answers that are resumed: some two or three times what a step takes without.
 const REPLAY_TOKENS: usize = 64;
 /// How often an idle engine looks for sequences that nobody waits for, and whether it is to end.
 const SWEEP: Duration = Duration::from_millis(20);
@@ -171,6 +171,7 @@ impl Loop {
 
     fn take(&mut self, command: Command) {
         match command {
+            Command::Admit(sequence) if sequence.alone => self.running.push(*sequence),
             Command::Admit(sequence) => {
                 self.waiting.insert(sequence.place.ticket.clone(), *sequence);
             }

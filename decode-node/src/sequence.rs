@@ -18,9 +18,12 @@ pub(crate) type Events = mpsc::Sender<Result<DecodeEvent, Status>>;
 pub(crate) struct Sequence {
     pub(crate) place: Place,
     prompt_tokens: usize,
+    /// No handoff comes.
+    pub(crate) alone: bool,
     /// Positions whose keys and values the cache has, once the handoff is whole: the prompt's, then the answer's.
     pub(crate) cached: usize,
-    /// Tokens of the answer that the decode model has yet to read: the last one or, where it was begun elsewhere, all.
+    /// Tokens that the decode model has yet to read: the answer's last one or, where it was begun elsewhere, all of it; and
+    /// before it the prompt, where no handoff comes.
     unread: Vec<u32>,
     stop: StopConditions,
     pub(crate) sampler: Sampler,
@@ -32,11 +35,12 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     pub(crate) fn new(asked: Asked, guide: Option<Matcher>, place: Place, events: Events, patience: Duration) -> Self {
-        let Asked { prompt, written, sampling, stop, .. } = asked;
+        let Asked { prompt, written, alone, sampling, stop, .. } = asked;
         let mut sampler = Sampler::new(sampling, &prompt).guided(guide);
         written.iter().for_each(|token| sampler.observe(*token));
         let (prompt_tokens, until) = (prompt.len(), Instant::now() + patience);
-        Self { place, prompt_tokens, cached: prompt_tokens, unread: written, stop, sampler, events, until }
+        let (cached, unread) = if alone { (0, [prompt, written].concat()) } else { (prompt_tokens, written) };
+        Self { place, prompt_tokens, alone, cached, unread, stop, sampler, events, until }
     }
 
     /// Whether nobody reads the answer any more.

@@ -42,9 +42,14 @@ impl DecodeService {
             epoch: Epoch(request.epoch),
             prompt: request.prompt,
             written: request.written,
+            alone: request.alone,
             sampling: convert::sampling(request.sampling.as_ref(), 0)?,
             stop: convert::stop(request.stop)?,
         };
+        if asked.alone && asked.sampling.prompt_logprobs.is_some() {
+            let message = "log-probabilities of a prompt are the full model's: leave them out where the decode model reads it";
+            return Err(ServiceError::new(Code::InvalidArgument, message));
+        }
         let guide = match &asked.sampling.guide {
             Some(guide) => Some(self.guides.compile_beside(guide).await?),
             None => None,

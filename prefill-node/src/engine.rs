@@ -3,6 +3,8 @@
 //! A step is one forward pass over chunks of several prompts. As soon as a layer's keys and values are computed they are
 //! transformed and handed to the prompts' pushes, while the next layer computes. A prompt that begins like an earlier one
 //! shares its blocks and is read from where they end.
+//!
+//! Where the full model writes the whole answer, each token that it writes is one more of the prompt, read in the next step.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,7 +16,7 @@ use std::time::{Duration, Instant};
 use overfill_kv::{BlockHash, BlockId, BlockPool, Reservation};
 use overfill_lifecycle::Drain;
 use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Row, Sampled, Sampler, Workspace};
-use overfill_proto::v1::{FirstToken, PrefillEvent, Token, TokenLogprob, prefill_event};
+use overfill_proto::v1::{FirstToken, PrefillEvent, PrefillFinished, Token, TokenLogprob, prefill_event};
 use overfill_proto::{convert, status};
 use overfill_types::{Code, ServiceError, StopConditions};
 use tokio::sync::mpsc;
@@ -38,7 +40,12 @@ const POLL: Duration = Duration::from_millis(1);
 
 /// One prompt that is to be read.
 pub(crate) struct Job {
+    /// And what was written of the answer, where the full model writes it.
     pub(crate) prompt: Vec<u32>,
+    /// Of these, the request's own.
+    pub(crate) prompt_tokens: usize,
+    /// The full model writes on after its first token.
+    pub(crate) alone: bool,
     /// Names of the blocks that the prompt fills; `None` where no prompt's blocks are kept.
     pub(crate) names: Option<Vec<BlockHash>>,
     /// Chooses the first token.
@@ -79,6 +86,8 @@ struct Running {
     done: usize,
     /// Of these, found there.
     cached: usize,
+    /// A token was written here.
+    begun: bool,
     /// Of the prompt's tokens that were read, as far as they are wanted: from the second on.
     logprobs: Vec<TokenLogprob>,
 }
@@ -142,7 +151,7 @@ impl Loop {
             let names = job.names.as_deref().unwrap_or_default();
             // At least the last token is read: its logits are wanted. Or all are, where those of all are.
             let findable = if job.prompt_logprobs.is_some() { 0 } else { (job.prompt.len() - 1) / pool.block_tokens() };
-            let Ok(reservation) = pool.reserve(&names[..findable.min(names.len())], job.prompt.len()) else { return };
+            let Ok(reservation) = pool.reserve(&names[..findable.min(names.len())], job.most_tokens()) else { return };
             let Some(mut job) = self.waiting.pop_front() else { return };
             let done = reservation.shared_tokens();
             if job.names.is_some() {
@@ -152,7 +161,7 @@ impl Loop {
             if let Some(handoff) = &mut job.handoff {
                 handoff.available_in_all(done);
             }
-            self.running.push(Running { job, reservation, done, cached: done, logprobs: Vec::new() });
+            self.running.push(Running { job, reservation, done, cached: done, begun: false, logprobs: Vec::new() });
         }
     }
 
@@ -189,12 +198,12 @@ impl Loop {
             running.logprobs.extend(tokens.by_ref().take(reported).filter_map(|t| t.logprob).map(|l| convert::logprob_to_wire(&l)));
             running.done += given;
             if let Some(names) = &running.job.names {
-                running.reservation.keep(&names[..running.done / pool.block_tokens()]);
+                running.reservation.keep(&names[..names.len().min(running.done / pool.block_tokens())]);
             }
             if given == 0 || running.remaining() > 0 {
                 return true;
             }
-            tokens.next().is_some_and(|first| running.finish(&first, &settings.eos, read.computed))
+            tokens.next().is_some_and(|token| running.wrote(&token, &settings.eos, read.computed))
         });
     }
 
@@ -289,29 +298,40 @@ impl Running {
         if self.job.prompt_logprobs.is_some() { given.min(self.remaining().saturating_sub(1)) } else { 0 }
     }
 
-    /// The first token, from the full model's logits after the whole prompt. True if a handoff is to be brought to its end.
-    fn finish(&mut self, sampled: &Sampled, eos: &[u32], computed: Instant) -> bool {
+    /// A token, from the full model's logits after all there is. True if more is to be done: the next token, or the end of a handoff.
+    fn wrote(&mut self, sampled: &Sampled, eos: &[u32], computed: Instant) -> bool {
         let job = &mut self.job;
         if let Some(error) = job.sampler.failure() {
             job.send(Err(status::to_status(error)));
             return false;
         }
-        let finish = job.stop.after(sampled.token, 1, eos);
-        let token = Token { id: sampled.token, index: 0, logprob: sampled.logprob.as_ref().map(convert::logprob_to_wire) };
-        let first = FirstToken {
-            token: Some(token),
-            finish: finish.map_or(0, |f| convert::finish_to_wire(f).into()),
-            cached_tokens: self.cached as u32,
-            prompt_logprobs: std::mem::take(&mut self.logprobs),
-        };
-        job.send(Ok(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) }));
-        match &mut job.handoff {
-            Some(handoff) if finish.is_none() => {
-                handoff.end(&job.prompt, sampled.token, computed);
-                true
+        let index = job.prompt.len() - job.prompt_tokens;
+        let reason = job.stop.after(sampled.token, index + 1, eos);
+        let finish = reason.map(|r| convert::finish_to_wire(r).into());
+        let token = Token { id: sampled.token, index: index as u32, logprob: sampled.logprob.as_ref().map(convert::logprob_to_wire) };
+        if std::mem::replace(&mut self.begun, true) {
+            job.send(Ok(PrefillEvent { event: Some(prefill_event::Event::Token(token)) }));
+            if let Some(reason) = finish {
+                job.send(Ok(PrefillEvent { event: Some(prefill_event::Event::Finished(PrefillFinished { reason })) }));
             }
-            _ => false,
+        } else {
+            let first = FirstToken {
+                token: Some(token),
+                finish: finish.unwrap_or(0),
+                cached_tokens: self.cached as u32,
+                prompt_logprobs: std::mem::take(&mut self.logprobs),
+            };
+            job.send(Ok(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) }));
         }
+        if reason.is_some() {
+            return false;
+        }
+        if let Some(handoff) = &mut job.handoff {
+            handoff.end(&job.prompt, sampled.token, computed);
+        } else if job.alone {
+            job.prompt.push(sampled.token);
+        }
+        job.alone || job.handoff.is_some()
     }
 }
 
@@ -324,5 +344,10 @@ impl Job {
     fn send(&self, event: Result<PrefillEvent, Status>) {
         // Closed: the router has gone. Full it cannot be: there is room for all events of a prompt.
         let _ = self.events.try_send(event);
+    }
+
+    /// Token positions that are written to the cache in the end. All are taken at once: nothing here is preempted.
+    fn most_tokens(&self) -> usize {
+        if self.alone { self.prompt_tokens + self.stop.max_tokens } else { self.prompt.len() }
     }
 }

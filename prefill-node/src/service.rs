@@ -19,7 +19,7 @@ use crate::engine::Job;
 use crate::handoff::{Target, handoff};
 use crate::{Counted, Counts};
 
-/// A prompt has at most a first token, a handoff's end, and an error.
+/// A prompt has at most a first token, a handoff's or an answer's end, and an error.
 const EVENTS: usize = 3;
 
 /// What this node serves.
@@ -68,10 +68,17 @@ impl PrefillService {
         let stop = convert::stop(request.stop)?;
         limits.check(&request.prompt, &stop)?;
         limits.check_bias(&sampling)?;
-        let needed = request.prompt.len().div_ceil(pool.block_tokens());
+        let (prompt_tokens, alone) = (request.prompt.len(), request.alone);
+        limits.check_written(&request.written, &stop)?;
+        if alone && request.handoff.is_some() || !alone && !request.written.is_empty() {
+            let message =
+                "a prompt is read for a handoff, or the answer is written here (`alone`), perhaps after what was `written`: not both";
+            return Err(ServiceError::new(Code::InvalidArgument, message));
+        }
+        let needed = (prompt_tokens + if alone { stop.max_tokens } else { 0 }).div_ceil(pool.block_tokens());
         if needed > pool.total() {
             let message =
-                format!("the prompt needs {needed} KV blocks, this prefill node has {} in all: give it more --kv-memory", pool.total());
+                format!("the request needs {needed} KV blocks, this prefill node has {} in all: give it more --kv-memory", pool.total());
             return Err(ServiceError::new(Code::ResourceExhausted, message));
         }
         let held = request.handoff.as_ref().map_or(0, |h| h.held_tokens as usize);
@@ -91,7 +98,7 @@ impl PrefillService {
             Some(guide) => Some(self.served.guides.compile_beside(guide).await?),
             None => None,
         };
-        let (events, answer) = mpsc::channel(EVENTS);
+        let (events, answer) = mpsc::channel(if alone { stop.max_tokens + EVENTS } else { EVENTS });
         let (sender, push) = request
             .handoff
             .map(|h| {
@@ -101,10 +108,15 @@ impl PrefillService {
             })
             .unzip();
         let names = self.served.prefix_cache.then(|| block_hashes(fingerprint, &request.prompt, pool.block_tokens()));
+        let prompt_logprobs = sampling.prompt_logprobs.map(|n| n as usize);
+        let mut sampler = Sampler::new(sampling, &request.prompt).guided(guide);
+        request.written.iter().for_each(|token| sampler.observe(*token));
         let job = Job {
-            prompt_logprobs: sampling.prompt_logprobs.map(|n| n as usize),
-            sampler: Sampler::new(sampling, &request.prompt).guided(guide),
-            prompt: request.prompt,
+            prompt_logprobs,
+            sampler,
+            prompt: [request.prompt, request.written].concat(),
+            prompt_tokens,
+            alone,
             names,
             stop,
             events: events.clone(),

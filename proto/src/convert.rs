@@ -1,6 +1,8 @@
 //! Wire messages to our words and back. What the wire leaves out gets its documented default here.
 
-use overfill_types::{Code, FinishReason, Guide, SamplingParams, ServiceError, StopConditions, TokenLogprob, TopLogprob, WireFormat};
+use overfill_types::{
+    Code, FinishReason, Guide, Quality, SamplingParams, ServiceError, StopConditions, TokenLogprob, TopLogprob, WireFormat,
+};
 
 use crate::v1;
 
@@ -55,6 +57,15 @@ pub fn sampling_to_wire(params: &SamplingParams) -> v1::Sampling {
             }),
         }),
         prompt_logprobs: params.prompt_logprobs,
+    }
+}
+
+/// Which models write an answer, as a client asks for it.
+pub fn quality(wire: v1::Quality) -> Quality {
+    match wire {
+        v1::Quality::Unspecified | v1::Quality::Overfill => Quality::Overfill,
+        v1::Quality::Full => Quality::Full,
+        v1::Quality::Decode => Quality::Decode,
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use overfill_text::{Chat, StopMatcher, TextModel};
-use overfill_types::{Code, Limits, RequestId, SamplingParams, ServiceError, StopConditions};
+use overfill_types::{Code, Limits, Quality, RequestId, SamplingParams, ServiceError, StopConditions};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::Router;
@@ -28,6 +28,8 @@ pub(crate) struct Asked {
     pub(crate) inputs: Vec<Input>,
     /// Answers to each input, from 1.
     pub(crate) n: usize,
+    /// Which models write.
+    pub(crate) quality: Quality,
     pub(crate) sampling: SamplingParams,
     /// `None` for the router's default.
     pub(crate) max_tokens: Option<usize>,
@@ -43,6 +45,7 @@ pub(crate) struct ValidRequest {
     pub(crate) id: RequestId,
     pub(crate) model: Arc<TextModel>,
     pub(crate) prompt: Arc<Vec<u32>>,
+    pub(crate) quality: Quality,
     pub(crate) sampling: SamplingParams,
     pub(crate) stop: StopConditions,
     pub(crate) stop_strings: StopMatcher,
@@ -76,6 +79,10 @@ impl Router {
         let stop_strings = StopMatcher::new(asked.stop)?;
         let limits = Limits { max_context: self.max_context(&model), vocab_size: model.manifest.vocab_size() };
         limits.check_bias(&asked.sampling)?;
+        if asked.quality == Quality::Decode && asked.sampling.prompt_logprobs.is_some() {
+            let message = "log-probabilities of the prompt are the full model's: ask for quality overfill or full, or leave them out";
+            return Err(ServiceError::new(Code::InvalidArgument, message));
+        }
         if let Some(guide) = &asked.sampling.guide {
             // The nodes compile it too; here a malformed one is told of before any node is asked.
             self.guides(&model)?.compile_beside(guide).await?;
@@ -112,6 +119,7 @@ impl Router {
                     id: RequestId::new(if number == 0 { id.to_string() } else { format!("{id}-{number}") }),
                     model: model.clone(),
                     prompt: prompt.clone(),
+                    quality: asked.quality,
                     sampling: SamplingParams { seed: seed(asked.sampling.seed, answer), ..asked.sampling.clone() },
                     stop: stop.clone(),
                     stop_strings: stop_strings.clone(),

@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser};
+use clap::{Args, Parser, ValueEnum};
 use overfill_cluster::DiscoveryArgs;
 use overfill_lifecycle::node_args::parse_bytes;
 use overfill_lifecycle::telemetry::LogArgs;
+use overfill_types::Quality;
 
 /// The front door of a cluster: OpenAI-compatible HTTP and gRPC.
 #[derive(Parser, Clone, Debug)]
@@ -32,7 +33,30 @@ pub struct Cli {
     pub log: LogArgs,
 }
 
-/// What bounds a request, and all of them.
+/// What is done where nodes of one half of a pair are missing and a request wants both models.
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fallback {
+    /// The request fails
+    #[default]
+    Fail,
+    /// The full model writes all of it
+    Full,
+    /// The decode model reads and writes all of it
+    Decode,
+}
+
+impl Fallback {
+    /// The quality that is given instead, if one is.
+    pub fn quality(self) -> Option<Quality> {
+        match self {
+            Fallback::Fail => None,
+            Fallback::Full => Some(Quality::Full),
+            Fallback::Decode => Some(Quality::Decode),
+        }
+    }
+}
+
+/// What bounds a request, and all of them, and what they may fall back to.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct Bounds {
     /// Tokens that a chat or gRPC request gets if it does not say how many it wants
@@ -47,6 +71,10 @@ pub struct Bounds {
     /// Seconds after which a request is given up
     #[arg(long, env = "OVERFILL_REQUEST_TIMEOUT", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub request_timeout: u64,
+    /// What answers where a request wants both models and nodes of one are missing: another model writes another answer, so
+    /// this is off unless asked for; `served_by` tells the client
+    #[arg(long, env = "OVERFILL_FALLBACK", value_enum, default_value_t = Fallback::Fail)]
+    pub fallback: Fallback,
     /// Seconds that requests get to finish after SIGTERM
     #[arg(long, env = "OVERFILL_ROUTER_DRAIN_TIMEOUT", default_value_t = 60)]
     pub router_drain_timeout: u64,
@@ -65,6 +93,8 @@ pub struct RouterConfig {
     pub max_requests: u32,
     /// Seconds after which a request is given up.
     pub request_timeout: u64,
+    /// What answers where nodes are missing.
+    pub fallback: Fallback,
     /// Seconds that requests get to finish at a drain.
     pub drain_timeout: u64,
 }
@@ -78,6 +108,7 @@ impl RouterConfig {
             max_body: usize::try_from(bounds.max_body).unwrap_or(usize::MAX),
             max_requests: bounds.max_requests,
             request_timeout: bounds.request_timeout,
+            fallback: bounds.fallback,
             drain_timeout: bounds.router_drain_timeout,
         }
     }

@@ -103,6 +103,7 @@ async fn prefill(cluster: &Cluster, address: &str, prompt: &[u32], held_tokens: 
         sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),
         stop: Some(StopTokens { max_tokens: 10, ignore_eos: true, ..Default::default() }),
         handoff: Some(Handoff { address: address.to_owned(), ticket: "ticket".into(), epoch: 1, held_tokens: held_tokens as u32 }),
+        ..PrefillRequest::default()
     };
     Ok(PrefillClient::connect(format!("http://{}", node.address)).await.unwrap().prefill(request).await?.into_inner())
 }

@@ -98,13 +98,13 @@ async fn a_reservation_whose_cache_never_comes_runs_out() {
     let node = cluster.nodes(Role::Decode).remove(0);
     let mut decode = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
     let request = DecodeRequest {
-        written: Vec::new(),
         fingerprint: node.fingerprint.to_string(),
         request_id: "r".into(),
         epoch: 1,
         prompt: vec![1, 2, 3],
         sampling: None,
         stop: Some(StopTokens { max_tokens: 10, ..Default::default() }),
+        ..DecodeRequest::default()
     };
     let mut events = decode.generate(request).await.unwrap().into_inner();
     assert!(matches!(events.message().await.unwrap().unwrap().event, Some(decode_event::Event::Reserved(_))));

@@ -161,6 +161,7 @@ impl Attempt {
             sampling: Some(convert::sampling_to_wire(&self.sampling)),
             stop: Some(convert::stop_to_wire(&stop(self.max_tokens))),
             written: self.written.clone(),
+            ..DecodeRequest::default()
         };
         let mut client = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
         let mut events = client.generate(request).await?.into_inner();
@@ -185,6 +186,7 @@ impl Attempt {
             sampling: Some(convert::sampling_to_wire(&self.sampling)),
             stop: Some(convert::stop_to_wire(&stop(self.max_tokens))),
             handoff: Some(handoff),
+            ..PrefillRequest::default()
         };
         let mut client = PrefillClient::connect(format!("http://{}", node.address)).await.unwrap();
         let _prefill = client.prefill(request).await.map_err(told)?;

@@ -135,13 +135,13 @@ async fn reserve(cluster: &Cluster, request_id: &str, epoch: u64) -> Result<Rese
     let node = cluster.nodes(Role::Decode).remove(0);
     let mut client = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
     let request = DecodeRequest {
-        written: Vec::new(),
         fingerprint: node.fingerprint.to_string(),
         request_id: request_id.into(),
         epoch,
         prompt: PROMPT.to_vec(),
         sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),
         stop: Some(StopTokens { max_tokens: 4, ignore_eos: true, ..Default::default() }),
+        ..DecodeRequest::default()
     };
     let mut events = client.generate(request).await?.into_inner();
     match events.message().await?.unwrap().event {

@@ -22,7 +22,7 @@ fn read(cluster: &Cluster, name: &'static str, prompt: Vec<u32>, ended: &mpsc::S
             prompt,
             sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),
             stop: Some(StopTokens { max_tokens: 1, ..Default::default() }),
-            handoff: None,
+            ..PrefillRequest::default()
         };
         let mut client = PrefillClient::connect(format!("http://{}", node.address)).await.unwrap();
         let mut events = client.prefill(request).await.unwrap().into_inner();

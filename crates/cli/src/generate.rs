@@ -9,7 +9,7 @@ use clap::Args;
 use overfill_model::solo::Solo;
 use overfill_model::{Pair, Pool};
 use overfill_text::{Message, StopMatcher, TextModel};
-use overfill_types::{FinishReason, Limits, SamplingParams, StopConditions};
+use overfill_types::{FinishReason, Limits, Quality, SamplingParams, StopConditions};
 use serde_json::json;
 
 use crate::progress::spinner;
@@ -32,6 +32,9 @@ pub(crate) struct GenerateArgs {
     system: Option<String>,
     #[command(flatten)]
     pair: PairArgs,
+    /// Which models write: overfill (the full model reads, the decode model writes), full or decode (one does both)
+    #[arg(long, env = "OVERFILL_QUALITY", default_value = "overfill")]
+    quality: Quality,
     /// Most tokens to write
     #[arg(long, env = "OVERFILL_MAX_TOKENS", default_value_t = 256)]
     max_tokens: usize,
@@ -87,7 +90,8 @@ pub(crate) fn run(args: GenerateArgs, home: &Home) -> anyhow::Result<()> {
 
     let loading = spinner("loading the pair");
     let threads = args.threads.count();
-    let mut solo = Solo::load(&Pair::open(&dir)?, &overfill_model::device::parse(&args.device)?, Pool::new(threads, &[])?)?;
+    let device = overfill_model::device::parse(&args.device)?;
+    let mut solo = Solo::load(&Pair::open(&dir)?, &device, Pool::new(threads, &[])?)?.writing(args.quality);
     loading.finish_and_clear();
 
     let mut detokenizer = text.detokenizer();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use overfill_kernels::Pool;
 use overfill_kv::BlockId;
-use overfill_types::{FinishReason, KvFormats, SamplingParams, StopConditions};
+use overfill_types::{FinishReason, KvFormats, Quality, SamplingParams, StopConditions};
 
 use crate::cache::KvCache;
 use crate::error::ModelError;
@@ -26,6 +26,7 @@ pub struct Solo {
     decode: Llama,
     transform: Transform,
     formats: KvFormats,
+    quality: Quality,
     eos: Vec<u32>,
     workspace: Workspace,
 }
@@ -52,9 +53,17 @@ impl Solo {
             decode: pair.load_decode(device, &pool)?,
             transform: pair.load_transform(&pool)?,
             formats: pair.manifest.kv_formats,
+            quality: Quality::default(),
             eos: pair.manifest.tokenizer.eos_token_ids.clone(),
             workspace: Workspace::new(pool),
         })
+    }
+
+    /// The same, with answers that these models write.
+    #[must_use]
+    pub fn writing(mut self, quality: Quality) -> Self {
+        self.quality = quality;
+        self
     }
 
     /// Answers `prompt` (not empty, fitting the context together with `max_tokens`: see `overfill_types::Limits`).
@@ -74,17 +83,28 @@ impl Solo {
         let needed = (prompt.len() + stop.max_tokens).div_ceil(BLOCK_TOKENS);
         let blocks: Vec<BlockId> = (0..needed as u32).map(BlockId).collect();
         let mut sampler = Sampler::new(sampling.clone(), prompt);
-        let mut cache = KvCache::new(self.decode.config().kv, self.formats.cache, needed, BLOCK_TOKENS, self.decode.device())?;
-        self.prefill(prompt, &blocks, &mut cache)?;
+        let alone = self.quality != Quality::Overfill;
+        let kv = if self.quality == Quality::Full { self.full.config().kv } else { self.decode.config().kv };
+        let mut cache = KvCache::new(kv, self.formats.cache, needed, BLOCK_TOKENS, self.decode.device())?;
+        if !alone {
+            self.prefill(prompt, &blocks, &mut cache)?;
+        }
+        let Self { full, decode, workspace, eos, .. } = self;
+        let writer = if self.quality == Quality::Full { full } else { decode };
+        for (i, tokens) in prompt.chunks(CHUNK_TOKENS).enumerate().filter(|_| alone) {
+            let start = i * CHUNK_TOKENS;
+            let chunk = Chunk { tokens, start, blocks: &blocks, logits: start + tokens.len() == prompt.len() };
+            writer.forward(&[chunk], &mut cache, workspace, &mut |_, _, _| Ok(()))?;
+        }
 
         let mut written = 0;
         let mut first_at = None;
         loop {
-            let sampled = self.workspace.sample([(&mut sampler, prompt.len() + written)]).remove(0);
+            let sampled = workspace.sample([(&mut sampler, prompt.len() + written)]).remove(0);
             written += 1;
             let first_at = *first_at.get_or_insert_with(Instant::now);
             let broken_off = on_token(&sampled).is_break();
-            let finish = stop.after(sampled.token, written, &self.eos);
+            let finish = stop.after(sampled.token, written, eos);
             if broken_off || finish.is_some() {
                 return Ok(Answer {
                     finish: finish.filter(|_| !broken_off),
@@ -94,7 +114,7 @@ impl Solo {
             }
             let start = prompt.len() + written - 1;
             let step = [Chunk { tokens: &[sampled.token], start, blocks: &blocks, logits: true }];
-            self.decode.forward(&step, &mut cache, &mut self.workspace, &mut |_, _, _| Ok(()))?;
+            writer.forward(&step, &mut cache, workspace, &mut |_, _, _| Ok(()))?;
         }
     }
 

@@ -9,6 +9,7 @@ pub mod kv;
 pub mod node;
 pub mod outcome;
 pub mod pair;
+pub mod quality;
 pub mod sampling;
 
 pub use error::{Code, ServiceError};
@@ -17,4 +18,5 @@ pub use kv::{KvFormat, KvFormats, KvGeometry, KvTransform, PruneStrategy, WireFo
 pub use node::{Endpoint, NodeInfo, Role};
 pub use outcome::{FinishReason, TokenLogprob, TopLogprob};
 pub use pair::PairManifest;
+pub use quality::Quality;
 pub use sampling::{Guide, Limits, SamplingParams, StopConditions};

@@ -184,6 +184,23 @@ impl Limits {
         Ok(())
     }
 
+    /// Refuses tokens of an answer that is to go on, if it has reached its end or they are out of range.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`].
+    pub fn check_written(&self, written: &[u32], stop: &StopConditions) -> Result<(), ServiceError> {
+        let refuse = |message: String| Err(ServiceError::new(Code::InvalidArgument, message));
+        if !written.is_empty() && written.len() >= stop.max_tokens {
+            return refuse(format!("{} tokens are written and max_tokens is {}: nothing is left to write", written.len(), stop.max_tokens));
+        }
+        match written.iter().enumerate().find(|(_, id)| **id as usize >= self.vocab_size) {
+            Some((i, id)) => {
+                refuse(format!("token id {id} at place {i} of written is out of range: the vocabulary has {} tokens", self.vocab_size))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Refuses a bias for a token id out of range.
     ///
     /// # Errors

@@ -175,6 +175,43 @@ impl FinishReason {
         }
     }
 }
+/// Which models write an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Quality {
+    /// as QUALITY_OVERFILL
+    Unspecified = 0,
+    /// the full model reads the prompt and writes the first token, the decode model the rest
+    Overfill = 1,
+    /// the full model reads and writes all of it
+    Full = 2,
+    /// the decode model reads and writes all of it: the baseline
+    Decode = 3,
+}
+impl Quality {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "QUALITY_UNSPECIFIED",
+            Self::Overfill => "QUALITY_OVERFILL",
+            Self::Full => "QUALITY_FULL",
+            Self::Decode => "QUALITY_DECODE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "QUALITY_UNSPECIFIED" => Some(Self::Unspecified),
+            "QUALITY_OVERFILL" => Some(Self::Overfill),
+            "QUALITY_FULL" => Some(Self::Full),
+            "QUALITY_DECODE" => Some(Self::Decode),
+            _ => None,
+        }
+    }
+}
 /// Where a node stands in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -226,9 +263,12 @@ pub struct DecodeRequest {
     #[prost(message, optional, tag = "6")]
     pub stop: ::core::option::Option<StopTokens>,
     /// Tokens of the answer that were written before, elsewhere: the decode model reads them again and goes on after the last.
-    /// The first is the full model's. Empty for a new answer.
+    /// The first is the full model's, unless `alone`. Empty for a new answer.
     #[prost(uint32, repeated, tag = "7")]
     pub written: ::prost::alloc::vec::Vec<u32>,
+    /// No handoff comes: the decode model reads the prompt itself and writes the whole answer.
+    #[prost(bool, tag = "8")]
+    pub alone: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeEvent {
@@ -467,7 +507,7 @@ pub mod decode_client {
             self
         }
         /// From the router. Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache
-        /// from a prefill node and streams tokens, from index 1 or after those that were written. Where an older sequence comes to
+        /// from a prefill node (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where an older sequence comes to
         /// need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
         /// When the stream is dropped the sequence ends and its blocks are free.
         pub async fn generate(
@@ -557,7 +597,7 @@ pub mod decode_server {
             + std::marker::Send
             + 'static;
         /// From the router. Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache
-        /// from a prefill node and streams tokens, from index 1 or after those that were written. Where an older sequence comes to
+        /// from a prefill node (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where an older sequence comes to
         /// need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
         /// When the stream is dropped the sequence ends and its blocks are free.
         async fn generate(
@@ -837,9 +877,15 @@ pub struct PrefillRequest {
     pub sampling: ::core::option::Option<Sampling>,
     #[prost(message, optional, tag = "5")]
     pub stop: ::core::option::Option<StopTokens>,
-    /// absent if one token is all that is wanted
+    /// absent if one token is all that is wanted, or if this node writes the answer
     #[prost(message, optional, tag = "6")]
     pub handoff: ::core::option::Option<Handoff>,
+    /// The full model writes the whole answer, here.
+    #[prost(bool, tag = "7")]
+    pub alone: bool,
+    /// With `alone`: tokens of the answer that it wrote before, here or elsewhere. It reads them and goes on after the last.
+    #[prost(uint32, repeated, tag = "8")]
+    pub written: ::prost::alloc::vec::Vec<u32>,
 }
 /// Where the KV cache goes.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -857,7 +903,7 @@ pub struct Handoff {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PrefillEvent {
-    #[prost(oneof = "prefill_event::Event", tags = "1, 2")]
+    #[prost(oneof = "prefill_event::Event", tags = "1, 2, 3, 4")]
     pub event: ::core::option::Option<prefill_event::Event>,
 }
 /// Nested message and enum types in `PrefillEvent`.
@@ -870,11 +916,17 @@ pub mod prefill_event {
         /// the decode node has verified everything; last, if a handoff took place
         #[prost(message, tag = "2")]
         HandoffDone(super::HandoffDone),
+        /// with `alone`: those after the first
+        #[prost(message, tag = "3")]
+        Token(super::Token),
+        /// with `alone`: the answer's end, unless the first token was
+        #[prost(message, tag = "4")]
+        Finished(super::PrefillFinished),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct FirstToken {
-    /// index 0
+    /// index 0, or after those that were written
     #[prost(message, optional, tag = "1")]
     pub token: ::core::option::Option<Token>,
     /// Set if the answer ends here; then nothing is committed to the decode node.
@@ -886,6 +938,11 @@ pub struct FirstToken {
     /// If asked for: of each token of the prompt but the first, in order.
     #[prost(message, repeated, tag = "4")]
     pub prompt_logprobs: ::prost::alloc::vec::Vec<TokenLogprob>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PrefillFinished {
+    #[prost(enumeration = "FinishReason", tag = "1")]
+    pub reason: i32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HandoffDone {
@@ -1297,6 +1354,9 @@ pub struct GenerateRequest {
     /// `started` carries the prompt's token ids
     #[prost(bool, tag = "10")]
     pub echo_prompt_token_ids: bool,
+    /// which models write the answer; default: QUALITY_OVERFILL
+    #[prost(enumeration = "Quality", tag = "11")]
+    pub quality: i32,
     #[prost(oneof = "generate_request::Input", tags = "2, 3, 4")]
     pub input: ::core::option::Option<generate_request::Input>,
 }
@@ -1397,12 +1457,13 @@ pub struct Finished {
 pub struct ServedBy {
     #[prost(string, tag = "1")]
     pub fingerprint: ::prost::alloc::string::String,
-    /// "overfill": the full model read the prompt, the decode model wrote
+    /// "overfill", "full" or "decode": see Quality. Another one than was asked for if the router may fall back.
     #[prost(string, tag = "2")]
     pub mode: ::prost::alloc::string::String,
+    /// empty with "decode"
     #[prost(string, tag = "3")]
     pub prefill_node: ::prost::alloc::string::String,
-    /// empty if the full model's first token was the whole answer
+    /// empty with "full", or if the full model's first token was the whole answer
     #[prost(string, tag = "4")]
     pub decode_node: ::prost::alloc::string::String,
 }

@@ -76,6 +76,7 @@ impl Inference for InferenceService {
 }
 
 fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<Asked, ServiceError> {
+    let quality = convert::quality(request.quality());
     let input = match request.input {
         Some(generate_request::Input::Text(text)) => Input::Text(text),
         Some(generate_request::Input::Chat(chat)) => {
@@ -89,6 +90,7 @@ fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<Asked, S
         model: request.model,
         inputs: vec![input],
         n: 1,
+        quality,
         sampling: convert::sampling(request.sampling.as_ref(), rand::random())?,
         max_tokens: request.max_tokens.map(|n| n as usize),
         stop: request.stop,

@@ -27,6 +27,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::Router;
 use crate::admission::{Asked, Input};
+use crate::frontend;
 use crate::frontend::grpc::timeout_of;
 use crate::frontend::openai::{GuideFields, SamplingFields, guide_of};
 use crate::pairing;
@@ -296,10 +297,8 @@ impl Reply {
         let mut set = |name: &str, choice| parameters.insert(name.to_owned(), InferParameter { parameter_choice: Some(choice) });
         set("triton_final_response", ParameterChoice::BoolParam(end.is_some()));
         if let Some(end) = end {
-            let by = &end.served_by;
-            let served_by = format!("{} {} {} {}", by.mode, by.fingerprint, by.prefill_node, by.decode_node);
             set("finish_reason", ParameterChoice::StringParam(end.reason.as_str().into()));
-            set("served_by", ParameterChoice::StringParam(served_by.trim_end().into()));
+            set("served_by", ParameterChoice::StringParam(frontend::served_by(&end.served_by)));
             set("prompt_tokens", ParameterChoice::Int64Param(self.prompt_tokens as i64));
             set("completion_tokens", ParameterChoice::Int64Param(end.completion_tokens as i64));
         }

@@ -5,3 +5,11 @@ pub(crate) mod grpc;
 pub(crate) mod http;
 pub(crate) mod kserve;
 mod openai;
+
+use overfill_proto::v1::ServedBy;
+
+/// Who serves an answer, as one line: mode, pair, and the nodes that have a part in it.
+fn served_by(by: &ServedBy) -> String {
+    let parts = [&by.mode, &by.fingerprint, &by.prefill_node, &by.decode_node].map(String::as_str);
+    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
+}

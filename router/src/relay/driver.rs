@@ -6,15 +6,17 @@ use std::time::{Duration, Instant};
 use overfill_proto::convert;
 use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::prefill_client::PrefillClient;
-use overfill_proto::v1::{self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, decode_event, prefill_event};
-use overfill_types::{Code, FinishReason, ServiceError};
+use overfill_proto::v1::{
+    self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, decode_event, prefill_event,
+};
+use overfill_types::{Code, Endpoint, FinishReason, Quality, Role, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tonic::{Status, Streaming};
 
 use crate::Router;
 use crate::admission::ValidRequest;
-use crate::pairing::Chosen;
+use crate::pairing::{Both, Chosen, Nodes};
 use crate::relay::flow::{Blame, Failure, Flow};
 use crate::relay::text::Text;
 use crate::relay::{End, Event, Read};
@@ -23,16 +25,18 @@ use crate::relay::{End, Event, Read};
 const SECOND_OPINION: Duration = Duration::from_millis(100);
 
 pub(super) struct Driver {
-    router: Arc<Router>,
-    request: ValidRequest,
-    flow: Flow,
+    pub(super) router: Arc<Router>,
+    pub(super) request: ValidRequest,
+    pub(super) flow: Flow,
     text: Text,
+    /// Of the attempt.
+    served_by: ServedBy,
     sender: mpsc::Sender<Result<Event, ServiceError>>,
 }
 
 impl Driver {
     pub(super) fn new(router: Arc<Router>, request: ValidRequest, sender: mpsc::Sender<Result<Event, ServiceError>>) -> Self {
-        Self { text: Text::new(&request), flow: Flow::default(), router, request, sender }
+        Self { text: Text::new(&request), flow: Flow::default(), served_by: ServedBy::default(), router, request, sender }
     }
 
     /// Makes attempts until the answer is whole.
@@ -43,7 +47,12 @@ impl Driver {
         loop {
             let chosen = self.choose().await?;
             let epoch = self.flow.attempt();
-            let Err(failure) = self.attempt(&chosen, epoch).await else { return Ok(()) };
+            self.serve_by(&chosen.nodes);
+            let ended = match &chosen.nodes {
+                Nodes::Both(both) => self.attempt(both, epoch).await,
+                Nodes::One(node) => self.attempt_alone(node, epoch).await,
+            };
+            let Err(failure) = ended else { return Ok(()) };
             if let Blame::Lost(node) = &failure.blame {
                 self.router.pairing.suspect(node, Instant::now());
             }
@@ -53,13 +62,11 @@ impl Driver {
         }
     }
 
-    /// Two nodes for the next attempt; where there are none but those that failed, after a pause.
+    /// The nodes of the next attempt; where there are none but those that failed, after a pause.
     async fn choose(&mut self) -> Result<Chosen, ServiceError> {
         loop {
-            let view = self.router.view.borrow().clone();
-            let failed = self.flow.failed_nodes();
-            match self.router.pairing.choose(&view, &self.request.model.manifest, failed, Instant::now()) {
-                Ok(chosen) if !failed.contains(&chosen.prefill.id) && !failed.contains(&chosen.decode.id) => return Ok(chosen),
+            match self.choose_now() {
+                Ok(chosen) if !chosen.nodes.iter().any(|n| self.flow.failed_nodes().contains(&n.id)) => return Ok(chosen),
                 Ok(_) => {}
                 Err(error) => self.flow.nobody(error)?,
             }
@@ -68,10 +75,43 @@ impl Driver {
         }
     }
 
-    async fn attempt(&mut self, chosen: &Chosen, epoch: u64) -> Result<(), Failure> {
+    /// Nodes of the quality that was asked for; where they are missing and nothing has been written, of that which the router
+    /// may fall back to.
+    fn choose_now(&mut self) -> Result<Chosen, ServiceError> {
+        let view = self.router.view.borrow().clone();
+        let Self { router, request, flow, .. } = self;
+        let choose = |quality| router.pairing.choose(&view, &request.model.manifest, quality, flow.failed_nodes(), Instant::now());
+        let missing = match choose(request.quality) {
+            Ok(chosen) => return Ok(chosen),
+            Err(missing) => missing,
+        };
+        let may_fall = request.quality == Quality::Overfill && flow.written().is_empty();
+        let fallback = router.config.fallback.quality().filter(|_| may_fall);
+        let fallback = fallback.filter(|q| *q != Quality::Decode || request.sampling.prompt_logprobs.is_none());
+        let Some((quality, chosen)) = fallback.and_then(|q| Some((q, choose(q).ok()?))) else { return Err(missing) };
+        tracing::warn!(request = %request.id, %quality, %missing, "falls back");
+        request.quality = quality;
+        Ok(chosen)
+    }
+
+    fn serve_by(&mut self, nodes: &Nodes) {
+        self.served_by = ServedBy { mode: self.request.quality.to_string(), ..ServedBy::default() };
+        for node in nodes.iter() {
+            self.served_by.fingerprint = node.fingerprint.to_string();
+            match node.role {
+                Role::Prefill => self.served_by.prefill_node = node.id.to_string(),
+                Role::Decode => self.served_by.decode_node = node.id.to_string(),
+            }
+        }
+    }
+
+    async fn attempt(&mut self, chosen: &Both, epoch: u64) -> Result<(), Failure> {
         let mut decode = match self.request.stop.max_tokens {
-            1 => None,
-            _ => Some(self.reserve(chosen, epoch).await?),
+            1 => {
+                self.served_by.decode_node.clear();
+                None
+            }
+            _ => Some(self.reserve(&chosen.decode, epoch).await?),
         };
         let handoff = decode.as_ref().map(|d| v1::Handoff {
             address: chosen.decode.address.clone(),
@@ -79,7 +119,7 @@ impl Driver {
             epoch,
             held_tokens: d.held_tokens,
         });
-        let mut prefill = self.prefill(chosen, handoff).await?;
+        let mut prefill = self.prefill(&chosen.prefill, handoff).await?;
         // Tokens of the decode node that came before the first one, over the other connection.
         let mut early: Vec<DecodeEvent> = Vec::new();
         let mut begun = false;
@@ -92,15 +132,13 @@ impl Driver {
                         begun = true;
                         let Some(token) = first.token else { return Err(Failure::broken("prefill node", &chosen.prefill.id)) };
                         if self.flow.first(&token).map_err(Failure::of_request)? {
-                            let served_by = self.served_by(chosen, decode.is_some());
-                            let (cached_tokens, prompt_logprobs) = (first.cached_tokens, first.prompt_logprobs);
-                            self.send(Event::Read(Read { cached_tokens, prompt_logprobs, served_by })).await;
-                            if self.pass_on(chosen, token).await {
+                            self.begin(first.cached_tokens, first.prompt_logprobs).await;
+                            if self.pass_on(token).await {
                                 return Ok(());
                             }
                         }
                         for event in std::mem::take(&mut early) {
-                            if self.decoded(chosen, event).await? {
+                            if self.decoded(event).await? {
                                 return Ok(());
                             }
                         }
@@ -112,7 +150,7 @@ impl Driver {
                     Err(error) => return Err(prefill_failed(chosen, &error, decode.as_mut().map(|d| &mut d.events)).await),
                 },
                 event = next(&mut decode), if decode.is_some() => match event {
-                    Ok(Some(event)) if begun => if self.decoded(chosen, event).await? {
+                    Ok(Some(event)) if begun => if self.decoded(event).await? {
                         return Ok(());
                     },
                     Ok(Some(event)) => early.push(event),
@@ -126,8 +164,7 @@ impl Driver {
     }
 
     /// Asks the decode node for a reservation.
-    async fn reserve(&self, chosen: &Chosen, epoch: u64) -> Result<Reserved, Failure> {
-        let node = &chosen.decode;
+    pub(super) async fn reserve(&self, node: &Endpoint, epoch: u64) -> Result<Reserved, Failure> {
         let request = DecodeRequest {
             fingerprint: node.fingerprint.to_string(),
             request_id: self.request.id.to_string(),
@@ -136,6 +173,7 @@ impl Driver {
             sampling: Some(convert::sampling_to_wire(&self.request.sampling)),
             stop: Some(convert::stop_to_wire(&self.request.stop)),
             written: self.flow.written().to_vec(),
+            alone: self.request.quality == Quality::Decode,
         };
         let channel = self.router.peers.channel(node).map_err(Failure::of_request)?;
         let mut client = DecodeClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
@@ -149,8 +187,9 @@ impl Driver {
         }
     }
 
-    async fn prefill(&self, chosen: &Chosen, handoff: Option<v1::Handoff>) -> Result<Streaming<PrefillEvent>, Failure> {
-        let node = &chosen.prefill;
+    /// Asks the prefill node to read the prompt, and to write the answer where the full model writes it.
+    pub(super) async fn prefill(&self, node: &Endpoint, handoff: Option<v1::Handoff>) -> Result<Streaming<PrefillEvent>, Failure> {
+        let alone = self.request.quality == Quality::Full;
         let mut sampling = convert::sampling_to_wire(&self.request.sampling);
         // The client has them by now.
         sampling.prompt_logprobs = sampling.prompt_logprobs.filter(|_| self.flow.written().is_empty());
@@ -161,6 +200,8 @@ impl Driver {
             sampling: Some(sampling),
             stop: Some(convert::stop_to_wire(&self.request.stop)),
             handoff,
+            alone,
+            written: if alone { self.flow.written().to_vec() } else { Vec::new() },
         };
         let channel = self.router.peers.channel(node).map_err(Failure::of_request)?;
         let mut client = PrefillClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
@@ -168,15 +209,20 @@ impl Driver {
         Ok(answered.map_err(|e| Failure::of(&e, "prefill node", &node.id))?.into_inner())
     }
 
+    /// The prompt was read.
+    pub(super) async fn begin(&self, cached_tokens: u32, prompt_logprobs: Vec<TokenLogprob>) {
+        self.send(Event::Read(Read { cached_tokens, prompt_logprobs, served_by: self.served_by.clone() })).await;
+    }
+
     /// A decode node's event; true at the answer's end.
-    async fn decoded(&mut self, chosen: &Chosen, event: DecodeEvent) -> Result<bool, Failure> {
+    async fn decoded(&mut self, event: DecodeEvent) -> Result<bool, Failure> {
         match event.event {
             Some(decode_event::Event::Token(token)) => {
                 self.flow.next(&token).map_err(Failure::of_request)?;
-                Ok(self.pass_on(chosen, token).await)
+                Ok(self.pass_on(token).await)
             }
             Some(decode_event::Event::Finished(finished)) => {
-                self.finish(chosen, convert::finish(finished.reason()).unwrap_or(FinishReason::Length)).await;
+                self.finish(convert::finish(finished.reason()).unwrap_or(FinishReason::Length)).await;
                 Ok(true)
             }
             _ => Ok(false),
@@ -185,7 +231,7 @@ impl Driver {
 
     /// Sends a token on its way to the client; true at the answer's end, which this token may be, whether or not its node
     /// lives to say so.
-    async fn pass_on(&mut self, chosen: &Chosen, token: Token) -> bool {
+    pub(super) async fn pass_on(&mut self, token: Token) -> bool {
         let eos = &self.request.model.manifest.tokenizer.eos_token_ids;
         let reason = self.request.stop.after(token.id, self.flow.written().len(), eos);
         // A token that ends the answer is no part of its text.
@@ -195,36 +241,30 @@ impl Driver {
         };
         self.send(Event::Delta { text, tokens: vec![token] }).await;
         match (matched, reason) {
-            (Some(stop), _) => self.end(chosen, FinishReason::Stop, Some(stop)).await,
-            (None, Some(reason)) => self.finish(chosen, reason).await,
+            (Some(stop), _) => self.end(FinishReason::Stop, Some(stop)).await,
+            (None, Some(reason)) => self.finish(reason).await,
             (None, None) => return false,
         }
         true
     }
 
-    async fn finish(&mut self, chosen: &Chosen, reason: FinishReason) {
+    pub(super) async fn finish(&mut self, reason: FinishReason) {
         let (text, matched) = self.text.finish();
         if !text.is_empty() {
             self.send(Event::Delta { text, tokens: Vec::new() }).await;
         }
         let reason = if matched.is_some() { FinishReason::Stop } else { reason };
-        self.end(chosen, reason, matched).await;
+        self.end(reason, matched).await;
     }
 
     /// The end. The nodes that are named are those that finished the answer.
-    async fn end(&mut self, chosen: &Chosen, reason: FinishReason, matched_stop: Option<String>) {
+    async fn end(&mut self, reason: FinishReason, matched_stop: Option<String>) {
         let completion_tokens = self.flow.written().len();
-        let served_by = self.served_by(chosen, completion_tokens > 1);
-        self.send(Event::Finished(End { reason, completion_tokens, served_by, matched_stop })).await;
-    }
-
-    fn served_by(&self, chosen: &Chosen, decoded: bool) -> ServedBy {
-        ServedBy {
-            fingerprint: chosen.prefill.fingerprint.to_string(),
-            mode: "overfill".into(),
-            prefill_node: chosen.prefill.id.to_string(),
-            decode_node: if decoded { chosen.decode.id.to_string() } else { String::new() },
+        let mut served_by = self.served_by.clone();
+        if completion_tokens == 1 && self.request.quality == Quality::Overfill {
+            served_by.decode_node.clear();
         }
+        self.send(Event::Finished(End { reason, completion_tokens, served_by, matched_stop })).await;
     }
 
     async fn send(&self, event: Event) {
@@ -234,7 +274,7 @@ impl Driver {
 }
 
 /// The prefill node failed: what does the decode node say?
-async fn prefill_failed(chosen: &Chosen, error: &Status, decode: Option<&mut Streaming<DecodeEvent>>) -> Failure {
+async fn prefill_failed(chosen: &Both, error: &Status, decode: Option<&mut Streaming<DecodeEvent>>) -> Failure {
     let failure = Failure::of(error, "prefill node", &chosen.prefill.id);
     let Some(events) = decode.filter(|_| !matches!(failure.blame, Blame::Lost(_))) else { return failure };
     if let Some(error) = last_word(events).await {
@@ -249,7 +289,7 @@ async fn prefill_failed(chosen: &Chosen, error: &Status, decode: Option<&mut Str
 }
 
 /// The decode node failed: what does the prefill node say?
-async fn decode_failed(chosen: &Chosen, error: &Status, prefill: &mut Streaming<PrefillEvent>) -> Failure {
+async fn decode_failed(chosen: &Both, error: &Status, prefill: &mut Streaming<PrefillEvent>) -> Failure {
     let failure = Failure::of(error, "decode node", &chosen.decode.id);
     if matches!(failure.blame, Blame::Lost(_)) || failure.error.code == Code::Preempted {
         return failure;
@@ -275,11 +315,11 @@ async fn last_word<T>(events: &mut Streaming<T>) -> Option<Status> {
 }
 
 /// A reservation and the stream that it writes to.
-struct Reserved {
+pub(super) struct Reserved {
     ticket: String,
     /// Tokens of the prompt that the decode node holds already.
     held_tokens: u32,
-    events: Streaming<DecodeEvent>,
+    pub(super) events: Streaming<DecodeEvent>,
 }
 
 async fn next(decode: &mut Option<Reserved>) -> Result<Option<DecodeEvent>, Status> {

@@ -1,9 +1,10 @@
 //! One request's way through the cluster: both nodes are asked, their tokens become text, whatever fails is told once.
 //!
-//! `flow` knows what was written and what a failure means, without I/O; `driver` asks the nodes; `text` turns tokens into text.
+//! `flow` knows what was written and what a failure means, without I/O; `driver` asks the nodes (`alone` where one model writes all of an answer); `text` turns tokens into text.
 //! An attempt that fails is followed by another one, which goes on after the last token: the client sees one answer.
 //! Dropping the answer drops both nodes' streams, which ends everything there.
 
+mod alone;
 mod driver;
 mod flow;
 mod text;

@@ -189,7 +189,7 @@ impl Bench {
             prompt: prompt.to_vec(),
             sampling: Some(greedy()),
             stop: Some(stop()),
-            written: Vec::new(),
+            ..DecodeRequest::default()
         };
         let mut events = self.decode.generate(request).await?.into_inner();
         match events.message().await? {
@@ -214,6 +214,7 @@ impl Bench {
                 epoch: 1,
                 held_tokens: reserved.held_tokens,
             }),
+            ..PrefillRequest::default()
         };
         let mut events = self.prefill.prefill(request).await?.into_inner();
         let mut done = None;

@@ -20,6 +20,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::Router;
+use crate::frontend;
 use crate::frontend::openai::answer::{Choice, Frame};
 use crate::frontend::openai::choices::{self, Events};
 use crate::frontend::openai::failed::Failed;
@@ -209,8 +210,7 @@ impl Begun {
 
 /// With a header that says which models and nodes serve the answer.
 fn told(mut response: Response, by: Option<&ServedBy>) -> Response {
-    let text = by.map(|by| format!("{} {} {} {}", by.mode, by.fingerprint, by.prefill_node, by.decode_node));
-    if let Some(by) = text.and_then(|text| HeaderValue::from_str(text.trim_end()).ok()) {
+    if let Some(by) = by.and_then(|by| HeaderValue::from_str(&frontend::served_by(by)).ok()) {
         response.headers_mut().insert("x-overfill-served-by", by);
     }
     response

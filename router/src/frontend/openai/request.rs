@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use overfill_text::Chat;
-use overfill_types::{Code, SamplingParams, ServiceError};
+use overfill_types::{Code, Quality, SamplingParams, ServiceError};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -48,6 +48,8 @@ pub(crate) struct SamplingFields {
     max_tokens: Option<i64>,
     /// As `max_tokens`, which it overrides.
     max_completion_tokens: Option<i64>,
+    /// Which models write: `overfill` (the default), `full` or `decode`.
+    quality: Option<Quality>,
 }
 
 /// What the answer has to look like; one of them at most.
@@ -229,6 +231,7 @@ impl SamplingFields {
             model: String::new(),
             inputs,
             n: 1,
+            quality: self.quality.unwrap_or_default(),
             sampling,
             max_tokens,
             stop,
