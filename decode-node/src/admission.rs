@@ -110,7 +110,7 @@ impl Admission {
     pub(crate) fn admit(self: &Arc<Self>, asked: &Asked) -> Result<Place, ServiceError> {
         self.check_pair(&asked.fingerprint)?;
         self.limits.check(&asked.prompt, &asked.stop)?;
-        self.limits.check_bias(&asked.sampling)?;
+        self.limits.check_sampling(&asked.sampling)?;
         self.limits.check_written(&asked.written, &asked.stop)?;
         let most = (asked.prompt.len() + asked.stop.max_tokens).div_ceil(self.pool.block_tokens());
         if most > self.pool.total() {
@@ -226,10 +226,6 @@ impl Admission {
     /// The pool that they hold blocks of.
     pub(crate) fn pool(&self) -> &BlockPool {
         &self.pool
-    }
-
-    pub(crate) fn fingerprint(&self) -> &Fingerprint {
-        &self.fingerprint
     }
 
     pub(crate) fn max_context(&self) -> usize {

@@ -1,6 +1,7 @@
 //! The decode node's flags.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser};
@@ -29,6 +30,9 @@ pub struct Cli {
 /// What a decode node needs to know.
 #[derive(Args, Clone, Debug)]
 pub struct DecodeConfig {
+    /// The pair's folder (made by `overfill pair` or `overfill fetch`)
+    #[arg(long, env = "OVERFILL_PAIR")]
+    pub pair: PathBuf,
     /// What both kinds of node have.
     #[command(flatten)]
     pub node: NodeArgs,

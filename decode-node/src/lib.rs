@@ -22,7 +22,7 @@ use overfill_lifecycle::{Drain, grpc};
 use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
 use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
-use overfill_types::{Limits, NodeId, NodeInfo, Role};
+use overfill_types::{Limits, NodeId, NodeInfo, Role, ServedPair};
 use tokio::net::TcpListener;
 use tonic::service::Routes;
 
@@ -43,8 +43,9 @@ pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discove
     let id = NodeId::new(format!("decode-{}", uuid::Uuid::new_v4()));
     let placement = Placement { cpus: node.cpus.clone(), nice: config.nice };
     let placement_of_pool = placement.clone();
+    let dir = config.pair.clone();
     let loading = tokio::task::spawn_blocking(move || {
-        let pair = Pair::open(&node.pair)?;
+        let pair = Pair::open(&dir)?;
         let device = overfill_model::device::parse(&node.device)?;
         let pool = Pool::placed(node.threads(), &placement_of_pool)
             .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
@@ -74,9 +75,10 @@ pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discove
         wire: manifest.kv_formats.wire,
         placement,
     };
+    let pair = ServedPair { model: manifest.name, fingerprint: manifest.fingerprint };
     let end = Drain::new();
     let (commands, engine_thread) = Engine { model, cache, workspace, settings }.start(end.clone())?;
-    let service = DecodeService::new(id.clone(), manifest.name.clone(), admission.clone(), commands, Arc::new(guides), drain.clone());
+    let service = DecodeService::new(id.clone(), pair.clone(), admission.clone(), commands, Arc::new(guides), drain.clone());
     let routes = Routes::new(DecodeServer::new(service).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
 
@@ -85,11 +87,10 @@ pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discove
         id,
         role: Role::Decode,
         address: config.node.advertised(address),
-        model: manifest.name,
-        fingerprint: manifest.fingerprint,
+        pairs: vec![pair.clone()],
         max_context: limits.max_context,
     };
-    tracing::info!(%address, node = %info.id, pair = info.fingerprint.short(), model = %info.model, blocks, threads = config.node.threads(), "decode node ready");
+    tracing::info!(%address, node = %info.id, pair = pair.fingerprint.short(), model = %pair.model, blocks, threads = config.node.threads(), "decode node ready");
     let serving = tokio::spawn(grpc::serve(listener, routes, end.clone()));
     let serving = tokio_util::task::AbortOnDropHandle::new(serving);
     health.set_ready(true).await;

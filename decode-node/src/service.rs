@@ -8,7 +8,7 @@ use overfill_lifecycle::Drain;
 use overfill_proto::v1::decode_server::Decode;
 use overfill_proto::v1::{DecodeEvent, DecodeRequest, KvFrame, NodeStatus, Phase, PushSummary, Reserved, StatusRequest, decode_event};
 use overfill_proto::{convert, status};
-use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServiceError};
+use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServedPair, ServiceError};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -20,7 +20,7 @@ use crate::sequence::Sequence;
 
 pub(crate) struct DecodeService {
     id: NodeId,
-    model: String,
+    pair: ServedPair,
     admission: Arc<Admission>,
     commands: Commands,
     guides: Arc<Guides>,
@@ -28,8 +28,15 @@ pub(crate) struct DecodeService {
 }
 
 impl DecodeService {
-    pub(crate) fn new(id: NodeId, model: String, admission: Arc<Admission>, commands: Commands, guides: Arc<Guides>, drain: Drain) -> Self {
-        Self { id, model, admission, commands, guides, drain }
+    pub(crate) fn new(
+        id: NodeId,
+        pair: ServedPair,
+        admission: Arc<Admission>,
+        commands: Commands,
+        guides: Arc<Guides>,
+        drain: Drain,
+    ) -> Self {
+        Self { id, pair, admission, commands, guides, drain }
     }
 
     async fn reserve(&self, request: DecodeRequest) -> Result<mpsc::Receiver<Result<DecodeEvent, Status>>, ServiceError> {
@@ -96,7 +103,6 @@ impl Decode for DecodeService {
         let sequences = self.admission.sequences() as u32;
         Ok(Response::new(NodeStatus {
             node_id: self.id.to_string(),
-            fingerprint: self.admission.fingerprint().to_string(),
             phase: if self.drain.draining() { Phase::Draining } else { Phase::Ready }.into(),
             sequences,
             running: self.admission.running() as u32,
@@ -104,7 +110,7 @@ impl Decode for DecodeService {
             blocks_held: pool.held() as u64,
             blocks_free: pool.free() as u64,
             block_tokens: pool.block_tokens() as u32,
-            model: self.model.clone(),
+            pairs: vec![convert::pair_to_wire(&self.pair)],
             prefix_queries: prefixes.queries.load(Ordering::Relaxed),
             prefix_hits: prefixes.hits.load(Ordering::Relaxed),
             preempted: self.admission.preempted(),

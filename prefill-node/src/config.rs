@@ -1,6 +1,7 @@
 //! The prefill node's flags.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, Parser};
@@ -29,6 +30,10 @@ pub struct Cli {
 /// What a prefill node needs to know.
 #[derive(Args, Clone, Debug)]
 pub struct PrefillConfig {
+    /// The pair's folder (made by `overfill pair` or `overfill fetch`), or those of several that have the same full model,
+    /// separated by commas
+    #[arg(long, env = "OVERFILL_PAIR", value_delimiter = ',', required = true)]
+    pub pair: Vec<PathBuf>,
     /// What both kinds of node have.
     #[command(flatten)]
     pub node: NodeArgs,

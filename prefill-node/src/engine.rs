@@ -46,6 +46,8 @@ pub(crate) struct Job {
     pub(crate) prompt_tokens: usize,
     /// The full model writes on after its first token.
     pub(crate) alone: bool,
+    /// Number of the pair.
+    pub(crate) pair: usize,
     /// Names of the blocks that the prompt fills; `None` where no prompt's blocks are kept.
     pub(crate) names: Option<Vec<BlockHash>>,
     /// Chooses the first token.
@@ -72,7 +74,8 @@ pub(crate) struct Settings {
 pub(crate) struct Engine {
     pub(crate) model: Llama,
     pub(crate) cache: KvCache,
-    pub(crate) rows: Rows,
+    /// Of each pair.
+    pub(crate) rows: Vec<Rows>,
     pub(crate) workspace: Workspace,
     pub(crate) pool: BlockPool,
     pub(crate) settings: Settings,
@@ -212,8 +215,8 @@ impl Loop {
         let Engine { cache, rows, workspace, .. } = &mut self.engine;
         self.running.retain_mut(|running| {
             let Running { job, reservation, .. } = running;
-            let Some(handoff) = &mut job.handoff else { return true };
-            let fetch = |piece| rows.bytes(cache, workspace.pool(), reservation.blocks(), piece);
+            let (Some(handoff), pair) = (&mut job.handoff, job.pair) else { return true };
+            let fetch = |piece| rows[pair].bytes(cache, workspace.pool(), reservation.blocks(), piece);
             let error = match catch_unwind(AssertUnwindSafe(|| handoff.fill(fetch))) {
                 Ok(Ok(complete)) => return !complete,
                 Ok(Err(error)) => ServiceError::new(Code::Internal, format!("the KV cache could not be read: {error}")),
@@ -235,6 +238,7 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
         start: usize,
         blocks: &'a [BlockId],
         last: bool,
+        pair: usize,
         /// Whether the logits after each token are wanted.
         each: bool,
         handoff: Option<&'a mut Sender>,
@@ -245,7 +249,7 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
     for (running, &given) in running.iter_mut().zip(given) {
         let reported = running.reported(given);
         let Running { job, reservation, done, .. } = running;
-        let Job { prompt, sampler, prompt_logprobs, handoff, .. } = job;
+        let Job { prompt, sampler, prompt_logprobs, handoff, pair, .. } = job;
         let (start, end) = (*done, *done + given);
         let last = given > 0 && end == prompt.len();
         let most = prompt_logprobs.unwrap_or(0);
@@ -254,7 +258,7 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
             wanted.push(Row::Choose(sampler, prompt.len()));
         }
         let (tokens, blocks, each) = (&prompt[start..end], reservation.blocks(), prompt_logprobs.is_some());
-        parts.push(Part { tokens, start, blocks, last, each, handoff: handoff.as_mut() });
+        parts.push(Part { tokens, start, blocks, last, pair: *pair, each, handoff: handoff.as_mut() });
     }
     let mut rows_wanted = Vec::new();
     let mut end = 0;
@@ -269,8 +273,9 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
         .map(|p| Chunk { tokens: p.tokens, start: p.start, blocks: p.blocks, logits: p.last })
         .collect();
     model.forward_rows(&chunks, &rows_wanted, cache, workspace, &mut |layer, cache, pool| {
-        for Part { tokens, start, blocks, handoff, .. } in &mut parts {
+        for Part { tokens, start, blocks, pair, handoff, .. } in &mut parts {
             let Some(handoff) = handoff else { continue };
+            let rows = &mut rows[*pair];
             handoff.available(rows.targets(layer), *start + tokens.len());
             handoff.fill(|piece| rows.bytes(cache, pool, blocks, piece))?;
         }

@@ -2,12 +2,13 @@
 //!
 //! A prompt waits until the pool has blocks for it, is read in chunks together with others (`engine`, `queue`), and its KV
 //! cache goes to a decode node layer by layer while it is computed (`rows`, `handoff`, `push`). What prompts left in the
-//! cache is used by others that begin alike.
+//! cache is used by others that begin alike. One node may prefill for several pairs that have its full model (`pairs`).
 
 pub mod config;
 mod engine;
 mod error;
 mod handoff;
+mod pairs;
 mod push;
 mod queue;
 mod rows;
@@ -21,15 +22,15 @@ use overfill_cluster::Discovery;
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
 use overfill_lifecycle::{Drain, grpc};
-use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
+use overfill_model::{KvCache, ModelError, Placement, Pool, Workspace, cache};
 use overfill_proto::v1::prefill_server::PrefillServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
-use overfill_types::{Limits, NodeId, NodeInfo, Role};
+use overfill_types::{Limits, NodeId, NodeInfo, PairManifest, Role};
 use tokio::net::TcpListener;
 use tonic::service::Routes;
 
 use crate::engine::{Engine, Settings};
-use crate::rows::Rows;
+use crate::pairs::Offers;
 use crate::service::{PrefillService, Served};
 
 pub use crate::config::PrefillConfig;
@@ -45,38 +46,42 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
     let id = NodeId::new(format!("prefill-{}", uuid::Uuid::new_v4()));
     let placement = Placement { cpus: node.cpus.clone(), nice: config.nice };
     let placement_of_pool = placement.clone();
+    let dirs = config.pair.clone();
     let loading = tokio::task::spawn_blocking(move || {
-        let pair = Pair::open(&node.pair)?;
+        let pairs = pairs::open(&dirs)?;
+        let Some(first) = pairs.first() else { return Err(ModelError::Mismatch("no pair is named: give at least one".into())) };
         let device = overfill_model::device::parse(&node.device)?;
         let pool = Pool::placed(node.threads(), &placement_of_pool)
             .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
-        let model = pair.load_full(&device, &pool)?;
-        let transform = pair.load_transform(&pool)?;
+        let model = first.load_full(&device, &pool)?;
+        let rows = pairs::rows(&pairs, &pool)?;
         let geometry = model.config().kv;
-        let format = pair.manifest.kv_formats.cache;
+        let format = first.manifest.kv_formats.cache;
         let blocks = node.blocks(cache::bytes_per_token(geometry, format));
         let mut cache = KvCache::new(geometry, format, blocks as usize, node.block_tokens as usize, &device)?;
         cache.claim(&pool);
-        let guides = Guides::open(&pair.dir, &pair.manifest);
-        Ok::<_, ModelError>((pair.manifest, Workspace::new(pool), model, transform, cache, blocks, guides))
+        let guides = Guides::open(&first.dir, &first.manifest);
+        Ok::<_, ModelError>((pairs, Workspace::new(pool), model, rows, cache, blocks, guides))
     });
-    let (manifest, workspace, model, transform, cache, blocks, guides) = loading.await??;
+    let (pairs, workspace, model, rows, cache, blocks, guides) = loading.await??;
 
     let pool = BlockPool::new(blocks, config.node.block_tokens as usize);
-    let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
-    let settings = Settings { eos: manifest.tokenizer.eos_token_ids.clone(), chunk_tokens: config.chunk_tokens as usize, placement };
+    let manifests = || pairs.iter().map(|p| &p.manifest);
+    let shortest = manifests().map(PairManifest::max_context).min().unwrap_or(0);
+    let vocab_size = manifests().map(PairManifest::vocab_size).min().unwrap_or(0);
+    let limits = Limits { max_context: config.node.max_context(shortest), vocab_size };
+    let eos = manifests().next().map(|m| m.tokenizer.eos_token_ids.clone()).unwrap_or_default();
+    let offers = Offers::new(&pairs);
+    let settings = Settings { eos, chunk_tokens: config.chunk_tokens as usize, placement };
     let end = Drain::new();
-    let rows = Rows::new(transform, manifest.full.kv.layers, manifest.decode.kv, manifest.kv_formats.wire);
     let engine = Engine { model, cache, rows, workspace, pool: pool.clone(), settings };
     let (jobs, counts, engine_thread) = engine.start(config.max_queue as usize, end.clone())?;
+    let pairs = offers.served();
     let served = Served {
         id: id.clone(),
-        model: manifest.name.clone(),
-        fingerprint: manifest.fingerprint.clone(),
+        offers,
         limits,
         pool,
-        decode_geometry: manifest.decode.kv,
-        wire: manifest.kv_formats.wire,
         max_queue: config.max_queue as usize,
         prefix_cache: config.prefix_cache,
         guides: Arc::new(guides),
@@ -86,15 +91,11 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
     let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
 
     let address = listener.local_addr()?;
-    let info = NodeInfo {
-        id,
-        role: Role::Prefill,
-        address: config.node.advertised(address),
-        model: manifest.name,
-        fingerprint: manifest.fingerprint,
-        max_context: limits.max_context,
-    };
-    tracing::info!(%address, node = %info.id, pair = info.fingerprint.short(), model = %info.model, blocks, threads = config.node.threads(), "prefill node ready");
+    let info = NodeInfo { id, role: Role::Prefill, address: config.node.advertised(address), pairs, max_context: limits.max_context };
+    for pair in &info.pairs {
+        tracing::info!(model = %pair.model, pair = pair.fingerprint.short(), "prefills for");
+    }
+    tracing::info!(%address, node = %info.id, blocks, threads = config.node.threads(), "prefill node ready");
     let serving = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(grpc::serve(listener, routes, end.clone())));
     health.set_ready(true).await;
     let registration = discovery.register(info);

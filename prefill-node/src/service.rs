@@ -4,19 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use overfill_guide::Guides;
-use overfill_kv::{BlockPool, block_hashes};
+use overfill_kv::BlockPool;
 use overfill_lifecycle::Drain;
 use overfill_model::Sampler;
 use overfill_proto::v1::prefill_server::Prefill;
 use overfill_proto::v1::{HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, StatusRequest, prefill_event};
 use overfill_proto::{convert, status};
-use overfill_types::{Code, Epoch, Fingerprint, KvGeometry, Limits, NodeId, ServiceError, Ticket, WireFormat};
+use overfill_types::{Code, Epoch, Fingerprint, Limits, NodeId, ServiceError, Ticket};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::engine::Job;
 use crate::handoff::{Target, handoff};
+use crate::pairs::Offers;
 use crate::{Counted, Counts};
 
 /// A prompt has at most a first token, a handoff's or an answer's end, and an error.
@@ -25,12 +26,9 @@ const EVENTS: usize = 3;
 /// What this node serves.
 pub(crate) struct Served {
     pub(crate) id: NodeId,
-    pub(crate) model: String,
-    pub(crate) fingerprint: Fingerprint,
+    pub(crate) offers: Offers,
     pub(crate) limits: Limits,
     pub(crate) pool: BlockPool,
-    pub(crate) decode_geometry: KvGeometry,
-    pub(crate) wire: WireFormat,
     pub(crate) max_queue: usize,
     /// Whether blocks of prompts are kept for others that begin alike.
     pub(crate) prefix_cache: bool,
@@ -54,20 +52,12 @@ impl PrefillService {
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "this prefill node is draining: try another"));
         }
-        let Served { fingerprint, limits, pool, .. } = &self.served;
-        let got = Fingerprint::new(request.fingerprint);
-        if got != *fingerprint {
-            let message = format!(
-                "the router's pair is {}, this prefill node serves {}: every node needs the same pair",
-                got.short(),
-                fingerprint.short()
-            );
-            return Err(ServiceError::new(Code::Mismatch, message));
-        }
+        let Served { offers, limits, pool, .. } = &self.served;
+        let (pair, offer) = offers.find(&Fingerprint::new(request.fingerprint))?;
         let sampling = convert::sampling(request.sampling.as_ref(), 0)?;
         let stop = convert::stop(request.stop)?;
         limits.check(&request.prompt, &stop)?;
-        limits.check_bias(&sampling)?;
+        limits.check_sampling(&sampling)?;
         let (prompt_tokens, alone) = (request.prompt.len(), request.alone);
         limits.check_written(&request.written, &stop)?;
         if alone && request.handoff.is_some() || !alone && !request.written.is_empty() {
@@ -102,12 +92,12 @@ impl PrefillService {
         let (sender, push) = request
             .handoff
             .map(|h| {
-                let (fingerprint, ticket, epoch) = (fingerprint.clone(), Ticket::new(h.ticket), Epoch(h.epoch));
+                let (fingerprint, ticket, epoch) = (offer.pair.fingerprint.clone(), Ticket::new(h.ticket), Epoch(h.epoch));
                 let target = Target { address: h.address, fingerprint, ticket, epoch, held_tokens: held };
-                handoff(target, self.served.decode_geometry, self.served.wire)
+                handoff(target, offer.geometry, offer.wire)
             })
             .unzip();
-        let names = self.served.prefix_cache.then(|| block_hashes(fingerprint, &request.prompt, pool.block_tokens()));
+        let names = self.served.prefix_cache.then(|| offers.names(&request.prompt, pool.block_tokens()));
         let prompt_logprobs = sampling.prompt_logprobs.map(|n| n as usize);
         let mut sampler = Sampler::new(sampling, &request.prompt).guided(guide);
         request.written.iter().for_each(|token| sampler.observe(*token));
@@ -117,6 +107,7 @@ impl PrefillService {
             prompt: [request.prompt, request.written].concat(),
             prompt_tokens,
             alone,
+            pair,
             names,
             stop,
             events: events.clone(),
@@ -164,10 +155,9 @@ impl Prefill for PrefillService {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
-        let Served { id, model, fingerprint, limits, pool, .. } = &self.served;
+        let Served { id, offers, limits, pool, .. } = &self.served;
         Ok(Response::new(NodeStatus {
             node_id: id.to_string(),
-            fingerprint: fingerprint.to_string(),
             phase: if self.drain.draining() { Phase::Draining } else { Phase::Ready }.into(),
             sequences: self.counts.held.load(Ordering::Acquire) as u32,
             running: self.counts.running.load(Ordering::Acquire) as u32,
@@ -175,7 +165,7 @@ impl Prefill for PrefillService {
             blocks_held: pool.held() as u64,
             blocks_free: pool.free() as u64,
             block_tokens: pool.block_tokens() as u32,
-            model: model.clone(),
+            pairs: offers.served().iter().map(convert::pair_to_wire).collect(),
             prefix_queries: self.counts.prefix_queries.load(Ordering::Relaxed),
             prefix_hits: self.counts.prefix_hits.load(Ordering::Relaxed),
             preempted: 0,

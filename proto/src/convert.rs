@@ -1,7 +1,7 @@
 //! Wire messages to our words and back. What the wire leaves out gets its documented default here.
 
 use overfill_types::{
-    Code, FinishReason, Guide, Quality, SamplingParams, ServiceError, StopConditions, TokenLogprob, TopLogprob, WireFormat,
+    Code, FinishReason, Guide, Quality, SamplingParams, ServedPair, ServiceError, StopConditions, TokenLogprob, TopLogprob, WireFormat,
 };
 
 use crate::v1;
@@ -29,6 +29,7 @@ pub fn sampling(wire: Option<&v1::Sampling>, default_seed: u64) -> Result<Sampli
             v1::guide::Kind::JsonSchema(schema) => Guide::JsonSchema(schema),
             v1::guide::Kind::Regex(regex) => Guide::Regex(regex),
             v1::guide::Kind::Grammar(grammar) => Guide::Grammar(grammar),
+            v1::guide::Kind::Tokens(tokens) => Guide::Tokens(tokens.ids),
         }),
         prompt_logprobs: wire.prompt_logprobs,
     };
@@ -54,6 +55,7 @@ pub fn sampling_to_wire(params: &SamplingParams) -> v1::Sampling {
                 Guide::JsonSchema(schema) => v1::guide::Kind::JsonSchema(schema.clone()),
                 Guide::Regex(regex) => v1::guide::Kind::Regex(regex.clone()),
                 Guide::Grammar(grammar) => v1::guide::Kind::Grammar(grammar.clone()),
+                Guide::Tokens(ids) => v1::guide::Kind::Tokens(v1::ForcedTokens { ids: ids.clone() }),
             }),
         }),
         prompt_logprobs: params.prompt_logprobs,
@@ -67,6 +69,11 @@ pub fn quality(wire: v1::Quality) -> Quality {
         v1::Quality::Full => Quality::Full,
         v1::Quality::Decode => Quality::Decode,
     }
+}
+
+/// A pair that a node serves.
+pub fn pair_to_wire(pair: &ServedPair) -> v1::ServedPair {
+    v1::ServedPair { model: pair.model.clone(), fingerprint: pair.fingerprint.to_string() }
 }
 
 /// How a frame's rows are sent; `None` where this version does not know the type.

@@ -78,7 +78,7 @@ impl Router {
         asked.sampling.validate()?;
         let stop_strings = StopMatcher::new(asked.stop)?;
         let limits = Limits { max_context: self.max_context(&model), vocab_size: model.manifest.vocab_size() };
-        limits.check_bias(&asked.sampling)?;
+        limits.check_sampling(&asked.sampling)?;
         if asked.quality == Quality::Decode && asked.sampling.prompt_logprobs.is_some() {
             let message = "log-probabilities of the prompt are the full model's: ask for quality overfill or full, or leave them out";
             return Err(ServiceError::new(Code::InvalidArgument, message));

@@ -133,7 +133,7 @@ pub(crate) fn missing(view: &Snapshot, pair: &PairManifest) -> String {
 #[cfg(test)]
 mod tests {
     use overfill_types::pair::{ModelManifest, TokenizerManifest, WeightFormat};
-    use overfill_types::{Fingerprint, KvGeometry, KvTransform};
+    use overfill_types::{Fingerprint, KvGeometry, KvTransform, ServedPair};
 
     use super::*;
 
@@ -142,8 +142,7 @@ mod tests {
             id: NodeId::new(id),
             role,
             address: "127.0.0.1:1".into(),
-            model: "m".into(),
-            fingerprint: Fingerprint::new(fingerprint),
+            pairs: vec![ServedPair { model: "m".into(), fingerprint: Fingerprint::new(fingerprint) }],
             max_context: 10,
         }
     }

@@ -19,6 +19,7 @@ use tonic::transport::Channel;
 /// How the cluster of a test is made.
 pub struct Builder {
     pair: PathBuf,
+    also: Vec<PathBuf>,
     prefill: usize,
     decode: usize,
     prefill_flags: Vec<String>,
@@ -40,7 +41,21 @@ pub struct Cluster {
 impl Builder {
     /// One prefill and one decode node of `pair`.
     pub fn new(pair: &Path) -> Self {
-        Self { pair: pair.to_owned(), prefill: 1, decode: 1, prefill_flags: vec![], decode_flags: vec![], router_flags: vec![] }
+        Self {
+            pair: pair.to_owned(),
+            also: vec![],
+            prefill: 1,
+            decode: 1,
+            prefill_flags: vec![],
+            decode_flags: vec![],
+            router_flags: vec![],
+        }
+    }
+
+    /// Another pair of the same full model: the prefill nodes serve both, and it has as many decode nodes of its own.
+    pub fn also(mut self, pair: &Path) -> Self {
+        self.also.push(pair.to_owned());
+        self
     }
 
     /// So many nodes of each kind.
@@ -71,9 +86,10 @@ impl Builder {
     pub async fn start(self) -> Cluster {
         let discovery = Discovery::memory();
         let mut tasks = Vec::new();
-        let pair = self.pair.display().to_string();
-        let node = |own: &[String]| {
-            let mut flags: Vec<String> = ["node", "--pair", &pair, "--threads", "1"].map(str::to_owned).to_vec();
+        let each: Vec<String> = [&self.pair].into_iter().chain(&self.also).map(|p| p.display().to_string()).collect();
+        let pairs = each.join(",");
+        let node = |pair: &str, own: &[String]| {
+            let mut flags: Vec<String> = ["node", "--pair", pair, "--threads", "1"].map(str::to_owned).to_vec();
             if !own.contains(&"--kv-memory".to_owned()) {
                 flags.extend(["--kv-memory", "32M"].map(str::to_owned));
             }
@@ -82,16 +98,16 @@ impl Builder {
         };
         let spawn = |task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>>| AbortOnDropHandle::new(tokio::spawn(task));
         for _ in 0..self.prefill {
-            let config = overfill_prefill_node::config::Cli::parse_from(node(&self.prefill_flags)).config;
+            let config = overfill_prefill_node::config::Cli::parse_from(node(&pairs, &self.prefill_flags)).config;
             let run = overfill_prefill_node::run(config, listener().await, discovery.clone(), Drain::new());
             tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
         }
-        for _ in 0..self.decode {
-            let config = overfill_decode_node::config::Cli::parse_from(node(&self.decode_flags)).config;
+        for pair in each.iter().flat_map(|pair| std::iter::repeat_n(pair, self.decode)) {
+            let config = overfill_decode_node::config::Cli::parse_from(node(pair, &self.decode_flags)).config;
             let run = overfill_decode_node::run(config, listener().await, discovery.clone(), Drain::new());
             tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
         }
-        let mut flags: Vec<String> = ["router", "--pair", &pair].map(str::to_owned).to_vec();
+        let mut flags: Vec<String> = ["router", "--pair", &pairs].map(str::to_owned).to_vec();
         flags.extend(self.router_flags);
         let cli = overfill_router::config::Cli::parse_from(flags);
         let listeners = overfill_router::Listeners { http: listener().await, grpc: listener().await };
@@ -101,7 +117,7 @@ impl Builder {
         let run = overfill_router::run(config, listeners, discovery.clone(), Drain::new());
         tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
         let mut view = discovery.watch();
-        let all = self.prefill + self.decode;
+        let all = self.prefill + self.decode * each.len();
         tokio::time::timeout(Duration::from_secs(60), view.wait_for(|v| v.nodes.len() == all)).await.expect("nodes come up").unwrap();
         Cluster { http, grpc, discovery, _tasks: tasks }
     }

@@ -55,8 +55,13 @@ pub enum Kind {
     Projection,
 }
 
-/// Makes a pair; the same `seed` gives the same weights.
+/// Makes a pair; the same `seed` gives the same weights, and the full model is the same for each kind.
 pub fn pair(kind: Kind, seed: u64) -> TinyPair {
+    pair_named("tiny", kind, seed)
+}
+
+/// As [`pair`], under this name.
+pub fn pair_named(name: &str, kind: Kind, seed: u64) -> TinyPair {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let decode = match kind {
@@ -90,7 +95,7 @@ pub fn pair(kind: Kind, seed: u64) -> TinyPair {
         Kind::Projection => KvFormats { cache: KvFormat::F16, wire: WireFormat::Int8 },
     };
     let making = MakePair {
-        name: "tiny".into(),
+        name: name.into(),
         full: at("full"),
         full_weights: WeightFormat::F32,
         decode: at("decode"),

@@ -97,7 +97,7 @@ impl Decode for Stub {
 async fn prefill(cluster: &Cluster, address: &str, prompt: &[u32], held_tokens: usize) -> Result<Streaming<PrefillEvent>, Status> {
     let node = cluster.nodes(Role::Prefill).remove(0);
     let request = PrefillRequest {
-        fingerprint: node.fingerprint.to_string(),
+        fingerprint: node.pairs[0].fingerprint.to_string(),
         request_id: "r".into(),
         prompt: prompt.to_vec(),
         sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),

@@ -98,7 +98,7 @@ async fn a_reservation_whose_cache_never_comes_runs_out() {
     let node = cluster.nodes(Role::Decode).remove(0);
     let mut decode = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
     let request = DecodeRequest {
-        fingerprint: node.fingerprint.to_string(),
+        fingerprint: node.pairs[0].fingerprint.to_string(),
         request_id: "r".into(),
         epoch: 1,
         prompt: vec![1, 2, 3],

@@ -154,7 +154,7 @@ impl Attempt {
     async fn reserve(&self, cluster: &Cluster) -> Result<(Handoff, Streaming<DecodeEvent>), Status> {
         let node = cluster.nodes(Role::Decode).remove(0);
         let request = DecodeRequest {
-            fingerprint: node.fingerprint.to_string(),
+            fingerprint: node.pairs[0].fingerprint.to_string(),
             request_id: self.request_id.clone(),
             epoch: 1,
             prompt: self.prompt.clone(),
@@ -180,7 +180,7 @@ impl Attempt {
         let (handoff, mut events) = self.reserve(cluster).await.map_err(told)?;
         let node = cluster.nodes(Role::Prefill).remove(0);
         let request = PrefillRequest {
-            fingerprint: node.fingerprint.to_string(),
+            fingerprint: node.pairs[0].fingerprint.to_string(),
             request_id: self.request_id.clone(),
             prompt: self.prompt.clone(),
             sampling: Some(convert::sampling_to_wire(&self.sampling)),

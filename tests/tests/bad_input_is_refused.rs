@@ -135,7 +135,7 @@ async fn reserve(cluster: &Cluster, request_id: &str, epoch: u64) -> Result<Rese
     let node = cluster.nodes(Role::Decode).remove(0);
     let mut client = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
     let request = DecodeRequest {
-        fingerprint: node.fingerprint.to_string(),
+        fingerprint: node.pairs[0].fingerprint.to_string(),
         request_id: request_id.into(),
         epoch,
         prompt: PROMPT.to_vec(),
@@ -158,7 +158,7 @@ fn frames(reserved: &Reserved, epoch: u64) -> Vec<KvFrame> {
     let mut frames: Vec<KvFrame> = (0..layers as u32)
         .map(|layer| {
             let header = RowsHeader {
-                fingerprint: reserved.node.fingerprint.clone(),
+                fingerprint: reserved.node.pairs[0].fingerprint.clone(),
                 ticket: reserved.ticket.clone(),
                 epoch: Epoch(epoch),
                 index: layer,
@@ -180,7 +180,7 @@ fn frames(reserved: &Reserved, epoch: u64) -> Vec<KvFrame> {
 }
 
 fn frame(reserved: &Reserved, epoch: u64, index: u32, body: kv_frame::Body) -> KvFrame {
-    let fingerprint = reserved.node.fingerprint.to_string();
+    let fingerprint = reserved.node.pairs[0].fingerprint.to_string();
     KvFrame { fingerprint, ticket: reserved.ticket.to_string(), epoch, index, body: Some(body) }
 }
 
@@ -278,7 +278,10 @@ async fn attempts_and_pairs() {
     let asked = PrefillRequest { fingerprint: other, prompt: PROMPT.to_vec(), stop, ..Default::default() };
     let error = prefill.prefill(asked).await.unwrap_err();
     assert_eq!(error.code(), Code::FailedPrecondition);
-    assert!(error.message().contains("000000000000") && error.message().contains(node.fingerprint.short()), "names both sides: {error}");
+    assert!(
+        error.message().contains("000000000000") && error.message().contains(node.pairs[0].fingerprint.short()),
+        "names both sides: {error}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

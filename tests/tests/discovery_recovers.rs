@@ -8,7 +8,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use overfill_cluster::{Discovery, EtcdSettings, Snapshot};
 use overfill_tests::processes::{Etcd, eventually};
-use overfill_types::{Fingerprint, NodeId, NodeInfo, Role};
+use overfill_types::{Fingerprint, NodeId, NodeInfo, Role, ServedPair};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -23,8 +23,7 @@ fn node(id: &str) -> NodeInfo {
         id: NodeId::new(id),
         role: Role::Decode,
         address: "127.0.0.1:1".into(),
-        model: "m".into(),
-        fingerprint: Fingerprint::new("f"),
+        pairs: vec![ServedPair { model: "m".into(), fingerprint: Fingerprint::new("f") }],
         max_context: 8,
     }
 }

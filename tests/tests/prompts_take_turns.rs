@@ -17,7 +17,7 @@ fn read(cluster: &Cluster, name: &'static str, prompt: Vec<u32>, ended: &mpsc::S
     let ended = ended.clone();
     AbortOnDropHandle::new(tokio::spawn(async move {
         let request = PrefillRequest {
-            fingerprint: node.fingerprint.to_string(),
+            fingerprint: node.pairs[0].fingerprint.to_string(),
             request_id: name.into(),
             prompt,
             sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),

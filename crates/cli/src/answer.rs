@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use overfill_compress::data::read_prompts;
-use overfill_compress::{Arm, Asked, Conversation, Mode, Writing, answer};
+use overfill_compress::{Arm, Asked, Conversation, Writing, answer};
 use overfill_model::{Device, Pair, Pool, Workspace};
 use overfill_text::TextModel;
-use overfill_types::SamplingParams;
+use overfill_types::{Quality, SamplingParams};
 
 use crate::progress::bar;
 use crate::threads::ThreadArgs;
@@ -33,7 +33,7 @@ pub(crate) struct AnswerArgs {
     out: PathBuf,
     /// Who answers: full, decode or overfill
     #[arg(long, env = "OVERFILL_MODE", default_value = "full")]
-    mode: Mode,
+    mode: Quality,
     /// 0 is greedy
     #[arg(long, env = "OVERFILL_TEMPERATURE", default_value_t = 0.5)]
     temperature: f32,
@@ -86,10 +86,10 @@ pub(crate) fn run(args: AnswerArgs, home: &Home) -> anyhow::Result<()> {
     let threads = args.threads.count();
     let mut workspace = Workspace::new(Pool::new(threads, &[])?);
     let full = pair.load_full(&Device::Cpu, workspace.pool())?;
-    let other = if args.mode == Mode::Full { None } else { Some(pair.load_decode(&Device::Cpu, workspace.pool())?) };
+    let other = if args.mode == Quality::Full { None } else { Some(pair.load_decode(&Device::Cpu, workspace.pool())?) };
     let transform = pair.load_transform(workspace.pool())?;
     let arm = match (&other, args.mode) {
-        (Some(decode), Mode::Overfill) => Arm::Overfill { decode, transform: &transform },
+        (Some(decode), Quality::Overfill) => Arm::Overfill { decode, transform: &transform },
         (Some(decode), _) => Arm::Alone(decode),
         (None, _) => Arm::Full,
     };

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::Args;
 use overfill_compress::eval::{Measuring, Samples, evaluate, plot};
-use overfill_compress::{Arm, Mode, data};
+use overfill_compress::{Arm, data};
 use overfill_model::{Device, Llama, Pair, Pool, Workspace};
 use overfill_text::TextModel;
+use overfill_types::Quality;
 use overfill_types::pair::WeightFormat;
 
 use crate::progress::bar;
@@ -26,7 +27,7 @@ pub(crate) struct EvalArgs {
     data: Vec<PathBuf>,
     /// Who answers: any of overfill, decode and full
     #[arg(long, env = "OVERFILL_MODES", value_delimiter = ',', default_value = "overfill,decode,full")]
-    modes: Vec<Mode>,
+    modes: Vec<Quality>,
     /// A decode model that reads the prompt itself: a Hugging Face folder or a .gguf file (may be given several times)
     #[arg(long, env = "OVERFILL_BASELINE", value_delimiter = ',')]
     baseline: Vec<PathBuf>,
@@ -92,9 +93,9 @@ pub(crate) fn run(args: EvalArgs, home: &Home) -> anyhow::Result<()> {
     let mut arms: Vec<(String, Arm<'_>)> = Vec::new();
     for mode in &args.modes {
         let arm = match mode {
-            Mode::Overfill => Arm::Overfill { decode: &decode, transform: &transform },
-            Mode::Decode => Arm::Alone(&decode),
-            Mode::Full => Arm::Full,
+            Quality::Overfill => Arm::Overfill { decode: &decode, transform: &transform },
+            Quality::Decode => Arm::Alone(&decode),
+            Quality::Full => Arm::Full,
         };
         arms.push((mode.as_str().to_owned(), arm));
     }

@@ -54,7 +54,6 @@ pub(crate) fn run(args: ServeArgs, home: &Home) -> anyhow::Result<()> {
         let grpc = TcpListener::bind(args.grpc).await.with_context(|| format!("cannot listen on {}", args.grpc))?;
         let discovery = Discovery::memory();
         let node = NodeArgs {
-            pair: pair.clone(),
             advertise: None,
             threads: args.threads,
             cpus: Vec::new(),
@@ -65,13 +64,22 @@ pub(crate) fn run(args: ServeArgs, home: &Home) -> anyhow::Result<()> {
             drain_timeout: args.bounds.router_drain_timeout,
         };
         let prefill = PrefillConfig {
+            pair: vec![pair.clone()],
             node: node.clone(),
             chunk_tokens: args.chunk_tokens,
             max_queue: 256,
             nice: args.prefill_nice,
             prefix_cache: true,
         };
-        let decode = DecodeConfig { node, max_sequences: 64, max_batch: 32, kv_overcommit: 2.0, nice: 0, reservation_timeout: 30 };
+        let decode = DecodeConfig {
+            pair: pair.clone(),
+            node,
+            max_sequences: 64,
+            max_batch: 32,
+            kv_overcommit: 2.0,
+            nice: 0,
+            reservation_timeout: 30,
+        };
         let local = || TcpListener::bind("127.0.0.1:0");
         // The router drains first; its requests need the nodes until they are finished.
         let nodes = Drain::new();

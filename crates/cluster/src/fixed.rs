@@ -7,7 +7,7 @@ use std::time::Duration;
 use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::prefill_client::PrefillClient;
 use overfill_proto::v1::{NodeStatus, Phase, StatusRequest};
-use overfill_types::{Fingerprint, NodeId, NodeInfo, Role};
+use overfill_types::{Fingerprint, NodeId, NodeInfo, Role, ServedPair};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::transport::{Channel, Endpoint};
@@ -59,8 +59,7 @@ async fn ask(role: Role, address: String, channel: Channel) -> Option<NodeInfo> 
         id: NodeId::new(status.node_id),
         role,
         address,
-        model: status.model,
-        fingerprint: Fingerprint::new(status.fingerprint),
+        pairs: status.pairs.into_iter().map(|p| ServedPair { model: p.model, fingerprint: Fingerprint::new(p.fingerprint) }).collect(),
         max_context: status.max_context as usize,
     })
 }

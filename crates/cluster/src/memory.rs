@@ -30,7 +30,7 @@ impl Memory {
 
 #[cfg(test)]
 mod tests {
-    use overfill_types::{Fingerprint, NodeId, Role};
+    use overfill_types::{Fingerprint, NodeId, Role, ServedPair};
 
     use crate::Discovery;
 
@@ -42,8 +42,7 @@ mod tests {
             id: NodeId::new(id),
             role,
             address: "127.0.0.1:1".into(),
-            model: "m".into(),
-            fingerprint: Fingerprint::new("f"),
+            pairs: vec![ServedPair { model: "m".into(), fingerprint: Fingerprint::new("f") }],
             max_context: 8,
         };
         let b = discovery.register(node("b", Role::Decode));

@@ -19,6 +19,6 @@ impl Snapshot {
 
     /// Ready nodes of a role that serve a pair.
     pub fn of<'a>(&'a self, role: Role, fingerprint: &'a Fingerprint) -> impl Iterator<Item = &'a Endpoint> {
-        self.nodes.iter().filter(move |n| n.role == role && n.fingerprint == *fingerprint)
+        self.nodes.iter().filter(move |n| n.role == role && n.serves(fingerprint))
     }
 }

@@ -21,5 +21,5 @@ pub mod train;
 pub use answer::{Asked, Writing, answer};
 pub use data::{Conversation, Example};
 pub use error::CompressError;
-pub use read::{Arm, Mode};
+pub use read::Arm;
 pub use score::{Scored, score};

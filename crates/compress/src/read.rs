@@ -2,8 +2,6 @@
 //!
 //! All sequences of a batch lie in one cache for each model, under the same block tables in all of them.
 
-use std::str::FromStr;
-
 use overfill_kv::BlockId;
 use overfill_model::{Chunk, KvCache, Llama, ModelError, Passage, Transform, Workspace};
 use overfill_types::WireFormat;
@@ -12,39 +10,6 @@ use overfill_types::WireFormat;
 pub(crate) const BLOCK_TOKENS: usize = 16;
 /// Prompt tokens in one forward pass: from some hundreds on a pass is bound by arithmetic, and more only take memory.
 const PASS_TOKENS: usize = 512;
-
-/// Who answers, by the names that clients use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// The decode model, from the full model's KV cache.
-    Overfill,
-    /// The decode model by itself.
-    Decode,
-    /// The full model by itself.
-    Full,
-}
-
-impl Mode {
-    /// Its name.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Overfill => "overfill",
-            Self::Decode => "decode",
-            Self::Full => "full",
-        }
-    }
-}
-
-impl FromStr for Mode {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        [Self::Overfill, Self::Decode, Self::Full]
-            .into_iter()
-            .find(|mode| mode.as_str() == text)
-            .ok_or_else(|| format!("'{text}' is no mode: use overfill, decode or full"))
-    }
-}
 
 /// Who answers, with the models that it takes besides the full one.
 #[derive(Clone, Copy)]

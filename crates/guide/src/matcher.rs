@@ -5,45 +5,80 @@ use overfill_types::{Code, ServiceError};
 
 /// Follows one answer and says which tokens may come next.
 pub struct Matcher {
-    matcher: llguidance::Matcher,
-    vocabulary: TokEnv,
+    way: Way,
     /// Why it cannot go on; the answer is to end with it.
     failure: Option<ServiceError>,
 }
 
+enum Way {
+    /// Of what is matched byte by byte.
+    Form { matcher: Box<llguidance::Matcher>, vocabulary: TokEnv },
+    /// These tokens, of which so many are written; then anything.
+    Forced { ids: Vec<u32>, written: usize },
+}
+
 impl Matcher {
     pub(crate) fn new(matcher: llguidance::Matcher, vocabulary: TokEnv) -> Self {
-        Self { matcher, vocabulary, failure: None }
+        Self { way: Way::Form { matcher: Box::new(matcher), vocabulary }, failure: None }
+    }
+
+    pub(crate) fn forcing(ids: Vec<u32>) -> Self {
+        Self { way: Way::Forced { ids, written: 0 }, failure: None }
     }
 
     /// Whether `token` may come next. Much cheaper than [`Matcher::mask`].
     pub fn allows(&mut self, token: u32) -> bool {
-        let ends = self.vocabulary.tok_trie().eos_tokens().contains(&token);
-        if self.matcher.is_stopped() {
-            return ends;
-        }
-        let allowed = match ends {
-            true => self.matcher.is_accepting(),
-            false => self.matcher.validate_tokens(&[token]).map(|valid| valid == 1),
+        let allowed = match &mut self.way {
+            Way::Forced { ids, written } => return ids.get(*written).is_none_or(|due| *due == token),
+            Way::Form { matcher, vocabulary } => {
+                let ends = vocabulary.tok_trie().eos_tokens().contains(&token);
+                if matcher.is_stopped() {
+                    return ends;
+                }
+                match ends {
+                    true => matcher.is_accepting(),
+                    false => matcher.validate_tokens(&[token]).map(|valid| valid == 1),
+                }
+            }
         };
         self.noted(allowed).unwrap_or(false)
     }
 
     /// Sets the logits of all tokens that may not come next to negative infinity. `logits` is `[vocab]`.
     pub fn mask(&mut self, logits: &mut [f32]) {
-        let mask = self.matcher.compute_mask_or_eos();
-        let Some(mask) = self.noted(mask) else { return };
-        keep(&mask, logits);
+        match &mut self.way {
+            Way::Forced { ids, written } => {
+                if let Some(&due) = ids.get(*written) {
+                    let others = logits.iter_mut().enumerate().filter(|(id, _)| *id != due as usize);
+                    others.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
+                }
+            }
+            Way::Form { matcher, .. } => {
+                let mask = matcher.compute_mask_or_eos();
+                let Some(mask) = self.noted(mask) else { return };
+                keep(&mask, logits);
+            }
+        }
     }
 
     /// Goes on after `token`, which was written.
     pub fn observe(&mut self, token: u32) {
-        // What follows the end is no longer looked at.
-        if self.matcher.is_stopped() {
-            return;
+        match &mut self.way {
+            Way::Forced { ids, written } => {
+                let due = ids.get(*written).copied();
+                *written += 1;
+                if let Some(due) = due.filter(|due| *due != token) {
+                    let message = format!("the guide asks for token {due}, and token {token} was written");
+                    self.failure.get_or_insert(ServiceError::new(Code::InvalidArgument, message));
+                }
+            }
+            // What follows the end is no longer looked at.
+            Way::Form { matcher, .. } if matcher.is_stopped() => {}
+            Way::Form { matcher, .. } => {
+                let gone_on = matcher.consume_token(token);
+                let _ = self.noted(gone_on);
+            }
         }
-        let gone_on = self.matcher.consume_token(token);
-        let _ = self.noted(gone_on);
     }
 
     /// Why the answer cannot go on, if it cannot: a token was written that breaks the guide, or the next one took too much work to find.

@@ -30,6 +30,14 @@ pub struct Guides {
     turns: Semaphore,
 }
 
+/// A guide that is followed byte by byte.
+#[derive(Clone, Copy)]
+enum Grammar<'a> {
+    JsonSchema(&'a str),
+    Regex(&'a str),
+    Lark(&'a str),
+}
+
 struct Known {
     factory: ParserFactory,
     vocabulary: TokEnv,
@@ -47,7 +55,14 @@ impl Guides {
     /// [`Code::InvalidArgument`] where the guide is malformed, matches nothing, or is too large (the compiler's words are given),
     /// [`Code::Unimplemented`] where the pair's tokens have no bytes that we know of.
     pub fn compile(&self, guide: &Guide) -> Result<Matcher, ServiceError> {
-        self.known.as_ref().map_err(ServiceError::clone)?.compile(guide)
+        let grammar = match guide {
+            // Needs no bytes.
+            Guide::Tokens(ids) => return Ok(Matcher::forcing(ids.clone())),
+            Guide::JsonSchema(schema) => Grammar::JsonSchema(schema),
+            Guide::Regex(regex) => Grammar::Regex(regex),
+            Guide::Grammar(grammar) => Grammar::Lark(grammar),
+        };
+        self.known.as_ref().map_err(ServiceError::clone)?.compile(grammar)
     }
 
     /// As [`Guides::compile`], on a thread where that may take its time.
@@ -99,11 +114,11 @@ impl Known {
         Ok(Self { factory, vocabulary })
     }
 
-    fn compile(&self, guide: &Guide) -> Result<Matcher, ServiceError> {
-        let (what, grammar) = match guide {
-            Guide::JsonSchema(schema) => ("JSON schema", serde_json::from_str(schema).map(TopLevelGrammar::from_json_schema)),
-            Guide::Regex(regex) => ("regular expression", Ok(TopLevelGrammar::from_regex(regex))),
-            Guide::Grammar(grammar) => ("grammar", Ok(TopLevelGrammar::from_lark(grammar.clone()))),
+    fn compile(&self, grammar: Grammar<'_>) -> Result<Matcher, ServiceError> {
+        let (what, grammar) = match grammar {
+            Grammar::JsonSchema(schema) => ("JSON schema", serde_json::from_str(schema).map(TopLevelGrammar::from_json_schema)),
+            Grammar::Regex(regex) => ("regular expression", Ok(TopLevelGrammar::from_regex(regex))),
+            Grammar::Lark(grammar) => ("grammar", Ok(TopLevelGrammar::from_lark(grammar.to_owned()))),
         };
         let refuse = |e: &dyn std::fmt::Display| {
             let mut why = e.to_string();
@@ -185,6 +200,27 @@ mod tests {
         assert!(one.allows(u32::from(b'd')) && !one.allows(u32::from(b'b')) && !one.allows(EOS));
         other.observe(u32::from(b'b'));
         assert!(other.failure().is_some(), "what was written breaks the guide");
+    }
+
+    #[test]
+    fn given_tokens_come_first_and_then_anything() {
+        let mut matcher = guides().compile(&Guide::Tokens(vec![7, EOS, 260])).unwrap();
+        for forced in [7, EOS, 260] {
+            let mut logits = [0.0; 261];
+            matcher.mask(&mut logits);
+            for id in 0..261 {
+                assert!(matcher.allows(id) == (id == forced) && logits[id as usize].is_finite() == (id == forced));
+            }
+            matcher.observe(forced);
+        }
+        let mut logits = [0.0; 261];
+        matcher.mask(&mut logits);
+        assert!((0..261).all(|id| matcher.allows(id)) && logits == [0.0; 261]);
+        matcher.observe(3);
+        assert_eq!(matcher.failure(), None);
+        let mut broken = guides().compile(&Guide::Tokens(vec![7, 8])).unwrap();
+        broken.observe(9);
+        assert!(broken.failure().unwrap().message.contains("token 9"));
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Flags that both kinds of node have.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -9,9 +8,6 @@ use clap::Args;
 /// What a node holds, where it listens, and what it may use.
 #[derive(Args, Clone, Debug)]
 pub struct NodeArgs {
-    /// The pair's folder (made by `overfill pair` or `overfill fetch`)
-    #[arg(long, env = "OVERFILL_PAIR")]
-    pub pair: PathBuf,
     /// Where peers reach this node, host:port [default: the address that it listens on]
     #[arg(long, env = "OVERFILL_ADVERTISE")]
     pub advertise: Option<String>,

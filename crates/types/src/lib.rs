@@ -15,7 +15,7 @@ pub mod sampling;
 pub use error::{Code, ServiceError};
 pub use id::{Epoch, Fingerprint, NodeId, RequestId, Ticket};
 pub use kv::{KvFormat, KvFormats, KvGeometry, KvTransform, PruneStrategy, WireFormat};
-pub use node::{Endpoint, NodeInfo, Role};
+pub use node::{Endpoint, NodeInfo, Role, ServedPair};
 pub use outcome::{FinishReason, TokenLogprob, TopLogprob};
 pub use pair::PairManifest;
 pub use quality::Quality;

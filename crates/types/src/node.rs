@@ -34,12 +34,26 @@ pub struct NodeInfo {
     pub role: Role,
     /// `host:port` where its peers reach its gRPC service.
     pub address: String,
-    /// Name of the pair, as clients ask for it.
-    pub model: String,
-    /// The pair's fingerprint. Nodes of different fingerprints never work together.
-    pub fingerprint: Fingerprint,
+    /// The pairs that it serves: one, or for a prefill node several that have its full model.
+    pub pairs: Vec<ServedPair>,
     /// Longest sequence it takes, prompt and answer together, in tokens.
     pub max_context: usize,
+}
+
+/// A pair, as nodes name it to each other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServedPair {
+    /// Its name, as clients ask for it.
+    pub model: String,
+    /// Nodes of different fingerprints never work together.
+    pub fingerprint: Fingerprint,
+}
+
+impl NodeInfo {
+    /// Whether it serves this pair.
+    pub fn serves(&self, fingerprint: &Fingerprint) -> bool {
+        self.pairs.iter().any(|pair| pair.fingerprint == *fingerprint)
+    }
 }
 
 /// A ready node that may be sent work.

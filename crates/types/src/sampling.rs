@@ -49,13 +49,16 @@ pub enum Guide {
     Regex(String),
     /// Text of this grammar, in llguidance's variant of Lark.
     Grammar(String),
+    /// These tokens, and then anything: how likely a given answer is, or an answer that goes on from a given beginning.
+    Tokens(Vec<u32>),
 }
 
 impl Guide {
-    /// The schema, expression or grammar.
-    pub fn text(&self) -> &str {
+    /// Bytes that it takes.
+    pub fn size(&self) -> usize {
         match self {
-            Guide::JsonSchema(text) | Guide::Regex(text) | Guide::Grammar(text) => text,
+            Guide::JsonSchema(text) | Guide::Regex(text) | Guide::Grammar(text) => text.len(),
+            Guide::Tokens(ids) => size_of_val(ids.as_slice()),
         }
     }
 }
@@ -111,7 +114,7 @@ impl SamplingParams {
         if let Some((token, bias)) = self.logit_bias.iter().find(|(_, bias)| !(-100.0..=100.0).contains(bias)) {
             return refuse(format!("logit_bias is {bias} for token id {token}: it must be from -100 to 100"));
         }
-        if let Some(bytes) = self.guide.as_ref().map(|g| g.text().len()).filter(|&bytes| bytes > LONGEST_GUIDE) {
+        if let Some(bytes) = self.guide.as_ref().map(Guide::size).filter(|&bytes| bytes > LONGEST_GUIDE) {
             return refuse(format!("the guide has {bytes} bytes: at most {LONGEST_GUIDE} are taken"));
         }
         Ok(())
@@ -201,14 +204,20 @@ impl Limits {
         }
     }
 
-    /// Refuses a bias for a token id out of range.
+    /// Refuses a bias for a token id out of range, and a guide that asks for one.
     ///
     /// # Errors
     /// [`Code::InvalidArgument`].
-    pub fn check_bias(&self, sampling: &SamplingParams) -> Result<(), ServiceError> {
-        match sampling.logit_bias.iter().find(|(token, _)| *token as usize >= self.vocab_size) {
-            Some((token, _)) => {
-                let message = format!("token id {token} of logit_bias is out of range: the vocabulary has {} tokens", self.vocab_size);
+    pub fn check_sampling(&self, sampling: &SamplingParams) -> Result<(), ServiceError> {
+        let biased = sampling.logit_bias.iter().map(|(token, _)| ("logit_bias", *token));
+        let forced = match &sampling.guide {
+            Some(Guide::Tokens(ids)) => ids.as_slice(),
+            _ => &[],
+        };
+        let mut named = biased.chain(forced.iter().map(|token| ("the guide", *token)));
+        match named.find(|(_, token)| *token as usize >= self.vocab_size) {
+            Some((field, token)) => {
+                let message = format!("token id {token} of {field} is out of range: the vocabulary has {} tokens", self.vocab_size);
                 Err(ServiceError::new(Code::InvalidArgument, message))
             }
             None => Ok(()),

@@ -44,7 +44,7 @@ pub struct Sampling {
 /// What an answer has to look like: tokens that would break it are not chosen. At most 256 KiB.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Guide {
-    #[prost(oneof = "guide::Kind", tags = "1, 2, 3")]
+    #[prost(oneof = "guide::Kind", tags = "1, 2, 3, 4")]
     pub kind: ::core::option::Option<guide::Kind>,
 }
 /// Nested message and enum types in `Guide`.
@@ -60,7 +60,15 @@ pub mod guide {
         /// text of this grammar, in llguidance's variant of Lark
         #[prost(string, tag = "3")]
         Grammar(::prost::alloc::string::String),
+        /// these tokens, and then anything: their log-probabilities are the models' own
+        #[prost(message, tag = "4")]
+        Tokens(super::ForcedTokens),
     }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForcedTokens {
+    #[prost(uint32, repeated, tag = "1")]
+    pub ids: ::prost::alloc::vec::Vec<u32>,
 }
 /// When an answer ends, as far as token ids can tell.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -103,13 +111,20 @@ pub struct Token {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StatusRequest {}
-/// What a node holds at this moment.
+/// A pair that a node serves.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServedPair {
+    /// its name
+    #[prost(string, tag = "1")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub fingerprint: ::prost::alloc::string::String,
+}
+/// What a node holds at this moment.
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct NodeStatus {
     #[prost(string, tag = "1")]
     pub node_id: ::prost::alloc::string::String,
-    #[prost(string, tag = "2")]
-    pub fingerprint: ::prost::alloc::string::String,
     #[prost(enumeration = "Phase", tag = "3")]
     pub phase: i32,
     /// all that are held: queued, waiting for KV, running
@@ -128,9 +143,6 @@ pub struct NodeStatus {
     /// token positions in a block
     #[prost(uint32, tag = "9")]
     pub block_tokens: u32,
-    /// name of the pair
-    #[prost(string, tag = "10")]
-    pub model: ::prost::alloc::string::String,
     /// tokens, prompt and answer together
     #[prost(uint32, tag = "11")]
     pub max_context: u32,
@@ -143,6 +155,8 @@ pub struct NodeStatus {
     /// sequences that lost their blocks to older ones
     #[prost(uint64, tag = "14")]
     pub preempted: u64,
+    #[prost(message, repeated, tag = "15")]
+    pub pairs: ::prost::alloc::vec::Vec<ServedPair>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

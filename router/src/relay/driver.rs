@@ -95,9 +95,9 @@ impl Driver {
     }
 
     fn serve_by(&mut self, nodes: &Nodes) {
-        self.served_by = ServedBy { mode: self.request.quality.to_string(), ..ServedBy::default() };
+        let fingerprint = self.request.model.manifest.fingerprint.to_string();
+        self.served_by = ServedBy { fingerprint, mode: self.request.quality.to_string(), ..ServedBy::default() };
         for node in nodes.iter() {
-            self.served_by.fingerprint = node.fingerprint.to_string();
             match node.role {
                 Role::Prefill => self.served_by.prefill_node = node.id.to_string(),
                 Role::Decode => self.served_by.decode_node = node.id.to_string(),
@@ -166,7 +166,7 @@ impl Driver {
     /// Asks the decode node for a reservation.
     pub(super) async fn reserve(&self, node: &Endpoint, epoch: u64) -> Result<Reserved, Failure> {
         let request = DecodeRequest {
-            fingerprint: node.fingerprint.to_string(),
+            fingerprint: self.request.model.manifest.fingerprint.to_string(),
             request_id: self.request.id.to_string(),
             epoch,
             prompt: self.request.prompt.to_vec(),
@@ -194,7 +194,7 @@ impl Driver {
         // The client has them by now.
         sampling.prompt_logprobs = sampling.prompt_logprobs.filter(|_| self.flow.written().is_empty());
         let request = PrefillRequest {
-            fingerprint: node.fingerprint.to_string(),
+            fingerprint: self.request.model.manifest.fingerprint.to_string(),
             request_id: self.request.id.to_string(),
             prompt: self.request.prompt.to_vec(),
             sampling: Some(sampling),

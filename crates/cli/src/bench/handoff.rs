@@ -81,7 +81,6 @@ type Started = (Bench, Running<overfill_prefill_node::RunError>, Running<overfil
 
 async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Drain) -> anyhow::Result<Started> {
     let node = NodeArgs {
-        pair: dir,
         advertise: None,
         threads: Some(args.threads),
         cpus: Vec::new(),
@@ -91,8 +90,16 @@ async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Dr
         max_context: None,
         drain_timeout: 10,
     };
-    let prefill = PrefillConfig { node: node.clone(), chunk_tokens: args.chunk_tokens, max_queue: 4, nice: 10, prefix_cache: false };
+    let prefill = PrefillConfig {
+        pair: vec![dir.clone()],
+        node: node.clone(),
+        chunk_tokens: args.chunk_tokens,
+        max_queue: 4,
+        nice: 10,
+        prefix_cache: false,
+    };
     let decode = DecodeConfig {
+        pair: dir,
         node: NodeArgs { threads: Some(1), ..node },
         max_sequences: 4,
         max_batch: 4,

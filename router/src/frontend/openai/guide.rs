@@ -142,6 +142,7 @@ pub(crate) fn of(fields: GuideFields) -> Result<Option<Guide>, ServiceError> {
         }
         found.push((name, Guide::Grammar(format!("start: {}", choice.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(" | ")))));
     }
+    found.extend(fields.forced_token_ids.map(|ids| ("forced_token_ids", Guide::Tokens(ids))));
     match found.as_slice() {
         [(one, _), (other, _), ..] => refuse(format!("{other}: {one} asks for a form already; leave one of them out")),
         _ => Ok(found.pop().map(|(_, guide)| guide)),

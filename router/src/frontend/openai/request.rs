@@ -66,6 +66,8 @@ pub(crate) struct GuideFields {
     /// Text of this grammar (llguidance's variant of Lark).
     pub(super) guided_grammar: Option<String>,
     pub(super) structured_outputs: Option<guide::StructuredOutputs>,
+    /// These tokens first, and then anything.
+    pub(super) forced_token_ids: Option<Vec<u32>>,
 }
 
 /// What both endpoints take beside.

@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""The paper's claim at a small scale: a decode model that reads the full model's KV cache against the same model alone.
+
+    scripts/pairs/claim.py DATA OUT [--overfill target/release/overfill]
+
+Both arms are pruned from the default pair's full model to the same widths, each by the fit of its own mode, and trained on
+the same responses in the same order with a learning rate of its own; then both answer the test questions. DATA is made by
+`scripts/data/{fetch,prepare}.py` (docs/data.md). Whatever is in OUT already is taken as done, so a run that was stopped goes
+on where it was. Prints a table of each seed and of all, and writes OUT/claim.json. The defaults take about 80 minutes on two
+cores; figures, and the learning rates' choice, are in docs/claim.md.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+# The paper's ratio, 0.45 of both widths cut away: 42 % of the full model's weights are read for each token.
+HIDDEN, INTERMEDIATE = 324, 864
+# Chosen on validation among 1e-4, 2e-4, 4e-4 and 8e-4.
+RATES = {"overfill": 4e-4, "decode": 4e-4}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=pathlib.Path)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--overfill", default="target/release/overfill")
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    parser.add_argument("--intermediate", type=int, default=INTERMEDIATE)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=800, help="training prompts that the full model answers")
+    parser.add_argument("--responses", type=pathlib.Path, help="training conversations that are there already, instead")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-tokens", type=int, default=768)
+    parser.add_argument("--samples", type=int, default=512, help="conversations that the pruning is fitted to")
+    parser.add_argument("--limit", type=int, default=40, help="test questions of each task")
+    parser.add_argument("--loss", default="ce", help="ce is the paper's")
+    parser.add_argument("--rates", type=json.loads, default=RATES, help="learning rate of each arm, as JSON")
+    parser.add_argument("--seed", type=int, default=1, help="the first seed")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    Claim(args).run()
+
+
+class Claim:
+    def __init__(self, args):
+        self.args = args
+        pair = pathlib.Path(self.output("fetch"))
+        self.full = pair / "full.gguf"
+
+    def output(self, *command):
+        return subprocess.run([self.args.overfill, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+    def make(self, target, *command):
+        """Runs a command of `overfill` unless what it makes is there. All of them make it whole or not at all, or go on."""
+        if not target.exists():
+            print("+ overfill", *command, file=sys.stderr)
+            self.output(*command)
+        return target
+
+    def run(self):
+        args, out = self.args, self.args.out
+        train, valid = args.responses or self.responses(), args.data / "valid.answers.jsonl"
+        seeds = range(args.seed, args.seed + args.seeds)
+        reports = {seed: self.report(seed, train, valid) for seed in seeds}
+        table = self.table(reports)
+        (out / "claim.json").write_text(json.dumps(table, indent=1) + "\n")
+        print_table(table)
+
+    def responses(self):
+        args, out = self.args, self.args.out
+        prompts = out / "prompts.jsonl"
+        if not prompts.exists():
+            lines = (args.data / "train.prompts.jsonl").read_text().splitlines(keepends=True)
+            # Evenly, so that every kind of prompt is among them.
+            prompts.write_text("".join(lines[i * len(lines) // args.prompts] for i in range(args.prompts)))
+        done = out / "responses.done"
+        if not done.exists():
+            self.output("answer", "--data", prompts, "--out", out / "responses.jsonl", "--seed", 1)
+            done.touch()
+        return out / "responses.jsonl"
+
+    def start(self, arm, train):
+        args = self.args
+        target = args.out / f"init-{arm}"
+        return self.make(
+            target, "prune", "--full", self.full, "--method", "pca", "--fit", arm, "--hidden", args.hidden, "--intermediate", args.intermediate,
+            "--calibration", train, "--samples", args.samples, "--held-out", 20, "--out", target,
+        )  # fmt: skip
+
+    def trained(self, arm, seed, train, valid):
+        args = self.args
+        run = args.out / f"{arm}-{seed}"
+        self.make(
+            run / "model", "train", "--full", self.full, "--init", self.start(arm, train), "--mode", arm, "--loss", args.loss,
+            "--data", train, "--valid", valid, "--valid-samples", 100, "--lr", args.rates[arm], "--warmup", 0.05, "--epochs", args.epochs,
+            "--batch-tokens", args.batch_tokens, "--validate-every", 1000, "--save-every", 100, "--seed", seed, "--out", run,
+        )  # fmt: skip
+        return run / "model"
+
+    def report(self, seed, train, valid):
+        args, out = self.args, self.args.out
+        ours, alone = (self.trained(arm, seed, train, valid) for arm in ("overfill", "decode"))
+        pair = self.make(
+            out / f"pair-{seed}", "pair", "--full", self.full, "--decode", ours, "--kv", "identity", "--out", out / f"pair-{seed}",
+        )  # fmt: skip
+        told = out / f"eval-{seed}.json"
+        if not told.exists():
+            data = ",".join(str(args.data / name) for name in ("test.jsonl", "test.open.jsonl"))
+            text = self.output(
+                "eval", "--pair", pair, "--data", data, "--modes", "overfill,full", "--baseline", alone, "--limit", args.limit, "--json",
+            )  # fmt: skip
+            told.write_text(text + "\n")
+        return json.loads(told.read_text())
+
+    def table(self, reports):
+        seeds = []
+        for seed, report in reports.items():
+            ours, full, alone = report["arms"]
+            comparison = next(c for c in report["comparisons"] if c["baseline"] == alone["name"])
+            arm = lambda a: {"loss": a["mean"]["loss"]["value"], "score": a["mean"]["score"]["value"], "tasks": {t: f["score"]["value"] for t, f in a["tasks"].items()}}
+            seeds.append({"seed": seed, "overfill": arm(ours), "decode": arm(alone), "full": arm(full), **{k: comparison[k] for k in ("improvement", "improvement_by_task", "gap_closed")}})
+        means = {}
+        for key in ("improvement", "improvement_by_task", "gap_closed"):
+            values = [s[key]["value"] for s in seeds]
+            means[key] = {"mean": statistics.mean(values), "low": min(s[key]["low"] for s in seeds), "high": max(s[key]["high"] for s in seeds)}
+        settings = {k: getattr(self.args, k) for k in ("hidden", "intermediate", "epochs", "batch_tokens", "loss", "rates", "limit")}
+        return {"settings": settings, "seeds": seeds, "all": means}
+
+
+def print_table(table):
+    tasks = sorted(table["seeds"][0]["full"]["tasks"])
+    print("| seed | arm | loss | " + " | ".join(tasks) + " | mean score |")
+    print("|" + "---|" * (len(tasks) + 4))
+    for seed in table["seeds"]:
+        for arm in ("full", "overfill", "decode"):
+            told = seed[arm]
+            scores = " | ".join(f"{told['tasks'][t]:.2f}" for t in tasks)
+            print(f"| {seed['seed']} | {'pruned only' if arm == 'decode' else arm} | {told['loss']:.3f} | {scores} | {told['score']:.3f} |")
+    names = {
+        "improvement": "OverFill over pruned only, mean score",
+        "improvement_by_task": "the same, mean over the tasks of each one's improvement",
+        "gap_closed": "of the way from pruned only to the full model",
+    }
+    print()
+    for key, name in names.items():
+        each = ", ".join(f"{s[key]['value']:+.0%}" for s in table["seeds"])
+        of_all = table["all"][key]
+        print(f"{name}: {of_all['mean']:+.0%} [{of_all['low']:+.0%}, {of_all['high']:+.0%}] (seeds: {each})")
+
+
+if __name__ == "__main__":
+    main()
