@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 use overfill_compress::checkpoint::{Checkpoint, Format};
+use overfill_compress::export::{GgufFormats, Stored};
 use overfill_compress::train::{
     AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainOptions, train,
 };
@@ -92,6 +93,15 @@ pub(crate) struct TrainArgs {
     /// Train a projection of the full model's keys and values too
     #[arg(long)]
     projection: bool,
+    /// Learn with the layers' matrices rounded as `overfill export` will store them: q4_0, q4_1, q5_0, q5_1 or q8_0 [default: not rounded]
+    #[arg(long)]
+    quantise: Option<Stored>,
+    /// With --quantise: what the embedding will be stored as
+    #[arg(long, default_value = "q8_0")]
+    embedding: Stored,
+    /// With --quantise: what the output head will be stored as, unless it is the embedding
+    #[arg(long, default_value = "q8_0")]
+    head: Stored,
     /// Highest learning rate
     #[arg(long, default_value_t = 3e-4)]
     lr: f32,
@@ -218,6 +228,7 @@ impl TrainArgs {
             validate_every: self.validate_every,
             save_every: self.save_every,
             patience: self.patience,
+            rounding: self.quantise.map(|layers| GgufFormats { layers, embedding: self.embedding, head: self.head }),
         }
     }
 

@@ -6,8 +6,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use overfill_compress::checkpoint::Format;
+use overfill_compress::export::{GgufFormats, Stored, gguf};
 use overfill_compress::train::{
-    AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainError, TrainOptions, train,
+    AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainError, TrainOptions,
+    Validation, train,
 };
 use overfill_compress::{Arm, Example, score};
 use overfill_model::{Device, Llama, Pool, Transform, Weights, Workspace};
@@ -83,6 +85,7 @@ fn options() -> TrainOptions {
         validate_every: 5,
         save_every: 2,
         patience: None,
+        rounding: None,
     }
 }
 
@@ -218,6 +221,37 @@ fn the_loss_is_the_one_that_is_served() {
         let whole = scored[0].iter().flat_map(|s| s.divergences.iter().skip(1)).map(|d| f64::from(*d)).sum::<f64>() / tokens as f64;
         assert!(told.kl <= whole + 1e-5 && told.kl > 0.0, "{} of {whole}", told.kl);
     }
+}
+
+/// With weights as a quantised file will have them, it learns, and what it reports is the loss of the exported file.
+#[test]
+fn a_model_that_learns_to_be_rounded_is_the_file_that_is_exported() {
+    let formats = GgufFormats { layers: "q4_0".parse().unwrap(), embedding: Stored::Q8_0, head: Stored::Q8_0 };
+    let options = TrainOptions { rounding: Some(formats), epochs: 6, ..options() };
+    let folder = tempfile::tempdir().unwrap();
+    let valid = examples(9);
+    let out = folder.path().join("run");
+    let materials = materials(folder.path(), examples(20), valid.clone(), &options);
+    std::fs::copy(fixtures().join("pruning/tokenizer.json"), materials.init.join("tokenizer.json")).unwrap();
+    let (outcome, records) = run(&options, materials, &out, 0);
+    let outcome = outcome.unwrap();
+    let validations: Vec<&Validation> = records.iter().filter_map(|r| if let Record::Validation(v) = r { Some(v) } else { None }).collect();
+    let (step, best) = outcome.best.unwrap();
+    assert!(best < validations[0].loss - 0.01, "it learned: {best}, {} before", validations[0].loss);
+
+    let file = folder.path().join("model.gguf");
+    gguf(&outcome.model, formats, &file, |_, _| {}).unwrap();
+    let mut workspace = Workspace::new(Pool::new(1, &[]).unwrap());
+    let full = load("full", workspace.pool());
+    let decode = Llama::load(&file, WeightFormat::F32, &Device::Cpu, workspace.pool()).unwrap();
+    let kv = full.config().kv;
+    let transform = Transform::load(&KvTransform::Identity, Path::new("."), kv, kv, workspace.pool()).unwrap();
+    let arm = Arm::Overfill { decode: &decode, transform: &transform };
+    let scored = score(&full, &[arm], KvFormats::default(), &mut workspace, &valid, |_| {}).unwrap();
+    let tokens: usize = valid.iter().map(|e| e.response.len() - 1).sum();
+    let served = scored[0].iter().map(|s| s.loss(false)).sum::<f64>() / tokens as f64;
+    let told = validations.iter().find(|v| v.step == step).unwrap().ce;
+    assert!((told - served).abs() < 1e-4, "training {told}, the exported file {served}");
 }
 
 #[test]

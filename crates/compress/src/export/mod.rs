@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use overfill_model::{GgmlDType, GgufWriter};
 use overfill_text::gguf::GgufVocabulary;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{Checkpoint, Format, LayerWeights, Writer};
@@ -17,9 +18,26 @@ use crate::error::CompressError;
 use crate::export::pad::Padding;
 use crate::matrix::Matrix;
 
+pub(crate) use pad::BLOCK;
+
 /// What the matrices of a GGUF file are stored as. All quantised ones have blocks of 32 numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Stored(GgmlDType);
+
+impl TryFrom<String> for Stored {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Stored> for String {
+    fn from(stored: Stored) -> Self {
+        stored.name()
+    }
+}
 
 impl FromStr for Stored {
     type Err = String;
@@ -48,12 +66,17 @@ impl Stored {
 
     /// Whether rows are blocks.
     pub fn is_quantised(self) -> bool {
-        !matches!(self.0, GgmlDType::F32 | GgmlDType::F16)
+        self.blocks().is_some()
+    }
+
+    /// Of which kind its blocks are, if rows are blocks.
+    pub(crate) fn blocks(self) -> Option<GgmlDType> {
+        Some(self.0).filter(|dtype| !matches!(dtype, GgmlDType::F32 | GgmlDType::F16))
     }
 }
 
 /// What the parts of a GGUF file are stored as; vectors are f32 always.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GgufFormats {
     /// Matrices of the layers.
     pub layers: Stored,
@@ -61,6 +84,18 @@ pub struct GgufFormats {
     pub embedding: Stored,
     /// The output head.
     pub head: Stored,
+}
+
+impl GgufFormats {
+    /// What the tensor of this name and number of dimensions is stored as; `None` for vectors.
+    pub(crate) fn of(&self, name: &str, dimensions: usize) -> Option<Stored> {
+        match name {
+            _ if dimensions < 2 => None,
+            "model.embed_tokens.weight" => Some(self.embedding),
+            "lm_head.weight" => Some(self.head),
+            _ => Some(self.layers),
+        }
+    }
 }
 
 /// Writes the checkpoint at `model` as a GGUF file that must not exist. It appears whole or not at all.

@@ -9,6 +9,7 @@ use super::adam::AdamOptions;
 use super::batches::Reading;
 use super::error::TrainError;
 use super::schedule::Schedule;
+use crate::export::GgufFormats;
 use crate::net::Mix;
 use crate::{Example, data};
 use overfill_text::ModelText;
@@ -48,6 +49,8 @@ pub struct TrainOptions {
     pub save_every: u64,
     /// Validations in a row without a lower loss after which the run ends.
     pub patience: Option<u64>,
+    /// Formats of the file that the model will be: it learns with weights that are rounded to them.
+    pub rounding: Option<GgufFormats>,
 }
 
 impl TrainOptions {

@@ -15,6 +15,7 @@ use super::error::TrainError;
 use super::lesson::{FullModel, Lesson};
 use super::log::{Log, Record, Step, Validation};
 use super::options::{Set, TrainOptions};
+use super::rounding::Rounded;
 use super::state::{self, Progress, STATE_FILE};
 use crate::checkpoint::{Checkpoint, Format, Writer};
 use crate::net::{Batch, Entry, Net, Objective, RowLoss, Sequence, Shape, State, Target, Teacher};
@@ -100,6 +101,8 @@ struct Run<'o> {
     net: Net,
     entries: Vec<Entry>,
     parameters: Vec<f32>,
+    /// What is computed with instead, where the model learns to be rounded.
+    rounded: Option<Rounded>,
     gradients: Vec<f32>,
     adam: Adam,
     plan: Plan,
@@ -146,6 +149,7 @@ impl<'o> Run<'o> {
             out: out.to_owned(),
             init,
             entries: shape.entries(),
+            rounded: options.rounding.map(Rounded::new),
             gradients: vec![0.0; parameters.len()],
             net: Net::new(shape, &config),
             parameters,
@@ -217,6 +221,7 @@ impl<'o> Run<'o> {
         let pairs = batches.iter().flatten().zip(cuts.iter().flatten());
         let tokens: usize = pairs.map(|(&i, &cut)| learned(&examples[i], cut).len()).sum();
         let objective = Objective { mix: options.mix(), scale: 1.0 / tokens as f32 };
+        self.round();
         let mut reading = 0.0;
         let mut sums = [0.0f64; 3];
         for (i, (batch, cuts)) in batches.iter().zip(&cuts).enumerate() {
@@ -225,7 +230,8 @@ impl<'o> Run<'o> {
             reading += fetching.elapsed().as_secs_f64();
             let (sequences, targets, owners) = laid_out(&parts, options.top, 0);
             let batch = Batch { sequences: &sequences, targets: &targets };
-            let losses = self.net.train(&self.parameters, &batch, objective, &mut self.training, &mut self.gradients, i > 0);
+            let weights = self.rounded.as_ref().map_or(self.parameters.as_slice(), Rounded::weights);
+            let losses = self.net.train(weights, &batch, objective, &mut self.training, &mut self.gradients, i > 0);
             if let Some(at) = losses.iter().position(|l| !l.mixed(objective.mix).is_finite()) {
                 let conversation = self.materials.train.numbers[parts[owners[at]].index];
                 return Err(TrainError::NotFinite { step: number, what: "loss", conversation: Some(conversation) });
@@ -256,12 +262,14 @@ impl<'o> Run<'o> {
         let reading = if self.options.reading == Reading::Random { Reading::Prompt } else { self.options.reading };
         let (mut sums, mut tokens, mut agreeing) = ([0.0; 3], 0, 0);
         let mix = self.options.mix();
+        self.round();
         for batch in in_order(&self.materials.valid.examples, self.options.batch_tokens) {
             let cuts: Vec<usize> = batch.iter().map(|&i| reading.cut(&self.materials.valid.examples[i], 0, 0, i)).collect();
             let parts = self.fetch(true, &batch, &cuts)?;
             let (sequences, targets, _) = laid_out(&parts, self.options.top, 1);
-            self.net.run(&self.parameters, &sequences, &mut self.validating, &mut |_, _, _| {});
-            let losses = self.net.loss(&self.parameters, &targets, &mut self.validating);
+            let weights = self.rounded.as_ref().map_or(self.parameters.as_slice(), Rounded::weights);
+            self.net.run(weights, &sequences, &mut self.validating, &mut |_, _, _| {});
+            let losses = self.net.loss(weights, &targets, &mut self.validating);
             add(&mut sums, &losses, mix);
             tokens += losses.len();
             agreeing += losses.iter().filter(|l| l.agrees).count();
@@ -291,6 +299,12 @@ impl<'o> Run<'o> {
         }
         let path = self.out.join(CURVE_FILE);
         std::fs::write(&path, curve::svg(&self.log.records)).map_err(TrainError::file(&path))
+    }
+
+    fn round(&mut self) {
+        if let Some(rounded) = &mut self.rounded {
+            rounded.update(&self.parameters, &self.entries);
+        }
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
