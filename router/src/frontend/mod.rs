@@ -5,3 +5,13 @@ pub(crate) mod grpc;
 pub(crate) mod http;
 pub(crate) mod kserve;
 mod openai;
+
+use axum::http::HeaderMap;
+use overfill_lifecycle::Trace;
+use tracing::field::Empty;
+
+/// The trace of a request that came with these headers.
+fn trace(headers: &HeaderMap) -> Trace {
+    let span = tracing::info_span!("request", otel.kind = "server", request_id = Empty, model = Empty, trace_id = Empty);
+    Trace::begin(span, headers)
+}

@@ -10,10 +10,12 @@ use overfill_proto::v1::{self, DecodeEvent, DecodeRequest, PrefillEvent, Prefill
 use overfill_types::{Code, FinishReason, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
-use tonic::{Status, Streaming};
+use tonic::{Request, Status, Streaming};
+use tracing::{Instrument, Span, debug_span};
 
 use crate::Router;
 use crate::admission::ValidRequest;
+use crate::metrics::Observed;
 use crate::pairing::Chosen;
 use crate::relay::flow::{Blame, Failure, Flow};
 use crate::relay::text::Text;
@@ -27,12 +29,20 @@ pub(super) struct Driver {
     request: ValidRequest,
     flow: Flow,
     text: Text,
+    observed: Observed,
     sender: mpsc::Sender<Result<Event, ServiceError>>,
 }
 
 impl Driver {
     pub(super) fn new(router: Arc<Router>, request: ValidRequest, sender: mpsc::Sender<Result<Event, ServiceError>>) -> Self {
-        Self { text: Text::new(&request), flow: Flow::default(), router, request, sender }
+        let name = &request.model.manifest.name;
+        let observed = Observed::new(&router.metrics, name, request.prompt.len(), request.arrived);
+        Self { text: Text::new(&request), flow: Flow::default(), observed, router, request, sender }
+    }
+
+    /// The answer ends with an error.
+    pub(super) fn failed(&mut self, error: &ServiceError) {
+        self.observed.failed(error);
     }
 
     /// Makes attempts until the answer is whole.
@@ -41,15 +51,21 @@ impl Driver {
     /// Why it will not be.
     pub(super) async fn run(&mut self) -> Result<(), ServiceError> {
         loop {
-            let chosen = self.choose().await?;
+            let chosen = self.choose().instrument(debug_span!("choose")).await?;
+            self.observed.chosen();
             let epoch = self.flow.attempt();
-            let Err(failure) = self.attempt(&chosen, epoch).await else { return Ok(()) };
+            let span = debug_span!("attempt", epoch, prefill_node = %chosen.prefill.id, decode_node = %chosen.decode.id);
+            let Err(failure) = self.attempt(&chosen, epoch).instrument(span).await else { return Ok(()) };
             if let Blame::Lost(node) = &failure.blame {
                 self.router.pairing.suspect(node, Instant::now());
             }
             let Failure { error, .. } = &failure;
             tracing::info!(request = %self.request.id, epoch, written = self.flow.written().len(), code = %error.code, %error, "attempt failed");
-            self.flow.failed(failure)?;
+            let code = error.code;
+            let goes_on = self.flow.failed(failure);
+            self.observed.attempt_failed(code, goes_on.is_ok());
+            goes_on?;
+            self.observed.waits();
         }
     }
 
@@ -71,7 +87,7 @@ impl Driver {
     async fn attempt(&mut self, chosen: &Chosen, epoch: u64) -> Result<(), Failure> {
         let mut decode = match self.request.stop.max_tokens {
             1 => None,
-            _ => Some(self.reserve(chosen, epoch).await?),
+            _ => Some(self.reserve(chosen, epoch).instrument(debug_span!("reserve", otel.kind = "client")).await?),
         };
         let handoff = decode.as_ref().map(|d| v1::Handoff {
             address: chosen.decode.address.clone(),
@@ -79,6 +95,7 @@ impl Driver {
             epoch,
             held_tokens: d.held_tokens,
         });
+        let mut stage = debug_span!("first_token");
         let mut prefill = self.prefill(chosen, handoff).await?;
         // Tokens of the decode node that came before the first one, over the other connection.
         let mut early: Vec<DecodeEvent> = Vec::new();
@@ -90,9 +107,11 @@ impl Driver {
                 event = prefill.message(), if reading => match event {
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) })) => {
                         begun = true;
+                        drop(std::mem::replace(&mut stage, debug_span!("decode")));
                         let Some(token) = first.token else { return Err(Failure::broken("prefill node", &chosen.prefill.id)) };
                         if self.flow.first(&token).map_err(Failure::of_request)? {
                             let served_by = self.served_by(chosen, decode.is_some());
+                            self.observed.read(first.cached_tokens);
                             let (cached_tokens, prompt_logprobs) = (first.cached_tokens, first.prompt_logprobs);
                             self.send(Event::Read(Read { cached_tokens, prompt_logprobs, served_by })).await;
                             if self.pass_on(chosen, token).await {
@@ -125,6 +144,13 @@ impl Driver {
         }
     }
 
+    /// A call to a node, as made by the stage that is under way.
+    fn traced<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        self.request.trace.pass_on(&Span::current(), request.metadata_mut().as_mut());
+        request
+    }
+
     /// Asks the decode node for a reservation.
     async fn reserve(&self, chosen: &Chosen, epoch: u64) -> Result<Reserved, Failure> {
         let node = &chosen.decode;
@@ -140,9 +166,11 @@ impl Driver {
         let channel = self.router.peers.channel(node).map_err(Failure::of_request)?;
         let mut client = DecodeClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
         let refused = |e: Status| Failure::of(&e, "decode node", &node.id);
-        let mut events = client.generate(request).await.map_err(refused)?.into_inner();
+        let asked = Instant::now();
+        let mut events = client.generate(self.traced(request)).await.map_err(refused)?.into_inner();
         match events.message().await.map_err(refused)? {
             Some(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }) => {
+                self.observed.reserved(asked);
                 Ok(Reserved { ticket: reserved.ticket, held_tokens: reserved.held_tokens, events })
             }
             _ => Err(Failure::broken("decode node", &node.id)),
@@ -164,7 +192,7 @@ impl Driver {
         };
         let channel = self.router.peers.channel(node).map_err(Failure::of_request)?;
         let mut client = PrefillClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
-        let answered = client.prefill(request).await;
+        let answered = client.prefill(self.traced(request)).await;
         Ok(answered.map_err(|e| Failure::of(&e, "prefill node", &node.id))?.into_inner())
     }
 
@@ -186,6 +214,7 @@ impl Driver {
     /// Sends a token on its way to the client; true at the answer's end, which this token may be, whether or not its node
     /// lives to say so.
     async fn pass_on(&mut self, chosen: &Chosen, token: Token) -> bool {
+        self.observed.token();
         let eos = &self.request.model.manifest.tokenizer.eos_token_ids;
         let reason = self.request.stop.after(token.id, self.flow.written().len(), eos);
         // A token that ends the answer is no part of its text.
@@ -213,6 +242,7 @@ impl Driver {
 
     /// The end. The nodes that are named are those that finished the answer.
     async fn end(&mut self, chosen: &Chosen, reason: FinishReason, matched_stop: Option<String>) {
+        self.observed.finished(reason);
         let completion_tokens = self.flow.written().len();
         let served_by = self.served_by(chosen, completion_tokens > 1);
         self.send(Event::Finished(End { reason, completion_tokens, served_by, matched_stop })).await;

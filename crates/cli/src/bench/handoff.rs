@@ -83,6 +83,7 @@ async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Dr
     let node = NodeArgs {
         pair: dir,
         advertise: None,
+        metrics_listen: None,
         threads: Some(args.threads),
         cpus: Vec::new(),
         device: "cpu".into(),
