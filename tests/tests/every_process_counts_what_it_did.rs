@@ -174,6 +174,24 @@ async fn names_and_buckets_are_those_of_vllm() {
         assert_eq!(router.buckets(&format!("vllm:{name}_seconds")), REQUEST, "{name}");
     }
     assert_eq!(router.buckets("vllm:request_prompt_tokens")[..7], [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]);
+
+    // The page names all of them, the dashboard no others. The one of etcd is there only with etcd.
+    let read = |path: &str| std::fs::read_to_string(format!("{}/../{path}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let (page, dashboard) = (read("docs/observability.md"), read("deploy/grafana.json"));
+    let mut all: Vec<&str> = [&router, prefill, decode].iter().flat_map(|told| told.types.keys()).map(String::as_str).collect();
+    all.push("overfill_etcd_connected");
+    for name in &all {
+        assert!(page.contains(&format!("`{name}`")), "{name} is not in docs/observability.md");
+    }
+    let words = |text: &str| -> Vec<String> {
+        let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == ':'));
+        words.filter(|w| w.starts_with("vllm:") || w.starts_with("overfill_")).map(|w| w.trim_end_matches("_bucket").into()).collect()
+    };
+    let shown = words(&dashboard);
+    assert!(shown.len() > 20);
+    for name in shown {
+        assert!(all.contains(&name.as_str()), "the dashboard shows {name}, which nobody tells");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
