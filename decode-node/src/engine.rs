@@ -21,6 +21,7 @@ use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Sampled, Work
 use overfill_types::{Code, ServiceError, Ticket, WireFormat};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use crate::metrics::Metrics;
 use crate::sequence::Sequence;
 
 /// Commands on their way to the engine, which takes them all before each step. They are small, but for the rows.
@@ -121,6 +122,7 @@ pub(crate) struct Engine {
     pub(crate) cache: KvCache,
     pub(crate) workspace: Workspace,
     pub(crate) settings: Settings,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 impl Engine {
@@ -228,7 +230,9 @@ impl Loop {
 
     /// Lets go of sequences whose reader has gone, whose reservation ran out, or that a newer attempt replaced.
     fn sweep(&mut self) {
-        self.running.retain(|s| !s.abandoned());
+        let metrics = self.engine.metrics.clone();
+        let dropped = self.running.extract_if(.., |s| s.abandoned()).count();
+        metrics.dropped.inc_by(dropped as u64);
         let superseded: Vec<Sequence> = self.running.extract_if(.., |s| s.place.superseded()).collect();
         superseded.into_iter().for_each(supersede);
         let now = Instant::now();
@@ -242,7 +246,10 @@ impl Loop {
             let Some(sequence) = self.waiting.remove(&ticket) else { continue };
             if sequence.place.superseded() {
                 supersede(sequence);
-            } else if !sequence.abandoned() {
+            } else if sequence.abandoned() {
+                metrics.dropped.inc();
+            } else {
+                metrics.reservations_expired.inc();
                 let message =
                     format!("no KV cache came for reservation {ticket} in time: the prefill node is slow or gone; send the request again");
                 sequence.fail(&ServiceError::new(Code::DeadlineExceeded, message));
@@ -275,11 +282,15 @@ impl Loop {
             }
             count == 0
         }));
-        let Engine { model, cache, workspace, settings } = &mut self.engine;
+        let Engine { model, cache, workspace, settings, metrics } = &mut self.engine;
+        let begun = Instant::now();
         // Whatever a forward pass does wrong ends the sequences of its batch, not the node.
         let computed = catch_unwind(AssertUnwindSafe(|| forward(model, cache, workspace, &mut batch, &counts)));
         let error = match computed {
             Ok(Ok(sampled)) => {
+                let now = Instant::now();
+                metrics.step_seconds.observe((now - begun).as_secs_f64());
+                metrics.step_sequences.observe(batch.len() as f64);
                 let mut sampled = sampled.into_iter();
                 for (mut sequence, count) in batch.into_iter().zip(counts) {
                     if !sequence.writes_after(count) {
@@ -290,7 +301,7 @@ impl Loop {
                             sequence.fail(&error);
                             continue;
                         }
-                        match sequence.wrote(&sampled, &settings.eos) {
+                        match sequence.wrote(&sampled, &settings.eos, now) {
                             Some(reason) => sequence.finish(reason),
                             None => self.running.push(sequence),
                         }

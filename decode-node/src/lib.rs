@@ -8,6 +8,7 @@ mod admission;
 pub mod config;
 mod engine;
 mod error;
+mod metrics;
 mod receiver;
 mod sequence;
 mod service;
@@ -18,27 +19,28 @@ use std::time::Duration;
 use overfill_cluster::Discovery;
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
-use overfill_lifecycle::{Drain, grpc};
+use overfill_lifecycle::{Drain, NodeListeners, grpc};
 use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
 use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
 use overfill_types::{Limits, NodeId, NodeInfo, Role, ServedPair};
-use tokio::net::TcpListener;
 use tonic::service::Routes;
 
 use crate::admission::{Admission, Bounds};
 use crate::engine::{Engine, Settings};
+use crate::metrics::Metrics;
 use crate::service::DecodeService;
 
 pub use crate::config::DecodeConfig;
 pub use crate::error::RunError;
 
-/// Loads the decode model, serves on `listener`, and registers once it is ready; returns when `drain` was given and what
+/// Loads the decode model, serves on `listeners`, and registers once it is ready; returns when `drain` was given and what
 /// ran is finished.
 ///
 /// # Errors
 /// Where the pair cannot be loaded or the transport fails.
-pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
+pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
+    let NodeListeners { grpc: listener, metrics: scraped } = listeners.into();
     let node = config.node.clone();
     let id = NodeId::new(format!("decode-{}", uuid::Uuid::new_v4()));
     let placement = Placement { cpus: node.cpus.clone(), nice: config.nice };
@@ -75,10 +77,14 @@ pub async fn run(config: DecodeConfig, listener: TcpListener, discovery: Discove
         wire: manifest.kv_formats.wire,
         placement,
     };
-    let pair = ServedPair { model: manifest.name, fingerprint: manifest.fingerprint };
+    let pair = ServedPair { model: manifest.name.clone(), fingerprint: manifest.fingerprint.clone() };
     let end = Drain::new();
-    let (commands, engine_thread) = Engine { model, cache, workspace, settings }.start(end.clone())?;
-    let service = DecodeService::new(id.clone(), pair.clone(), admission.clone(), commands, Arc::new(guides), drain.clone());
+    let metrics = Arc::new(Metrics::new(&manifest, &admission)?);
+    let seen = discovery.clone();
+    metrics.registry.etcd(move || seen.etcd_connected())?;
+    let _scraped = scraped.map(|listener| metrics.registry.serve(listener, end.clone()));
+    let (commands, engine_thread) = Engine { model, cache, workspace, settings, metrics: metrics.clone() }.start(end.clone())?;
+    let service = DecodeService::new((id.clone(), pair.clone()), admission.clone(), commands, Arc::new(guides), metrics, drain.clone());
     let routes = Routes::new(DecodeServer::new(service).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
 

@@ -1,6 +1,6 @@
 //! One push: frames come in, are checked, and go to the engine. Whatever breaks it ends the sequence that waits.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use overfill_kv::{Assembler, RowsHeader};
 use overfill_proto::v1::{KvFrame, PushSummary, kv_frame};
@@ -11,6 +11,7 @@ use tonic::Streaming;
 
 use crate::admission::Admission;
 use crate::engine::{Commands, Rows};
+use crate::metrics::Metrics;
 
 /// Takes one handoff.
 ///
@@ -19,19 +20,23 @@ use crate::engine::{Commands, Rows};
 pub(crate) async fn receive(
     admission: &Admission,
     commands: &Commands,
+    metrics: &Metrics,
     frames: &mut Streaming<KvFrame>,
 ) -> Result<PushSummary, ServiceError> {
     let patience = admission.reservation_timeout();
     let Some(first) = next(frames, patience).await? else {
         return Err(ServiceError::new(Code::InvalidArgument, "a push without frames: send the rows and the commit"));
     };
+    let begun = Instant::now();
     let (fingerprint, ticket, epoch) = names(&first);
     let expected = admission.claim(&fingerprint, &ticket, epoch)?;
     let mut guard = Guard { ticket: ticket.clone(), commands: commands.clone(), armed: true };
-    let taken = take(Assembler::new(expected), first, commands, frames, patience).await;
+    let taken = take(Assembler::new(expected), first, (commands, metrics), frames, patience).await;
     guard.armed = false;
     if let Err(error) = &taken {
         commands.fail(ticket, error.clone()).await?;
+    } else {
+        metrics.handoff_seconds.observe(begun.elapsed().as_secs_f64());
     }
     taken
 }
@@ -39,7 +44,7 @@ pub(crate) async fn receive(
 async fn take(
     mut assembler: Assembler,
     first: KvFrame,
-    commands: &Commands,
+    (commands, metrics): (&Commands, &Metrics),
     frames: &mut Streaming<KvFrame>,
     patience: Duration,
 ) -> Result<PushSummary, ServiceError> {
@@ -62,13 +67,17 @@ async fn take(
                 }
                 let (layer, start) = (rows.layer, rows.start);
                 let header = RowsHeader { fingerprint, ticket: ticket.clone(), epoch, index, layer, start, tokens: rows.tokens };
-                assembler.rows(&header, &rows.k, &rows.v, rows.checksum)?;
+                assembler.rows(&header, &rows.k, &rows.v, rows.checksum).inspect_err(|e| metrics.frame_refused(e))?;
                 summary.frames += 1;
                 summary.bytes += payload as u64;
+                metrics.frames_received.inc();
+                metrics.bytes_received.inc_by(payload as u64);
                 commands.rows(ticket, Rows { layer: layer as usize, start: start as usize, k: rows.k, v: rows.v }).await?;
             }
             Some(kv_frame::Body::Commit(commit)) => {
-                assembler.commit(&fingerprint, &ticket, epoch, index, (&commit.digest, &commit.prompt_digest))?;
+                assembler
+                    .commit(&fingerprint, &ticket, epoch, index, (&commit.digest, &commit.prompt_digest))
+                    .inspect_err(|e| metrics.frame_refused(e))?;
                 commands.start(ticket, commit.first_token).await?;
                 return Ok(summary);
             }

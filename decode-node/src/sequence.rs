@@ -1,16 +1,20 @@
 //! One sequence: what it holds, where it stands, and to whom it writes.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use overfill_guide::Matcher;
+use overfill_lifecycle::Trace;
 use overfill_model::{Sampled, Sampler};
 use overfill_proto::v1::{DecodeEvent, DecodeFinished, Token, decode_event};
 use overfill_proto::{convert, status};
 use overfill_types::{Code, FinishReason, ServiceError, StopConditions};
 use tokio::sync::mpsc;
 use tonic::Status;
+use tracing::{Span, debug_span};
 
 use crate::admission::{Asked, Place};
+use crate::metrics::Metrics;
 
 /// Tokens of one answer on their way to the router.
 pub(crate) type Events = mpsc::Sender<Result<DecodeEvent, Status>>;
@@ -31,16 +35,48 @@ pub(crate) struct Sequence {
     events: Events,
     /// When the next frame of its KV cache has to be here.
     pub(crate) until: Instant,
+    metrics: Arc<Metrics>,
+    trace: Trace,
+    /// What is being done with it: waiting for its KV cache, or writing.
+    stage: Span,
+    admitted: Instant,
+    /// When its KV cache was whole, or when it came if none comes.
+    begun: Option<Instant>,
+    /// When it wrote last, or began.
+    wrote: Instant,
 }
 
 impl Sequence {
-    pub(crate) fn new(asked: Asked, guide: Option<Matcher>, place: Place, events: Events, patience: Duration) -> Self {
+    pub(crate) fn new(
+        asked: Asked,
+        guide: Option<Matcher>,
+        place: Place,
+        events: Events,
+        patience: Duration,
+        (metrics, trace): (Arc<Metrics>, Trace),
+    ) -> Self {
         let Asked { prompt, written, alone, sampling, stop, .. } = asked;
         let mut sampler = Sampler::new(sampling, &prompt).guided(guide);
         written.iter().for_each(|token| sampler.observe(*token));
-        let (prompt_tokens, until) = (prompt.len(), Instant::now() + patience);
+        let (prompt_tokens, now) = (prompt.len(), Instant::now());
         let (cached, unread) = if alone { (0, [prompt, written].concat()) } else { (prompt_tokens, written) };
-        Self { place, prompt_tokens, alone, cached, unread, stop, sampler, events, until }
+        Self {
+            place,
+            prompt_tokens,
+            alone,
+            cached,
+            unread,
+            stop,
+            sampler,
+            events,
+            until: now + patience,
+            metrics,
+            stage: if alone { debug_span!(parent: trace.span(), "write") } else { debug_span!(parent: trace.span(), "wait_for_kv") },
+            trace,
+            admitted: now,
+            begun: alone.then_some(now),
+            wrote: now,
+        }
     }
 
     /// Whether nobody reads the answer any more.
@@ -53,6 +89,10 @@ impl Sequence {
     /// # Errors
     /// [`Code::DataLoss`] where the answer that is resumed began otherwise.
     pub(crate) fn begin(&mut self, first: u32, eos: &[u32]) -> Result<Option<FinishReason>, ServiceError> {
+        self.wrote = Instant::now();
+        self.begun = Some(self.wrote);
+        self.stage = debug_span!(parent: self.trace.span(), "write");
+        self.metrics.reservation_wait.observe((self.wrote - self.admitted).as_secs_f64());
         match self.unread.first() {
             None => {
                 self.sampler.observe(first);
@@ -96,11 +136,16 @@ impl Sequence {
         self.unread.drain(..count);
     }
 
-    /// All was read and a token is written: sends it. Gives why the answer is over, if it is.
-    pub(crate) fn wrote(&mut self, sampled: &Sampled, eos: &[u32]) -> Option<FinishReason> {
+    /// All was read and a token is written, `now`: sends it. Gives why the answer is over, if it is.
+    pub(crate) fn wrote(&mut self, sampled: &Sampled, eos: &[u32], now: Instant) -> Option<FinishReason> {
+        self.metrics.generation_tokens.inc();
         self.read(self.unread.len());
         self.unread.push(sampled.token);
         let before = self.cached - self.prompt_tokens;
+        if before > 0 {
+            self.metrics.inter_token_latency.observe((now - self.wrote).as_secs_f64());
+        }
+        self.wrote = now;
         let token = Token { id: sampled.token, index: before as u32, logprob: sampled.logprob.as_ref().map(convert::logprob_to_wire) };
         self.send(Ok(DecodeEvent { event: Some(decode_event::Event::Token(token)) }));
         self.stop.after(sampled.token, before + 1, eos)
@@ -108,12 +153,15 @@ impl Sequence {
 
     /// The end, as it should be.
     pub(crate) fn finish(self, reason: FinishReason) {
+        self.metrics.finished(reason, self.begun);
         let finished = DecodeFinished { reason: convert::finish_to_wire(reason).into() };
         self.send(Ok(DecodeEvent { event: Some(decode_event::Event::Finished(finished)) }));
     }
 
     /// The end, as it should not be.
     pub(crate) fn fail(self, error: &ServiceError) {
+        self.metrics.failed(error);
+        let _in = self.trace.span().enter();
         tracing::info!(ticket = %self.place.ticket, code = %error.code, %error, "sequence failed");
         self.send(Err(status::to_status(error)));
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use overfill_guide::Guides;
-use overfill_lifecycle::Drain;
+use overfill_lifecycle::{Drain, Trace};
 use overfill_proto::v1::decode_server::Decode;
 use overfill_proto::v1::{DecodeEvent, DecodeRequest, KvFrame, NodeStatus, Phase, PushSummary, Reserved, StatusRequest, decode_event};
 use overfill_proto::{convert, status};
@@ -12,9 +12,12 @@ use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServedPair, Se
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::field::Empty;
+use tracing::{Instrument, info_span};
 
 use crate::admission::{Admission, Asked};
 use crate::engine::Commands;
+use crate::metrics::Metrics;
 use crate::receiver;
 use crate::sequence::Sequence;
 
@@ -24,22 +27,24 @@ pub(crate) struct DecodeService {
     admission: Arc<Admission>,
     commands: Commands,
     guides: Arc<Guides>,
+    metrics: Arc<Metrics>,
     drain: Drain,
 }
 
 impl DecodeService {
+    /// `node` is its id and its pair.
     pub(crate) fn new(
-        id: NodeId,
-        pair: ServedPair,
+        (id, pair): (NodeId, ServedPair),
         admission: Arc<Admission>,
         commands: Commands,
         guides: Arc<Guides>,
+        metrics: Arc<Metrics>,
         drain: Drain,
     ) -> Self {
-        Self { id, pair, admission, commands, guides, drain }
+        Self { id, pair, admission, commands, guides, metrics, drain }
     }
 
-    async fn reserve(&self, request: DecodeRequest) -> Result<mpsc::Receiver<Result<DecodeEvent, Status>>, ServiceError> {
+    async fn reserve(&self, request: DecodeRequest, trace: Trace) -> Result<mpsc::Receiver<Result<DecodeEvent, Status>>, ServiceError> {
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "this decode node is draining: try another"));
         }
@@ -73,7 +78,8 @@ impl DecodeService {
         };
         // The channel is empty and its reader is here: it has room.
         let _ = events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }));
-        self.commands.admit(Sequence::new(asked, guide, place, events, patience)).await?;
+        self.metrics.reservations.inc();
+        self.commands.admit(Sequence::new(asked, guide, place, events, patience, (self.metrics.clone(), trace))).await?;
         Ok(answer)
     }
 }
@@ -83,14 +89,26 @@ impl Decode for DecodeService {
     type GenerateStream = ReceiverStream<Result<DecodeEvent, Status>>;
 
     async fn generate(&self, request: Request<DecodeRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        match self.reserve(request.into_inner()).await {
+        let (headers, _, request) = request.into_parts();
+        let span = info_span!("decode", otel.kind = "server", request_id = request.request_id, epoch = request.epoch, trace_id = Empty);
+        let trace = Trace::begin(span.clone(), headers.as_ref());
+        match self.reserve(request, trace).instrument(span).await {
             Ok(answer) => Ok(Response::new(ReceiverStream::new(answer))),
-            Err(error) => Err(status::to_status(&error)),
+            Err(error) => {
+                self.metrics.refused(&error);
+                Err(status::to_status(&error))
+            }
         }
     }
 
     async fn push_kv(&self, request: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
-        let summary = receiver::receive(&self.admission, &self.commands, &mut request.into_inner()).await;
+        let (headers, _, mut frames) = request.into_parts();
+        let span = info_span!("receive", otel.kind = "server", trace_id = Empty);
+        let _trace = Trace::begin(span.clone(), headers.as_ref());
+        let receiving = receiver::receive(&self.admission, &self.commands, &self.metrics, &mut frames);
+        let summary = receiving.instrument(span.clone()).await;
+        self.metrics.pushed(&summary);
+        let _in = span.enter();
         summary.map(Response::new).map_err(|error| {
             tracing::info!(code = %error.code, %error, "push refused");
             status::to_status(&error)

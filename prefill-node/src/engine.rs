@@ -14,15 +14,17 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use overfill_kv::{BlockHash, BlockId, BlockPool, Reservation};
-use overfill_lifecycle::Drain;
+use overfill_lifecycle::{Drain, Trace};
 use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Row, Sampled, Sampler, Workspace};
 use overfill_proto::v1::{FirstToken, PrefillEvent, PrefillFinished, Token, TokenLogprob, prefill_event};
 use overfill_proto::{convert, status};
 use overfill_types::{Code, ServiceError, StopConditions};
 use tokio::sync::mpsc;
 use tonic::Status;
+use tracing::{Span, debug_span};
 
 use crate::handoff::Sender;
+use crate::metrics::Metrics;
 use crate::queue::share;
 use crate::rows::Rows;
 use crate::{Counted, Counts};
@@ -58,6 +60,11 @@ pub(crate) struct Job {
     pub(crate) events: Events,
     /// Where the KV cache goes; `None` if one token is all that is wanted.
     pub(crate) handoff: Option<Sender>,
+    /// When it came.
+    pub(crate) arrived: Instant,
+    pub(crate) trace: Trace,
+    /// What is being done with it: waiting, or reading.
+    pub(crate) stage: Span,
     /// Shared with the push: the prompt is held until both are over.
     pub(crate) _counted: Arc<Counted>,
 }
@@ -79,6 +86,8 @@ pub(crate) struct Engine {
     pub(crate) workspace: Workspace,
     pub(crate) pool: BlockPool,
     pub(crate) settings: Settings,
+    pub(crate) counts: Arc<Counts>,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 /// A prompt that has its blocks: it is being read, or was and its rows are on their way.
@@ -90,7 +99,9 @@ struct Running {
     /// Of these, found there.
     cached: usize,
     /// A token was written here.
-    begun: bool,
+    wrote: bool,
+    /// When it got its blocks.
+    begun: Instant,
     /// Of the prompt's tokens that were read, as far as they are wanted: from the second on.
     logprobs: Vec<TokenLogprob>,
 }
@@ -106,21 +117,18 @@ struct Read {
 
 impl Engine {
     /// Starts the thread; it ends when `end` is given, or when all senders of jobs are gone. At most `queue` jobs are on their way to it.
-    pub(crate) fn start(self, queue: usize, end: Drain) -> std::io::Result<(flume::Sender<Job>, Arc<Counts>, JoinHandle<()>)> {
+    pub(crate) fn start(self, queue: usize, end: Drain) -> std::io::Result<(flume::Sender<Job>, JoinHandle<()>)> {
         let (sender, jobs) = flume::bounded(queue);
-        let counts = Arc::new(Counts::default());
-        let shared = counts.clone();
         let thread = std::thread::Builder::new().name("prefill-engine".into()).spawn(move || {
             self.settings.placement.apply_to_caller();
-            Loop { engine: self, counts: shared, waiting: VecDeque::new(), running: Vec::new() }.run(&jobs, &end);
+            Loop { engine: self, waiting: VecDeque::new(), running: Vec::new() }.run(&jobs, &end);
         })?;
-        Ok((sender, counts, thread))
+        Ok((sender, thread))
     }
 }
 
 struct Loop {
     engine: Engine,
-    counts: Arc<Counts>,
     waiting: VecDeque<Job>,
     running: Vec<Running>,
 }
@@ -141,7 +149,9 @@ impl Loop {
             self.waiting.retain(|job| !job.abandoned());
             self.running.retain(|r| !r.job.abandoned());
             self.let_in();
-            self.counts.running.store(self.running.iter().filter(|r| r.remaining() > 0).count(), Ordering::Release);
+            let Counts { running, waiting, .. } = &*self.engine.counts;
+            running.store(self.running.iter().filter(|r| r.remaining() > 0).count(), Ordering::Release);
+            waiting.store(self.waiting.len() + jobs.len(), Ordering::Release);
             self.step();
             self.send_owed();
         }
@@ -149,7 +159,7 @@ impl Loop {
 
     /// Gives blocks to those who waited longest; a prompt that does not fit yet is not overtaken, so it gets its turn.
     fn let_in(&mut self) {
-        let pool = &self.engine.pool;
+        let Engine { pool, counts, metrics, .. } = &self.engine;
         while let Some(job) = self.waiting.front() {
             let names = job.names.as_deref().unwrap_or_default();
             // At least the last token is read: its logits are wanted. Or all are, where those of all are.
@@ -158,13 +168,16 @@ impl Loop {
             let Some(mut job) = self.waiting.pop_front() else { return };
             let done = reservation.shared_tokens();
             if job.names.is_some() {
-                self.counts.prefix_queries.fetch_add(job.prompt.len() as u64, Ordering::Relaxed);
-                self.counts.prefix_hits.fetch_add(done as u64, Ordering::Relaxed);
+                counts.prefix_queries.fetch_add(job.prompt.len() as u64, Ordering::Relaxed);
+                counts.prefix_hits.fetch_add(done as u64, Ordering::Relaxed);
             }
             if let Some(handoff) = &mut job.handoff {
                 handoff.available_in_all(done);
             }
-            self.running.push(Running { job, reservation, done, cached: done, begun: false, logprobs: Vec::new() });
+            job.stage = debug_span!(parent: job.trace.span(), "read", tokens = job.prompt.len(), cached = done);
+            let begun = Instant::now();
+            metrics.queue_time.observe((begun - job.arrived).as_secs_f64());
+            self.running.push(Running { job, reservation, done, cached: done, wrote: false, begun, logprobs: Vec::new() });
         }
     }
 
@@ -174,9 +187,15 @@ impl Loop {
             return;
         }
         let given = share(&remaining, self.engine.settings.chunk_tokens);
+        let begun = Instant::now();
         // Whatever a forward pass does wrong ends the prompts of its step, not the node.
         let error = match catch_unwind(AssertUnwindSafe(|| read(&mut self.engine, &mut self.running, &given))) {
-            Ok(Ok(read)) => return self.advance(&given, read),
+            Ok(Ok(read)) => {
+                let Metrics { step_seconds, step_tokens, .. } = &*self.engine.metrics;
+                step_seconds.observe((read.computed - begun).as_secs_f64());
+                step_tokens.inc_by(given.iter().sum::<usize>() as u64);
+                return self.advance(&given, read);
+            }
             Ok(Err(error)) => ServiceError::new(Code::Internal, format!("the full model failed: {error}")),
             Err(_) => ServiceError::new(Code::Internal, "the prefill step panicked; the node goes on"),
         };
@@ -194,7 +213,7 @@ impl Loop {
     /// read to their end.
     fn advance(&mut self, given: &[usize], read: Read) {
         let (mut given, mut tokens) = (given.iter(), read.tokens.into_iter());
-        let Engine { pool, settings, .. } = &self.engine;
+        let Engine { pool, settings, metrics, .. } = &self.engine;
         self.running.retain_mut(|running| {
             let given = given.next().copied().unwrap_or(0);
             let reported = running.reported(given);
@@ -206,7 +225,7 @@ impl Loop {
             if given == 0 || running.remaining() > 0 {
                 return true;
             }
-            tokens.next().is_some_and(|token| running.wrote(&token, &settings.eos, read.computed))
+            tokens.next().is_some_and(|token| running.wrote(&token, &settings.eos, read.computed, metrics))
         });
     }
 
@@ -304,7 +323,7 @@ impl Running {
     }
 
     /// A token, from the full model's logits after all there is. True if more is to be done: the next token, or the end of a handoff.
-    fn wrote(&mut self, sampled: &Sampled, eos: &[u32], computed: Instant) -> bool {
+    fn wrote(&mut self, sampled: &Sampled, eos: &[u32], computed: Instant, metrics: &Metrics) -> bool {
         let job = &mut self.job;
         if let Some(error) = job.sampler.failure() {
             job.send(Err(status::to_status(error)));
@@ -314,12 +333,18 @@ impl Running {
         let reason = job.stop.after(sampled.token, index + 1, eos);
         let finish = reason.map(|r| convert::finish_to_wire(r).into());
         let token = Token { id: sampled.token, index: index as u32, logprob: sampled.logprob.as_ref().map(convert::logprob_to_wire) };
-        if std::mem::replace(&mut self.begun, true) {
+        metrics.generation_tokens.inc();
+        if std::mem::replace(&mut self.wrote, true) {
             job.send(Ok(PrefillEvent { event: Some(prefill_event::Event::Token(token)) }));
             if let Some(reason) = finish {
                 job.send(Ok(PrefillEvent { event: Some(prefill_event::Event::Finished(PrefillFinished { reason })) }));
             }
         } else {
+            job.stage = Span::none();
+            metrics.prompt_tokens.inc_by(job.prompt_tokens as u64);
+            metrics.prompt_length.observe(job.prompt_tokens as f64);
+            metrics.prefill_time.observe(self.begun.elapsed().as_secs_f64());
+            metrics.time_to_first_token.observe(job.arrived.elapsed().as_secs_f64());
             let first = FirstToken {
                 token: Some(token),
                 finish: finish.unwrap_or(0),

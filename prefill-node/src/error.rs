@@ -12,6 +12,9 @@ pub enum RunError {
     /// The reflection service could not be made.
     #[error("the gRPC descriptors are malformed")]
     Reflection(#[from] tonic_reflection::server::Error),
+    /// Two metrics have one name.
+    #[error("the metrics are malformed")]
+    Metrics(#[from] overfill_lifecycle::metrics::Error),
     /// The system refused a thread or a socket's address.
     #[error("the system refused a thread or an address")]
     System(#[from] std::io::Error),

@@ -8,6 +8,7 @@ pub mod config;
 mod engine;
 mod error;
 mod handoff;
+mod metrics;
 mod pairs;
 mod push;
 mod queue;
@@ -21,27 +22,28 @@ use std::time::Duration;
 use overfill_cluster::Discovery;
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
-use overfill_lifecycle::{Drain, grpc};
+use overfill_lifecycle::{Drain, NodeListeners, grpc};
 use overfill_model::{KvCache, ModelError, Placement, Pool, Workspace, cache};
 use overfill_proto::v1::prefill_server::PrefillServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
 use overfill_types::{Limits, NodeId, NodeInfo, PairManifest, Role};
-use tokio::net::TcpListener;
 use tonic::service::Routes;
 
 use crate::engine::{Engine, Settings};
+use crate::metrics::Metrics;
 use crate::pairs::Offers;
 use crate::service::{PrefillService, Served};
 
 pub use crate::config::PrefillConfig;
 pub use crate::error::RunError;
 
-/// Loads the full model, serves on `listener`, and registers once it is ready; returns when `drain` was given and what
+/// Loads the full model, serves on `listeners`, and registers once it is ready; returns when `drain` was given and what
 /// ran is finished.
 ///
 /// # Errors
 /// Where the pair cannot be loaded or the transport fails.
-pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
+pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
+    let NodeListeners { grpc: listener, metrics: scraped } = listeners.into();
     let node = config.node.clone();
     let id = NodeId::new(format!("prefill-{}", uuid::Uuid::new_v4()));
     let placement = Placement { cpus: node.cpus.clone(), nice: config.nice };
@@ -74,8 +76,13 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
     let offers = Offers::new(&pairs);
     let settings = Settings { eos, chunk_tokens: config.chunk_tokens as usize, placement };
     let end = Drain::new();
-    let engine = Engine { model, cache, rows, workspace, pool: pool.clone(), settings };
-    let (jobs, counts, engine_thread) = engine.start(config.max_queue as usize, end.clone())?;
+    let counts = Arc::new(Counts::default());
+    let metrics = Arc::new(Metrics::new(&pairs, &pool, &counts, limits.max_context, config.prefix_cache)?);
+    let _scraped = scraped.map(|listener| metrics.registry.serve(listener, end.clone()));
+    let seen = discovery.clone();
+    metrics.registry.etcd(move || seen.etcd_connected())?;
+    let engine = Engine { model, cache, rows, workspace, pool: pool.clone(), settings, counts: counts.clone(), metrics: metrics.clone() };
+    let (jobs, engine_thread) = engine.start(config.max_queue as usize, end.clone())?;
     let pairs = offers.served();
     let served = Served {
         id: id.clone(),
@@ -86,7 +93,7 @@ pub async fn run(config: PrefillConfig, listener: TcpListener, discovery: Discov
         prefix_cache: config.prefix_cache,
         guides: Arc::new(guides),
     };
-    let service = PrefillService::new(served, jobs, counts.clone(), drain.clone());
+    let service = PrefillService::new(served, jobs, counts.clone(), metrics, drain.clone());
     let routes = Routes::new(PrefillServer::new(service).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
 
@@ -125,6 +132,8 @@ struct Counts {
     held: AtomicUsize,
     /// Of these, being read.
     running: AtomicUsize,
+    /// Of these, waiting for blocks or for the engine.
+    waiting: AtomicUsize,
     /// Prompt tokens that were looked up in the prefix cache.
     prefix_queries: AtomicU64,
     /// Of these, found.

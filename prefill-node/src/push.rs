@@ -2,14 +2,19 @@
 
 use std::time::Instant;
 
-use overfill_lifecycle::grpc;
+use overfill_lifecycle::{Trace, grpc};
 use overfill_proto::v1::decode_client::DecodeClient;
-use overfill_proto::v1::{HandoffDone, KvFrame};
+use overfill_proto::v1::{HandoffDone, KvFrame, kv_frame};
 use overfill_proto::{MAX_MESSAGE, status};
 use overfill_types::{Code, ServiceError};
 use tokio::sync::{mpsc, oneshot};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::Request;
+use tracing::Span;
+
+use crate::metrics::Metrics;
 
 /// When a handoff's parts were there.
 #[derive(Clone, Copy, Debug)]
@@ -35,14 +40,24 @@ impl Push {
     ///
     /// # Errors
     /// What the decode node refused, or [`Code::Unavailable`] where it is gone; the sentence names it.
-    pub(crate) async fn run(self) -> Result<Option<HandoffDone>, ServiceError> {
+    pub(crate) async fn run(self, metrics: &Metrics, trace: &Trace) -> Result<Option<HandoffDone>, ServiceError> {
         let address = self.address;
         let peer = format!("decode node {address}");
         let channel = grpc::channel(&address)
             .map_err(|_| ServiceError::new(Code::InvalidArgument, format!("'{address}' is no address of a decode node: host:port is")))?;
         let mut client = DecodeClient::new(channel).max_encoding_message_size(MAX_MESSAGE);
+        let (frames_sent, bytes_sent) = (metrics.frames_sent.clone(), metrics.bytes_sent.clone());
+        let frames = ReceiverStream::new(self.frames).map(move |frame| {
+            if let Some(kv_frame::Body::Rows(rows)) = &frame.body {
+                frames_sent.inc();
+                bytes_sent.inc_by((rows.k.len() + rows.v.len()) as u64);
+            }
+            frame
+        });
+        let mut request = Request::new(frames);
+        trace.pass_on(&Span::current(), request.metadata_mut().as_mut());
         let pushed = tokio::select! {
-            pushed = client.push_kv(ReceiverStream::new(self.frames)) => pushed,
+            pushed = client.push_kv(request) => pushed,
             () = self.given_up.cancelled() => return Ok(None),
         };
         let acknowledged = Instant::now();
@@ -55,7 +70,10 @@ impl Push {
         let Ok(Times { begun, computed }) = self.committed.await else {
             return Err(ServiceError::new(Code::DataLoss, format!("{peer} acknowledged a handoff that was not whole")));
         };
-        let since = |then: Instant| acknowledged.saturating_duration_since(then).as_micros() as u64;
+        let since = |then: Instant| acknowledged.saturating_duration_since(then);
+        metrics.handoff_seconds.observe(since(begun).as_secs_f64());
+        metrics.handoff_tail_seconds.observe(since(computed).as_secs_f64());
+        let since = |then: Instant| since(then).as_micros() as u64;
         Ok(Some(HandoffDone { frames: summary.frames, bytes: summary.bytes, tail_us: since(computed), transfer_us: since(begun) }))
     }
 }

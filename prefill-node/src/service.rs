@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
-use overfill_lifecycle::Drain;
+use overfill_lifecycle::{Drain, Trace};
 use overfill_model::Sampler;
 use overfill_proto::v1::prefill_server::Prefill;
 use overfill_proto::v1::{HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, StatusRequest, prefill_event};
@@ -14,9 +15,11 @@ use overfill_types::{Code, Epoch, Fingerprint, Limits, NodeId, ServiceError, Tic
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
+use tracing::{Instrument, debug_span, info_span};
 
 use crate::engine::Job;
 use crate::handoff::{Target, handoff};
+use crate::metrics::{HandoffEnd, Metrics};
 use crate::pairs::Offers;
 use crate::{Counted, Counts};
 
@@ -40,15 +43,17 @@ pub(crate) struct PrefillService {
     served: Served,
     jobs: flume::Sender<Job>,
     counts: Arc<Counts>,
+    metrics: Arc<Metrics>,
     drain: Drain,
 }
 
 impl PrefillService {
-    pub(crate) fn new(served: Served, jobs: flume::Sender<Job>, counts: Arc<Counts>, drain: Drain) -> Self {
-        Self { served, jobs, counts, drain }
+    pub(crate) fn new(served: Served, jobs: flume::Sender<Job>, counts: Arc<Counts>, metrics: Arc<Metrics>, drain: Drain) -> Self {
+        Self { served, jobs, counts, metrics, drain }
     }
 
-    async fn admit(&self, request: PrefillRequest) -> Result<mpsc::Receiver<Result<PrefillEvent, Status>>, ServiceError> {
+    async fn admit(&self, request: PrefillRequest, trace: Trace) -> Result<mpsc::Receiver<Result<PrefillEvent, Status>>, ServiceError> {
+        let arrived = Instant::now();
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "this prefill node is draining: try another"));
         }
@@ -112,32 +117,40 @@ impl PrefillService {
             stop,
             events: events.clone(),
             handoff: sender,
+            arrived,
+            stage: debug_span!(parent: trace.span(), "queue"),
+            trace: trace.clone(),
             _counted: counted.clone(),
         };
         self.jobs.try_send(job).map_err(|_| full())?;
         if let Some(push) = push {
             // Owned by the answer: it ends when the router has gone, when the engine gave up, or when all is pushed.
-            tokio::spawn(async move {
+            let metrics = self.metrics.clone();
+            let span = trace.span().clone();
+            let pushing = async move {
                 let _counted = counted;
                 let ended = tokio::select! {
-                    ended = push.run() => ended,
-                    () = events.closed() => return,
+                    ended = push.run(&metrics, &trace).instrument(debug_span!("push", otel.kind = "client")) => ended,
+                    () = events.closed() => return metrics.handoff(HandoffEnd::GivenUp),
                 };
                 let event = match ended {
                     Ok(Some(done)) => {
                         let HandoffDone { frames, bytes, tail_us, transfer_us } = done;
+                        metrics.handoff(HandoffEnd::Complete);
                         tracing::info!(frames, bytes, tail_us, transfer_us, "handoff complete");
                         Ok(PrefillEvent { event: Some(prefill_event::Event::HandoffDone(done)) })
                     }
-                    Ok(None) => return,
+                    Ok(None) => return metrics.handoff(HandoffEnd::GivenUp),
                     Err(error) => {
+                        metrics.handoff(HandoffEnd::Failed);
                         tracing::info!(code = %error.code, %error, "handoff failed");
                         Err(status::to_status(&error))
                     }
                 };
                 // Closed: the router has gone.
                 let _ = events.try_send(event);
-            });
+            };
+            tokio::spawn(pushing.instrument(span));
         }
         Ok(answer)
     }
@@ -148,9 +161,15 @@ impl Prefill for PrefillService {
     type PrefillStream = ReceiverStream<Result<PrefillEvent, Status>>;
 
     async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
-        match self.admit(request.into_inner()).await {
+        let (headers, _, request) = request.into_parts();
+        let span = info_span!("prefill", otel.kind = "server", request_id = request.request_id, trace_id = tracing::field::Empty);
+        let trace = Trace::begin(span.clone(), headers.as_ref());
+        match self.admit(request, trace).instrument(span).await {
             Ok(answer) => Ok(Response::new(ReceiverStream::new(answer))),
-            Err(error) => Err(status::to_status(&error)),
+            Err(error) => {
+                self.metrics.refused(&error);
+                Err(status::to_status(&error))
+            }
         }
     }
 

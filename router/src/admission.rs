@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use overfill_lifecycle::Trace;
 use overfill_text::{Chat, StopMatcher, TextModel};
 use overfill_types::{Code, Limits, Quality, RequestId, SamplingParams, ServiceError, StopConditions};
 use tokio::sync::OwnedSemaphorePermit;
+use tracing::Instrument;
 
 use crate::Router;
 
@@ -50,6 +52,9 @@ pub(crate) struct ValidRequest {
     pub(crate) stop: StopConditions,
     pub(crate) stop_strings: StopMatcher,
     pub(crate) deadline: Instant,
+    /// When it came.
+    pub(crate) arrived: Instant,
+    pub(crate) trace: Trace,
     /// Its place among the requests under way.
     pub(crate) _place: OwnedSemaphorePermit,
 }
@@ -61,7 +66,13 @@ impl Router {
     /// # Errors
     /// [`Code::InvalidArgument`], [`Code::NotFound`] for an unknown model, [`Code::ResourceExhausted`] where too many
     /// requests are under way, [`Code::Unavailable`] at a drain.
-    pub(crate) async fn admit(&self, asked: Asked) -> Result<Vec<ValidRequest>, ServiceError> {
+    pub(crate) async fn admit(&self, asked: Asked, trace: &Trace) -> Result<Vec<ValidRequest>, ServiceError> {
+        let span = tracing::debug_span!(parent: trace.span(), "admit");
+        let admitted = self.check(asked, trace, Instant::now()).instrument(span).await;
+        admitted.inspect_err(|error| self.metrics.refused(error))
+    }
+
+    async fn check(&self, asked: Asked, trace: &Trace, arrived: Instant) -> Result<Vec<ValidRequest>, ServiceError> {
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "the router is draining: send the request to another"));
         }
@@ -89,9 +100,10 @@ impl Router {
         }
         let deadline = {
             let longest = Duration::from_secs(self.config.request_timeout);
-            Instant::now() + asked.timeout.map_or(longest, |t| t.min(longest))
+            arrived + asked.timeout.map_or(longest, |t| t.min(longest))
         };
         let id = uuid::Uuid::new_v4();
+        trace.span().record("request_id", tracing::field::display(&id)).record("model", &model.manifest.name);
         let mut requests = Vec::with_capacity(answers);
         for input in asked.inputs {
             let prompt = Arc::new(match input {
@@ -124,6 +136,8 @@ impl Router {
                     stop: stop.clone(),
                     stop_strings: stop_strings.clone(),
                     deadline,
+                    arrived,
+                    trace: trace.clone(),
                     _place: place,
                 });
             }
@@ -135,8 +149,8 @@ impl Router {
     ///
     /// # Errors
     /// As [`Router::admit`].
-    pub(crate) async fn admit_one(&self, asked: Asked) -> Result<ValidRequest, ServiceError> {
-        let first = self.admit(asked).await?.into_iter().next();
+    pub(crate) async fn admit_one(&self, asked: Asked, trace: &Trace) -> Result<ValidRequest, ServiceError> {
+        let first = self.admit(asked, trace).await?.into_iter().next();
         first.ok_or_else(|| ServiceError::new(Code::InvalidArgument, "the input is missing"))
     }
 

@@ -6,6 +6,9 @@ pub enum RunError {
     /// A pair's manifest or tokenizer cannot be opened.
     #[error("a pair cannot be opened")]
     Pair(#[from] overfill_types::ServiceError),
+    /// Two metrics have one name.
+    #[error("the metrics are malformed")]
+    Metrics(#[from] overfill_lifecycle::metrics::Error),
     /// The gRPC server failed.
     #[error("the gRPC server failed")]
     Transport(#[from] tonic::transport::Error),

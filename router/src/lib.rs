@@ -9,6 +9,7 @@ mod admission;
 pub mod config;
 mod error;
 pub mod frontend;
+mod metrics;
 mod pairing;
 mod peers;
 mod relay;
@@ -35,6 +36,7 @@ pub use crate::config::RouterConfig;
 pub use crate::error::RunError;
 use crate::frontend::grpc::InferenceService;
 use crate::frontend::kserve::KserveService;
+use crate::metrics::Metrics;
 use crate::pairing::Pairing;
 use crate::peers::Peers;
 
@@ -49,6 +51,7 @@ pub(crate) struct Router {
     view: watch::Receiver<Arc<Snapshot>>,
     pairing: Pairing,
     peers: Peers,
+    metrics: Arc<Metrics>,
     /// One permit for each request that may be under way.
     places: Arc<Semaphore>,
     drain: Drain,
@@ -74,6 +77,10 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
     });
     let guides = guides.collect();
     let most = config.max_requests as usize;
+    let metrics = Arc::new(Metrics::new()?);
+    let (view, seen) = (discovery.watch(), discovery.clone());
+    metrics.nodes(move |role| view.borrow().nodes.iter().filter(|n| n.role == role).count())?;
+    metrics.registry.etcd(move || seen.etcd_connected())?;
     let router = Arc::new(Router {
         models,
         guides,
@@ -81,6 +88,7 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
         view: discovery.watch(),
         pairing: Pairing::default(),
         peers: Peers::default(),
+        metrics,
         places: Arc::new(Semaphore::new(most)),
         drain: drain.clone(),
         config,

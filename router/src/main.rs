@@ -10,11 +10,12 @@ use tokio::net::TcpListener;
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
-    cli.log.init().context("--log cannot be read")?;
+    let telemetry = cli.log.init("router")?;
     let http = TcpListener::bind(cli.http).await.with_context(|| format!("cannot listen on {}", cli.http))?;
     let grpc = TcpListener::bind(cli.grpc).await.with_context(|| format!("cannot listen on {}", cli.grpc))?;
     let drain = Drain::on_signal()?;
     let discovery = cli.discovery.connect();
-    overfill_router::run(RouterConfig::new(cli.pair, cli.bounds), Listeners { http, grpc }, discovery, drain).await?;
-    Ok(())
+    let ran = overfill_router::run(RouterConfig::new(cli.pair, cli.bounds), Listeners { http, grpc }, discovery, drain).await;
+    telemetry.finish().await;
+    Ok(ran?)
 }

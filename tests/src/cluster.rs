@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use overfill_cluster::Discovery;
-use overfill_lifecycle::Drain;
+use overfill_lifecycle::{Drain, NodeListeners};
 use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::prefill_client::PrefillClient;
@@ -33,6 +33,8 @@ pub struct Cluster {
     pub http: String,
     /// `http://host:port` of the router's gRPC.
     pub grpc: String,
+    /// Where the router and then its nodes, prefill nodes first, answer scrapes.
+    pub metrics: Vec<String>,
     /// Where its nodes are found.
     pub discovery: Discovery,
     _tasks: Vec<AbortOnDropHandle<()>>,
@@ -86,6 +88,7 @@ impl Builder {
     pub async fn start(self) -> Cluster {
         let discovery = Discovery::memory();
         let mut tasks = Vec::new();
+        let mut metrics = Vec::new();
         let each: Vec<String> = [&self.pair].into_iter().chain(&self.also).map(|p| p.display().to_string()).collect();
         let pairs = each.join(",");
         let node = |pair: &str, own: &[String]| {
@@ -99,12 +102,12 @@ impl Builder {
         let spawn = |task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>>| AbortOnDropHandle::new(tokio::spawn(task));
         for _ in 0..self.prefill {
             let config = overfill_prefill_node::config::Cli::parse_from(node(&pairs, &self.prefill_flags)).config;
-            let run = overfill_prefill_node::run(config, listener().await, discovery.clone(), Drain::new());
+            let run = overfill_prefill_node::run(config, sockets(&mut metrics).await, discovery.clone(), Drain::new());
             tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
         }
         for pair in each.iter().flat_map(|pair| std::iter::repeat_n(pair, self.decode)) {
             let config = overfill_decode_node::config::Cli::parse_from(node(pair, &self.decode_flags)).config;
-            let run = overfill_decode_node::run(config, listener().await, discovery.clone(), Drain::new());
+            let run = overfill_decode_node::run(config, sockets(&mut metrics).await, discovery.clone(), Drain::new());
             tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
         }
         let mut flags: Vec<String> = ["router", "--pair", &pairs].map(str::to_owned).to_vec();
@@ -113,18 +116,26 @@ impl Builder {
         let listeners = overfill_router::Listeners { http: listener().await, grpc: listener().await };
         let url = |l: &TcpListener| format!("http://{}", l.local_addr().unwrap());
         let (http, grpc) = (url(&listeners.http), url(&listeners.grpc));
+        metrics.insert(0, format!("{http}/metrics"));
         let config = overfill_router::RouterConfig::new(cli.pair, cli.bounds);
         let run = overfill_router::run(config, listeners, discovery.clone(), Drain::new());
         tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
         let mut view = discovery.watch();
         let all = self.prefill + self.decode * each.len();
         tokio::time::timeout(Duration::from_secs(60), view.wait_for(|v| v.nodes.len() == all)).await.expect("nodes come up").unwrap();
-        Cluster { http, grpc, discovery, _tasks: tasks }
+        Cluster { http, grpc, metrics, discovery, _tasks: tasks }
     }
 }
 
 async fn listener() -> TcpListener {
     TcpListener::bind("127.0.0.1:0").await.unwrap()
+}
+
+/// A node's; notes where it is to be scraped.
+async fn sockets(metrics: &mut Vec<String>) -> NodeListeners {
+    let scraped = listener().await;
+    metrics.push(format!("http://{}/metrics", scraped.local_addr().unwrap()));
+    NodeListeners { grpc: listener().await, metrics: Some(scraped) }
 }
 
 impl Cluster {

@@ -2,4 +2,5 @@
 
 pub mod cluster;
 pub mod processes;
+pub mod scrape;
 pub mod tiny;

@@ -21,8 +21,13 @@ impl Process {
 
     /// One of our binaries, from the folder that this test was built into.
     pub fn ours(name: &str, flags: &[&str]) -> Self {
+        Self::with(name, flags, &[])
+    }
+
+    /// The same with variables of the environment.
+    pub fn with(name: &str, flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut command = Command::new(binary(name));
-        command.args(flags).env("OVERFILL_LOG", "warn").stdout(Stdio::null());
+        command.args(flags).env("OVERFILL_LOG", "warn").envs(environment.iter().copied()).stdout(Stdio::null());
         Self::start(command, name)
     }
 

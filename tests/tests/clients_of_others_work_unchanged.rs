@@ -1,4 +1,4 @@
-//! Clients that we did not write, as they come from the package index: OpenAI's SDK, Triton's client, gRPC by reflection.
+//! Clients that we did not write, as they come from the package index: OpenAI's SDK, Triton's client, gRPC by reflection, Prometheus' parser.
 //! Against the real pair they all get the same words; against a tiny one whose template knows tools, tools are called.
 
 use std::path::{Path, PathBuf};
@@ -59,6 +59,9 @@ async fn same_words_and_tools() {
         assert_eq!(told["text"], answer["choices"][0]["text"], "{script}");
     }
     cluster.nothing_is_held(Duration::from_secs(5)).await;
+    let scraped: Vec<&str> = cluster.metrics.iter().map(String::as_str).collect();
+    let told: Vec<u32> = serde_json::from_str(&client("scrape.py", &scraped).await).unwrap();
+    assert!(told.len() == 3 && told.iter().all(|samples| *samples > 50), "{told:?}");
 
     let pair = tiny::pair_with_tools(Kind::Identity, 5);
     let cluster = Builder::new(&pair.dir).start().await;

@@ -17,7 +17,6 @@ mod train;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use overfill_lifecycle::telemetry::LogArgs;
 
@@ -117,13 +116,17 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     let mut log = cli.log;
-    // What a person types at a terminal should answer, not log; a server should.
-    if !matches!(cli.command, Command::Serve(_)) && log.log == "info" {
-        log.log = "warn".into();
+    // A server logs within its runtime, which sends its traces.
+    if !matches!(cli.command, Command::Serve(_)) {
+        // What a person types at a terminal should answer, not log.
+        if log.log == "info" {
+            log.log = "warn".into();
+        }
+        log.otlp_endpoint = None;
+        let _nothing_to_send = log.init("overfill")?;
     }
-    log.init().context("--log cannot be read")?;
     match cli.command {
-        Command::Serve(args) => serve::run(args, &cli.home),
+        Command::Serve(args) => serve::run(args, &cli.home, &log),
         Command::Generate(args) => generate::run(args, &cli.home),
         Command::Fetch(args) => fetch::run(args, &cli.home),
         Command::Inspect(args) => inspect::run(args),

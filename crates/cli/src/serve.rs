@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use overfill_cluster::Discovery;
 use overfill_decode_node::DecodeConfig;
+use overfill_lifecycle::telemetry::LogArgs;
 use overfill_lifecycle::{Drain, NodeArgs};
 use overfill_prefill_node::PrefillConfig;
 use overfill_router::config::Bounds;
@@ -27,6 +28,12 @@ pub(crate) struct ServeArgs {
     /// Where it listens for gRPC
     #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:8001")]
     grpc: SocketAddr,
+    /// Where the prefill node answers scrapes of Prometheus [default: nowhere; the router's metrics are at /metrics of --http]
+    #[arg(long, env = "OVERFILL_PREFILL_METRICS_LISTEN")]
+    prefill_metrics_listen: Option<SocketAddr>,
+    /// Where the decode node does [default: nowhere]
+    #[arg(long, env = "OVERFILL_DECODE_METRICS_LISTEN")]
+    decode_metrics_listen: Option<SocketAddr>,
     /// Compute threads of each of the two models [default: all cores; they mostly take turns]
     #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -46,15 +53,17 @@ pub(crate) struct ServeArgs {
     bounds: Bounds,
 }
 
-pub(crate) fn run(args: ServeArgs, home: &Home) -> anyhow::Result<()> {
+pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result<()> {
     let pair = args.pair.dir(home)?;
     tokio::runtime::Runtime::new()?.block_on(async {
+        let telemetry = log.init("overfill")?;
         let drain = Drain::on_signal()?;
         let http = TcpListener::bind(args.http).await.with_context(|| format!("cannot listen on {}", args.http))?;
         let grpc = TcpListener::bind(args.grpc).await.with_context(|| format!("cannot listen on {}", args.grpc))?;
         let discovery = Discovery::memory();
         let node = NodeArgs {
             advertise: None,
+            metrics_listen: args.prefill_metrics_listen,
             threads: args.threads,
             cpus: Vec::new(),
             device: args.device,
@@ -71,6 +80,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home) -> anyhow::Result<()> {
             nice: args.prefill_nice,
             prefix_cache: true,
         };
+        let node = NodeArgs { metrics_listen: args.decode_metrics_listen, ..node };
         let decode = DecodeConfig {
             pair: pair.clone(),
             node,
@@ -80,19 +90,21 @@ pub(crate) fn run(args: ServeArgs, home: &Home) -> anyhow::Result<()> {
             nice: 0,
             reservation_timeout: 30,
         };
-        let local = || TcpListener::bind("127.0.0.1:0");
+        let local = SocketAddr::from(([127, 0, 0, 1], 0));
+        let (for_prefill, for_decode) = (prefill.node.listen(local).await?, decode.node.listen(local).await?);
         // The router drains first; its requests need the nodes until they are finished.
         let nodes = Drain::new();
-        let prefill = overfill_prefill_node::run(prefill, local().await?, discovery.clone(), nodes.clone());
-        let decode = overfill_decode_node::run(decode, local().await?, discovery.clone(), nodes.clone());
+        let prefill = overfill_prefill_node::run(prefill, for_prefill, discovery.clone(), nodes.clone());
+        let decode = overfill_decode_node::run(decode, for_decode, discovery.clone(), nodes.clone());
         let router = async {
             let served = overfill_router::run(RouterConfig::new(vec![pair], args.bounds), Listeners { http, grpc }, discovery, drain).await;
             nodes.start();
             served.context("the router failed")
         };
-        tokio::try_join!(router, async { prefill.await.context("the prefill node failed") }, async {
+        let ran = tokio::try_join!(router, async { prefill.await.context("the prefill node failed") }, async {
             decode.await.context("the decode node failed")
-        })?;
-        Ok(())
+        });
+        telemetry.finish().await;
+        ran.map(|_| ())
     })
 }

@@ -60,6 +60,14 @@ impl Discovery {
         self.view.clone()
     }
 
+    /// Whether etcd answers, where nodes are found there: then the view is current.
+    pub fn etcd_connected(&self) -> Option<bool> {
+        match &self.source {
+            Source::Etcd(etcd) => Some(etcd.connected()),
+            Source::Memory(_) | Source::Fixed => None,
+        }
+    }
+
     /// Lists a node as ready until the registration is withdrawn or dropped. Returns at once: if the source is away,
     /// it registers when the source comes, and again whenever its entry was lost. With a fixed list there is nothing to do.
     pub fn register(&self, node: NodeInfo) -> Registration {

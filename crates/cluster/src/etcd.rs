@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use etcd_client::{Client, ConnectOptions, Error, EventType, GetOptions, PutOptions, WatchOptions};
@@ -35,11 +36,18 @@ pub struct EtcdSettings {
 
 pub(crate) struct Etcd {
     settings: EtcdSettings,
+    /// Whether the watch is up.
+    connected: AtomicBool,
 }
 
 impl Etcd {
     pub(crate) fn new(settings: EtcdSettings) -> Self {
-        Self { settings }
+        Self { settings, connected: AtomicBool::new(false) }
+    }
+
+    /// Whether it answers, and the view is current.
+    pub(crate) fn connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
     }
 
     async fn connect(&self) -> Result<Client, Error> {
@@ -137,6 +145,7 @@ pub(crate) async fn follow(etcd: Arc<Etcd>, view: watch::Sender<Arc<Snapshot>>) 
         if let Err(error) = list_and_watch(&etcd, &mut nodes, &view, &mut listed).await {
             tracing::warn!(%error, nodes = nodes.known.len(), "etcd is away: the last view stays");
         }
+        etcd.connected.store(false, Ordering::Relaxed);
         failures = if listed { 0 } else { failures + 1 };
         sleep(pause(failures)).await;
     }
@@ -190,6 +199,7 @@ async fn list_and_watch(etcd: &Etcd, nodes: &mut Nodes, view: &watch::Sender<Arc
     *listed = true;
     let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
     let mut changes = within(client.watch(prefix.as_str(), Some(options))).await?;
+    etcd.connected.store(true, Ordering::Relaxed);
     loop {
         let wake = nodes.next_to_give_up().map_or(Duration::from_secs(3600), |at| at.saturating_duration_since(Instant::now()));
         let change = tokio::select! {

@@ -2,8 +2,12 @@
 
 pub mod drain;
 pub mod grpc;
+pub mod metrics;
 pub mod node_args;
 pub mod telemetry;
+pub mod trace;
 
 pub use drain::Drain;
+pub use metrics::NodeListeners;
 pub use node_args::NodeArgs;
+pub use trace::Trace;

@@ -4,6 +4,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::Args;
+use tokio::net::TcpListener;
+
+use crate::metrics::NodeListeners;
 
 /// What a node holds, where it listens, and what it may use.
 #[derive(Args, Clone, Debug)]
@@ -11,6 +14,9 @@ pub struct NodeArgs {
     /// Where peers reach this node, host:port [default: the address that it listens on]
     #[arg(long, env = "OVERFILL_ADVERTISE")]
     pub advertise: Option<String>,
+    /// Where it answers scrapes of Prometheus (HTTP, /metrics) [default: nowhere]
+    #[arg(long, env = "OVERFILL_METRICS_LISTEN")]
+    pub metrics_listen: Option<SocketAddr>,
     /// Compute threads [default: one for each of --cpus, or for each core]
     #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -60,10 +66,31 @@ impl NodeArgs {
         self.advertise.clone().unwrap_or_else(|| listening.to_string())
     }
 
+    /// The node's sockets: `grpc`, and that of its metrics.
+    ///
+    /// # Errors
+    /// Where it cannot listen there.
+    pub async fn listen(&self, grpc: SocketAddr) -> Result<NodeListeners, ListenError> {
+        let at = async |address| TcpListener::bind(address).await.map_err(|source| ListenError { address, source });
+        let metrics = match self.metrics_listen {
+            Some(address) => Some(at(address).await?),
+            None => None,
+        };
+        Ok(NodeListeners { grpc: at(grpc).await?, metrics })
+    }
+
     /// How long running sequences get at a drain.
     pub fn drain_timeout(&self) -> Duration {
         Duration::from_secs(self.drain_timeout)
     }
+}
+
+/// A socket that cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address}")]
+pub struct ListenError {
+    address: SocketAddr,
+    source: std::io::Error,
 }
 
 /// Token positions in a block.

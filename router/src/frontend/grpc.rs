@@ -37,10 +37,11 @@ impl Inference for InferenceService {
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let timeout = timeout_of(&request);
+        let trace = super::trace(request.metadata().as_ref());
         let request = request.into_inner();
         let echo = request.echo_prompt_token_ids;
         let asked = asked(request, timeout).map_err(|e| status::to_status(&e))?;
-        let valid = self.router.admit_one(asked).await.map_err(|e| status::to_status(&e))?;
+        let valid = self.router.admit_one(asked, &trace).await.map_err(|e| status::to_status(&e))?;
         let prompt_tokens = valid.prompt.len() as u32;
         let started = Started {
             request_id: valid.id.to_string(),
@@ -55,7 +56,9 @@ impl Inference for InferenceService {
             Ok(event) => Some(Ok(GenerateEvent { event: Some(wire.event(event)?) })),
             Err(error) => Some(Err(status::to_status(&error))),
         });
-        Ok(Response::new(Box::pin(tokio_stream::once(first).chain(rest))))
+        let mut response: Response<Self::GenerateStream> = Response::new(Box::pin(tokio_stream::once(first).chain(rest)));
+        trace.tell(response.metadata_mut().as_mut());
+        Ok(response)
     }
 
     async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {

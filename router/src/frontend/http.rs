@@ -27,6 +27,7 @@ pub(crate) fn app(router: Arc<Router>) -> Routes {
         .route("/detokenize", post(openai::detokenize))
         .route("/docs", get(docs::page))
         .route("/openapi.json", get(docs::document))
+        .route("/metrics", get(async |State(router): State<Arc<Router>>| router.metrics.registry.respond()))
         .route("/live", get(|| async { "live\n" }))
         .route("/ready", get(ready))
         // vLLM's name, which load testers ask before they begin.

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use overfill_lifecycle::Trace;
 use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceService;
 use overfill_proto::kserve::infer_parameter::ParameterChoice;
 use overfill_proto::kserve::model_infer_request::InferInputTensor;
@@ -94,15 +95,18 @@ impl GrpcInferenceService for KserveService {
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
         let timeout = timeout_of(&request);
+        let trace = super::trace(request.metadata().as_ref());
         let answered = async {
             let question = Question::read(request.into_inner())?;
             if question.stream {
                 let message = "stream: ModelInfer gives one response; leave the input out, or call ModelStreamInfer";
                 return Err(ServiceError::new(Code::InvalidArgument, message));
             }
-            question.start(&self.router, timeout).await?.whole().await
+            question.start(&self.router, timeout, &trace).await?.whole().await
         };
-        answered.await.map(Response::new).map_err(|e| status::to_status(&e))
+        let mut response = answered.await.map(Response::new).map_err(|e| status::to_status(&e))?;
+        trace.tell(response.metadata_mut().as_mut());
+        Ok(response)
     }
 
     async fn model_stream_infer(
@@ -110,7 +114,7 @@ impl GrpcInferenceService for KserveService {
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
         let until = timeout_of(&request).map(|timeout| Instant::now() + timeout);
-        let mut requests = request.into_inner();
+        let (headers, _, mut requests) = request.into_parts();
         let (sender, responses) = mpsc::channel(RESPONSES);
         let router = self.router.clone();
         // Owned by the responses: it ends when they are dropped, and the answer with it.
@@ -118,10 +122,11 @@ impl GrpcInferenceService for KserveService {
             let serve = async {
                 while let Ok(Some(request)) = requests.message().await {
                     let timeout = until.map(|until| until.saturating_duration_since(Instant::now()));
+                    let trace = super::trace(headers.as_ref());
                     let answered = async {
                         let question = Question::read(request)?;
                         let stream = question.stream;
-                        let reply = question.start(&router, timeout).await?;
+                        let reply = question.start(&router, timeout, &trace).await?;
                         if stream { reply.pieces(&sender).await } else { send(&sender, reply.whole().await?).await }
                     };
                     if let Err(error) = answered.await {
@@ -191,9 +196,9 @@ impl Question {
         Ok(Self { id: request.id, text, stream, with_input, raw, asked })
     }
 
-    async fn start(self, router: &Arc<Router>, timeout: Option<Duration>) -> Result<Reply, ServiceError> {
+    async fn start(self, router: &Arc<Router>, timeout: Option<Duration>, trace: &Trace) -> Result<Reply, ServiceError> {
         let Self { id, text, with_input, raw, asked, .. } = self;
-        let request = router.admit_one(Asked { timeout, ..asked }).await?;
+        let request = router.admit_one(Asked { timeout, ..asked }, trace).await?;
         let model = request.model.manifest.name.clone();
         let before = if with_input { text } else { String::new() };
         let prompt_tokens = request.prompt.len();

@@ -6,7 +6,16 @@ pub(crate) mod http;
 pub(crate) mod kserve;
 mod openai;
 
+use axum::http::HeaderMap;
+use overfill_lifecycle::Trace;
 use overfill_proto::v1::ServedBy;
+use tracing::field::Empty;
+
+/// The trace of a request that came with these headers.
+fn trace(headers: &HeaderMap) -> Trace {
+    let span = tracing::info_span!("request", otel.kind = "server", request_id = Empty, model = Empty, trace_id = Empty);
+    Trace::begin(span, headers)
+}
 
 /// Who serves an answer, as one line: mode, pair, and the nodes that have a part in it.
 fn served_by(by: &ServedBy) -> String {

@@ -12,10 +12,12 @@ use overfill_proto::v1::{
 use overfill_types::{Code, Endpoint, FinishReason, Quality, Role, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
-use tonic::{Status, Streaming};
+use tonic::{Request, Status, Streaming};
+use tracing::{Instrument, Span, debug_span};
 
 use crate::Router;
 use crate::admission::ValidRequest;
+use crate::metrics::Observed;
 use crate::pairing::{Both, Chosen, Nodes};
 use crate::relay::flow::{Blame, Failure, Flow};
 use crate::relay::text::Text;
@@ -31,12 +33,20 @@ pub(super) struct Driver {
     text: Text,
     /// Of the attempt.
     served_by: ServedBy,
+    pub(super) observed: Observed,
     sender: mpsc::Sender<Result<Event, ServiceError>>,
 }
 
 impl Driver {
     pub(super) fn new(router: Arc<Router>, request: ValidRequest, sender: mpsc::Sender<Result<Event, ServiceError>>) -> Self {
-        Self { text: Text::new(&request), flow: Flow::default(), served_by: ServedBy::default(), router, request, sender }
+        let name = &request.model.manifest.name;
+        let observed = Observed::new(&router.metrics, name, request.prompt.len(), request.arrived);
+        Self { text: Text::new(&request), flow: Flow::default(), served_by: ServedBy::default(), observed, router, request, sender }
+    }
+
+    /// The answer ends with an error.
+    pub(super) fn failed(&mut self, error: &ServiceError) {
+        self.observed.failed(error);
     }
 
     /// Makes attempts until the answer is whole.
@@ -45,20 +55,29 @@ impl Driver {
     /// Why it will not be.
     pub(super) async fn run(&mut self) -> Result<(), ServiceError> {
         loop {
-            let chosen = self.choose().await?;
+            let chosen = self.choose().instrument(debug_span!("choose")).await?;
+            self.observed.chosen();
             let epoch = self.flow.attempt();
             self.serve_by(&chosen.nodes);
-            let ended = match &chosen.nodes {
-                Nodes::Both(both) => self.attempt(both, epoch).await,
-                Nodes::One(node) => self.attempt_alone(node, epoch).await,
+            let ServedBy { prefill_node, decode_node, .. } = &self.served_by;
+            let span = debug_span!("attempt", epoch, prefill_node, decode_node);
+            let attempt = async {
+                match &chosen.nodes {
+                    Nodes::Both(both) => self.attempt(both, epoch).await,
+                    Nodes::One(node) => self.attempt_alone(node, epoch).await,
+                }
             };
-            let Err(failure) = ended else { return Ok(()) };
+            let Err(failure) = attempt.instrument(span).await else { return Ok(()) };
             if let Blame::Lost(node) = &failure.blame {
                 self.router.pairing.suspect(node, Instant::now());
             }
             let Failure { error, .. } = &failure;
             tracing::info!(request = %self.request.id, epoch, written = self.flow.written().len(), code = %error.code, %error, "attempt failed");
-            self.flow.failed(failure)?;
+            let code = error.code;
+            let goes_on = self.flow.failed(failure);
+            self.observed.attempt_failed(code, goes_on.is_ok());
+            goes_on?;
+            self.observed.waits();
         }
     }
 
@@ -111,7 +130,7 @@ impl Driver {
                 self.served_by.decode_node.clear();
                 None
             }
-            _ => Some(self.reserve(&chosen.decode, epoch).await?),
+            _ => Some(self.reserve(&chosen.decode, epoch).instrument(debug_span!("reserve", otel.kind = "client")).await?),
         };
         let handoff = decode.as_ref().map(|d| v1::Handoff {
             address: chosen.decode.address.clone(),
@@ -119,6 +138,7 @@ impl Driver {
             epoch,
             held_tokens: d.held_tokens,
         });
+        let mut stage = debug_span!("first_token");
         let mut prefill = self.prefill(&chosen.prefill, handoff).await?;
         // Tokens of the decode node that came before the first one, over the other connection.
         let mut early: Vec<DecodeEvent> = Vec::new();
@@ -130,6 +150,7 @@ impl Driver {
                 event = prefill.message(), if reading => match event {
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) })) => {
                         begun = true;
+                        drop(std::mem::replace(&mut stage, debug_span!("decode")));
                         let Some(token) = first.token else { return Err(Failure::broken("prefill node", &chosen.prefill.id)) };
                         if self.flow.first(&token).map_err(Failure::of_request)? {
                             self.begin(first.cached_tokens, first.prompt_logprobs).await;
@@ -163,6 +184,13 @@ impl Driver {
         }
     }
 
+    /// A call to a node, as made by the stage that is under way.
+    fn traced<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        self.request.trace.pass_on(&Span::current(), request.metadata_mut().as_mut());
+        request
+    }
+
     /// Asks the decode node for a reservation.
     pub(super) async fn reserve(&self, node: &Endpoint, epoch: u64) -> Result<Reserved, Failure> {
         let request = DecodeRequest {
@@ -178,9 +206,11 @@ impl Driver {
         let channel = self.router.peers.channel(node).map_err(Failure::of_request)?;
         let mut client = DecodeClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
         let refused = |e: Status| Failure::of(&e, "decode node", &node.id);
-        let mut events = client.generate(request).await.map_err(refused)?.into_inner();
+        let asked = Instant::now();
+        let mut events = client.generate(self.traced(request)).await.map_err(refused)?.into_inner();
         match events.message().await.map_err(refused)? {
             Some(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }) => {
+                self.observed.reserved(asked);
                 Ok(Reserved { ticket: reserved.ticket, held_tokens: reserved.held_tokens, events })
             }
             _ => Err(Failure::broken("decode node", &node.id)),
@@ -205,12 +235,13 @@ impl Driver {
         };
         let channel = self.router.peers.channel(node).map_err(Failure::of_request)?;
         let mut client = PrefillClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
-        let answered = client.prefill(request).await;
+        let answered = client.prefill(self.traced(request)).await;
         Ok(answered.map_err(|e| Failure::of(&e, "prefill node", &node.id))?.into_inner())
     }
 
     /// The prompt was read.
     pub(super) async fn begin(&self, cached_tokens: u32, prompt_logprobs: Vec<TokenLogprob>) {
+        self.observed.read(cached_tokens);
         self.send(Event::Read(Read { cached_tokens, prompt_logprobs, served_by: self.served_by.clone() })).await;
     }
 
@@ -232,6 +263,7 @@ impl Driver {
     /// Sends a token on its way to the client; true at the answer's end, which this token may be, whether or not its node
     /// lives to say so.
     pub(super) async fn pass_on(&mut self, token: Token) -> bool {
+        self.observed.token();
         let eos = &self.request.model.manifest.tokenizer.eos_token_ids;
         let reason = self.request.stop.after(token.id, self.flow.written().len(), eos);
         // A token that ends the answer is no part of its text.
@@ -259,6 +291,7 @@ impl Driver {
 
     /// The end. The nodes that are named are those that finished the answer.
     async fn end(&mut self, reason: FinishReason, matched_stop: Option<String>) {
+        self.observed.finished(reason);
         let completion_tokens = self.flow.written().len();
         let mut served_by = self.served_by.clone();
         if completion_tokens == 1 && self.request.quality == Quality::Overfill {

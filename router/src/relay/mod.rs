@@ -16,6 +16,7 @@ use overfill_proto::v1::{ServedBy, Token, TokenLogprob};
 use overfill_types::{Code, FinishReason, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
+use tracing::Instrument;
 
 use crate::Router;
 use crate::admission::ValidRequest;
@@ -61,23 +62,27 @@ pub(crate) type Answer = mpsc::Receiver<Result<Event, ServiceError>>;
 /// Starts a request. It ends when the answer is dropped.
 pub(crate) fn start(router: Arc<Router>, request: ValidRequest) -> Answer {
     let (sender, answer) = mpsc::channel(EVENTS);
+    let span = request.trace.span().clone();
     // Owned by the answer.
-    tokio::spawn(async move {
+    let task = async move {
         let (id, deadline) = (request.id.clone(), request.deadline);
         let gone = sender.clone();
         let mut driver = Driver::new(router, request, sender);
         let ended = tokio::select! {
             ended = driver.run() => ended,
+            // Dropping the driver counts it.
             () = gone.closed() => return,
             () = sleep(deadline.saturating_duration_since(Instant::now())) => {
                 Err(ServiceError::new(Code::DeadlineExceeded, "the request's time ran out: ask for fewer tokens, or give it a longer deadline"))
             }
         };
         if let Err(error) = ended {
+            driver.failed(&error);
             tracing::info!(request = %id, code = %error.code, %error, "request failed");
             // A client that does not read gets its connection closed in the end; nothing is held for it here.
             let _ = timeout(Duration::from_secs(5), gone.send(Err(error))).await;
         }
-    });
+    };
+    tokio::spawn(task.instrument(span));
     answer
 }

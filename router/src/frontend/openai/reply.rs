@@ -8,9 +8,10 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use overfill_lifecycle::Trace;
 use overfill_proto::v1::ServedBy;
 use overfill_types::{Code, ServiceError};
 use serde::de::DeserializeOwned;
@@ -33,11 +34,18 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const PIECES: usize = 16;
 
 /// `POST` of either endpoint.
-pub(crate) async fn complete<R: OpenAiRequest>(State(router): State<Arc<Router>>, body: Result<Bytes, BytesRejection>) -> Response {
-    match begin::<R>(&router, body).await {
+pub(crate) async fn complete<R: OpenAiRequest>(
+    State(router): State<Arc<Router>>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Response {
+    let trace = crate::frontend::trace(&headers);
+    let mut response = match begin::<R>(&router, body, &trace).await {
         Ok(begun) => begun.respond().await,
         Err(error) => error.into_response(),
-    }
+    };
+    trace.tell(response.headers_mut());
+    response
 }
 
 /// A request that is under way.
@@ -51,7 +59,7 @@ struct Begun {
     include_usage: bool,
 }
 
-async fn begin<R: OpenAiRequest>(router: &Arc<Router>, body: Result<Bytes, BytesRejection>) -> Result<Begun, Failed> {
+async fn begin<R: OpenAiRequest>(router: &Arc<Router>, body: Result<Bytes, BytesRejection>, trace: &Trace) -> Result<Begun, Failed> {
     let body = read(router, body)?;
     // Several times, so that an error names the field: with all parts in one the path to it is lost.
     let common: Common = parse(&body)?;
@@ -59,7 +67,7 @@ async fn begin<R: OpenAiRequest>(router: &Arc<Router>, body: Result<Bytes, Bytes
     let token_ids = common.return_token_ids.unwrap_or(false);
     let parsed = R::parsed(Body { own: parse(&body)?, sampling: parse(&body)?, guide: parse(&body)?, common })?;
     let n = parsed.asked.n;
-    let requests = router.admit(parsed.asked).await?;
+    let requests = router.admit(parsed.asked, trace).await?;
     let Some(first) = requests.first() else {
         return Err(ServiceError::new(Code::InvalidArgument, "prompt is empty: send at least one").into());
     };

@@ -1,0 +1,272 @@
+//! A server's metrics, in Prometheus' text format. The only home of the crate behind it.
+//!
+//! Each server has a [`Registry`] of its own: several run in one process in tests and in `overfill serve`. Every metric of it
+//! has the label `engine`, which says what kind of server tells it (`router`, `prefill`, `decode`), and a node's have
+//! `model_name`; the router has `model_name` where a model is meant. So a sum over servers names the kind it means.
+//!
+//! Names, labels and buckets are vLLM's (`vllm:…`) where the meaning is the same, and `overfill_…` where it is ours. What a
+//! server counts is named in its `metrics.rs`.
+//!
+//! **Invariants:** no label has a value that a client makes up. Counting is an atomic addition, without a lock. Both ends of an
+//! interval are taken in one process, by a monotonic clock.
+
+pub mod buckets;
+mod read;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use prometheus::core::Collector;
+use prometheus::{HistogramOpts, Opts, TextEncoder};
+use tokio::net::TcpListener;
+use tokio_util::task::AbortOnDropHandle;
+
+pub use prometheus::{Error, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+
+use crate::drain::Drain;
+use crate::metrics::read::{Kind, Read};
+
+/// The media type of Prometheus' text format.
+const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// All metrics of one server. Clones share it.
+#[derive(Clone)]
+pub struct Registry {
+    inner: prometheus::Registry,
+}
+
+impl Registry {
+    /// An empty one, of an `engine` (`router`, `prefill` or `decode`); a node names its model.
+    ///
+    /// # Errors
+    /// None that a caller could meet: names of labels are fixed here.
+    pub fn new(engine: &str, model_name: Option<&str>) -> Result<Self, Error> {
+        let mut labels = HashMap::from([("engine".to_owned(), engine.to_owned())]);
+        labels.extend(model_name.map(|name| ("model_name".to_owned(), name.to_owned())));
+        Ok(Self { inner: prometheus::Registry::new_custom(None, Some(labels))? })
+    }
+
+    /// A number that only grows.
+    ///
+    /// # Errors
+    /// Where the name is taken or malformed.
+    pub fn counter(&self, name: &str, help: &str) -> Result<IntCounter, Error> {
+        self.register(IntCounter::new(name, help)?)
+    }
+
+    /// Such a number for each value of the labels.
+    ///
+    /// # Errors
+    /// As [`Registry::counter`].
+    pub fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, Error> {
+        self.register(IntCounterVec::new(Opts::new(name, help), labels)?)
+    }
+
+    /// A number that goes up and down, for each value of the labels.
+    ///
+    /// # Errors
+    /// As [`Registry::counter`].
+    pub fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, Error> {
+        self.register(IntGaugeVec::new(Opts::new(name, help), labels)?)
+    }
+
+    /// How often a value was within each of `buckets` (their upper ends).
+    ///
+    /// # Errors
+    /// As [`Registry::counter`].
+    pub fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, Error> {
+        self.register(Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
+    }
+
+    /// The same for each value of the labels.
+    ///
+    /// # Errors
+    /// As [`Registry::counter`].
+    pub fn histograms(&self, name: &str, help: &str, buckets: &[f64], labels: &[&str]) -> Result<HistogramVec, Error> {
+        self.register(HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?)
+    }
+
+    /// A number that goes up and down and is kept elsewhere: `read` is asked at each scrape.
+    ///
+    /// # Errors
+    /// As [`Registry::counter`].
+    pub fn read_gauge(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[(&str, &str)],
+        read: impl Fn() -> f64 + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        self.inner.register(Box::new(Read::new(Kind::Gauge, opts(name, help, labels), read)?))
+    }
+
+    /// As [`Registry::read_gauge`], of a number that only grows.
+    ///
+    /// # Errors
+    /// As [`Registry::counter`].
+    pub fn read_counter(&self, name: &str, help: &str, read: impl Fn() -> u64 + Send + Sync + 'static) -> Result<(), Error> {
+        // Exact up to 2^53.
+        self.inner.register(Box::new(Read::new(Kind::Counter, opts(name, help, &[]), move || read() as f64)?))
+    }
+
+    /// Whether etcd answers; nothing where `connected` gives nothing, because nodes are found otherwise.
+    ///
+    /// # Errors
+    /// As [`Registry::counter`].
+    pub fn etcd(&self, connected: impl Fn() -> Option<bool> + Send + Sync + 'static) -> Result<(), Error> {
+        if connected().is_none() {
+            return Ok(());
+        }
+        let help = "1 while etcd answers and the view of nodes is current, 0 while the last view serves.";
+        self.read_gauge("overfill_etcd_connected", help, &[], move || f64::from(u8::from(connected() == Some(true))))
+    }
+
+    fn register<C: Collector + Clone + 'static>(&self, metric: C) -> Result<C, Error> {
+        self.inner.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    /// All of it, as Prometheus reads it.
+    ///
+    /// # Errors
+    /// Where the text cannot be written.
+    pub fn text(&self) -> Result<String, Error> {
+        TextEncoder::new().encode_to_string(&self.inner.gather())
+    }
+
+    /// The answer to a scrape.
+    pub fn respond(&self) -> Response {
+        match self.text() {
+            Ok(text) => ([(header::CONTENT_TYPE, TEXT)], text).into_response(),
+            Err(error) => (axum::http::StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+        }
+    }
+
+    /// Answers scrapes at `/metrics` until `end`, or until the handle is dropped.
+    pub fn serve(&self, listener: TcpListener, end: Drain) -> AbortOnDropHandle<()> {
+        let registry = self.clone();
+        let app = Router::new().route("/metrics", get(move || async move { registry.respond() }));
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            let serving = axum::serve(listener, app);
+            tokio::select! {
+                served = serving => if let Err(error) = served {
+                    tracing::error!(%error, "metrics are not served any more");
+                },
+                () = end.signaled() => {}
+            }
+        }))
+    }
+}
+
+fn opts(name: &str, help: &str, labels: &[(&str, &str)]) -> Opts {
+    labels.iter().fold(Opts::new(name, help), |opts, (name, value)| opts.const_label(*name, *value))
+}
+
+/// Counts up, and down again when it is dropped.
+pub struct Counting(IntGauge);
+
+impl Counting {
+    /// One more of `gauge`.
+    pub fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counting {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// The sockets of a node.
+pub struct NodeListeners {
+    /// gRPC.
+    pub grpc: TcpListener,
+    /// Where it answers scrapes, if it does.
+    pub metrics: Option<TcpListener>,
+}
+
+impl From<TcpListener> for NodeListeners {
+    fn from(grpc: TcpListener) -> Self {
+        Self { grpc, metrics: None }
+    }
+}
+
+/// What vLLM calls the configuration of a KV cache.
+pub struct CacheConfig {
+    /// Token positions in a block.
+    pub block_tokens: usize,
+    /// Blocks of the pool.
+    pub blocks: usize,
+    /// How its numbers are kept.
+    pub dtype: String,
+    /// Whether prompts that begin alike share blocks.
+    pub prefix_caching: bool,
+}
+
+impl Registry {
+    /// `vllm:cache_config_info` and `vllm:kv_cache_usage_perc`; `held` gives the blocks that sequences hold.
+    ///
+    /// # Errors
+    /// As [`Registry::counter`].
+    pub fn cache(&self, config: &CacheConfig, held: impl Fn() -> usize + Send + Sync + 'static) -> Result<(), Error> {
+        let (block_tokens, blocks) = (config.block_tokens.to_string(), config.blocks.to_string());
+        let labels = [
+            ("block_size", block_tokens.as_str()),
+            ("num_gpu_blocks", blocks.as_str()),
+            ("cache_dtype", config.dtype.as_str()),
+            ("enable_prefix_caching", if config.prefix_caching { "True" } else { "False" }),
+        ];
+        self.read_gauge("vllm:cache_config_info", "How the KV cache is made, as labels; always 1.", &labels, || 1.0)?;
+        let blocks = config.blocks.max(1) as f64;
+        let held = Arc::new(held);
+        let usage = held.clone();
+        let help =
+            "Part of the KV cache's blocks that sequences hold, from 0 to 1; blocks that are only kept for prompts to come are free.";
+        self.read_gauge("vllm:kv_cache_usage_perc", help, &[], move || usage() as f64 / blocks)?;
+        self.read_gauge("overfill_kv_blocks_held", "Blocks of the KV cache that sequences hold, in blocks.", &[], move || held() as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_counted_is_told() {
+        let registry = Registry::new("prefill", Some("m\"1")).unwrap();
+        registry.counter("overfill_a_total", "Things.").unwrap().inc_by(3);
+        registry.read_counter("overfill_b_total", "Others.", || 7).unwrap();
+        registry.read_gauge("overfill_c", "By kind.", &[("kind", "x")], || 0.5).unwrap();
+        registry.read_gauge("overfill_c", "By kind.", &[("kind", "y")], || 2.0).unwrap();
+        let seconds = registry.histogram("overfill_d_seconds", "How long.", &[0.1, 1.0]).unwrap();
+        [0.05, 0.5, 5.0].into_iter().for_each(|s| seconds.observe(s));
+        let text = registry.text().unwrap();
+        for line in [
+            "# TYPE overfill_a_total counter",
+            "overfill_a_total{engine=\"prefill\",model_name=\"m\\\"1\"} 3",
+            "overfill_b_total{engine=\"prefill\",model_name=\"m\\\"1\"} 7",
+            "overfill_c{kind=\"x\",engine=\"prefill\",model_name=\"m\\\"1\"} 0.5",
+            "overfill_c{kind=\"y\",engine=\"prefill\",model_name=\"m\\\"1\"} 2",
+            "# TYPE overfill_d_seconds histogram",
+            "overfill_d_seconds_bucket{engine=\"prefill\",model_name=\"m\\\"1\",le=\"1\"} 2",
+            "overfill_d_seconds_count{engine=\"prefill\",model_name=\"m\\\"1\"} 3",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        assert!(registry.counter("overfill_a_total", "Again.").is_err(), "a name is taken once");
+    }
+
+    #[test]
+    fn two_servers_of_a_process_count_apart() {
+        let (one, two) = (Registry::new("decode", Some("m")).unwrap(), Registry::new("decode", Some("m")).unwrap());
+        one.counter("overfill_a_total", "Things.").unwrap().inc();
+        two.counter("overfill_a_total", "Things.").unwrap();
+        assert!(one.text().unwrap().contains("} 1\n") && two.text().unwrap().contains("} 0\n"));
+    }
+}
