@@ -130,6 +130,8 @@ impl Loop {
             self.running.retain(|r| !r.job.abandoned());
             self.let_in();
             self.counts.running.store(self.running.iter().filter(|r| r.remaining() > 0).count(), Ordering::Release);
+            let unread = self.running.iter().map(Running::remaining).chain(self.waiting.iter().map(|job| job.prompt.len()));
+            self.counts.unread.store(unread.sum(), Ordering::Release);
             self.step();
             self.send_owed();
         }

@@ -124,6 +124,8 @@ struct Counts {
     held: AtomicUsize,
     /// Of these, being read.
     running: AtomicUsize,
+    /// Tokens of the prompts held that are not read yet.
+    unread: AtomicUsize,
     /// Prompt tokens that were looked up in the prefix cache.
     prefix_queries: AtomicU64,
     /// Of these, found.

@@ -3,6 +3,7 @@
 pub mod drain;
 pub mod grpc;
 pub mod node_args;
+pub mod status;
 pub mod telemetry;
 
 pub use drain::Drain;

@@ -104,6 +104,10 @@ pub struct Token {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StatusRequest {}
 /// What a node holds at this moment.
+///
+/// `WatchStatus` of both kinds of node streams it: the first at once, then each change, at most one every 50 ms, and where
+/// nothing changes one a second, so that silence means that the node or the way to it is lost. The stream ends when the
+/// node drains; its last message says so.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct NodeStatus {
     #[prost(string, tag = "1")]
@@ -143,6 +147,24 @@ pub struct NodeStatus {
     /// sequences that lost their blocks to older ones
     #[prost(uint64, tag = "14")]
     pub preempted: u64,
+    /// most sequences that are held; another one is refused
+    #[prost(uint32, tag = "15")]
+    pub sequences_most: u32,
+    /// prefill: tokens of the prompts held that are not read yet
+    #[prost(uint64, tag = "16")]
+    pub unread_tokens: u64,
+    /// decode: blocks that the sequences held may come to need in all
+    #[prost(uint64, tag = "17")]
+    pub blocks_promised: u64,
+    /// decode: most that are promised; a sequence that needs more is refused
+    #[prost(uint64, tag = "18")]
+    pub blocks_promised_most: u64,
+    /// blocks whose content is kept for prompts that begin alike
+    #[prost(uint64, tag = "19")]
+    pub prefix_blocks: u64,
+    /// most of them; 0 where none are kept
+    #[prost(uint64, tag = "20")]
+    pub prefix_blocks_most: u64,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -535,6 +557,30 @@ pub mod decode_client {
             req.extensions_mut().insert(GrpcMethod::new("overfill.v1.Decode", "Status"));
             self.inner.unary(req, path, codec).await
         }
+        pub async fn watch_status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::NodeStatus>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/overfill.v1.Decode/WatchStatus",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("overfill.v1.Decode", "WatchStatus"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -573,6 +619,19 @@ pub mod decode_server {
             &self,
             request: tonic::Request<super::StatusRequest>,
         ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status>;
+        /// Server streaming response type for the WatchStatus method.
+        type WatchStatusStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::NodeStatus, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        async fn watch_status(
+            &self,
+            request: tonic::Request<super::StatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::WatchStatusStream>,
+            tonic::Status,
+        >;
     }
     /// The decode node: holds the decode model, writes answers.
     #[derive(Debug)]
@@ -779,6 +838,52 @@ pub mod decode_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/overfill.v1.Decode/WatchStatus" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchStatusSvc<T: Decode>(pub Arc<T>);
+                    impl<
+                        T: Decode,
+                    > tonic::server::ServerStreamingService<super::StatusRequest>
+                    for WatchStatusSvc<T> {
+                        type Response = super::NodeStatus;
+                        type ResponseStream = T::WatchStatusStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Decode>::watch_status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchStatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
@@ -1039,6 +1144,30 @@ pub mod prefill_client {
                 .insert(GrpcMethod::new("overfill.v1.Prefill", "Status"));
             self.inner.unary(req, path, codec).await
         }
+        pub async fn watch_status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::NodeStatus>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/overfill.v1.Prefill/WatchStatus",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("overfill.v1.Prefill", "WatchStatus"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1070,6 +1199,19 @@ pub mod prefill_server {
             &self,
             request: tonic::Request<super::StatusRequest>,
         ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status>;
+        /// Server streaming response type for the WatchStatus method.
+        type WatchStatusStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::NodeStatus, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        async fn watch_status(
+            &self,
+            request: tonic::Request<super::StatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::WatchStatusStream>,
+            tonic::Status,
+        >;
     }
     /// The prefill node: holds the full model, reads prompts.
     #[derive(Debug)]
@@ -1233,6 +1375,52 @@ pub mod prefill_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/overfill.v1.Prefill/WatchStatus" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchStatusSvc<T: Prefill>(pub Arc<T>);
+                    impl<
+                        T: Prefill,
+                    > tonic::server::ServerStreamingService<super::StatusRequest>
+                    for WatchStatusSvc<T> {
+                        type Response = super::NodeStatus;
+                        type ResponseStream = T::WatchStatusStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Prefill>::watch_status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchStatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
