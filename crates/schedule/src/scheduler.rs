@@ -54,7 +54,7 @@ impl Order {
 
 /// A place in the line: its number, which grows with time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Ticket(u64);
+pub struct Ticket(pub u64);
 
 /// What a turn brings.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ pub enum Submitted {
     /// Its turn is now.
     Now(Turn),
     /// It waits; [`Scheduler::turns`] gives its turn.
-    Waits(Ticket),
+    Waits,
     /// It may not wait.
     Refused(Refusal),
 }
@@ -85,13 +85,12 @@ pub struct Scheduler {
     lines: HashMap<Fingerprint, Line>,
     orders: HashMap<u64, Order>,
     bounds: Bounds,
-    next: u64,
 }
 
 impl Scheduler {
     /// Nobody waits.
     pub fn new(cluster: Cluster, bounds: Bounds) -> Self {
-        Self { cluster, lines: HashMap::new(), orders: HashMap::new(), bounds, next: 0 }
+        Self { cluster, lines: HashMap::new(), orders: HashMap::new(), bounds }
     }
 
     /// What is known of the nodes.
@@ -110,10 +109,10 @@ impl Scheduler {
     }
 
     /// A request that comes for the first time, or `again` since the node that it got had no room after all: then it has its
-    /// place in the line as before.
-    pub fn submit(&mut self, order: Order, again: Option<Ticket>, now: Instant) -> Submitted {
+    /// place in the line as before. `ticket` is its own.
+    pub fn submit(&mut self, order: Order, ticket: Ticket, again: bool, now: Instant) -> Submitted {
         let line = self.lines.get(&order.decode);
-        if again.is_some() || line.is_none_or(Line::is_empty) {
+        if again || line.is_none_or(Line::is_empty) {
             match self.cluster.choose(&order.ask(true), now) {
                 Choice::Pair(pair) => return Submitted::Now(Turn::Pair(pair)),
                 Choice::Absent(absent) => return Submitted::Now(Turn::Absent(absent)),
@@ -121,7 +120,7 @@ impl Scheduler {
                 Choice::Full => {}
             }
         }
-        if again.is_none() {
+        if !again {
             let expected = line.and_then(|line| line.expected(order.share, order.priority));
             if self.orders.len() >= self.bounds.waiting {
                 return Submitted::Refused(Refusal::Crowded { waiting: self.orders.len(), retry: expected.unwrap_or(UNKNOWN_WAIT) });
@@ -130,15 +129,11 @@ impl Scheduler {
                 return Submitted::Refused(Refusal::Late { expected });
             }
         }
-        let ticket = again.unwrap_or_else(|| {
-            self.next += 1;
-            Ticket(self.next)
-        });
         // Paid for once.
-        let cost = if again.is_some() { 0 } else { (order.prompt_tokens + order.answer_tokens) as u64 };
+        let cost = if again { 0 } else { (order.prompt_tokens + order.answer_tokens) as u64 };
         self.lines.entry(order.decode.clone()).or_default().push(ticket.0, order.share, order.priority, cost);
         self.orders.insert(ticket.0, order);
-        Submitted::Waits(ticket)
+        Submitted::Waits
     }
 
     /// Two nodes at once, whether or not they have room: for an answer that is under way.
@@ -185,6 +180,8 @@ impl Scheduler {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use overfill_types::{Endpoint, Role};
 
     use super::*;
@@ -207,6 +204,11 @@ mod tests {
             until: now + Duration::from_secs(10),
             shunned: vec![],
         }
+    }
+
+    fn ticket() -> Ticket {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Ticket(LAST.fetch_add(1, Ordering::Relaxed))
     }
 
     /// One node of each kind; the decode node holds four sequences.
@@ -236,11 +238,12 @@ mod tests {
     fn nobody_overtakes_and_nobody_is_forgotten() {
         let now = Instant::now();
         let mut scheduler = scheduler(100, now);
-        let mut running: Vec<Pair> = (0..4).map(|_| now_or_panic(scheduler.submit(order(0, now), None, now))).collect();
+        let mut running: Vec<Pair> = (0..4).map(|_| now_or_panic(scheduler.submit(order(0, now), ticket(), false, now))).collect();
         let waiting: Vec<Ticket> = (0..6)
-            .map(|_| match scheduler.submit(order(0, now), None, now) {
-                Submitted::Waits(ticket) => ticket,
-                other => panic!("{other:?}"),
+            .map(|_| {
+                let ticket = ticket();
+                assert!(matches!(scheduler.submit(order(0, now), ticket, false, now), Submitted::Waits));
+                ticket
             })
             .collect();
         assert!(scheduler.turns(now).is_empty());
@@ -265,9 +268,9 @@ mod tests {
     fn who_cannot_be_served_in_time_is_refused_at_once() {
         let begun = Instant::now();
         let mut scheduler = scheduler(30, begun);
-        let mut running: Vec<Pair> = (0..4).map(|_| now_or_panic(scheduler.submit(order(0, begun), None, begun))).collect();
+        let mut running: Vec<Pair> = (0..4).map(|_| now_or_panic(scheduler.submit(order(0, begun), ticket(), false, begun))).collect();
         for _ in 0..20 {
-            assert!(matches!(scheduler.submit(order(0, begun), None, begun), Submitted::Waits(_)));
+            assert!(matches!(scheduler.submit(order(0, begun), ticket(), false, begun), Submitted::Waits));
         }
         // One ends each second.
         let mut now = begun;
@@ -280,16 +283,16 @@ mod tests {
             }));
             assert_eq!(running.len(), 4);
         }
-        match scheduler.submit(order(0, now), None, now) {
+        match scheduler.submit(order(0, now), ticket(), false, now) {
             Submitted::Refused(Refusal::Late { expected }) => assert!((11..=13).contains(&expected.as_secs()), "{expected:?}"),
             other => panic!("{other:?}"),
         }
         // Another client's turn comes sooner, and so does that of one with more patience.
-        assert!(matches!(scheduler.submit(order(1, now), None, now), Submitted::Waits(_)));
+        assert!(matches!(scheduler.submit(order(1, now), ticket(), false, now), Submitted::Waits));
         let patient = Order { until: now + Duration::from_secs(60), ..order(0, now) };
         while scheduler.waiting() < 30 {
-            assert!(matches!(scheduler.submit(patient.clone(), None, now), Submitted::Waits(_)));
+            assert!(matches!(scheduler.submit(patient.clone(), ticket(), false, now), Submitted::Waits));
         }
-        assert!(matches!(scheduler.submit(patient, None, now), Submitted::Refused(Refusal::Crowded { waiting: 30, .. })));
+        assert!(matches!(scheduler.submit(patient, ticket(), false, now), Submitted::Refused(Refusal::Crowded { waiting: 30, .. })));
     }
 }

@@ -1485,6 +1485,9 @@ pub struct GenerateRequest {
     /// `started` carries the prompt's token ids
     #[prost(bool, tag = "10")]
     pub echo_prompt_token_ids: bool,
+    /// Where requests wait: among those of the same key a lower number goes first. Default 0.
+    #[prost(int32, tag = "15")]
+    pub priority: i32,
     #[prost(oneof = "generate_request::Input", tags = "2, 3, 4")]
     pub input: ::core::option::Option<generate_request::Input>,
 }
@@ -1630,8 +1633,10 @@ pub mod inference_client {
     /// A call may have a deadline (`grpc-timeout`): the router keeps it as long as it is shorter than its own, and the call
     /// ends with DEADLINE_EXCEEDED. Cancelling a call frees all that is held for it on the nodes. Requests may be compressed
     /// with gzip or zstd. Errors have a code and a sentence that says what was wrong and what to do: INVALID_ARGUMENT for
-    /// the request itself, NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED where a bound is reached and UNAVAILABLE where
-    /// nodes are missing (later may help with both).
+    /// the request itself, NOT_FOUND for an unknown model, UNAUTHENTICATED for a key that is missing or unknown (metadata
+    /// `authorization: Bearer KEY`, where the router has a file of keys), RESOURCE_EXHAUSTED where the client is over its own
+    /// limits and UNAVAILABLE where the cluster is full or nodes are missing. Later may help with the last two: then
+    /// `grpc-retry-pushback-ms` in the trailers says when.
     #[derive(Debug, Clone)]
     pub struct InferenceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -1800,8 +1805,10 @@ pub mod inference_server {
     /// A call may have a deadline (`grpc-timeout`): the router keeps it as long as it is shorter than its own, and the call
     /// ends with DEADLINE_EXCEEDED. Cancelling a call frees all that is held for it on the nodes. Requests may be compressed
     /// with gzip or zstd. Errors have a code and a sentence that says what was wrong and what to do: INVALID_ARGUMENT for
-    /// the request itself, NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED where a bound is reached and UNAVAILABLE where
-    /// nodes are missing (later may help with both).
+    /// the request itself, NOT_FOUND for an unknown model, UNAUTHENTICATED for a key that is missing or unknown (metadata
+    /// `authorization: Bearer KEY`, where the router has a file of keys), RESOURCE_EXHAUSTED where the client is over its own
+    /// limits and UNAVAILABLE where the cluster is full or nodes are missing. Later may help with the last two: then
+    /// `grpc-retry-pushback-ms` in the trailers says when.
     #[derive(Debug)]
     pub struct InferenceServer<T> {
         inner: Arc<T>,

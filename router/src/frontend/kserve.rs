@@ -27,9 +27,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::Router;
 use crate::admission::{Asked, Input};
-use crate::frontend::grpc::timeout_of;
+use crate::clients::Client;
+use crate::frontend::grpc::{client_of, timeout_of};
 use crate::frontend::openai::{GuideFields, SamplingFields, guide_of};
-use crate::pairing;
 use crate::relay::{self, Answer, End, Event};
 
 /// Responses that wait for a slow client.
@@ -64,7 +64,7 @@ impl GrpcInferenceService for KserveService {
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
         let ModelReadyRequest { name, version } = request.into_inner();
         let model = self.router.model(&name).and_then(|model| of_version(model, &version)).map_err(|e| status::to_status(&e))?;
-        let ready = pairing::missing(&self.router.view.borrow(), &model.manifest).is_empty();
+        let ready = self.router.pairing.missing(&model.manifest).is_empty();
         Ok(Response::new(ModelReadyResponse { ready }))
     }
 
@@ -93,13 +93,14 @@ impl GrpcInferenceService for KserveService {
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
         let timeout = timeout_of(&request);
+        let client = client_of(&request).map_err(|e| status::to_status(&e))?;
         let answered = async {
             let question = Question::read(request.into_inner())?;
             if question.stream {
                 let message = "stream: ModelInfer gives one response; leave the input out, or call ModelStreamInfer";
                 return Err(ServiceError::new(Code::InvalidArgument, message));
             }
-            question.start(&self.router, timeout).await?.whole().await
+            question.start(&self.router, &client, timeout).await?.whole().await
         };
         answered.await.map(Response::new).map_err(|e| status::to_status(&e))
     }
@@ -109,6 +110,7 @@ impl GrpcInferenceService for KserveService {
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
         let until = timeout_of(&request).map(|timeout| Instant::now() + timeout);
+        let client = client_of(&request).map_err(|e| status::to_status(&e))?;
         let mut requests = request.into_inner();
         let (sender, responses) = mpsc::channel(RESPONSES);
         let router = self.router.clone();
@@ -120,7 +122,7 @@ impl GrpcInferenceService for KserveService {
                     let answered = async {
                         let question = Question::read(request)?;
                         let stream = question.stream;
-                        let reply = question.start(&router, timeout).await?;
+                        let reply = question.start(&router, &client, timeout).await?;
                         if stream { reply.pieces(&sender).await } else { send(&sender, reply.whole().await?).await }
                     };
                     if let Err(error) = answered.await {
@@ -190,9 +192,9 @@ impl Question {
         Ok(Self { id: request.id, text, stream, with_input, raw, asked })
     }
 
-    async fn start(self, router: &Arc<Router>, timeout: Option<Duration>) -> Result<Reply, ServiceError> {
+    async fn start(self, router: &Arc<Router>, client: &Arc<Client>, timeout: Option<Duration>) -> Result<Reply, ServiceError> {
         let Self { id, text, with_input, raw, asked, .. } = self;
-        let request = router.admit_one(Asked { timeout, ..asked }).await?;
+        let request = router.admit_one(client, Asked { timeout, ..asked }).await?;
         let model = request.model.manifest.name.clone();
         let before = if with_input { text } else { String::new() };
         let prompt_tokens = request.prompt.len();

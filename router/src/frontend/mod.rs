@@ -5,3 +5,6 @@ pub(crate) mod grpc;
 pub(crate) mod http;
 pub(crate) mod kserve;
 mod openai;
+mod stack;
+
+pub(crate) use stack::stack;

@@ -7,6 +7,7 @@ use overfill_proto::convert;
 use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::prefill_client::PrefillClient;
 use overfill_proto::v1::{self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, decode_event, prefill_event};
+use overfill_schedule::{Order, Ticket};
 use overfill_types::{Code, FinishReason, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -14,7 +15,7 @@ use tonic::{Status, Streaming};
 
 use crate::Router;
 use crate::admission::ValidRequest;
-use crate::pairing::Chosen;
+use crate::pairing::{Chosen, NoPair};
 use crate::relay::flow::{Blame, Failure, Flow};
 use crate::relay::text::Text;
 use crate::relay::{End, Event, Read};
@@ -28,11 +29,18 @@ pub(super) struct Driver {
     flow: Flow,
     text: Text,
     sender: mpsc::Sender<Result<Event, ServiceError>>,
+    ticket: Ticket,
+    /// Until when it waits for room as long as no node has taken it on.
+    patience: Instant,
+    /// It had its turn.
+    served: bool,
 }
 
 impl Driver {
     pub(super) fn new(router: Arc<Router>, request: ValidRequest, sender: mpsc::Sender<Result<Event, ServiceError>>) -> Self {
-        Self { text: Text::new(&request), flow: Flow::default(), router, request, sender }
+        let patience = (Instant::now() + router.config.queue_timeout).min(request.deadline);
+        let (text, ticket) = (Text::new(&request), router.pairing.ticket());
+        Self { text, flow: Flow::default(), router, request, sender, ticket, patience, served: false }
     }
 
     /// Makes attempts until the answer is whole.
@@ -45,26 +53,55 @@ impl Driver {
             let epoch = self.flow.attempt();
             let Err(failure) = self.attempt(&chosen, epoch).await else { return Ok(()) };
             if let Blame::Lost(node) = &failure.blame {
-                self.router.pairing.suspect(node, Instant::now());
+                self.router.pairing.suspect(node);
             }
             let Failure { error, .. } = &failure;
             tracing::info!(request = %self.request.id, epoch, written = self.flow.written().len(), code = %error.code, %error, "attempt failed");
+            self.flow.set_patient(Instant::now() < self.patience);
             self.flow.failed(failure)?;
         }
     }
 
-    /// Two nodes for the next attempt; where there are none but those that failed, after a pause.
+    /// Two nodes for the next attempt: the first in its turn, later ones at once; where there are none but those that failed,
+    /// after a pause.
     async fn choose(&mut self) -> Result<Chosen, ServiceError> {
+        let mut order = self.order();
         loop {
-            let view = self.router.view.borrow().clone();
-            let failed = self.flow.failed_nodes();
-            match self.router.pairing.choose(&view, &self.request.model.manifest, failed, Instant::now()) {
-                Ok(chosen) if !failed.contains(&chosen.prefill.id) && !failed.contains(&chosen.decode.id) => return Ok(chosen),
+            order.shunned = self.flow.failed_nodes().to_vec();
+            let chosen = if self.flow.accepted() {
+                self.router.pairing.at_once(&order)
+            } else {
+                self.router.pairing.turn(order.clone(), self.ticket, std::mem::replace(&mut self.served, true)).await
+            };
+            match chosen {
+                Ok(chosen) if !order.shunned.contains(&chosen.prefill.id) && !order.shunned.contains(&chosen.decode.id) => return Ok(chosen),
                 Ok(_) => {}
-                Err(error) => self.flow.nobody(error)?,
+                Err(NoPair::Refused(error)) => return Err(error),
+                Err(NoPair::Absent) => {
+                    let missing = self.router.pairing.missing(&self.request.model.manifest);
+                    self.flow.nobody(ServiceError::new(Code::Unavailable, format!("{missing}: start one, or try again later")))?;
+                }
             }
+            self.flow.set_patient(Instant::now() < self.patience);
             // Of different length, so that those who wait for the same node do not ask it all at once.
             sleep(self.flow.pause()?.mul_f64(rand::random_range(0.5..1.0))).await;
+        }
+    }
+
+    fn order(&self) -> Order {
+        let ValidRequest { model, prompt, stop, share, priority, .. } = &self.request;
+        let pair = &model.manifest.fingerprint;
+        Order {
+            prefill: pair.clone(),
+            decode: pair.clone(),
+            decodes: stop.max_tokens > 1,
+            keys: self.router.pairing.keys(prompt),
+            prompt_tokens: prompt.len(),
+            answer_tokens: stop.max_tokens,
+            share: *share,
+            priority: *priority,
+            until: self.patience,
+            shunned: Vec::new(),
         }
     }
 
@@ -90,6 +127,7 @@ impl Driver {
                 event = prefill.message(), if reading => match event {
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) })) => {
                         begun = true;
+                        chosen.read();
                         let Some(token) = first.token else { return Err(Failure::broken("prefill node", &chosen.prefill.id)) };
                         if self.flow.first(&token).map_err(Failure::of_request)? {
                             let served_by = self.served_by(chosen, decode.is_some());
@@ -193,6 +231,9 @@ impl Driver {
             Some(FinishReason::Stop) => (String::new(), None),
             _ => self.text.push(token.id),
         };
+        if let Some(place) = &mut self.request.place {
+            place.allowance.wrote();
+        }
         self.send(Event::Delta { text, tokens: vec![token] }).await;
         match (matched, reason) {
             (Some(stop), _) => self.end(chosen, FinishReason::Stop, Some(stop)).await,
@@ -215,6 +256,8 @@ impl Driver {
     async fn end(&mut self, chosen: &Chosen, reason: FinishReason, matched_stop: Option<String>) {
         let completion_tokens = self.flow.written().len();
         let served_by = self.served_by(chosen, completion_tokens > 1);
+        // Before the client knows, so that it finds its place free.
+        self.request.place = None;
         self.send(Event::Finished(End { reason, completion_tokens, served_by, matched_stop })).await;
     }
 

@@ -4,13 +4,13 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use overfill_proto::v1::ServedBy;
 use overfill_types::{Code, ServiceError};
 use serde::de::DeserializeOwned;
@@ -20,6 +20,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::Router;
+use crate::clients::Client;
 use crate::frontend::openai::answer::{Choice, Frame};
 use crate::frontend::openai::choices::{self, Events};
 use crate::frontend::openai::failed::Failed;
@@ -32,8 +33,12 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const PIECES: usize = 16;
 
 /// `POST` of either endpoint.
-pub(crate) async fn complete<R: OpenAiRequest>(State(router): State<Arc<Router>>, body: Result<Bytes, BytesRejection>) -> Response {
-    match begin::<R>(&router, body).await {
+pub(crate) async fn complete<R: OpenAiRequest>(
+    State(router): State<Arc<Router>>,
+    Extension(client): Extension<Arc<Client>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Response {
+    match begin::<R>(&router, &client, body).await {
         Ok(begun) => begun.respond().await,
         Err(error) => error.into_response(),
     }
@@ -50,7 +55,11 @@ struct Begun {
     include_usage: bool,
 }
 
-async fn begin<R: OpenAiRequest>(router: &Arc<Router>, body: Result<Bytes, BytesRejection>) -> Result<Begun, Failed> {
+async fn begin<R: OpenAiRequest>(
+    router: &Arc<Router>,
+    client: &Arc<Client>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Begun, Failed> {
     let body = read(router, body)?;
     // Several times, so that an error names the field: with all parts in one the path to it is lost.
     let common: Common = parse(&body)?;
@@ -58,7 +67,7 @@ async fn begin<R: OpenAiRequest>(router: &Arc<Router>, body: Result<Bytes, Bytes
     let token_ids = common.return_token_ids.unwrap_or(false);
     let parsed = R::parsed(Body { own: parse(&body)?, sampling: parse(&body)?, guide: parse(&body)?, common })?;
     let n = parsed.asked.n;
-    let requests = router.admit(parsed.asked).await?;
+    let requests = router.admit(client, parsed.asked).await?;
     let Some(first) = requests.first() else {
         return Err(ServiceError::new(Code::InvalidArgument, "prompt is empty: send at least one").into());
     };

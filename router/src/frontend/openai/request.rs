@@ -48,6 +48,8 @@ pub(crate) struct SamplingFields {
     max_tokens: Option<i64>,
     /// As `max_tokens`, which it overrides.
     max_completion_tokens: Option<i64>,
+    /// Where requests wait: among those of the same key a lower number goes first. Default 0.
+    priority: Option<i32>,
 }
 
 /// What the answer has to look like; one of them at most.
@@ -235,6 +237,7 @@ impl SamplingFields {
             stop_token_ids: self.stop_token_ids.unwrap_or_default(),
             ignore_eos: self.ignore_eos.unwrap_or(false),
             timeout: None,
+            priority: self.priority.unwrap_or(0),
         })
     }
 }
