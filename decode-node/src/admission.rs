@@ -76,6 +76,24 @@ struct Table {
     admitted: u64,
 }
 
+impl Table {
+    /// Blocks that all who stay may come to need.
+    fn promised(&self) -> usize {
+        self.held.values().filter(|h| !h.superseded).map(|h| h.most).sum()
+    }
+}
+
+/// What is held and promised at one moment.
+pub(crate) struct HeldNow {
+    pub(crate) sequences: usize,
+    pub(crate) sequences_most: usize,
+    /// Sequences whose handoff has begun.
+    pub(crate) running: usize,
+    /// Blocks that they may come to need in all.
+    pub(crate) promised: usize,
+    pub(crate) promised_most: usize,
+}
+
 struct Held {
     request: RequestId,
     expected: Expected,
@@ -136,7 +154,7 @@ impl Admission {
         if others >= self.bounds.sequences {
             return full(format!("this decode node holds {others} sequences, its most: try another node, or later"));
         }
-        let promised: usize = table.held.values().filter(|h| !h.superseded).map(|h| h.most).sum();
+        let promised = table.promised();
         if promised + most > self.bounds.blocks {
             return full(format!(
                 "{most} KV blocks may be needed, beside {promised} for the sequences that are here already, and this decode node takes on {} in all: ask for fewer tokens, or try another node or later",
@@ -208,9 +226,16 @@ impl Admission {
         self.lock().held.len()
     }
 
-    /// Sequences whose handoff has begun.
-    pub(crate) fn running(&self) -> usize {
-        self.lock().held.values().filter(|h| h.claimed).count()
+    /// What is held and promised at this moment.
+    pub(crate) fn held(&self) -> HeldNow {
+        let table = self.lock();
+        HeldNow {
+            sequences: table.held.len(),
+            sequences_most: self.bounds.sequences,
+            running: table.held.values().filter(|h| h.claimed).count(),
+            promised: table.promised(),
+            promised_most: self.bounds.blocks,
+        }
     }
 
     /// Sequences that lost their blocks to older ones, ever.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use overfill_guide::Guides;
+use overfill_lifecycle::status::watched;
 use overfill_lifecycle::{Drain, Trace};
 use overfill_proto::v1::decode_server::Decode;
 use overfill_proto::v1::{DecodeEvent, DecodeRequest, KvFrame, NodeStatus, Phase, PushSummary, Reserved, StatusRequest, decode_event};
@@ -116,23 +117,38 @@ impl Decode for DecodeService {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
-        let pool = self.admission.pool();
-        let prefixes = self.admission.prefixes();
-        let sequences = self.admission.sequences() as u32;
-        Ok(Response::new(NodeStatus {
-            node_id: self.id.to_string(),
-            phase: if self.drain.draining() { Phase::Draining } else { Phase::Ready }.into(),
-            sequences,
-            running: self.admission.running() as u32,
-            blocks_total: pool.total() as u64,
-            blocks_held: pool.held() as u64,
-            blocks_free: pool.free() as u64,
-            block_tokens: pool.block_tokens() as u32,
-            pairs: vec![convert::pair_to_wire(&self.pair)],
-            prefix_queries: prefixes.queries.load(Ordering::Relaxed),
-            prefix_hits: prefixes.hits.load(Ordering::Relaxed),
-            preempted: self.admission.preempted(),
-            max_context: self.admission.max_context() as u32,
-        }))
+        Ok(Response::new(status_of(&self.id, &self.pair, &self.admission, self.drain.draining())))
+    }
+
+    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
+
+    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
+        let (id, pair, admission) = (self.id.clone(), self.pair.clone(), self.admission.clone());
+        Ok(Response::new(watched(self.drain.clone(), move |draining| status_of(&id, &pair, &admission, draining))))
+    }
+}
+
+fn status_of(id: &NodeId, pair: &ServedPair, admission: &Admission, draining: bool) -> NodeStatus {
+    let (pool, prefixes, held) = (admission.pool(), admission.prefixes(), admission.held());
+    NodeStatus {
+        node_id: id.to_string(),
+        phase: if draining { Phase::Draining } else { Phase::Ready }.into(),
+        sequences: held.sequences as u32,
+        sequences_most: held.sequences_most as u32,
+        running: held.running as u32,
+        blocks_total: pool.total() as u64,
+        blocks_held: pool.held() as u64,
+        blocks_free: pool.free() as u64,
+        blocks_promised: held.promised as u64,
+        blocks_promised_most: held.promised_most as u64,
+        block_tokens: pool.block_tokens() as u32,
+        pairs: vec![convert::pair_to_wire(pair)],
+        prefix_queries: prefixes.queries.load(Ordering::Relaxed),
+        prefix_hits: prefixes.hits.load(Ordering::Relaxed),
+        prefix_blocks: pool.named() as u64,
+        prefix_blocks_most: pool.total() as u64,
+        preempted: admission.preempted(),
+        max_context: admission.max_context() as u32,
+        unread_tokens: 0,
     }
 }

@@ -149,9 +149,11 @@ impl Loop {
             self.waiting.retain(|job| !job.abandoned());
             self.running.retain(|r| !r.job.abandoned());
             self.let_in();
-            let Counts { running, waiting, .. } = &*self.engine.counts;
+            let Counts { running, waiting, unread, .. } = &*self.engine.counts;
             running.store(self.running.iter().filter(|r| r.remaining() > 0).count(), Ordering::Release);
             waiting.store(self.waiting.len() + jobs.len(), Ordering::Release);
+            let left = self.running.iter().map(Running::remaining).chain(self.waiting.iter().map(|job| job.prompt.len()));
+            unread.store(left.sum(), Ordering::Release);
             self.step();
             self.send_owed();
         }

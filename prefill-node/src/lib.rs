@@ -134,6 +134,8 @@ struct Counts {
     running: AtomicUsize,
     /// Of these, waiting for blocks or for the engine.
     waiting: AtomicUsize,
+    /// Tokens of the prompts held that are not read yet.
+    unread: AtomicUsize,
     /// Prompt tokens that were looked up in the prefix cache.
     prefix_queries: AtomicU64,
     /// Of these, found.

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
+use overfill_lifecycle::status::watched;
 use overfill_lifecycle::{Drain, Trace};
 use overfill_model::Sampler;
 use overfill_proto::v1::prefill_server::Prefill;
@@ -27,6 +28,7 @@ use crate::{Counted, Counts};
 const EVENTS: usize = 3;
 
 /// What this node serves.
+#[derive(Clone)]
 pub(crate) struct Served {
     pub(crate) id: NodeId,
     pub(crate) offers: Offers,
@@ -174,21 +176,40 @@ impl Prefill for PrefillService {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
-        let Served { id, offers, limits, pool, .. } = &self.served;
-        Ok(Response::new(NodeStatus {
+        Ok(Response::new(self.served.status(&self.counts, self.drain.draining())))
+    }
+
+    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
+
+    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
+        let (served, counts) = (self.served.clone(), self.counts.clone());
+        Ok(Response::new(watched(self.drain.clone(), move |draining| served.status(&counts, draining))))
+    }
+}
+
+impl Served {
+    fn status(&self, counts: &Counts, draining: bool) -> NodeStatus {
+        let Self { id, offers, limits, pool, .. } = self;
+        NodeStatus {
             node_id: id.to_string(),
-            phase: if self.drain.draining() { Phase::Draining } else { Phase::Ready }.into(),
-            sequences: self.counts.held.load(Ordering::Acquire) as u32,
-            running: self.counts.running.load(Ordering::Acquire) as u32,
+            phase: if draining { Phase::Draining } else { Phase::Ready }.into(),
+            sequences: counts.held.load(Ordering::Acquire) as u32,
+            sequences_most: self.max_queue as u32,
+            running: counts.running.load(Ordering::Acquire) as u32,
+            unread_tokens: counts.unread.load(Ordering::Acquire) as u64,
             blocks_total: pool.total() as u64,
             blocks_held: pool.held() as u64,
             blocks_free: pool.free() as u64,
             block_tokens: pool.block_tokens() as u32,
             pairs: offers.served().iter().map(convert::pair_to_wire).collect(),
-            prefix_queries: self.counts.prefix_queries.load(Ordering::Relaxed),
-            prefix_hits: self.counts.prefix_hits.load(Ordering::Relaxed),
-            preempted: 0,
+            prefix_queries: counts.prefix_queries.load(Ordering::Relaxed),
+            prefix_hits: counts.prefix_hits.load(Ordering::Relaxed),
+            prefix_blocks: pool.named() as u64,
+            prefix_blocks_most: if self.prefix_cache { pool.total() as u64 } else { 0 },
             max_context: limits.max_context as u32,
-        }))
+            preempted: 0,
+            blocks_promised: 0,
+            blocks_promised_most: 0,
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! [`Code`] to gRPC status and back, without loss. The only such mapping.
 
 use std::error::Error;
+use std::time::Duration;
 
 use overfill_types::{Code, ServiceError};
 use tonic::Status;
@@ -8,12 +9,15 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 
 /// Metadata that names our code, since gRPC has fewer fitting ones.
 const CODE: &str = "overfill-code";
+/// Metadata that says in how many milliseconds to try again (gRPC's own name for it: proposal A6).
+const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
 /// gRPC's code for ours: what a client that knows only gRPC goes by.
 pub fn grpc_code(code: Code) -> tonic::Code {
     match code {
         Code::InvalidArgument => tonic::Code::InvalidArgument,
         Code::NotFound => tonic::Code::NotFound,
+        Code::Unauthenticated => tonic::Code::Unauthenticated,
         Code::ResourceExhausted => tonic::Code::ResourceExhausted,
         Code::Unavailable | Code::Preempted => tonic::Code::Unavailable,
         Code::DeadlineExceeded => tonic::Code::DeadlineExceeded,
@@ -30,6 +34,9 @@ pub fn grpc_code(code: Code) -> tonic::Code {
 pub fn to_status(error: &ServiceError) -> Status {
     let mut metadata = MetadataMap::new();
     metadata.insert(CODE, MetadataValue::from_static(error.code.as_str()));
+    if let Some(wait) = error.retry_after {
+        metadata.insert(PUSHBACK, MetadataValue::from(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)));
+    }
     Status::with_metadata(grpc_code(error.code), error.message.clone(), metadata)
 }
 
@@ -40,13 +47,16 @@ pub fn from_status(status: &Status, peer: &str) -> ServiceError {
     if let Some(source) = status.source() {
         return ServiceError::new(Code::Unavailable, format!("the connection to {peer} failed: {}", innermost(source)));
     }
+    let pushback = status.metadata().get(PUSHBACK).and_then(|ms| ms.to_str().ok()).and_then(|ms| ms.parse().ok());
+    let error = |code| ServiceError { retry_after: pushback.map(Duration::from_millis), ..ServiceError::new(code, status.message()) };
     let named = status.metadata().get(CODE).and_then(|name| Code::ALL.into_iter().find(|code| *name == code.as_str()));
     if let Some(code) = named.filter(|code| grpc_code(*code) == status.code()) {
-        return ServiceError::new(code, status.message());
+        return error(code);
     }
     let code = match status.code() {
         tonic::Code::InvalidArgument | tonic::Code::OutOfRange => Code::InvalidArgument,
         tonic::Code::NotFound => Code::NotFound,
+        tonic::Code::Unauthenticated => Code::Unauthenticated,
         tonic::Code::ResourceExhausted => Code::ResourceExhausted,
         tonic::Code::Unavailable => Code::Unavailable,
         tonic::Code::DeadlineExceeded => Code::DeadlineExceeded,
@@ -57,7 +67,7 @@ pub fn from_status(status: &Status, peer: &str) -> ServiceError {
         tonic::Code::Unimplemented => Code::Unimplemented,
         _ => Code::Internal,
     };
-    ServiceError::new(code, status.message())
+    error(code)
 }
 
 fn innermost<'a>(mut error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
@@ -76,6 +86,8 @@ mod tests {
         for code in Code::ALL {
             let error = ServiceError::new(code, "why");
             assert_eq!(from_status(&to_status(&error), "peer"), error);
+            let later = error.retry_after(Duration::from_millis(1500));
+            assert_eq!(from_status(&to_status(&later), "peer"), later);
         }
     }
 

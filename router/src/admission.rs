@@ -1,15 +1,17 @@
-//! From what a client asks to what the cluster can serve: token ids, bounds, a deadline. Text ends here.
+//! From what a client asks to what the cluster can serve: token ids, bounds, a deadline, its place. Text ends here.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use overfill_lifecycle::Trace;
+use overfill_schedule::Share;
 use overfill_text::{Chat, StopMatcher, TextModel};
 use overfill_types::{Code, Limits, Quality, RequestId, SamplingParams, ServiceError, StopConditions};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::Instrument;
 
 use crate::Router;
+use crate::clients::{Allowance, Client};
 
 /// Most answers of one request, over all its prompts.
 const MOST_ANSWERS: usize = 256;
@@ -40,6 +42,8 @@ pub(crate) struct Asked {
     pub(crate) ignore_eos: bool,
     /// The client's own deadline, if it has one.
     pub(crate) timeout: Option<Duration>,
+    /// Where requests wait: among the client's own, less is earlier.
+    pub(crate) priority: i32,
 }
 
 /// A request that may be served.
@@ -55,8 +59,17 @@ pub(crate) struct ValidRequest {
     /// When it came.
     pub(crate) arrived: Instant,
     pub(crate) trace: Trace,
-    /// Its place among the requests under way.
-    pub(crate) _place: OwnedSemaphorePermit,
+    pub(crate) priority: i32,
+    /// Its client's part where requests wait.
+    pub(crate) share: Share,
+    /// Its place among the requests under way; given back before the client is told of the end, so that a quick one finds it.
+    pub(crate) place: Option<Place>,
+}
+
+/// A request's place among those under way, in the router and among its client's own.
+pub(crate) struct Place {
+    _router: OwnedSemaphorePermit,
+    pub(crate) allowance: Allowance,
 }
 
 impl Router {
@@ -64,15 +77,15 @@ impl Router {
     /// that was asked for, the others have seeds that follow from it.
     ///
     /// # Errors
-    /// [`Code::InvalidArgument`], [`Code::NotFound`] for an unknown model, [`Code::ResourceExhausted`] where too many
-    /// requests are under way, [`Code::Unavailable`] at a drain.
-    pub(crate) async fn admit(&self, asked: Asked, trace: &Trace) -> Result<Vec<ValidRequest>, ServiceError> {
+    /// [`Code::InvalidArgument`], [`Code::NotFound`] for an unknown model, [`Code::ResourceExhausted`] where the client is
+    /// over its limits, [`Code::Unavailable`] where too many requests are under way, and at a drain.
+    pub(crate) async fn admit(&self, client: &Arc<Client>, asked: Asked, trace: &Trace) -> Result<Vec<ValidRequest>, ServiceError> {
         let span = tracing::debug_span!(parent: trace.span(), "admit");
-        let admitted = self.check(asked, trace, Instant::now()).instrument(span).await;
+        let admitted = self.check(client, asked, trace, Instant::now()).instrument(span).await;
         admitted.inspect_err(|error| self.metrics.refused(error))
     }
 
-    async fn check(&self, asked: Asked, trace: &Trace, arrived: Instant) -> Result<Vec<ValidRequest>, ServiceError> {
+    async fn check(&self, client: &Arc<Client>, asked: Asked, trace: &Trace, arrived: Instant) -> Result<Vec<ValidRequest>, ServiceError> {
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "the router is draining: send the request to another"));
         }
@@ -83,8 +96,9 @@ impl Router {
         }
         let mut places = self.places.clone().try_acquire_many_owned(answers as u32).map_err(|_| {
             let message = format!("{} requests are under way, this router's most: try again later", self.config.max_requests);
-            ServiceError::new(Code::ResourceExhausted, message)
+            ServiceError::new(Code::Unavailable, message).retry_after(Duration::from_secs(1))
         })?;
+        let mut allowances = client.begin(answers)?.into_iter();
         let model = self.model(&asked.model)?;
         asked.sampling.validate()?;
         let stop_strings = StopMatcher::new(asked.stop)?;
@@ -121,11 +135,14 @@ impl Router {
                     format!("{reported} log-probabilities of the prompt were asked for: at most {MOST_PROMPT_LOGPROBS} are given");
                 return Err(ServiceError::new(Code::InvalidArgument, message));
             }
+            // Answers to the same prompt read it once.
+            client.spend(prompt.len(), max_tokens * asked.n)?;
             for answer in 0..asked.n {
                 let number = requests.len();
-                let Some(place) = places.split(1) else {
+                let (Some(router), Some(mut allowance)) = (places.split(1), allowances.next()) else {
                     return Err(ServiceError::new(Code::Internal, "a place for each answer was taken, and one is missing"));
                 };
+                allowance.may_write(max_tokens);
                 requests.push(ValidRequest {
                     // Nodes tell requests apart by it.
                     id: RequestId::new(if number == 0 { id.to_string() } else { format!("{id}-{number}") }),
@@ -138,7 +155,9 @@ impl Router {
                     deadline,
                     arrived,
                     trace: trace.clone(),
-                    _place: place,
+                    priority: asked.priority,
+                    share: client.share,
+                    place: Some(Place { _router: router, allowance }),
                 });
             }
         }
@@ -149,8 +168,8 @@ impl Router {
     ///
     /// # Errors
     /// As [`Router::admit`].
-    pub(crate) async fn admit_one(&self, asked: Asked, trace: &Trace) -> Result<ValidRequest, ServiceError> {
-        let first = self.admit(asked, trace).await?.into_iter().next();
+    pub(crate) async fn admit_one(&self, client: &Arc<Client>, asked: Asked, trace: &Trace) -> Result<ValidRequest, ServiceError> {
+        let first = self.admit(client, asked, trace).await?.into_iter().next();
         first.ok_or_else(|| ServiceError::new(Code::InvalidArgument, "the input is missing"))
     }
 

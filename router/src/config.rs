@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
 use overfill_cluster::DiscoveryArgs;
@@ -57,7 +58,7 @@ impl Fallback {
 }
 
 /// What bounds a request, and all of them, and what they may fall back to.
-#[derive(Args, Clone, Copy, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct Bounds {
     /// Tokens that a chat or gRPC request gets if it does not say how many it wants
     #[arg(long, env = "OVERFILL_DEFAULT_MAX_TOKENS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
@@ -65,9 +66,18 @@ pub struct Bounds {
     /// Largest request, in bytes; K, M and G are understood
     #[arg(long, env = "OVERFILL_MAX_BODY", default_value = "8M", value_parser = parse_bytes)]
     pub max_body: u64,
-    /// Most requests under way
+    /// Most requests under way, those that wait for room on the nodes among them
     #[arg(long, env = "OVERFILL_MAX_REQUESTS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_requests: u32,
+    /// Most requests that wait for room on the nodes; others are refused
+    #[arg(long, env = "OVERFILL_MAX_WAITING", default_value_t = 512, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub max_waiting: u32,
+    /// Seconds that a request waits for room on the nodes; one that would wait longer is refused at once
+    #[arg(long, env = "OVERFILL_QUEUE_TIMEOUT", default_value_t = 10.0, value_parser = parse_seconds)]
+    pub queue_timeout: f64,
+    /// File of the keys that clients have to send, with their limits [default: no key is asked for]
+    #[arg(long, env = "OVERFILL_KEYS")]
+    pub keys: Option<PathBuf>,
     /// Seconds after which a request is given up
     #[arg(long, env = "OVERFILL_REQUEST_TIMEOUT", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub request_timeout: u64,
@@ -91,6 +101,12 @@ pub struct RouterConfig {
     pub max_body: usize,
     /// Most requests under way.
     pub max_requests: u32,
+    /// Most requests that wait for room.
+    pub max_waiting: usize,
+    /// How long a request waits for room.
+    pub queue_timeout: Duration,
+    /// File of the clients' keys; `None` where nobody needs one.
+    pub keys: Option<PathBuf>,
     /// Seconds after which a request is given up.
     pub request_timeout: u64,
     /// What answers where nodes are missing.
@@ -107,9 +123,19 @@ impl RouterConfig {
             default_max_tokens: bounds.default_max_tokens as usize,
             max_body: usize::try_from(bounds.max_body).unwrap_or(usize::MAX),
             max_requests: bounds.max_requests,
+            max_waiting: bounds.max_waiting as usize,
+            queue_timeout: Duration::from_secs_f64(bounds.queue_timeout),
+            keys: bounds.keys,
             request_timeout: bounds.request_timeout,
             fallback: bounds.fallback,
             drain_timeout: bounds.router_drain_timeout,
         }
+    }
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.0..=86_400.0).contains(&seconds) => Ok(seconds),
+        _ => Err(format!("'{text}' is no number of seconds from 0 to 86400")),
     }
 }

@@ -6,6 +6,7 @@
 //! **Invariant:** the router holds no model and no KV cache, and neither passes through it.
 
 mod admission;
+mod clients;
 pub mod config;
 mod error;
 pub mod frontend;
@@ -13,6 +14,7 @@ mod metrics;
 mod pairing;
 mod peers;
 mod relay;
+mod status;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,13 +27,14 @@ use overfill_proto::DESCRIPTORS;
 use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceServiceServer;
 use overfill_proto::v1::inference_server::InferenceServer;
 use overfill_text::TextModel;
-use overfill_types::{Code, Fingerprint, Role, ServiceError};
+use overfill_types::{Code, Fingerprint, Quality, ServiceError};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 
+use crate::clients::Clients;
 pub use crate::config::RouterConfig;
 pub use crate::error::RunError;
 use crate::frontend::grpc::InferenceService;
@@ -52,8 +55,11 @@ pub(crate) struct Router {
     pairing: Pairing,
     peers: Peers,
     metrics: Arc<Metrics>,
+    clients: Arc<Clients>,
     /// One permit for each request that may be under way.
     places: Arc<Semaphore>,
+    /// One for each that may be parsed or wait for its answer's head.
+    heads: Arc<Semaphore>,
     drain: Drain,
 }
 
@@ -78,18 +84,23 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
     let guides = guides.collect();
     let most = config.max_requests as usize;
     let metrics = Arc::new(Metrics::new()?);
-    let (view, seen) = (discovery.watch(), discovery.clone());
-    metrics.nodes(move |role| view.borrow().nodes.iter().filter(|n| n.role == role).count())?;
+    let (of_metrics, seen) = (discovery.watch(), discovery.clone());
+    metrics.nodes(move |role| of_metrics.borrow().nodes.iter().filter(|n| n.role == role).count())?;
     metrics.registry.etcd(move || seen.etcd_connected())?;
+    let clients = Arc::new(Clients::open(config.keys.as_deref())?);
+    let view = discovery.watch();
     let router = Arc::new(Router {
         models,
         guides,
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
-        view: discovery.watch(),
-        pairing: Pairing::default(),
+        pairing: Pairing::new(view.clone(), config.max_waiting),
+        view,
         peers: Peers::default(),
         metrics,
+        clients,
         places: Arc::new(Semaphore::new(most)),
+        // Those that will be refused are looked at too.
+        heads: Arc::new(Semaphore::new(2 * most)),
         drain: drain.clone(),
         config,
     });
@@ -102,7 +113,8 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
         .max_decoding_message_size(router.config.max_body)
         .accept_compressed(CompressionEncoding::Gzip)
         .accept_compressed(CompressionEncoding::Zstd);
-    let (routes, health) = grpc::with_health(Routes::new(inference).add_service(kserve), DESCRIPTORS).await?;
+    let routes = frontend::stack(&router, Routes::new(inference).add_service(kserve).into_axum_router());
+    let (routes, health) = grpc::with_health(Routes::from(routes), DESCRIPTORS).await?;
     tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.model_names(), "router ready");
 
     let end = Drain::new();
@@ -119,6 +131,7 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
             () = async { http_end.signaled().await; tokio::time::sleep(Duration::from_secs(2)).await } => Ok(()),
         }
     }));
+    let statuses = AbortOnDropHandle::new(tokio::spawn(status::follow(router.clone())));
     let readiness = {
         let router = router.clone();
         let mut view = router.view.clone();
@@ -141,7 +154,7 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
     if tokio::time::timeout(Duration::from_secs(router.config.drain_timeout), finished).await.is_err() {
         tracing::warn!(requests = most - router.places.available_permits(), "drain limit reached: the rest is broken off");
     }
-    drop(readiness);
+    drop((readiness, statuses));
     end.start();
     rpc.await??;
     http.await??;
@@ -161,8 +174,7 @@ impl Router {
         if self.drain.draining() {
             return Err("the router is draining".into());
         }
-        let view = self.view.borrow();
-        let missing: Vec<String> = self.models.iter().map(|m| pairing::missing(&view, &m.manifest)).collect();
+        let missing: Vec<String> = self.models.iter().map(|m| self.pairing.missing(&m.manifest, Quality::Overfill)).collect();
         if missing.iter().any(String::is_empty) { Ok(()) } else { Err(missing.join("; ")) }
     }
 
@@ -177,9 +189,7 @@ impl Router {
 
     /// Longest sequence that a model's nodes take now, in tokens.
     pub(crate) fn max_context(&self, model: &TextModel) -> usize {
-        let view = self.view.borrow();
-        let nodes =
-            [Role::Prefill, Role::Decode].into_iter().flat_map(|role| view.of(role, &model.manifest.fingerprint).collect::<Vec<_>>());
-        nodes.map(|n| n.max_context).chain([model.manifest.max_context()]).min().unwrap_or(0)
+        let ours = model.manifest.max_context();
+        self.pairing.max_context(&model.manifest.fingerprint).map_or(ours, |nodes| nodes.min(ours))
     }
 }

@@ -1,30 +1,35 @@
-//! Which nodes serve a request: a prefill and a decode node are chosen at once, or none is; or one, where one model writes alone.
+//! The nodes of each attempt at a request, at once or in its turn: the door of the scheduler, which decides.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use overfill_cluster::Snapshot;
-use overfill_types::{Code, Endpoint, NodeId, PairManifest, Quality, Role, ServiceError};
+use overfill_schedule::{Absent, Bounds, Cluster, One, Order, Pair, Refusal, Report, Scheduler, Submitted, Taken, Ticket, Turn};
+use overfill_types::{Code, Endpoint, Fingerprint, NodeId, PairManifest, Quality, Role, ServiceError};
+use tokio::sync::{oneshot, watch};
+use tokio::time::timeout;
 
-/// How long a node that failed is left alone, if there is another.
-const SUSPICION: Duration = Duration::from_secs(3);
-
-/// What this router has under way on each node, and which nodes failed lately.
-#[derive(Clone, Default)]
+/// The scheduler, shared by all requests.
+#[derive(Clone)]
 pub(crate) struct Pairing {
-    nodes: Arc<Mutex<State>>,
+    shared: Arc<Mutex<Shared>>,
+    tickets: Arc<AtomicU64>,
+    /// For the names of prompts' blocks.
+    seed: u64,
 }
 
-#[derive(Default)]
-struct State {
-    under_way: HashMap<NodeId, usize>,
-    suspects: HashMap<NodeId, Instant>,
+struct Shared {
+    scheduler: Scheduler,
+    view: watch::Receiver<Arc<Snapshot>>,
+    waiting: HashMap<Ticket, oneshot::Sender<Result<Chosen, NoPair>>>,
 }
 
 /// The nodes of one attempt. Dropping it tells that the attempt is over.
 pub(crate) struct Chosen {
     pub(crate) nodes: Nodes,
+    taken: Mutex<Option<Taken>>,
     pairing: Pairing,
 }
 
@@ -33,206 +38,294 @@ pub(crate) enum Nodes {
     /// One reads, the other writes.
     Both(Both),
     /// One does both.
-    One(Endpoint),
+    One(Arc<Endpoint>),
 }
 
 /// A prefill and a decode node of one pair.
 pub(crate) struct Both {
-    pub(crate) prefill: Endpoint,
-    pub(crate) decode: Endpoint,
+    pub(crate) prefill: Arc<Endpoint>,
+    pub(crate) decode: Arc<Endpoint>,
 }
 
 impl Nodes {
     /// All of them.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Endpoint> {
         match self {
-            Self::Both(Both { prefill, decode }) => [Some(prefill), Some(decode)],
-            Self::One(node) => [Some(node), None],
+            Self::Both(Both { prefill, decode }) => [Some(&**prefill), Some(&**decode)],
+            Self::One(node) => [Some(&**node), None],
         }
         .into_iter()
         .flatten()
     }
 }
 
+/// Why there are no nodes for a request.
+#[derive(Debug)]
+pub(crate) enum NoPair {
+    /// One half of them is missing.
+    Absent,
+    /// It may not wait, or has waited in vain.
+    Refused(ServiceError),
+}
+
 impl Pairing {
-    /// Chooses the least busy of each role that `quality` asks for; suspects and the `excluded` only where there is no other.
+    /// Of the nodes in `view`; at most `waiting` requests wait for room.
+    pub(crate) fn new(view: watch::Receiver<Arc<Snapshot>>, waiting: usize) -> Self {
+        let mut scheduler = Scheduler::new(Cluster::new(rand::random()), Bounds { waiting });
+        scheduler.cluster_mut().update(&view.borrow().nodes, Instant::now());
+        let shared = Shared { scheduler, view, waiting: HashMap::new() };
+        Self { shared: Arc::new(Mutex::new(shared)), tickets: Arc::default(), seed: rand::random() }
+    }
+
+    /// A request's own ticket.
+    pub(crate) fn ticket(&self) -> Ticket {
+        Ticket(self.tickets.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Names of a prompt's blocks.
+    pub(crate) fn keys(&self, prompt: &[u32]) -> Arc<[u64]> {
+        overfill_schedule::keys(self.seed, prompt).into()
+    }
+
+    /// Two nodes with room, in the request's turn; `again` where those of its turn had none after all.
     ///
     /// # Errors
-    /// [`Code::Unavailable`] naming the half that is missing.
-    pub(crate) fn choose(
-        &self,
-        view: &Snapshot,
-        pair: &PairManifest,
-        quality: Quality,
-        excluded: &[NodeId],
-        now: Instant,
-    ) -> Result<Chosen, ServiceError> {
-        let mut nodes = self.lock();
-        nodes.suspects.retain(|_, until| *until > now);
-        let pick = |role| {
-            view.of(role, &pair.fingerprint)
-                .min_by_key(|n| {
-                    let shunned = excluded.contains(&n.id) || nodes.suspects.contains_key(&n.id);
-                    (shunned, nodes.under_way.get(&n.id).copied().unwrap_or(0), rand::random::<u32>())
-                })
-                .cloned()
+    /// See [`NoPair`].
+    pub(crate) async fn turn(&self, order: Order, ticket: Ticket, again: bool) -> Result<Chosen, NoPair> {
+        let now = Instant::now();
+        let left = order.until.saturating_duration_since(now);
+        let turn = {
+            let mut shared = self.lock();
+            match shared.scheduler.submit(order, ticket, again, now) {
+                Submitted::Now(turn) => Err(turn),
+                Submitted::Refused(refusal) => return Err(NoPair::Refused(refused(refusal))),
+                Submitted::Waits => {
+                    let (sender, turn) = oneshot::channel();
+                    shared.waiting.insert(ticket, sender);
+                    Ok(turn)
+                }
+            }
         };
-        let chosen = match quality {
-            Quality::Overfill => pick(Role::Prefill).zip(pick(Role::Decode)).map(|(prefill, decode)| Nodes::Both(Both { prefill, decode })),
-            Quality::Full => pick(Role::Prefill).map(Nodes::One),
-            Quality::Decode => pick(Role::Decode).map(Nodes::One),
+        let turn = match turn {
+            Ok(turn) => turn,
+            Err(turn) => return self.given(turn),
         };
-        let Some(chosen) = chosen else {
-            let missing = missing(view, pair);
-            return Err(ServiceError::new(Code::Unavailable, format!("{missing}: start one, or try again later")));
-        };
-        for node in chosen.iter() {
-            *nodes.under_way.entry(node.id.clone()).or_default() += 1;
+        let _waiting = Waiting { pairing: self, ticket };
+        match timeout(left, turn).await {
+            Ok(Ok(given)) => given,
+            _ => {
+                let message = format!("the cluster is full: no node had room within {:.1} s; try again later", left.as_secs_f64());
+                Err(NoPair::Refused(ServiceError::new(Code::Unavailable, message).retry_after(Duration::from_secs(1))))
+            }
         }
-        Ok(Chosen { nodes: chosen, pairing: self.clone() })
+    }
+
+    /// Two nodes at once, whether or not they have room.
+    ///
+    /// # Errors
+    /// See [`NoPair`].
+    pub(crate) fn at_once(&self, order: &Order) -> Result<Chosen, NoPair> {
+        let turn = self.lock().scheduler.at_once(order, Instant::now());
+        self.given(turn)
+    }
+
+    fn given(&self, turn: Turn) -> Result<Chosen, NoPair> {
+        match turn {
+            Turn::Pair(Pair { prefill, decode, taken }) => Ok(self.chosen(Nodes::Both(Both { prefill, decode }), taken)),
+            Turn::One(One { node, taken }) => Ok(self.chosen(Nodes::One(node), taken)),
+            Turn::Absent(_) => Err(NoPair::Absent),
+            Turn::TooLarge => {
+                let message = "max_tokens: prompt and answer together are more than a node's KV cache holds; ask for fewer tokens";
+                Err(NoPair::Refused(ServiceError::new(Code::InvalidArgument, message)))
+            }
+        }
+    }
+
+    fn chosen(&self, nodes: Nodes, taken: Taken) -> Chosen {
+        Chosen { nodes, taken: Mutex::new(Some(taken)), pairing: self.clone() }
+    }
+
+    /// Gives those who wait their turn, as far as there is room.
+    pub(crate) fn serve(&self) {
+        let turns: Vec<_> = {
+            let mut shared = self.lock();
+            if shared.waiting.is_empty() {
+                return;
+            }
+            let turns = shared.scheduler.turns(Instant::now());
+            turns.into_iter().filter_map(|(ticket, turn)| Some((shared.waiting.remove(&ticket)?, turn))).collect()
+        };
+        for (waiting, turn) in turns {
+            // One that has gone just now drops what it is given, which gives it back.
+            let _ = waiting.send(self.given(turn));
+        }
+    }
+
+    /// What a node says of itself.
+    pub(crate) fn told(&self, node: &NodeId, report: Report) {
+        self.lock().scheduler.cluster_mut().told(node, report, Instant::now());
+        self.serve();
     }
 
     /// Leaves a node alone for a while.
-    pub(crate) fn suspect(&self, node: &NodeId, now: Instant) {
+    pub(crate) fn suspect(&self, node: &NodeId) {
         tracing::warn!(%node, "node failed: left alone for a while");
-        self.lock().suspects.insert(node.clone(), now + SUSPICION);
+        self.lock().scheduler.cluster_mut().suspect(node, Instant::now());
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Counts are changed one at a time: they are whole whatever panicked beside them.
-        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Which half of a pair's nodes is missing of those that `quality` wants, as a sentence; empty if none is.
+    pub(crate) fn missing(&self, pair: &PairManifest, quality: Quality) -> String {
+        let what = match self.lock().scheduler.cluster().absent(&pair.fingerprint, quality) {
+            None => return String::new(),
+            Some(Absent { prefill: true, decode: true }) => "no prefill node and no decode node",
+            Some(Absent { prefill: true, .. }) => "no prefill node",
+            Some(Absent { .. }) => "no decode node",
+        };
+        format!("{what} of model {} (pair {}) is ready", pair.name, pair.fingerprint.short())
+    }
+
+    /// Longest sequence that a pair's nodes take now, in tokens; `None` where there are none.
+    pub(crate) fn max_context(&self, pair: &Fingerprint) -> Option<usize> {
+        let shared = self.lock();
+        let cluster = shared.scheduler.cluster();
+        [Role::Prefill, Role::Decode].into_iter().filter_map(|role| cluster.max_context(role, pair)).min()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        // Each change of the scheduler is whole before anything in it can panic.
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if shared.view.has_changed().unwrap_or(false) {
+            let Shared { scheduler, view, .. } = &mut *shared;
+            scheduler.cluster_mut().update(&view.borrow_and_update().nodes, Instant::now());
+        }
+        shared
+    }
+}
+
+/// A request that waits; dropping it gives up its place.
+struct Waiting<'a> {
+    pairing: &'a Pairing,
+    ticket: Ticket,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let waiting = {
+            let mut shared = self.pairing.lock();
+            shared.scheduler.cancel(self.ticket);
+            shared.waiting.remove(&self.ticket)
+        };
+        // The one behind it may fit where it did not.
+        if waiting.is_some() {
+            self.pairing.serve();
+        }
+    }
+}
+
+impl Chosen {
+    /// The prompt was read.
+    pub(crate) fn read(&self) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(taken) = &mut *taken {
+            self.pairing.lock().scheduler.cluster_mut().read(taken);
+        }
     }
 }
 
 impl Drop for Chosen {
     fn drop(&mut self) {
-        let mut nodes = self.pairing.lock();
-        for Endpoint { id, .. } in self.nodes.iter() {
-            if let Some(count) = nodes.under_way.get_mut(id) {
-                *count -= 1;
-                if *count == 0 {
-                    nodes.under_way.remove(id);
-                }
-            }
+        if let Some(taken) = self.taken.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            self.pairing.lock().scheduler.cluster_mut().release(taken);
+            self.pairing.serve();
         }
     }
 }
 
-/// Which half of a pair's nodes is missing, as a sentence; empty if none is.
-pub(crate) fn missing(view: &Snapshot, pair: &PairManifest) -> String {
-    let lacks = |role| view.of(role, &pair.fingerprint).next().is_none();
-    let what = match (lacks(Role::Prefill), lacks(Role::Decode)) {
-        (false, false) => return String::new(),
-        (true, true) => "no prefill node and no decode node",
-        (true, false) => "no prefill node",
-        (false, true) => "no decode node",
+/// A full cluster, as it is told.
+fn refused(refusal: Refusal) -> ServiceError {
+    let (message, retry) = match refusal {
+        Refusal::Crowded { waiting, retry } => {
+            (format!("the cluster is full and {waiting} requests wait, the most: try again later"), retry)
+        }
+        Refusal::Late { expected } => {
+            let message = format!(
+                "the cluster is full: this request's turn would be in {:.1} s, too late for it; try again later",
+                expected.as_secs_f64()
+            );
+            (message, expected)
+        }
     };
-    format!("{what} of model {} (pair {}) is ready", pair.name, pair.fingerprint.short())
+    ServiceError::new(Code::Unavailable, message).retry_after(retry)
 }
 
 #[cfg(test)]
 mod tests {
-    use overfill_types::pair::{ModelManifest, TokenizerManifest, WeightFormat};
-    use overfill_types::{Fingerprint, KvGeometry, KvTransform, ServedPair};
+    use overfill_schedule::Share;
+    use overfill_types::ServedPair;
 
     use super::*;
 
-    fn node(id: &str, role: Role, fingerprint: &str) -> Endpoint {
-        Endpoint {
+    fn view() -> (watch::Sender<Arc<Snapshot>>, Pairing) {
+        let node = |id: &str, role| Endpoint {
             id: NodeId::new(id),
             role,
             address: "127.0.0.1:1".into(),
-            pairs: vec![ServedPair { model: "m".into(), fingerprint: Fingerprint::new(fingerprint) }],
+            pairs: vec![ServedPair { model: "m".into(), fingerprint: Fingerprint::new("ours") }],
             max_context: 10,
-        }
-    }
-
-    fn pair() -> PairManifest {
-        let model = ModelManifest {
-            path: String::new(),
-            sha256: String::new(),
-            weights: WeightFormat::F32,
-            architecture: "llama".into(),
-            hidden_size: 1,
-            intermediate_size: 1,
-            heads: 1,
-            vocab_size: 1,
-            max_context: 1,
-            kv: KvGeometry { layers: 1, kv_heads: 1, head_dim: 2 },
         };
-        PairManifest {
-            format: 1,
-            name: "m".into(),
-            fingerprint: Fingerprint::new("ours"),
-            full: model.clone(),
-            decode: model,
-            kv: KvTransform::Identity,
-            kv_formats: overfill_types::KvFormats::default(),
-            tokenizer: TokenizerManifest { sha256: String::new(), eos_token_ids: vec![] },
-            provenance: serde_json::Map::new(),
+        let (sender, view) = watch::channel(Arc::new(Snapshot::new([node("p", Role::Prefill), node("d", Role::Decode)])));
+        let pairing = Pairing::new(view, 2);
+        pairing.told(&NodeId::new("d"), Report { sequences_most: 1, ..Report::default() });
+        (sender, pairing)
+    }
+
+    fn order(wait: Duration) -> Order {
+        Order {
+            pair: Fingerprint::new("ours"),
+            quality: Quality::Overfill,
+            decodes: true,
+            keys: Arc::new([]),
+            prompt_tokens: 4,
+            answer_tokens: 4,
+            share: Share { client: 0, weight: 1, class: 0 },
+            priority: 0,
+            until: Instant::now() + wait,
+            shunned: vec![],
         }
     }
 
-    fn view() -> Snapshot {
-        Snapshot::new([
-            node("p1", Role::Prefill, "ours"),
-            node("p2", Role::Prefill, "ours"),
-            node("d1", Role::Decode, "ours"),
-            node("d2", Role::Decode, "ours"),
-            node("other", Role::Decode, "theirs"),
-        ])
+    async fn turn(pairing: &Pairing, wait: Duration) -> Result<Chosen, NoPair> {
+        pairing.turn(order(wait), pairing.ticket(), false).await
     }
 
-    /// Chooses a pair of nodes.
-    fn choose(pairing: &Pairing, view: &Snapshot, excluded: &[NodeId], now: Instant) -> (Chosen, Both) {
-        let chosen = pairing.choose(view, &pair(), Quality::Overfill, excluded, now).unwrap();
-        let both = match &chosen.nodes {
-            Nodes::Both(Both { prefill, decode }) => Both { prefill: prefill.clone(), decode: decode.clone() },
-            Nodes::One(node) => panic!("{} alone", node.id),
-        };
-        (chosen, both)
-    }
-
-    #[test]
-    fn work_is_spread_and_given_back() {
-        let pairing = Pairing::default();
-        let now = Instant::now();
-        let (held, a) = choose(&pairing, &view(), &[], now);
-        let (also, b) = choose(&pairing, &view(), &[], now);
-        assert_ne!(a.prefill.id, b.prefill.id);
-        assert_ne!(a.decode.id, b.decode.id);
-        assert!(b.decode.id != NodeId::new("other"));
-        drop((held, also));
-        assert!(pairing.lock().under_way.is_empty());
-    }
-
-    #[test]
-    fn suspects_and_excluded_ones_come_last() {
-        let pairing = Pairing::default();
-        let now = Instant::now();
-        pairing.suspect(&NodeId::new("d1"), now);
-        for _ in 0..20 {
-            let (_, chosen) = choose(&pairing, &view(), &[NodeId::new("p2")], now);
-            assert_eq!((chosen.prefill.id.as_str(), chosen.decode.id.as_str()), ("p1", "d2"));
+    #[tokio::test]
+    async fn who_waits_gets_what_is_given_back() {
+        let (_view, pairing) = view();
+        let first = turn(&pairing, Duration::ZERO).await.ok().unwrap();
+        let second = tokio::spawn({
+            let pairing = pairing.clone();
+            async move { turn(&pairing, Duration::from_secs(60)).await.is_ok() }
+        });
+        while pairing.lock().waiting.is_empty() {
+            tokio::task::yield_now().await;
         }
-        let only = Snapshot::new([node("p1", Role::Prefill, "ours"), node("d1", Role::Decode, "ours")]);
-        assert_eq!(choose(&pairing, &only, &[], now).1.decode.id.as_str(), "d1");
-        let later = now + SUSPICION * 2;
-        assert!((0..50).any(|_| choose(&pairing, &view(), &[], later).1.decode.id.as_str() == "d1"));
+        drop(first);
+        assert!(second.await.unwrap());
+        assert!(turn(&pairing, Duration::ZERO).await.is_ok(), "given back by the second");
     }
 
-    #[test]
-    fn the_missing_half_is_named_and_nothing_is_taken() {
-        let pairing = Pairing::default();
-        let half = Snapshot::new([node("p1", Role::Prefill, "ours"), node("d1", Role::Decode, "theirs")]);
-        for quality in [Quality::Overfill, Quality::Decode] {
-            let error = pairing.choose(&half, &pair(), quality, &[], Instant::now()).err().unwrap();
-            assert_eq!(error.code, Code::Unavailable);
-            assert!(error.message.contains("no decode node"), "{error}");
-            assert!(pairing.lock().under_way.is_empty());
+    #[tokio::test]
+    async fn who_leaves_or_waits_in_vain_leaves_nothing() {
+        let (view, pairing) = view();
+        let first = turn(&pairing, Duration::ZERO).await.ok().unwrap();
+        for _ in 0..5 {
+            assert!(matches!(turn(&pairing, Duration::from_millis(5)).await, Err(NoPair::Refused(e)) if e.code == Code::Unavailable));
+            let left = tokio::time::timeout(Duration::from_millis(5), turn(&pairing, Duration::from_secs(60))).await;
+            assert!(left.is_err());
         }
-        let full = pairing.choose(&half, &pair(), Quality::Full, &[], Instant::now()).unwrap();
-        assert!(matches!(&full.nodes, Nodes::One(node) if node.id.as_str() == "p1"));
-        assert_eq!(pairing.lock().under_way.len(), 1);
+        assert!(pairing.lock().waiting.is_empty() && pairing.lock().scheduler.waiting() == 0);
+        drop(first);
+        view.send_replace(Arc::default());
+        assert!(matches!(turn(&pairing, Duration::ZERO).await, Err(NoPair::Absent)));
     }
 }

@@ -91,6 +91,12 @@ impl Decode for Stub {
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
         Err(Status::unimplemented("a stub"))
     }
+
+    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
+
+    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
+        Err(Status::unimplemented("a stub"))
+    }
 }
 
 /// Asks the prefill node itself, as a router would, for a handoff to `address`.

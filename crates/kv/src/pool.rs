@@ -114,6 +114,11 @@ impl BlockPool {
         self.total - self.free()
     }
 
+    /// Blocks whose content has a name, held or not.
+    pub fn named(&self) -> usize {
+        self.lock().named.len()
+    }
+
     /// Token positions in a block.
     pub fn block_tokens(&self) -> usize {
         self.block_tokens

@@ -4,6 +4,7 @@ pub mod drain;
 pub mod grpc;
 pub mod metrics;
 pub mod node_args;
+pub mod status;
 pub mod telemetry;
 pub mod trace;
 

@@ -1,6 +1,7 @@
 //! The closed set of reasons for which a request can fail.
 
 use std::fmt;
+use std::time::Duration;
 
 /// What kind of failure it is: enough for a caller to decide what to do, and nothing more.
 ///
@@ -11,7 +12,9 @@ pub enum Code {
     InvalidArgument,
     /// It names a model, ticket or pair that is not here.
     NotFound,
-    /// A bound is reached (KV blocks, queue, message size); later may help.
+    /// The client's key is missing or unknown.
+    Unauthenticated,
+    /// A bound is reached (KV blocks, a client's limits, message size); later may help.
     ResourceExhausted,
     /// A node or a whole pair of them is away; another node or later may help.
     Unavailable,
@@ -35,9 +38,10 @@ pub enum Code {
 
 impl Code {
     /// All of them, for exhaustive tests.
-    pub const ALL: [Code; 12] = [
+    pub const ALL: [Code; 13] = [
         Code::InvalidArgument,
         Code::NotFound,
+        Code::Unauthenticated,
         Code::ResourceExhausted,
         Code::Unavailable,
         Code::Preempted,
@@ -55,6 +59,7 @@ impl Code {
         match self {
             Code::InvalidArgument => "invalid_argument",
             Code::NotFound => "not_found",
+            Code::Unauthenticated => "unauthenticated",
             Code::ResourceExhausted => "resource_exhausted",
             Code::Unavailable => "unavailable",
             Code::Preempted => "preempted",
@@ -85,11 +90,19 @@ pub struct ServiceError {
     pub code: Code,
     /// What was wrong and what to do about it.
     pub message: String,
+    /// When to try again, where that is known.
+    pub retry_after: Option<Duration>,
 }
 
 impl ServiceError {
     /// A failure of kind `code` with the sentence `message`.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), retry_after: None }
+    }
+
+    /// The same, with when to try again.
+    #[must_use]
+    pub fn retry_after(self, retry_after: Duration) -> Self {
+        Self { retry_after: Some(retry_after), ..self }
     }
 }

@@ -155,7 +155,25 @@ pub struct NodeStatus {
     /// sequences that lost their blocks to older ones
     #[prost(uint64, tag = "14")]
     pub preempted: u64,
-    #[prost(message, repeated, tag = "15")]
+    /// most sequences that are held; another one is refused
+    #[prost(uint32, tag = "15")]
+    pub sequences_most: u32,
+    /// prefill: tokens of the prompts held that are not read yet
+    #[prost(uint64, tag = "16")]
+    pub unread_tokens: u64,
+    /// decode: blocks that the sequences held may come to need in all
+    #[prost(uint64, tag = "17")]
+    pub blocks_promised: u64,
+    /// decode: most that are promised; a sequence that needs more is refused
+    #[prost(uint64, tag = "18")]
+    pub blocks_promised_most: u64,
+    /// blocks whose content is kept for prompts that begin alike
+    #[prost(uint64, tag = "19")]
+    pub prefix_blocks: u64,
+    /// most of them; 0 where none are kept
+    #[prost(uint64, tag = "20")]
+    pub prefix_blocks_most: u64,
+    #[prost(message, repeated, tag = "21")]
     pub pairs: ::prost::alloc::vec::Vec<ServedPair>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -589,6 +607,30 @@ pub mod decode_client {
             req.extensions_mut().insert(GrpcMethod::new("overfill.v1.Decode", "Status"));
             self.inner.unary(req, path, codec).await
         }
+        pub async fn watch_status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::NodeStatus>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/overfill.v1.Decode/WatchStatus",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("overfill.v1.Decode", "WatchStatus"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -627,6 +669,19 @@ pub mod decode_server {
             &self,
             request: tonic::Request<super::StatusRequest>,
         ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status>;
+        /// Server streaming response type for the WatchStatus method.
+        type WatchStatusStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::NodeStatus, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        async fn watch_status(
+            &self,
+            request: tonic::Request<super::StatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::WatchStatusStream>,
+            tonic::Status,
+        >;
     }
     /// The decode node: holds the decode model, writes answers.
     #[derive(Debug)]
@@ -833,6 +888,52 @@ pub mod decode_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/overfill.v1.Decode/WatchStatus" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchStatusSvc<T: Decode>(pub Arc<T>);
+                    impl<
+                        T: Decode,
+                    > tonic::server::ServerStreamingService<super::StatusRequest>
+                    for WatchStatusSvc<T> {
+                        type Response = super::NodeStatus;
+                        type ResponseStream = T::WatchStatusStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Decode>::watch_status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchStatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
@@ -1110,6 +1211,30 @@ pub mod prefill_client {
                 .insert(GrpcMethod::new("overfill.v1.Prefill", "Status"));
             self.inner.unary(req, path, codec).await
         }
+        pub async fn watch_status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::NodeStatus>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/overfill.v1.Prefill/WatchStatus",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("overfill.v1.Prefill", "WatchStatus"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1141,6 +1266,19 @@ pub mod prefill_server {
             &self,
             request: tonic::Request<super::StatusRequest>,
         ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status>;
+        /// Server streaming response type for the WatchStatus method.
+        type WatchStatusStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::NodeStatus, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        async fn watch_status(
+            &self,
+            request: tonic::Request<super::StatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::WatchStatusStream>,
+            tonic::Status,
+        >;
     }
     /// The prefill node: holds the full model, reads prompts.
     #[derive(Debug)]
@@ -1308,6 +1446,52 @@ pub mod prefill_server {
                     };
                     Box::pin(fut)
                 }
+                "/overfill.v1.Prefill/WatchStatus" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchStatusSvc<T: Prefill>(pub Arc<T>);
+                    impl<
+                        T: Prefill,
+                    > tonic::server::ServerStreamingService<super::StatusRequest>
+                    for WatchStatusSvc<T> {
+                        type Response = super::NodeStatus;
+                        type ResponseStream = T::WatchStatusStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Prefill>::watch_status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchStatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -1371,6 +1555,9 @@ pub struct GenerateRequest {
     /// which models write the answer; default: QUALITY_OVERFILL
     #[prost(enumeration = "Quality", tag = "11")]
     pub quality: i32,
+    /// Where requests wait: among those of the same key a lower number goes first. Default 0.
+    #[prost(int32, tag = "15")]
+    pub priority: i32,
     #[prost(oneof = "generate_request::Input", tags = "2, 3, 4")]
     pub input: ::core::option::Option<generate_request::Input>,
 }
@@ -1517,8 +1704,10 @@ pub mod inference_client {
     /// A call may have a deadline (`grpc-timeout`): the router keeps it as long as it is shorter than its own, and the call
     /// ends with DEADLINE_EXCEEDED. Cancelling a call frees all that is held for it on the nodes. Requests may be compressed
     /// with gzip or zstd. Errors have a code and a sentence that says what was wrong and what to do: INVALID_ARGUMENT for
-    /// the request itself, NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED where a bound is reached and UNAVAILABLE where
-    /// nodes are missing (later may help with both).
+    /// the request itself, NOT_FOUND for an unknown model, UNAUTHENTICATED for a key that is missing or unknown (metadata
+    /// `authorization: Bearer KEY`, where the router has a file of keys), RESOURCE_EXHAUSTED where the client is over its own
+    /// limits and UNAVAILABLE where the cluster is full or nodes are missing. Later may help with the last two: then
+    /// `grpc-retry-pushback-ms` in the trailers says when.
     #[derive(Debug, Clone)]
     pub struct InferenceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -1687,8 +1876,10 @@ pub mod inference_server {
     /// A call may have a deadline (`grpc-timeout`): the router keeps it as long as it is shorter than its own, and the call
     /// ends with DEADLINE_EXCEEDED. Cancelling a call frees all that is held for it on the nodes. Requests may be compressed
     /// with gzip or zstd. Errors have a code and a sentence that says what was wrong and what to do: INVALID_ARGUMENT for
-    /// the request itself, NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED where a bound is reached and UNAVAILABLE where
-    /// nodes are missing (later may help with both).
+    /// the request itself, NOT_FOUND for an unknown model, UNAUTHENTICATED for a key that is missing or unknown (metadata
+    /// `authorization: Bearer KEY`, where the router has a file of keys), RESOURCE_EXHAUSTED where the client is over its own
+    /// limits and UNAVAILABLE where the cluster is full or nodes are missing. Later may help with the last two: then
+    /// `grpc-retry-pushback-ms` in the trailers says when.
     #[derive(Debug)]
     pub struct InferenceServer<T> {
         inner: Arc<T>,

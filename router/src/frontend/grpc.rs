@@ -10,7 +10,7 @@ use overfill_proto::v1::{
 };
 use overfill_proto::{convert, status};
 use overfill_text::Chat;
-use overfill_types::{Code, ServiceError};
+use overfill_types::{Code, Quality, ServiceError};
 use serde_json::json;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
@@ -18,7 +18,7 @@ use tonic::{Request, Response, Status};
 
 use crate::Router;
 use crate::admission::{Asked, Input};
-use crate::pairing;
+use crate::clients::Client;
 use crate::relay::{self, Event, Read};
 
 pub(crate) struct InferenceService {
@@ -38,10 +38,11 @@ impl Inference for InferenceService {
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let timeout = timeout_of(&request);
         let trace = super::trace(request.metadata().as_ref());
+        let client = client_of(&request).map_err(|e| status::to_status(&e))?;
         let request = request.into_inner();
         let echo = request.echo_prompt_token_ids;
         let asked = asked(request, timeout).map_err(|e| status::to_status(&e))?;
-        let valid = self.router.admit_one(asked, &trace).await.map_err(|e| status::to_status(&e))?;
+        let valid = self.router.admit_one(&client, asked, &trace).await.map_err(|e| status::to_status(&e))?;
         let prompt_tokens = valid.prompt.len() as u32;
         let started = Started {
             request_id: valid.id.to_string(),
@@ -62,7 +63,6 @@ impl Inference for InferenceService {
     }
 
     async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
-        let view = self.router.view.borrow().clone();
         let models = self
             .router
             .models
@@ -71,7 +71,7 @@ impl Inference for InferenceService {
                 name: m.manifest.name.clone(),
                 fingerprint: m.manifest.fingerprint.to_string(),
                 max_context: self.router.max_context(m) as u32,
-                ready: pairing::missing(&view, &m.manifest).is_empty(),
+                ready: self.router.pairing.missing(&m.manifest, Quality::Overfill).is_empty(),
             })
             .collect();
         Ok(Response::new(ListModelsResponse { models }))
@@ -100,6 +100,7 @@ fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<Asked, S
         stop_token_ids: request.stop_token_ids,
         ignore_eos: request.ignore_eos,
         timeout,
+        priority: request.priority,
     })
 }
 
@@ -133,6 +134,14 @@ impl Wire {
             })),
         }
     }
+}
+
+/// Whose request it is.
+///
+/// # Errors
+/// [`Code::Internal`] where the request did not come through the stack of layers.
+pub(crate) fn client_of<T>(request: &Request<T>) -> Result<Arc<Client>, ServiceError> {
+    request.extensions().get::<Arc<Client>>().cloned().ok_or_else(|| ServiceError::new(Code::Internal, "the request has no client"))
 }
 
 /// How long a client waits at most, if it says so.

@@ -12,19 +12,22 @@ use overfill_types::{Code, ServiceError};
 use serde_json::{Value, json};
 
 use crate::Router;
-use crate::frontend::docs;
 use crate::frontend::openai::{self, ChatRequest, CompletionRequest, Failed};
+use crate::frontend::{docs, stack};
 
 /// All routes.
 pub(crate) fn app(router: Arc<Router>) -> Routes {
     let limit = DefaultBodyLimit::max(router.config.max_body);
-    Routes::new()
+    let asked = Routes::new()
         .route("/v1/chat/completions", post(openai::complete::<ChatRequest>))
         .route("/v1/completions", post(openai::complete::<CompletionRequest>))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route("/tokenize", post(openai::tokenize))
         .route("/detokenize", post(openai::detokenize))
+        .layer(limit);
+    // Probes and the page of documentation are answered whatever happens, and to everyone.
+    stack(&router, asked)
         .route("/docs", get(docs::page))
         .route("/openapi.json", get(docs::document))
         .route("/metrics", get(async |State(router): State<Arc<Router>>| router.metrics.registry.respond()))
@@ -42,7 +45,6 @@ pub(crate) fn app(router: Arc<Router>) -> Routes {
             let error = ServiceError::new(Code::InvalidArgument, "this path is not asked with this method: see /docs");
             Failed { status: StatusCode::METHOD_NOT_ALLOWED, error }
         })
-        .layer(limit)
         .with_state(router)
 }
 

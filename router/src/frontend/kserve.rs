@@ -20,7 +20,7 @@ use overfill_proto::kserve::{
     ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
 use overfill_proto::status;
-use overfill_types::{Code, ServiceError};
+use overfill_types::{Code, Quality, ServiceError};
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,10 +28,10 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::Router;
 use crate::admission::{Asked, Input};
+use crate::clients::Client;
 use crate::frontend;
-use crate::frontend::grpc::timeout_of;
+use crate::frontend::grpc::{client_of, timeout_of};
 use crate::frontend::openai::{GuideFields, SamplingFields, guide_of};
-use crate::pairing;
 use crate::relay::{self, Answer, End, Event};
 
 /// Responses that wait for a slow client.
@@ -66,7 +66,7 @@ impl GrpcInferenceService for KserveService {
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
         let ModelReadyRequest { name, version } = request.into_inner();
         let model = self.router.model(&name).and_then(|model| of_version(model, &version)).map_err(|e| status::to_status(&e))?;
-        let ready = pairing::missing(&self.router.view.borrow(), &model.manifest).is_empty();
+        let ready = self.router.pairing.missing(&model.manifest, Quality::Overfill).is_empty();
         Ok(Response::new(ModelReadyResponse { ready }))
     }
 
@@ -96,13 +96,14 @@ impl GrpcInferenceService for KserveService {
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
         let timeout = timeout_of(&request);
         let trace = super::trace(request.metadata().as_ref());
+        let client = client_of(&request).map_err(|e| status::to_status(&e))?;
         let answered = async {
             let question = Question::read(request.into_inner())?;
             if question.stream {
                 let message = "stream: ModelInfer gives one response; leave the input out, or call ModelStreamInfer";
                 return Err(ServiceError::new(Code::InvalidArgument, message));
             }
-            question.start(&self.router, timeout, &trace).await?.whole().await
+            question.start(&self.router, &client, timeout, &trace).await?.whole().await
         };
         let mut response = answered.await.map(Response::new).map_err(|e| status::to_status(&e))?;
         trace.tell(response.metadata_mut().as_mut());
@@ -114,6 +115,7 @@ impl GrpcInferenceService for KserveService {
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
         let until = timeout_of(&request).map(|timeout| Instant::now() + timeout);
+        let client = client_of(&request).map_err(|e| status::to_status(&e))?;
         let (headers, _, mut requests) = request.into_parts();
         let (sender, responses) = mpsc::channel(RESPONSES);
         let router = self.router.clone();
@@ -126,7 +128,7 @@ impl GrpcInferenceService for KserveService {
                     let answered = async {
                         let question = Question::read(request)?;
                         let stream = question.stream;
-                        let reply = question.start(&router, timeout, &trace).await?;
+                        let reply = question.start(&router, &client, timeout, &trace).await?;
                         if stream { reply.pieces(&sender).await } else { send(&sender, reply.whole().await?).await }
                     };
                     if let Err(error) = answered.await {
@@ -196,9 +198,15 @@ impl Question {
         Ok(Self { id: request.id, text, stream, with_input, raw, asked })
     }
 
-    async fn start(self, router: &Arc<Router>, timeout: Option<Duration>, trace: &Trace) -> Result<Reply, ServiceError> {
+    async fn start(
+        self,
+        router: &Arc<Router>,
+        client: &Arc<Client>,
+        timeout: Option<Duration>,
+        trace: &Trace,
+    ) -> Result<Reply, ServiceError> {
         let Self { id, text, with_input, raw, asked, .. } = self;
-        let request = router.admit_one(Asked { timeout, ..asked }, trace).await?;
+        let request = router.admit_one(client, Asked { timeout, ..asked }, trace).await?;
         let model = request.model.manifest.name.clone();
         let before = if with_input { text } else { String::new() };
         let prompt_tokens = request.prompt.len();

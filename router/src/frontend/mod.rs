@@ -5,6 +5,9 @@ pub(crate) mod grpc;
 pub(crate) mod http;
 pub(crate) mod kserve;
 mod openai;
+mod stack;
+
+pub(crate) use stack::stack;
 
 use axum::http::HeaderMap;
 use overfill_lifecycle::Trace;

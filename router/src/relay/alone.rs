@@ -6,6 +6,7 @@ use overfill_proto::convert;
 use overfill_proto::v1::{DecodeEvent, PrefillEvent, Token, decode_event, prefill_event};
 use overfill_types::{Endpoint, FinishReason, Role};
 
+use crate::pairing::Chosen;
 use crate::relay::driver::Driver;
 use crate::relay::flow::Failure;
 
@@ -14,20 +15,21 @@ impl Driver {
     ///
     /// # Errors
     /// What broke it off.
-    pub(super) async fn attempt_alone(&mut self, node: &Endpoint, epoch: u64) -> Result<(), Failure> {
+    pub(super) async fn attempt_alone(&mut self, chosen: &Chosen, node: &Endpoint, epoch: u64) -> Result<(), Failure> {
         match node.role {
-            Role::Prefill => self.full_alone(node).await,
+            Role::Prefill => self.full_alone(chosen, node).await,
             Role::Decode => self.decode_alone(node, epoch).await,
         }
     }
 
-    async fn full_alone(&mut self, node: &Endpoint) -> Result<(), Failure> {
+    async fn full_alone(&mut self, chosen: &Chosen, node: &Endpoint) -> Result<(), Failure> {
         const KIND: &str = "prefill node";
         let mut events = self.prefill(node, None).await?;
         loop {
             let event = events.message().await.map_err(|e| Failure::of(&e, KIND, &node.id))?;
             let token = match event {
                 Some(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) }) => {
+                    chosen.read();
                     if self.flow.written().is_empty() {
                         self.begin(first.cached_tokens, first.prompt_logprobs).await;
                     }

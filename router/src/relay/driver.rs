@@ -9,6 +9,7 @@ use overfill_proto::v1::prefill_client::PrefillClient;
 use overfill_proto::v1::{
     self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, decode_event, prefill_event,
 };
+use overfill_schedule::{Order, Ticket};
 use overfill_types::{Code, Endpoint, FinishReason, Quality, Role, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -18,7 +19,7 @@ use tracing::{Instrument, Span, debug_span};
 use crate::Router;
 use crate::admission::ValidRequest;
 use crate::metrics::Observed;
-use crate::pairing::{Both, Chosen, Nodes};
+use crate::pairing::{Both, Chosen, NoPair, Nodes};
 use crate::relay::flow::{Blame, Failure, Flow};
 use crate::relay::text::Text;
 use crate::relay::{End, Event, Read};
@@ -35,13 +36,31 @@ pub(super) struct Driver {
     served_by: ServedBy,
     pub(super) observed: Observed,
     sender: mpsc::Sender<Result<Event, ServiceError>>,
+    ticket: Ticket,
+    /// Until when it waits for room as long as no node has taken it on.
+    patience: Instant,
+    /// It had its turn.
+    served: bool,
 }
 
 impl Driver {
     pub(super) fn new(router: Arc<Router>, request: ValidRequest, sender: mpsc::Sender<Result<Event, ServiceError>>) -> Self {
         let name = &request.model.manifest.name;
         let observed = Observed::new(&router.metrics, name, request.prompt.len(), request.arrived);
-        Self { text: Text::new(&request), flow: Flow::default(), served_by: ServedBy::default(), observed, router, request, sender }
+        let patience = (Instant::now() + router.config.queue_timeout).min(request.deadline);
+        let (text, ticket) = (Text::new(&request), router.pairing.ticket());
+        Self {
+            text,
+            flow: Flow::default(),
+            served_by: ServedBy::default(),
+            observed,
+            router,
+            request,
+            sender,
+            ticket,
+            patience,
+            served: false,
+        }
     }
 
     /// The answer ends with an error.
@@ -63,16 +82,17 @@ impl Driver {
             let span = debug_span!("attempt", epoch, prefill_node, decode_node);
             let attempt = async {
                 match &chosen.nodes {
-                    Nodes::Both(both) => self.attempt(both, epoch).await,
-                    Nodes::One(node) => self.attempt_alone(node, epoch).await,
+                    Nodes::Both(both) => self.attempt(&chosen, both, epoch).await,
+                    Nodes::One(node) => self.attempt_alone(&chosen, node, epoch).await,
                 }
             };
             let Err(failure) = attempt.instrument(span).await else { return Ok(()) };
             if let Blame::Lost(node) = &failure.blame {
-                self.router.pairing.suspect(node, Instant::now());
+                self.router.pairing.suspect(node);
             }
             let Failure { error, .. } = &failure;
             tracing::info!(request = %self.request.id, epoch, written = self.flow.written().len(), code = %error.code, %error, "attempt failed");
+            self.flow.set_patient(Instant::now() < self.patience);
             let code = error.code;
             let goes_on = self.flow.failed(failure);
             self.observed.attempt_failed(code, goes_on.is_ok());
@@ -81,36 +101,46 @@ impl Driver {
         }
     }
 
-    /// The nodes of the next attempt; where there are none but those that failed, after a pause.
+    /// The nodes of the next attempt: of the first in its turn, of later ones at once; where there are none but those that failed,
+    /// after a pause.
     async fn choose(&mut self) -> Result<Chosen, ServiceError> {
+        let mut order = self.order();
         loop {
-            match self.choose_now() {
-                Ok(chosen) if !chosen.nodes.iter().any(|n| self.flow.failed_nodes().contains(&n.id)) => return Ok(chosen),
+            order.shunned = self.flow.failed_nodes().to_vec();
+            let chosen = if self.flow.accepted() {
+                self.router.pairing.at_once(&order)
+            } else {
+                self.router.pairing.turn(order.clone(), self.ticket, std::mem::replace(&mut self.served, true)).await
+            };
+            match chosen {
+                Ok(chosen) if !chosen.nodes.iter().any(|n| order.shunned.contains(&n.id)) => return Ok(chosen),
                 Ok(_) => {}
-                Err(error) => self.flow.nobody(error)?,
+                Err(NoPair::Refused(error)) => return Err(error),
+                Err(NoPair::Absent) => {
+                    if let Some(quality) = self.fallback() {
+                        tracing::warn!(request = %self.request.id, %quality, "falls back");
+                        self.request.quality = quality;
+                        order = self.order();
+                        continue;
+                    }
+                    let missing = self.router.pairing.missing(&self.request.model.manifest, self.request.quality);
+                    self.flow.nobody(ServiceError::new(Code::Unavailable, format!("{missing}: start one, or try again later")))?;
+                }
             }
+            self.flow.set_patient(Instant::now() < self.patience);
             // Of different length, so that those who wait for the same node do not ask it all at once.
             sleep(self.flow.pause()?.mul_f64(rand::random_range(0.5..1.0))).await;
         }
     }
 
-    /// Nodes of the quality that was asked for; where they are missing and nothing has been written, of that which the router
-    /// may fall back to.
-    fn choose_now(&mut self) -> Result<Chosen, ServiceError> {
-        let view = self.router.view.borrow().clone();
-        let Self { router, request, flow, .. } = self;
-        let choose = |quality| router.pairing.choose(&view, &request.model.manifest, quality, flow.failed_nodes(), Instant::now());
-        let missing = match choose(request.quality) {
-            Ok(chosen) => return Ok(chosen),
-            Err(missing) => missing,
-        };
-        let may_fall = request.quality == Quality::Overfill && flow.written().is_empty();
-        let fallback = router.config.fallback.quality().filter(|_| may_fall);
-        let fallback = fallback.filter(|q| *q != Quality::Decode || request.sampling.prompt_logprobs.is_none());
-        let Some((quality, chosen)) = fallback.and_then(|q| Some((q, choose(q).ok()?))) else { return Err(missing) };
-        tracing::warn!(request = %request.id, %quality, %missing, "falls back");
-        request.quality = quality;
-        Ok(chosen)
+    /// What is given instead where nodes are missing: what the router may fall back to, if that has nodes and nothing has been
+    /// written.
+    fn fallback(&self) -> Option<Quality> {
+        let ValidRequest { quality, sampling, model, .. } = &self.request;
+        let fallback = self.router.config.fallback.quality()?;
+        let may_fall = *quality == Quality::Overfill && self.flow.written().is_empty();
+        let able = fallback != Quality::Decode || sampling.prompt_logprobs.is_none();
+        (may_fall && able && self.router.pairing.missing(&model.manifest, fallback).is_empty()).then_some(fallback)
     }
 
     fn serve_by(&mut self, nodes: &Nodes) {
@@ -124,22 +154,38 @@ impl Driver {
         }
     }
 
-    async fn attempt(&mut self, chosen: &Both, epoch: u64) -> Result<(), Failure> {
+    fn order(&self) -> Order {
+        let ValidRequest { model, prompt, quality, stop, share, priority, .. } = &self.request;
+        Order {
+            pair: model.manifest.fingerprint.clone(),
+            quality: *quality,
+            decodes: *quality == Quality::Decode || stop.max_tokens > 1,
+            keys: self.router.pairing.keys(prompt),
+            prompt_tokens: prompt.len(),
+            answer_tokens: stop.max_tokens,
+            share: *share,
+            priority: *priority,
+            until: self.patience,
+            shunned: Vec::new(),
+        }
+    }
+
+    async fn attempt(&mut self, chosen: &Chosen, both: &Both, epoch: u64) -> Result<(), Failure> {
         let mut decode = match self.request.stop.max_tokens {
             1 => {
                 self.served_by.decode_node.clear();
                 None
             }
-            _ => Some(self.reserve(&chosen.decode, epoch).instrument(debug_span!("reserve", otel.kind = "client")).await?),
+            _ => Some(self.reserve(&both.decode, epoch).instrument(debug_span!("reserve", otel.kind = "client")).await?),
         };
         let handoff = decode.as_ref().map(|d| v1::Handoff {
-            address: chosen.decode.address.clone(),
+            address: both.decode.address.clone(),
             ticket: d.ticket.clone(),
             epoch,
             held_tokens: d.held_tokens,
         });
         let mut stage = debug_span!("first_token");
-        let mut prefill = self.prefill(&chosen.prefill, handoff).await?;
+        let mut prefill = self.prefill(&both.prefill, handoff).await?;
         // Tokens of the decode node that came before the first one, over the other connection.
         let mut early: Vec<DecodeEvent> = Vec::new();
         let mut begun = false;
@@ -150,8 +196,9 @@ impl Driver {
                 event = prefill.message(), if reading => match event {
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) })) => {
                         begun = true;
+                        chosen.read();
                         drop(std::mem::replace(&mut stage, debug_span!("decode")));
-                        let Some(token) = first.token else { return Err(Failure::broken("prefill node", &chosen.prefill.id)) };
+                        let Some(token) = first.token else { return Err(Failure::broken("prefill node", &both.prefill.id)) };
                         if self.flow.first(&token).map_err(Failure::of_request)? {
                             self.begin(first.cached_tokens, first.prompt_logprobs).await;
                             if self.pass_on(token).await {
@@ -167,8 +214,8 @@ impl Driver {
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::HandoffDone(_)) })) => reading = false,
                     Ok(Some(_)) => {}
                     Ok(None) if begun && decode.is_some() => reading = false,
-                    Ok(None) => return Err(Failure::broken("prefill node", &chosen.prefill.id)),
-                    Err(error) => return Err(prefill_failed(chosen, &error, decode.as_mut().map(|d| &mut d.events)).await),
+                    Ok(None) => return Err(Failure::broken("prefill node", &both.prefill.id)),
+                    Err(error) => return Err(prefill_failed(both, &error, decode.as_mut().map(|d| &mut d.events)).await),
                 },
                 event = next(&mut decode), if decode.is_some() => match event {
                     Ok(Some(event)) if begun => if self.decoded(event).await? {
@@ -177,8 +224,8 @@ impl Driver {
                     Ok(Some(event)) => early.push(event),
                     // All of it came before the first token did.
                     Ok(None) if matches!(early.last(), Some(DecodeEvent { event: Some(decode_event::Event::Finished(_)) })) => decode = None,
-                    Ok(None) => return Err(Failure::broken("decode node", &chosen.decode.id)),
-                    Err(error) => return Err(decode_failed(chosen, &error, &mut prefill).await),
+                    Ok(None) => return Err(Failure::broken("decode node", &both.decode.id)),
+                    Err(error) => return Err(decode_failed(both, &error, &mut prefill).await),
                 },
             }
         }
@@ -271,6 +318,9 @@ impl Driver {
             Some(FinishReason::Stop) => (String::new(), None),
             _ => self.text.push(token.id),
         };
+        if let Some(place) = &mut self.request.place {
+            place.allowance.wrote();
+        }
         self.send(Event::Delta { text, tokens: vec![token] }).await;
         match (matched, reason) {
             (Some(stop), _) => self.end(FinishReason::Stop, Some(stop)).await,
@@ -293,6 +343,8 @@ impl Driver {
     async fn end(&mut self, reason: FinishReason, matched_stop: Option<String>) {
         self.observed.finished(reason);
         let completion_tokens = self.flow.written().len();
+        // Before the client knows, so that it finds its place free.
+        self.request.place = None;
         let mut served_by = self.served_by.clone();
         if completion_tokens == 1 && self.request.quality == Quality::Overfill {
             served_by.decode_node.clear();

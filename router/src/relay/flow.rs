@@ -81,6 +81,8 @@ pub(super) struct Flow {
     before: usize,
     /// A node has taken the request on: want of room is waited out from then on.
     accepted: bool,
+    /// Want of room is waited out although no node has taken it on.
+    patient: bool,
     /// Nodes that failed since the last token, or since they were forgiven.
     failed: Vec<NodeId>,
     /// Attempts since the last token that counted.
@@ -99,6 +101,16 @@ impl Flow {
     /// Nodes that are not asked where there are others.
     pub(super) fn failed_nodes(&self) -> &[NodeId] {
         &self.failed
+    }
+
+    /// Whether a node has taken the request on.
+    pub(super) fn accepted(&self) -> bool {
+        self.accepted
+    }
+
+    /// Whether there is time to wait for room.
+    pub(super) fn set_patient(&mut self, patient: bool) {
+        self.patient = patient;
     }
 
     /// The number of the attempt that begins now.
@@ -151,7 +163,7 @@ impl Flow {
         }
         self.accepted |= !self.written.is_empty() || error.code == Code::Preempted;
         // Older sequences end some time: then there is room.
-        let waits = self.accepted && matches!(error.code, Code::Preempted | Code::ResourceExhausted);
+        let waits = (self.accepted || self.patient) && matches!(error.code, Code::Preempted | Code::ResourceExhausted);
         match blame {
             Blame::Lost(node) | Blame::Refused(node) => self.failed.push(node),
             Blame::Request => return Err(error),
@@ -177,9 +189,9 @@ impl Flow {
     /// Only nodes that failed are there to ask. Gives how long to wait before they are; they are forgiven then.
     ///
     /// # Errors
-    /// Where that is no use: they have refused a request that nobody has taken on, and say so at once.
+    /// Where that is no use: they have refused a request that nobody has taken on and that has no time to wait.
     pub(super) fn pause(&mut self) -> Result<Duration, ServiceError> {
-        if let Some(error) = self.last.take_if(|e| e.code == Code::ResourceExhausted && !self.accepted) {
+        if let Some(error) = self.last.take_if(|e| e.code == Code::ResourceExhausted && !self.accepted && !self.patient) {
             return Err(error);
         }
         self.failed.clear();
@@ -273,6 +285,17 @@ mod tests {
         flow.failed(refused(Code::Preempted)).unwrap();
         flow.failed(refused(Code::ResourceExhausted)).unwrap();
         assert!(flow.pause().is_ok());
+
+        let mut flow = Flow::default();
+        flow.set_patient(true);
+        for _ in 0..40 {
+            flow.attempt();
+            flow.failed(refused(Code::ResourceExhausted)).unwrap();
+            assert!(flow.pause().is_ok() && !flow.accepted());
+        }
+        flow.set_patient(false);
+        flow.failed(refused(Code::ResourceExhausted)).unwrap();
+        assert_eq!(flow.pause().unwrap_err().code, Code::ResourceExhausted);
     }
 
     #[test]

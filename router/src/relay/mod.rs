@@ -59,6 +59,14 @@ pub(crate) struct End {
 /// An answer as it comes.
 pub(crate) type Answer = mpsc::Receiver<Result<Event, ServiceError>>;
 
+/// Nodes that have no room make a full cluster: what the client may do about it is wait.
+fn full(error: ServiceError) -> ServiceError {
+    match error.code {
+        Code::ResourceExhausted => ServiceError::new(Code::Unavailable, error.message).retry_after(Duration::from_secs(1)),
+        _ => error,
+    }
+}
+
 /// Starts a request. It ends when the answer is dropped.
 pub(crate) fn start(router: Arc<Router>, request: ValidRequest) -> Answer {
     let (sender, answer) = mpsc::channel(EVENTS);
@@ -76,8 +84,10 @@ pub(crate) fn start(router: Arc<Router>, request: ValidRequest) -> Answer {
                 Err(ServiceError::new(Code::DeadlineExceeded, "the request's time ran out: ask for fewer tokens, or give it a longer deadline"))
             }
         };
+        let ended = ended.map_err(full).inspect_err(|error| driver.failed(error));
+        // Before the client knows, so that it finds its place free.
+        drop(driver);
         if let Err(error) = ended {
-            driver.failed(&error);
             tracing::info!(request = %id, code = %error.code, %error, "request failed");
             // A client that does not read gets its connection closed in the end; nothing is held for it here.
             let _ = timeout(Duration::from_secs(5), gone.send(Err(error))).await;

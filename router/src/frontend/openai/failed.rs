@@ -27,6 +27,7 @@ impl Failed {
             _ => "server_error",
         };
         let code = match (*status, error.code) {
+            (StatusCode::UNAUTHORIZED, _) => "invalid_api_key",
             (StatusCode::TOO_MANY_REQUESTS, _) => "rate_limit_exceeded",
             (_, Code::NotFound) if param(&error.message) == Some("model") => "model_not_found",
             (_, code) => code.as_str(),
@@ -47,8 +48,10 @@ fn param(message: &str) -> Option<&str> {
 impl IntoResponse for Failed {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
+        let wait = self.error.retry_after;
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            let seconds = wait.unwrap_or_default().as_secs_f64().ceil().max(1.0) as u64;
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
     }
@@ -58,6 +61,7 @@ fn status_of(code: Code) -> StatusCode {
     match code {
         Code::InvalidArgument => StatusCode::BAD_REQUEST,
         Code::NotFound => StatusCode::NOT_FOUND,
+        Code::Unauthenticated => StatusCode::UNAUTHORIZED,
         Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
         Code::Unavailable | Code::Preempted => StatusCode::SERVICE_UNAVAILABLE,
         Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,

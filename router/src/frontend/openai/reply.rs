@@ -4,13 +4,13 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use overfill_lifecycle::Trace;
 use overfill_proto::v1::ServedBy;
 use overfill_types::{Code, ServiceError};
@@ -21,6 +21,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::Router;
+use crate::clients::Client;
 use crate::frontend;
 use crate::frontend::openai::answer::{Choice, Frame};
 use crate::frontend::openai::choices::{self, Events};
@@ -37,10 +38,11 @@ const PIECES: usize = 16;
 pub(crate) async fn complete<R: OpenAiRequest>(
     State(router): State<Arc<Router>>,
     headers: HeaderMap,
+    Extension(client): Extension<Arc<Client>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Response {
     let trace = crate::frontend::trace(&headers);
-    let mut response = match begin::<R>(&router, body, &trace).await {
+    let mut response = match begin::<R>(&router, &client, body, &trace).await {
         Ok(begun) => begun.respond().await,
         Err(error) => error.into_response(),
     };
@@ -59,7 +61,12 @@ struct Begun {
     include_usage: bool,
 }
 
-async fn begin<R: OpenAiRequest>(router: &Arc<Router>, body: Result<Bytes, BytesRejection>, trace: &Trace) -> Result<Begun, Failed> {
+async fn begin<R: OpenAiRequest>(
+    router: &Arc<Router>,
+    client: &Arc<Client>,
+    body: Result<Bytes, BytesRejection>,
+    trace: &Trace,
+) -> Result<Begun, Failed> {
     let body = read(router, body)?;
     // Several times, so that an error names the field: with all parts in one the path to it is lost.
     let common: Common = parse(&body)?;
@@ -67,7 +74,7 @@ async fn begin<R: OpenAiRequest>(router: &Arc<Router>, body: Result<Bytes, Bytes
     let token_ids = common.return_token_ids.unwrap_or(false);
     let parsed = R::parsed(Body { own: parse(&body)?, sampling: parse(&body)?, guide: parse(&body)?, common })?;
     let n = parsed.asked.n;
-    let requests = router.admit(parsed.asked, trace).await?;
+    let requests = router.admit(client, parsed.asked, trace).await?;
     let Some(first) = requests.first() else {
         return Err(ServiceError::new(Code::InvalidArgument, "prompt is empty: send at least one").into());
     };

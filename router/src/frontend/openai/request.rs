@@ -50,6 +50,8 @@ pub(crate) struct SamplingFields {
     max_completion_tokens: Option<i64>,
     /// Which models write: `overfill` (the default), `full` or `decode`.
     quality: Option<Quality>,
+    /// Where requests wait: among those of the same key a lower number goes first. Default 0.
+    priority: Option<i32>,
 }
 
 /// What the answer has to look like; one of them at most.
@@ -240,6 +242,7 @@ impl SamplingFields {
             stop_token_ids: self.stop_token_ids.unwrap_or_default(),
             ignore_eos: self.ignore_eos.unwrap_or(false),
             timeout: None,
+            priority: self.priority.unwrap_or(0),
         })
     }
 }

@@ -1,0 +1,87 @@
+//! A node's status as a stream: the first at once, then each change, and a heartbeat.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use crate::drain::Drain;
+
+/// How often a status is looked at: what it tells is at most this old, and one reader costs a node twenty looks a second.
+pub const INTERVAL: Duration = Duration::from_millis(50);
+/// Longest silence of a stream whose node lives.
+pub const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// Streams what `status` gives (it is told whether the node drains) until the reader goes or `drain` is given; the last
+/// message is of a node that drains. Must be called inside a tokio runtime.
+pub fn watched<S>(drain: Drain, status: impl Fn(bool) -> S + Send + 'static) -> ReceiverStream<Result<S, Status>>
+where
+    S: PartialEq + Clone + Send + 'static,
+{
+    // One is on its way: a reader that is slow gets the latest next, not all that it missed.
+    let (sender, stream) = mpsc::channel(1);
+    // Owned by the stream: it ends when that is dropped.
+    tokio::spawn(async move {
+        let mut ticks = interval(INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut last: Option<(S, Instant)> = None;
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = drain.signaled() => {}
+                () = sender.closed() => return,
+            }
+            let draining = drain.draining();
+            let now = status(draining);
+            let due = last.as_ref().is_none_or(|(sent, at)| *sent != now || at.elapsed() >= HEARTBEAT);
+            if due && sender.send(Ok(now.clone())).await.is_err() || draining {
+                return;
+            }
+            if due {
+                last = Some((now, Instant::now()));
+            }
+        }
+    });
+    ReceiverStream::new(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use tokio_stream::StreamExt;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn changes_are_told_soon_and_silence_never_lasts() {
+        let (drain, value) = (Drain::new(), Arc::new(AtomicU32::new(0)));
+        let shared = value.clone();
+        let mut stream = watched(drain.clone(), move |draining| (draining, shared.load(Ordering::Relaxed)));
+        assert_eq!(stream.next().await.unwrap().unwrap(), (false, 0));
+        let begun = Instant::now();
+        assert_eq!(stream.next().await.unwrap().unwrap(), (false, 0), "a heartbeat");
+        assert!(begun.elapsed() >= HEARTBEAT && begun.elapsed() <= HEARTBEAT + INTERVAL, "{:?}", begun.elapsed());
+        for changed in 1..20 {
+            value.store(changed, Ordering::Relaxed);
+            let begun = Instant::now();
+            assert_eq!(stream.next().await.unwrap().unwrap(), (false, changed));
+            assert!(begun.elapsed() <= INTERVAL, "{:?}", begun.elapsed());
+        }
+        drain.start();
+        assert_eq!(stream.next().await.unwrap().unwrap(), (true, 19));
+        assert!(stream.next().await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_ends_with_its_reader() {
+        let read = Arc::new(());
+        let held = read.clone();
+        drop(watched(Drain::new(), move |_| Arc::strong_count(&held)));
+        tokio::time::sleep(INTERVAL * 2).await;
+        assert_eq!(Arc::strong_count(&read), 1);
+    }
+}

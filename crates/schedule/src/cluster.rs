@@ -1,0 +1,651 @@
+//! All nodes, and the choice of two.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use overfill_types::{Endpoint, Fingerprint, NodeId, Quality, Role};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use crate::node::{Lately, Node, Report, Room, Work};
+use crate::prefix::{BLOCK, Matches, Prefixes};
+
+/// How long a node that failed is left alone, if there is another.
+const SUSPICION: Duration = Duration::from_secs(3);
+/// Prefill nodes that are looked at beside those that hold most of the prompt; smaller pools are looked at whole.
+const LOOKED_AT: usize = 8;
+/// Decode nodes that are looked at further where the two that were drawn have no room or have failed.
+const FURTHER: usize = 6;
+/// A prefill node that was lately given more than this times what the mean was is relieved, even of what it holds.
+const UNEVEN: f64 = 1.15;
+/// What tokens that were given lately count beside tokens that wait: they decide where the rest is equal.
+const LATELY: f64 = 0.02;
+/// How much fuller a decode node may be that holds a prompt already.
+const AFFINITY: f64 = 0.15;
+/// Tokens held for which half of [`AFFINITY`] is granted: some milliseconds of a handoff.
+const WORTH_IT: f64 = 512.0;
+/// Blocks that are remembered of all nodes together, about 100 bytes each.
+const REMEMBERED: usize = 1 << 22;
+/// And of one node.
+const REMEMBERED_OF_ONE: usize = 1 << 16;
+
+/// What is asked of the nodes.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask<'a> {
+    /// Whose nodes may serve it.
+    pub pair: &'a Fingerprint,
+    /// Which models write: both, so a prefill and a decode node are wanted, or one alone, so one node is.
+    pub quality: Quality,
+    /// Whether the decode node gets work: not where the first token is all that is wanted.
+    pub decodes: bool,
+    /// Names of the prompt's blocks.
+    pub keys: &'a [u64],
+    /// Length of the prompt.
+    pub prompt_tokens: usize,
+    /// Most tokens of the answer.
+    pub answer_tokens: usize,
+    /// Nodes that are chosen only where there are no others.
+    pub shunned: &'a [NodeId],
+    /// Whether nodes without room are left out, as far as that is known.
+    pub with_room: bool,
+}
+
+/// Which half of the nodes is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Absent {
+    /// There is no prefill node.
+    pub prefill: bool,
+    /// There is no decode node.
+    pub decode: bool,
+}
+
+/// What came of a choice.
+#[derive(Debug)]
+pub enum Choice {
+    /// Two nodes.
+    Pair(Pair),
+    /// The one that is wanted.
+    One(One),
+    /// None has room now.
+    Full,
+    /// None will ever have room for this request.
+    TooLarge,
+    /// There are none.
+    Absent(Absent),
+}
+
+/// A prefill and a decode node for one attempt.
+#[derive(Debug)]
+pub struct Pair {
+    /// Reads the prompt.
+    pub prefill: Arc<Endpoint>,
+    /// Writes the answer.
+    pub decode: Arc<Endpoint>,
+    /// What is counted for it until it is given back.
+    pub taken: Taken,
+}
+
+/// The node of an attempt at an answer that one model writes alone.
+#[derive(Debug)]
+pub struct One {
+    /// Reads and writes.
+    pub node: Arc<Endpoint>,
+    /// What is counted for it until it is given back.
+    pub taken: Taken,
+}
+
+/// What is counted for one attempt.
+#[derive(Debug)]
+#[must_use = "what is not given back is counted for ever"]
+pub struct Taken {
+    /// Of the prefill node.
+    reading: Option<(u32, Work)>,
+    /// Of the decode node.
+    writing: Option<(u32, Work)>,
+}
+
+/// Nodes of one role and pair.
+#[derive(Debug)]
+struct Pool {
+    members: Vec<u32>,
+    prefixes: Prefixes,
+    /// Tokens that all of them were given to read.
+    lately: Lately,
+    /// The longest sequence that all of them take.
+    max_context: usize,
+}
+
+/// What is known of all nodes.
+#[derive(Debug)]
+pub struct Cluster {
+    nodes: HashMap<u32, Node>,
+    numbers: HashMap<NodeId, u32>,
+    prefill: HashMap<Fingerprint, Pool>,
+    decode: HashMap<Fingerprint, Pool>,
+    next: u32,
+    rng: SmallRng,
+}
+
+impl Cluster {
+    /// Without nodes. What it draws follows from `seed`.
+    pub fn new(seed: u64) -> Self {
+        let (nodes, numbers, prefill, decode) = Default::default();
+        Self { nodes, numbers, prefill, decode, next: 0, rng: SmallRng::seed_from_u64(seed) }
+    }
+
+    /// The nodes that are there now. Those that are not are forgotten, and what they held.
+    pub fn update(&mut self, ready: &[Endpoint], now: Instant) {
+        let listed: HashMap<&NodeId, &Endpoint> = ready.iter().map(|node| (&node.id, node)).collect();
+        let gone: Vec<u32> = self
+            .nodes
+            .iter()
+            .filter(|(_, node)| listed.get(&node.endpoint.id).is_none_or(|endpoint| **endpoint != *node.endpoint))
+            .map(|(number, _)| *number)
+            .collect();
+        for number in gone {
+            let Some(node) = self.nodes.remove(&number) else { continue };
+            self.numbers.remove(&node.endpoint.id);
+            let pools = self.pools(node.endpoint.role);
+            for pair in &node.endpoint.pairs {
+                let Some(pool) = pools.get_mut(&pair.fingerprint) else { continue };
+                pool.members.retain(|member| *member != number);
+                pool.prefixes.forget(number);
+                if pool.members.is_empty() {
+                    pools.remove(&pair.fingerprint);
+                }
+            }
+        }
+        for endpoint in ready {
+            if self.numbers.contains_key(&endpoint.id) {
+                continue;
+            }
+            let number = self.next;
+            self.next = self.next.wrapping_add(1);
+            self.numbers.insert(endpoint.id.clone(), number);
+            self.nodes.insert(number, Node::new(Arc::new(endpoint.clone()), now));
+            let pool = || Pool { members: Vec::new(), prefixes: Prefixes::default(), lately: Lately::new(now), max_context: 0 };
+            let pools = self.pools(endpoint.role);
+            endpoint.pairs.iter().for_each(|pair| pools.entry(pair.fingerprint.clone()).or_insert_with(pool).members.push(number));
+        }
+        let Self { nodes, prefill, decode, .. } = self;
+        for pool in prefill.values_mut().chain(decode.values_mut()) {
+            let longest = pool.members.iter().filter_map(|m| nodes.get(m)).map(|n| n.endpoint.max_context);
+            pool.max_context = longest.min().unwrap_or(0);
+        }
+    }
+
+    fn pools(&mut self, role: Role) -> &mut HashMap<Fingerprint, Pool> {
+        match role {
+            Role::Prefill => &mut self.prefill,
+            Role::Decode => &mut self.decode,
+        }
+    }
+
+    /// A node says what it holds.
+    pub fn told(&mut self, node: &NodeId, report: Report, now: Instant) {
+        if let Some(node) = self.numbers.get(node).and_then(|number| self.nodes.get_mut(number)) {
+            node.told(report, now);
+        }
+    }
+
+    /// A node failed: it is left alone for a while.
+    pub fn suspect(&mut self, node: &NodeId, now: Instant) {
+        if let Some(node) = self.numbers.get(node).and_then(|number| self.nodes.get_mut(number)) {
+            node.suspect_until = Some(now + SUSPICION);
+        }
+    }
+
+    /// Which half of the nodes is missing of those that this quality wants; `None` where all are there.
+    pub fn absent(&self, pair: &Fingerprint, quality: Quality) -> Option<Absent> {
+        let absent = Absent {
+            prefill: quality != Quality::Decode && !self.prefill.contains_key(pair),
+            decode: quality != Quality::Full && !self.decode.contains_key(pair),
+        };
+        (absent.prefill || absent.decode).then_some(absent)
+    }
+
+    /// The longest sequence that all of these nodes take, in tokens; `None` where there are none.
+    pub fn max_context(&self, role: Role, fingerprint: &Fingerprint) -> Option<usize> {
+        let pools = match role {
+            Role::Prefill => &self.prefill,
+            Role::Decode => &self.decode,
+        };
+        pools.get(fingerprint).map(|pool| pool.max_context)
+    }
+
+    /// Chooses a prefill node by what it holds of the prompt against what it has to read before, and a decode node by its
+    /// room, of two that are drawn and those that hold the prompt already. Both or none; or one, where one model writes alone.
+    pub fn choose(&mut self, ask: &Ask<'_>, now: Instant) -> Choice {
+        if let Some(absent) = self.absent(ask.pair, ask.quality) {
+            return Choice::Absent(absent);
+        }
+        let (reads, writes) = (ask.quality != Quality::Decode, ask.quality != Quality::Full);
+        let view = View { nodes: &self.nodes, ask, now };
+        let reader = self.prefill.get(ask.pair).filter(|_| reads).and_then(|pool| view.prefill(pool, &mut self.rng));
+        let writer = self.decode.get(ask.pair).filter(|_| writes).and_then(|pool| view.decode(pool, &mut self.rng));
+        let Some(room) = reader.iter().chain(&writer).map(|candidate| candidate.room).max() else { return Choice::Full };
+        match room {
+            Room::Later if ask.with_room => return Choice::Full,
+            Room::Never if ask.with_room => return Choice::TooLarge,
+            _ => {}
+        }
+        let reader = reader.and_then(|candidate| self.take_reader(ask, candidate, now));
+        let writer = writer.and_then(|candidate| self.take_writer(ask, candidate.node));
+        let part = |taken: &Option<(Arc<Endpoint>, u32, Work)>| taken.as_ref().map(|(_, node, work)| (*node, *work));
+        let taken = Taken { reading: part(&reader), writing: part(&writer) };
+        match (reader, writer) {
+            (Some((prefill, ..)), Some((decode, ..))) => Choice::Pair(Pair { prefill, decode, taken }),
+            (Some((node, ..)), None) | (None, Some((node, ..))) => Choice::One(One { node, taken }),
+            (None, None) => Choice::Full,
+        }
+    }
+
+    fn take_reader(&mut self, ask: &Ask<'_>, reader: Candidate, now: Instant) -> Option<(Arc<Endpoint>, u32, Work)> {
+        let share = self.share();
+        let node = self.nodes.get_mut(&reader.node)?;
+        let unread = ask.prompt_tokens - reader.held;
+        let reading = Work { sequences: 1, tokens: unread as i64, blocks: 0 };
+        node.begin(reading);
+        node.lately.add(unread as f64, now);
+        // What it has read for one pair is there for the others.
+        for pair in &node.endpoint.pairs {
+            let Some(pool) = self.prefill.get_mut(&pair.fingerprint) else { continue };
+            pool.lately.add(unread as f64, now);
+            pool.prefixes.touch(reader.node, ask.keys, node.prefix_blocks_most().unwrap_or(share).min(share));
+        }
+        Some((node.endpoint.clone(), reader.node, reading))
+    }
+
+    fn take_writer(&mut self, ask: &Ask<'_>, writer: u32) -> Option<(Arc<Endpoint>, u32, Work)> {
+        let share = self.share();
+        let (node, pool) = (self.nodes.get_mut(&writer)?, self.decode.get_mut(ask.pair)?);
+        let mut writing = Work::default();
+        if ask.decodes {
+            writing = node.sequence(ask.prompt_tokens + ask.answer_tokens);
+            node.begin(writing);
+        }
+        // A prompt that the decode model read itself is not kept.
+        if ask.decodes && ask.quality == Quality::Overfill {
+            pool.prefixes.touch(writer, ask.keys, node.prefix_blocks_most().unwrap_or(share).min(share));
+        }
+        Some((node.endpoint.clone(), writer, writing))
+    }
+
+    /// Blocks that are remembered of each node.
+    fn share(&self) -> usize {
+        (REMEMBERED / self.nodes.len().max(1)).clamp(64, REMEMBERED_OF_ONE)
+    }
+
+    /// The prompt was read.
+    pub fn read(&mut self, taken: &mut Taken) {
+        let Some((node, reading)) = &mut taken.reading else { return };
+        if let Some(node) = self.nodes.get_mut(node) {
+            let tokens = std::mem::take(&mut reading.tokens);
+            node.end(Work { tokens, ..Work::default() });
+        }
+    }
+
+    /// An attempt is over.
+    pub fn release(&mut self, taken: Taken) {
+        for (node, work) in [taken.reading, taken.writing].into_iter().flatten() {
+            // One that is gone took its counts along.
+            if let Some(node) = self.nodes.get_mut(&node) {
+                node.end(work);
+            }
+        }
+    }
+
+    /// Whether nothing is counted for any node.
+    #[cfg(test)]
+    pub(crate) fn idle(&self) -> bool {
+        self.nodes.values().all(Node::idle)
+    }
+}
+
+/// What a choice looks at.
+struct View<'a> {
+    nodes: &'a HashMap<u32, Node>,
+    ask: &'a Ask<'a>,
+    now: Instant,
+}
+
+/// A node that may be chosen: the least is.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    node: u32,
+    /// Failed before, or lately.
+    shunned: bool,
+    room: Room,
+    cost: f64,
+    /// Tokens of the prompt that it holds.
+    held: usize,
+}
+
+impl Candidate {
+    fn better(self, than: Option<Self>) -> bool {
+        than.is_none_or(|than| {
+            let order = (self.shunned, self.room).cmp(&(than.shunned, than.room));
+            order.then(self.cost.total_cmp(&than.cost)).is_lt()
+        })
+    }
+
+    /// Whether nothing speaks against it.
+    fn good(&self) -> bool {
+        !self.shunned && self.room == Room::Now
+    }
+}
+
+impl View<'_> {
+    fn prefill(&self, pool: &Pool, rng: &mut SmallRng) -> Option<Candidate> {
+        let matches = pool.prefixes.matches(self.ask.keys);
+        let mean = pool.lately.at(self.now) / pool.members.len() as f64;
+        let look = |number: u32| {
+            let node = self.nodes.get(&number)?;
+            // The last token is read anyway.
+            let held = (matches.of(number) * BLOCK).min(self.ask.prompt_tokens.saturating_sub(1));
+            let (queue, room) = node.reading(self.ask.prompt_tokens, self.now);
+            let lately = node.lately.at(self.now);
+            let cost = queue + (self.ask.prompt_tokens - held) as f64 + lately * LATELY + (lately - mean * UNEVEN).max(0.0);
+            Some(Candidate { node: number, shunned: self.shunned(node), room, cost, held })
+        };
+        let first = rng.random_range(0..pool.members.len());
+        let drawn: Vec<u32> = match pool.members.len() {
+            // Another one first each time, so that equals take turns.
+            all @ ..=LOOKED_AT => (0..all).map(|i| pool.members[(first + i) % all]).collect(),
+            all => (0..LOOKED_AT).map(|_| pool.members[rng.random_range(0..all)]).collect(),
+        };
+        best(matches.nodes().chain(drawn).filter_map(look))
+    }
+
+    fn decode(&self, pool: &Pool, rng: &mut SmallRng) -> Option<Candidate> {
+        let takes_over = self.ask.decodes && self.ask.quality == Quality::Overfill;
+        let matches = if takes_over { pool.prefixes.matches(self.ask.keys) } else { Matches::default() };
+        let look = |number: u32| {
+            let node = self.nodes.get(&number)?;
+            let held = matches.of(number) * BLOCK;
+            let (fullness, room) = if self.ask.decodes {
+                node.writing(self.ask.prompt_tokens + self.ask.answer_tokens, held, self.now)
+            } else {
+                (0.0, Room::Now)
+            };
+            let saved = AFFINITY * held as f64 / (held as f64 + WORTH_IT);
+            Some(Candidate { node: number, shunned: self.shunned(node), room, cost: fullness - saved, held })
+        };
+        let all = pool.members.len();
+        let first = rng.random_range(0..all);
+        let second = if all > 1 { (first + 1 + rng.random_range(0..all - 1)) % all } else { first };
+        let two = [pool.members[first], pool.members[second]];
+        let found = best(matches.nodes().chain(two).filter_map(look));
+        if all <= 2 || found.is_some_and(|c| c.good()) {
+            return found;
+        }
+        let further = (1..=FURTHER.min(all)).map(|i| match all {
+            ..=FURTHER => pool.members[(first + i) % all],
+            _ => pool.members[rng.random_range(0..all)],
+        });
+        best(found.into_iter().chain(further.filter_map(look)))
+    }
+
+    fn shunned(&self, node: &Node) -> bool {
+        node.suspect_until.is_some_and(|until| until > self.now) || self.ask.shunned.contains(&node.endpoint.id)
+    }
+}
+
+/// The first of the best.
+fn best(candidates: impl Iterator<Item = Candidate>) -> Option<Candidate> {
+    candidates.fold(None, |best, candidate| if candidate.better(best) { Some(candidate) } else { best })
+}
+
+#[cfg(test)]
+mod tests {
+    use overfill_types::ServedPair;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::keys;
+
+    fn pair() -> Fingerprint {
+        Fingerprint::new("ours")
+    }
+
+    fn node(id: &str, role: Role) -> Endpoint {
+        let pairs = vec![ServedPair { model: "m".into(), fingerprint: pair() }];
+        Endpoint { id: NodeId::new(id), role, address: "127.0.0.1:1".into(), pairs, max_context: 10 }
+    }
+
+    fn cluster(prefill: usize, decode: usize) -> (Cluster, Instant) {
+        let (mut cluster, now) = (Cluster::new(1), Instant::now());
+        let nodes = (0..prefill).map(|i| node(&format!("p{i}"), Role::Prefill));
+        let nodes: Vec<Endpoint> = nodes.chain((0..decode).map(|i| node(&format!("d{i}"), Role::Decode))).collect();
+        cluster.update(&nodes, now);
+        (cluster, now)
+    }
+
+    fn choose(cluster: &mut Cluster, tokens: &[u32], shunned: &[NodeId], now: Instant) -> Choice {
+        let (pair, keys) = (pair(), keys(0, tokens));
+        let (prompt_tokens, answer_tokens) = (tokens.len(), 16);
+        let ask = Ask {
+            pair: &pair,
+            quality: Quality::Overfill,
+            decodes: true,
+            keys: &keys,
+            prompt_tokens,
+            answer_tokens,
+            shunned,
+            with_room: true,
+        };
+        cluster.choose(&ask, now)
+    }
+
+    fn chosen(cluster: &mut Cluster, tokens: &[u32], shunned: &[NodeId], now: Instant) -> Pair {
+        match choose(cluster, tokens, shunned, now) {
+            Choice::Pair(pair) => pair,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn prompt(first: u32, length: u32) -> Vec<u32> {
+        (first..first + length).collect()
+    }
+
+    #[test]
+    fn work_is_spread_and_given_back() {
+        let (mut cluster, now) = cluster(2, 2);
+        let a = chosen(&mut cluster, &prompt(0, 20), &[], now);
+        let b = chosen(&mut cluster, &prompt(100, 20), &[], now);
+        assert!(a.prefill.id != b.prefill.id && a.decode.id != b.decode.id);
+        cluster.release(a.taken);
+        cluster.release(b.taken);
+        assert!(cluster.idle());
+    }
+
+    #[test]
+    fn a_chat_stays_with_its_node_until_that_is_busy() {
+        let (mut cluster, now) = cluster(4, 4);
+        let first = chosen(&mut cluster, &prompt(0, 400), &[], now);
+        let (reader, writer) = (first.prefill.id.clone(), first.decode.id.clone());
+        cluster.release(first.taken);
+        for turn in 1..5 {
+            let next = chosen(&mut cluster, &prompt(0, 400 + turn * 50), &[], now);
+            assert_eq!((&next.prefill.id, &next.decode.id), (&reader, &writer));
+            cluster.release(next.taken);
+        }
+        let report = Report { unread_tokens: 10_000, sequences: 20, sequences_most: 64, ..Report::default() };
+        cluster.told(&reader, report, now);
+        cluster.told(&writer, report, now);
+        let moved = chosen(&mut cluster, &prompt(0, 700), &[], now);
+        assert!(moved.prefill.id != reader && moved.decode.id != writer);
+        cluster.release(moved.taken);
+        // What it said is too old to count.
+        let back = chosen(&mut cluster, &prompt(0, 600), &[], now + Duration::from_secs(4));
+        assert_eq!(back.decode.id, writer);
+        cluster.release(back.taken);
+    }
+
+    #[test]
+    fn suspects_and_shunned_ones_come_last() {
+        let (mut cluster, now) = cluster(2, 2);
+        cluster.suspect(&NodeId::new("d1"), now);
+        for i in 0..20 {
+            let pair = chosen(&mut cluster, &prompt(i * 1000, 100), &[NodeId::new("p0")], now);
+            assert_eq!((pair.prefill.id.as_str(), pair.decode.id.as_str()), ("p1", "d0"));
+            cluster.release(pair.taken);
+        }
+        let (mut only, _) = self::cluster(1, 1);
+        only.suspect(&NodeId::new("d0"), now);
+        assert_eq!(chosen(&mut only, &prompt(0, 1), &[NodeId::new("p0")], now).decode.id.as_str(), "d0");
+        let later = now + SUSPICION * 2;
+        assert!((0..50).any(|i| chosen(&mut cluster, &prompt(i, 9), &[], later).decode.id.as_str() == "d1"));
+    }
+
+    #[test]
+    fn the_missing_half_is_named_and_nothing_is_taken() {
+        let (mut cluster, now) = cluster(1, 0);
+        let absent = Absent { prefill: false, decode: true };
+        assert!(matches!(choose(&mut cluster, &prompt(0, 40), &[], now), Choice::Absent(a) if a == absent));
+        assert!(cluster.idle());
+        assert_eq!(cluster.absent(&pair(), Quality::Overfill), Some(absent));
+    }
+
+    #[test]
+    fn a_model_that_writes_alone_gets_one_node() {
+        let (mut cluster, now) = cluster(1, 2);
+        let (pair, keys) = (pair(), keys(0, &prompt(0, 40)));
+        for (quality, names) in [(Quality::Full, "p0"), (Quality::Decode, "d0 d1")] {
+            for _ in 0..10 {
+                let ask = Ask {
+                    pair: &pair,
+                    quality,
+                    decodes: true,
+                    keys: &keys,
+                    prompt_tokens: 40,
+                    answer_tokens: 9,
+                    shunned: &[],
+                    with_room: true,
+                };
+                match cluster.choose(&ask, now) {
+                    Choice::One(one) => {
+                        assert!(names.contains(one.node.id.as_str()), "{quality}: {}", one.node.id);
+                        cluster.release(one.taken);
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        assert!(cluster.idle());
+        assert_eq!(cluster.decode[&pair].prefixes.matches(&keys).nodes().count(), 0, "what it read alone is not kept");
+        cluster.update(&[node("d0", Role::Decode)], now);
+        assert_eq!(cluster.absent(&pair, Quality::Decode), None);
+        assert_eq!(cluster.absent(&pair, Quality::Full), Some(Absent { prefill: true, decode: false }));
+    }
+
+    #[test]
+    fn what_a_node_read_for_one_pair_it_holds_for_another() {
+        let (mut cluster, now) = (Cluster::new(1), Instant::now());
+        let pairs: Vec<ServedPair> = ["ours", "other"].map(|p| ServedPair { model: p.into(), fingerprint: Fingerprint::new(p) }).to_vec();
+        let both = |id| Endpoint { pairs: pairs.clone(), ..node(id, Role::Prefill) };
+        let of_other = Endpoint { pairs: pairs[1..].to_vec(), ..node("d1", Role::Decode) };
+        cluster.update(&[both("p0"), both("p1"), node("d0", Role::Decode), of_other], now);
+        let first = chosen(&mut cluster, &prompt(0, 400), &[], now);
+        let holds = first.prefill.id.clone();
+        cluster.release(first.taken);
+        let (other, keys) = (&pairs[1].fingerprint, keys(0, &prompt(0, 400)));
+        let matches = cluster.prefill[other].prefixes.matches(&keys);
+        let holders: Vec<&str> = matches.nodes().map(|n| cluster.nodes[&n].endpoint.id.as_str()).collect();
+        assert_eq!(holders, [holds.as_str()]);
+        cluster.update(&[both("p1")], now);
+        cluster.update(&[], now);
+        assert!(cluster.prefill.is_empty() && cluster.decode.is_empty());
+    }
+
+    #[test]
+    fn full_nodes_are_passed_over_and_all_full_is_told() {
+        let (mut cluster, now) = cluster(1, 10);
+        let full = Report { sequences: 4, sequences_most: 4, block_tokens: 16, blocks: 100, promised_most: 100, ..Report::default() };
+        for i in 0..9 {
+            cluster.told(&NodeId::new(format!("d{i}")), full, now);
+        }
+        let free = Report { sequences: 0, ..full };
+        cluster.told(&NodeId::new("d9"), free, now);
+        // Two are drawn, and six more: that it is found is likely, that a full one is taken impossible.
+        let mut found = 0;
+        for _ in 0..50 {
+            if let Choice::Pair(pair) = choose(&mut cluster, &prompt(0, 40), &[], now) {
+                assert_eq!(pair.decode.id.as_str(), "d9");
+                cluster.release(pair.taken);
+                found += 1;
+            }
+        }
+        assert!(found >= 25, "{found}");
+        cluster.told(&NodeId::new("d9"), Report { promised: 97, ..free }, now);
+        assert!(matches!(choose(&mut cluster, &prompt(0, 40), &[], now), Choice::Full), "four blocks are needed, three are free");
+        let (mut small, now) = self::cluster(1, 1);
+        small.told(&NodeId::new("d0"), Report { blocks: 3, ..free }, now);
+        assert!(matches!(choose(&mut small, &prompt(0, 40), &[], now), Choice::TooLarge));
+    }
+
+    #[test]
+    fn what_a_node_held_goes_with_it() {
+        let (mut cluster, now) = cluster(2, 1);
+        let first = chosen(&mut cluster, &prompt(0, 400), &[], now);
+        let (reader, other) = if first.prefill.id.as_str() == "p0" { ("p0", "p1") } else { ("p1", "p0") };
+        cluster.update(&[node(other, Role::Prefill), node("d0", Role::Decode)], now);
+        // Of a node that is gone, with its counts.
+        cluster.release(first.taken);
+        cluster.update(&[node("p0", Role::Prefill), node("p1", Role::Prefill), node("d0", Role::Decode)], now);
+        assert!(cluster.idle());
+        let matches = cluster.prefill[&pair()].prefixes.matches(&keys(0, &prompt(0, 400)));
+        assert_eq!(matches.nodes().count(), 0, "{reader} has read nothing");
+    }
+
+    #[test]
+    fn the_same_seed_chooses_the_same() {
+        let run = || {
+            let (mut cluster, now) = cluster(20, 20);
+            let mut taken = Vec::new();
+            for i in 0..100 {
+                let pair = chosen(&mut cluster, &prompt(i % 7 * 100, 64), &[], now);
+                taken.push((pair.prefill.id.to_string(), pair.decode.id.to_string()));
+            }
+            taken
+        };
+        assert_eq!(run(), run());
+    }
+
+    proptest! {
+        /// Whatever comes and goes: counts are given back once, and those chosen are there.
+        #[test]
+        fn counts_balance(steps in proptest::collection::vec((0..5u8, 0..8usize, 1..200u32), 1..120)) {
+            let (mut cluster, now) = cluster(4, 4);
+            let mut listed: Vec<Endpoint> = cluster.nodes.values().map(|n| (*n.endpoint).clone()).collect();
+            let mut held: Vec<Taken> = Vec::new();
+            for (what, which, length) in steps {
+                match what {
+                    0 | 1 => if let Choice::Pair(pair) = choose(&mut cluster, &prompt(which as u32 * 50, length), &[], now) {
+                        prop_assert!(listed.iter().any(|n| n.id == pair.prefill.id) && listed.iter().any(|n| n.id == pair.decode.id));
+                        held.push(pair.taken);
+                    },
+                    2 if which < held.len() => cluster.release(held.swap_remove(which)),
+                    3 if which < held.len() => {
+                        cluster.read(&mut held[which]);
+                        cluster.read(&mut held[which]);
+                    }
+                    4 => {
+                        let name = format!("{}{}", if which < 4 { 'p' } else { 'd' }, which % 4);
+                        match listed.iter().position(|n| n.id.as_str() == name) {
+                            Some(place) => drop(listed.remove(place)),
+                            None => listed.push(node(&name, if which < 4 { Role::Prefill } else { Role::Decode })),
+                        }
+                        cluster.update(&listed, now);
+                    }
+                    _ => {}
+                }
+            }
+            for taken in held {
+                cluster.release(taken);
+            }
+            prop_assert!(cluster.idle());
+        }
+    }
+}
