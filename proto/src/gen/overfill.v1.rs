@@ -121,6 +121,10 @@ pub struct ServedPair {
     pub fingerprint: ::prost::alloc::string::String,
 }
 /// What a node holds at this moment.
+///
+/// `WatchStatus` of both kinds of node streams it: the first at once, then each change, at most one every 50 ms, and where
+/// nothing changes one a second, so that silence means that the node or the way to it is lost. The stream ends when the
+/// node drains; its last message says so.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct NodeStatus {
     #[prost(string, tag = "1")]
