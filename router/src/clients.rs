@@ -118,7 +118,10 @@ impl Clients {
             return Err(ServiceError::new(Code::Unauthenticated, message));
         };
         let digest: [u8; 32] = Sha256::digest(key.trim()).into();
-        by_key.get(&digest).cloned().ok_or_else(|| ServiceError::new(Code::Unauthenticated, "Incorrect API key provided: this router does not know it"))
+        by_key
+            .get(&digest)
+            .cloned()
+            .ok_or_else(|| ServiceError::new(Code::Unauthenticated, "Incorrect API key provided: this router does not know it"))
     }
 }
 
@@ -126,7 +129,8 @@ fn by_key(file: KeyFile) -> Result<HashMap<[u8; 32], Arc<Client>>, String> {
     let mut by_key = HashMap::new();
     let now = Instant::now();
     for (number, entry) in file.clients.into_iter().enumerate() {
-        let ClientEntry { name, keys, sha256, weight, class, max_concurrent, requests_per_second, tokens_per_second, burst_seconds } = entry;
+        let ClientEntry { name, keys, sha256, weight, class, max_concurrent, requests_per_second, tokens_per_second, burst_seconds } =
+            entry;
         if weight == 0 || max_concurrent == Some(0) {
             return Err(format!("client {name}: weight and max_concurrent are at least 1"));
         }
@@ -135,7 +139,9 @@ fn by_key(file: KeyFile) -> Result<HashMap<[u8; 32], Arc<Client>>, String> {
         }
         let bucket = |what: &str, rate: Option<f64>| match rate {
             None => Ok(None),
-            Some(rate) if rate > 0.0 && rate.is_finite() => Ok(Some(Mutex::new(Bucket::new(rate, Duration::from_secs_f64(burst_seconds), now)))),
+            Some(rate) if rate > 0.0 && rate.is_finite() => {
+                Ok(Some(Mutex::new(Bucket::new(rate, Duration::from_secs_f64(burst_seconds), now))))
+            }
             Some(rate) => Err(format!("client {name}: {what} is {rate}; it is above 0")),
         };
         let (requests, tokens) = (bucket("requests_per_second", requests_per_second)?, bucket("tokens_per_second", tokens_per_second)?);
@@ -198,7 +204,8 @@ impl Client {
         let Some(bucket) = bucket else { return Ok(()) };
         let taken = bucket.lock().unwrap_or_else(PoisonError::into_inner).take(amount, Instant::now());
         taken.map_err(|wait| {
-            let message = format!("Rate limit reached: client {} is over its {what} per second; try again in {:.1} s", self.name, wait.as_secs_f64());
+            let message =
+                format!("Rate limit reached: client {} is over its {what} per second; try again in {:.1} s", self.name, wait.as_secs_f64());
             self.over(message, wait)
         })
     }
@@ -251,7 +258,8 @@ mod tests {
     #[test]
     fn a_key_names_its_client() {
         let digest = hex::encode(Sha256::digest("sk-b"));
-        let text = format!(r#"{{"clients": [{{"name": "a", "keys": ["sk-a", "sk-aa"], "weight": 3}}, {{"name": "b", "sha256": ["{digest}"]}}]}}"#);
+        let text =
+            format!(r#"{{"clients": [{{"name": "a", "keys": ["sk-a", "sk-aa"], "weight": 3}}, {{"name": "b", "sha256": ["{digest}"]}}]}}"#);
         let clients = clients(&text).unwrap();
         for (sent, name) in [("Bearer sk-a", "a"), ("bearer sk-aa", "a"), ("Bearer sk-b ", "b")] {
             assert_eq!(of(&clients, sent).unwrap().name, name);

@@ -217,9 +217,14 @@ impl Drop for Chosen {
 /// A full cluster, as it is told.
 fn refused(refusal: Refusal) -> ServiceError {
     let (message, retry) = match refusal {
-        Refusal::Crowded { waiting, retry } => (format!("the cluster is full and {waiting} requests wait, the most: try again later"), retry),
+        Refusal::Crowded { waiting, retry } => {
+            (format!("the cluster is full and {waiting} requests wait, the most: try again later"), retry)
+        }
         Refusal::Late { expected } => {
-            let message = format!("the cluster is full: this request's turn would be in {:.1} s, too late for it; try again later", expected.as_secs_f64());
+            let message = format!(
+                "the cluster is full: this request's turn would be in {:.1} s, too late for it; try again later",
+                expected.as_secs_f64()
+            );
             (message, expected)
         }
     };

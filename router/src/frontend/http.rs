@@ -12,8 +12,8 @@ use overfill_types::{Code, ServiceError};
 use serde_json::{Value, json};
 
 use crate::Router;
-use crate::frontend::{docs, stack};
 use crate::frontend::openai::{self, ChatRequest, CompletionRequest, Failed};
+use crate::frontend::{docs, stack};
 
 /// All routes.
 pub(crate) fn app(router: Arc<Router>) -> Routes {

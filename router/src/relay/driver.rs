@@ -74,7 +74,9 @@ impl Driver {
                 self.router.pairing.turn(order.clone(), self.ticket, std::mem::replace(&mut self.served, true)).await
             };
             match chosen {
-                Ok(chosen) if !order.shunned.contains(&chosen.prefill.id) && !order.shunned.contains(&chosen.decode.id) => return Ok(chosen),
+                Ok(chosen) if !order.shunned.contains(&chosen.prefill.id) && !order.shunned.contains(&chosen.decode.id) => {
+                    return Ok(chosen);
+                }
                 Ok(_) => {}
                 Err(NoPair::Refused(error)) => return Err(error),
                 Err(NoPair::Absent) => {

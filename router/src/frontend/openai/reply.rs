@@ -55,11 +55,7 @@ struct Begun {
     include_usage: bool,
 }
 
-async fn begin<R: OpenAiRequest>(
-    router: &Arc<Router>,
-    client: &Arc<Client>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Begun, Failed> {
+async fn begin<R: OpenAiRequest>(router: &Arc<Router>, client: &Arc<Client>, body: Result<Bytes, BytesRejection>) -> Result<Begun, Failed> {
     let body = read(router, body)?;
     // Several times, so that an error names the field: with all parts in one the path to it is lost.
     let common: Common = parse(&body)?;
