@@ -48,9 +48,10 @@ impl Metrics {
             let admission = admission.clone();
             registry.read_gauge(name, help, &[], move || read(&admission) as f64)
         };
-        gauge("vllm:num_requests_running", "Sequences whose handoff has begun, or that write, in requests.", Admission::running)?;
+        gauge("vllm:num_requests_running", "Sequences whose handoff has begun, or that write, in requests.", |a| a.held().running)?;
         gauge("vllm:num_requests_waiting", "Reservations of which no frame has come yet, in requests.", |a| {
-            a.sequences().saturating_sub(a.running())
+            let held = a.held();
+            held.sequences.saturating_sub(held.running)
         })?;
         let counter = |name, help, read: fn(&Admission) -> u64| {
             let admission = admission.clone();

@@ -11,6 +11,7 @@ use overfill_types::{Code, Fingerprint, KvGeometry, PairManifest, ServedPair, Se
 use crate::rows::Rows;
 
 /// What is to be known of a pair for a handoff to its decode nodes.
+#[derive(Clone)]
 pub(crate) struct Offer {
     pub(crate) pair: ServedPair,
     /// Of the decode model.
@@ -19,6 +20,7 @@ pub(crate) struct Offer {
 }
 
 /// All pairs, in the order of their flags.
+#[derive(Clone)]
 pub(crate) struct Offers {
     offers: Vec<Offer>,
     /// Stands for the full model and the format of its cache in the names of blocks.

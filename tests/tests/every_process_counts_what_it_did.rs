@@ -210,21 +210,22 @@ async fn what_goes_wrong_is_counted() {
         sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),
         stop: Some(StopTokens { max_tokens: 4, ignore_eos: true, ..Default::default() }),
         written: vec![],
+        alone: false,
     };
     // Another pair.
     client.generate(ask("another", "a")).await.unwrap_err();
     // A byte that was changed on the way.
-    let mut events = client.generate(ask(node.fingerprint.as_str(), "b")).await.unwrap().into_inner();
+    let mut events = client.generate(ask(node.pairs[0].fingerprint.as_str(), "b")).await.unwrap().into_inner();
     let Some(decode_event::Event::Reserved(reserved)) = events.message().await.unwrap().unwrap().event else { panic!() };
     let ticket = Ticket::new(reserved.ticket);
     let mut payload = vec![0u8; prompt.len() * tiny::FULL.kv_heads * 8 * 4];
-    let (fingerprint, tokens) = (node.fingerprint.clone(), prompt.len() as u32);
+    let (fingerprint, tokens) = (node.pairs[0].fingerprint.clone(), prompt.len() as u32);
     let header = RowsHeader { fingerprint, ticket: ticket.clone(), epoch: Epoch(1), index: 0, layer: 0, start: 0, tokens };
     let checksum = header.checksum(&payload, &payload);
     payload[17] ^= 1;
     let rows = KvRows { layer: 0, start: 0, tokens, dtype: KvDtype::F32.into(), k: payload.clone().into(), v: payload.into(), checksum };
     let frame = KvFrame {
-        fingerprint: node.fingerprint.to_string(),
+        fingerprint: node.pairs[0].fingerprint.to_string(),
         ticket: ticket.to_string(),
         epoch: 1,
         index: 0,
@@ -233,7 +234,7 @@ async fn what_goes_wrong_is_counted() {
     assert_eq!(client.push_kv(tokio_stream::iter([frame])).await.unwrap_err().code(), Code::DataLoss);
     events.message().await.unwrap_err();
     // No frame at all.
-    let mut events = client.generate(ask(node.fingerprint.as_str(), "c")).await.unwrap().into_inner();
+    let mut events = client.generate(ask(node.pairs[0].fingerprint.as_str(), "c")).await.unwrap().into_inner();
     events.message().await.unwrap();
     assert_eq!(events.message().await.unwrap_err().code(), Code::DeadlineExceeded);
     // A client that goes away.

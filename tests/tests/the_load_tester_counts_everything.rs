@@ -205,7 +205,7 @@ async fn traces_sweeps_and_reports() {
 async fn a_full_cluster_is_counted() {
     let pair = tiny::pair(Kind::Identity, 31);
     let cluster = Builder::new(&pair.dir).router_flags(&["--max-requests", "4"]).start().await;
-    for (backend, url, kind) in [("openai", &cluster.http, "http_429"), ("grpc", &cluster.grpc, "grpc_resource_exhausted")] {
+    for (backend, url, kind) in [("openai", &cluster.http, "http_503"), ("grpc", &cluster.grpc, "grpc_unavailable")] {
         let flags = ["--backend", backend, "--base-url", url, "--vocab-size", VOCABULARY, "--num-prompts", "30", "--input-len", "8"];
         let ran = bench(&[&flags[..], &["--output-len", "200"]].concat()).await;
         let result = ran.result();
@@ -214,7 +214,7 @@ async fn a_full_cluster_is_counted() {
         assert!(result["overfill"]["failures"][kind]["count"].as_u64().unwrap() >= 1, "{}", result["overfill"]);
         assert!(!result["overfill"]["failures"][kind]["first"].as_str().unwrap().is_empty());
         assert!(ran.said().contains(kind), "{}", ran.said());
-        // With a cap nothing is refused (the router counts a request for a moment after its last token); the wait is not hidden.
+        // With a cap nothing is refused; the wait is not hidden.
         let ran = bench(&[&flags[..], &["--output-len", "20", "--max-concurrency", "1"]].concat()).await;
         let result = ran.result();
         assert_eq!((&result["completed"], &result["max_concurrent_requests"]), (&30.into(), &1.into()), "{}", ran.said());

@@ -314,8 +314,8 @@ struct View<'a> {
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     node: u32,
-    /// Failed before, or lately.
-    shunned: bool,
+    /// What comes before its cost: whether it failed lately, whether it has room, whether this request has tried it.
+    rank: (bool, Room, bool),
     room: Room,
     cost: f64,
     /// Tokens of the prompt that it holds.
@@ -324,15 +324,12 @@ struct Candidate {
 
 impl Candidate {
     fn better(self, than: Option<Self>) -> bool {
-        than.is_none_or(|than| {
-            let order = (self.shunned, self.room).cmp(&(than.shunned, than.room));
-            order.then(self.cost.total_cmp(&than.cost)).is_lt()
-        })
+        than.is_none_or(|than| self.rank.cmp(&than.rank).then(self.cost.total_cmp(&than.cost)).is_lt())
     }
 
     /// Whether nothing speaks against it.
     fn good(&self) -> bool {
-        !self.shunned && self.room == Room::Now
+        self.rank == (false, Room::Now, false)
     }
 }
 
@@ -347,7 +344,7 @@ impl View<'_> {
             let (queue, room) = node.reading(self.ask.prompt_tokens, self.now);
             let lately = node.lately.at(self.now);
             let cost = queue + (self.ask.prompt_tokens - held) as f64 + lately * LATELY + (lately - mean * UNEVEN).max(0.0);
-            Some(Candidate { node: number, shunned: self.shunned(node), room, cost, held })
+            Some(Candidate { node: number, rank: self.rank(node, room), room, cost, held })
         };
         let first = rng.random_range(0..pool.members.len());
         let drawn: Vec<u32> = match pool.members.len() {
@@ -370,7 +367,7 @@ impl View<'_> {
                 (0.0, Room::Now)
             };
             let saved = AFFINITY * held as f64 / (held as f64 + WORTH_IT);
-            Some(Candidate { node: number, shunned: self.shunned(node), room, cost: fullness - saved, held })
+            Some(Candidate { node: number, rank: self.rank(node, room), room, cost: fullness - saved, held })
         };
         let all = pool.members.len();
         let first = rng.random_range(0..all);
@@ -387,8 +384,11 @@ impl View<'_> {
         best(found.into_iter().chain(further.filter_map(look)))
     }
 
-    fn shunned(&self, node: &Node) -> bool {
-        node.suspect_until.is_some_and(|until| until > self.now) || self.ask.shunned.contains(&node.endpoint.id)
+    fn rank(&self, node: &Node, room: Room) -> (bool, Room, bool) {
+        let suspect = node.suspect_until.is_some_and(|until| until > self.now);
+        let shunned = self.ask.shunned.contains(&node.endpoint.id);
+        // Who waits for room takes it where it is, and where that refused before asks again: nobody waits behind it meanwhile.
+        if self.ask.with_room { (suspect, room, shunned) } else { (suspect || shunned, room, false) }
     }
 }
 

@@ -29,6 +29,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// a timeout; whose key it is.
 pub(crate) fn stack<S: Clone + Send + Sync + 'static>(router: &Arc<Router>, routes: Routes<S>) -> Routes<S> {
     let clients = router.clients.clone();
+    #[expect(clippy::result_large_err, reason = "the layer asks for a whole response")]
     let whose = move |request: &mut Request<Body>| match clients.of(request.headers()) {
         Ok(client) => {
             request.extensions_mut().insert(client);
