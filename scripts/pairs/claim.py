@@ -14,11 +14,12 @@ import argparse
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
+
+from steps import Overfill, evenly
 
 # The paper's ratio, 0.45 of both widths cut away: 42 % of the full model's weights are read for each token.
 HIDDEN, INTERMEDIATE = 324, 864
+ARMS = ("overfill", "decode")
 # Chosen on validation among 1e-4, 2e-4, 4e-4 and 8e-4.
 RATES = {"overfill": 4e-4, "decode": 4e-4}
 
@@ -35,6 +36,7 @@ def main():
     parser.add_argument("--responses", type=pathlib.Path, help="training conversations that are there already, instead")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-tokens", type=int, default=768)
+    parser.add_argument("--validate-every", type=int, default=1000, help="steps")
     parser.add_argument("--samples", type=int, default=512, help="conversations that the pruning is fitted to")
     parser.add_argument("--limit", type=int, default=40, help="test questions of each task")
     parser.add_argument("--loss", default="ce", help="ce is the paper's")
@@ -48,73 +50,47 @@ def main():
 class Claim:
     def __init__(self, args):
         self.args = args
-        pair = pathlib.Path(self.output("fetch"))
-        self.full = pair / "full.gguf"
-
-    def output(self, *command):
-        return subprocess.run([self.args.overfill, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-
-    def make(self, target, *command):
-        """Runs a command of `overfill` unless what it makes is there. All of them make it whole or not at all, or go on."""
-        if not target.exists():
-            print("+ overfill", *command, file=sys.stderr)
-            self.output(*command)
-        return target
+        self.overfill = Overfill(args.overfill)
+        self.full = self.overfill.full()
 
     def run(self):
         args, out = self.args, self.args.out
         train, valid = args.responses or self.responses(), args.data / "valid.answers.jsonl"
+        starts = {arm: self.start(arm, train) for arm in ARMS}
         seeds = range(args.seed, args.seed + args.seeds)
-        reports = {seed: self.report(seed, train, valid) for seed in seeds}
+        reports = {seed: self.report(seed, starts, train, valid) for seed in seeds}
         table = self.table(reports)
         (out / "claim.json").write_text(json.dumps(table, indent=1) + "\n")
         print_table(table)
 
     def responses(self):
+        """The full model's own answers to prompts of the training set."""
         args, out = self.args, self.args.out
-        prompts = out / "prompts.jsonl"
-        if not prompts.exists():
-            lines = (args.data / "train.prompts.jsonl").read_text().splitlines(keepends=True)
-            # Evenly, so that every kind of prompt is among them.
-            prompts.write_text("".join(lines[i * len(lines) // args.prompts] for i in range(args.prompts)))
+        prompts = evenly(args.data / "train.prompts.jsonl", out / "prompts.jsonl", args.prompts)
         done = out / "responses.done"
         if not done.exists():
-            self.output("answer", "--data", prompts, "--out", out / "responses.jsonl", "--seed", 1)
+            self.overfill.output("answer", "--data", prompts, "--out", out / "responses.jsonl", "--seed", 1)
             done.touch()
         return out / "responses.jsonl"
 
     def start(self, arm, train):
         args = self.args
-        target = args.out / f"init-{arm}"
-        return self.make(
-            target, "prune", "--full", self.full, "--method", "pca", "--fit", arm, "--hidden", args.hidden, "--intermediate", args.intermediate,
-            "--calibration", train, "--samples", args.samples, "--held-out", 20, "--out", target,
-        )  # fmt: skip
+        widths = ("--hidden", args.hidden, "--intermediate", args.intermediate)
+        return self.overfill.prune(args.out / f"init-{arm}", self.full, train, "--method", "pca", "--fit", arm, "--samples", args.samples, *widths)
 
-    def trained(self, arm, seed, train, valid):
-        args = self.args
-        run = args.out / f"{arm}-{seed}"
-        self.make(
-            run / "model", "train", "--full", self.full, "--init", self.start(arm, train), "--mode", arm, "--loss", args.loss,
-            "--data", train, "--valid", valid, "--valid-samples", 100, "--lr", args.rates[arm], "--warmup", 0.05, "--epochs", args.epochs,
-            "--batch-tokens", args.batch_tokens, "--validate-every", 1000, "--save-every", 100, "--seed", seed, "--out", run,
-        )  # fmt: skip
-        return run / "model"
-
-    def report(self, seed, train, valid):
-        args, out = self.args, self.args.out
-        ours, alone = (self.trained(arm, seed, train, valid) for arm in ("overfill", "decode"))
-        pair = self.make(
-            out / f"pair-{seed}", "pair", "--full", self.full, "--decode", ours, "--kv", "identity", "--out", out / f"pair-{seed}",
-        )  # fmt: skip
-        told = out / f"eval-{seed}.json"
-        if not told.exists():
-            data = ",".join(str(args.data / name) for name in ("test.jsonl", "test.open.jsonl"))
-            text = self.output(
-                "eval", "--pair", pair, "--data", data, "--modes", "overfill,full", "--baseline", alone, "--limit", args.limit, "--json",
-            )  # fmt: skip
-            told.write_text(text + "\n")
-        return json.loads(told.read_text())
+    def report(self, seed, starts, train, valid):
+        args, out, data = self.args, self.args.out, self.args.data
+        batch = ("--batch-tokens", args.batch_tokens, "--epochs", args.epochs, "--seed", seed, "--cache", out / "readings")
+        when = ("--valid-samples", 100, "--validate-every", args.validate_every, "--save-every", 100)
+        models = {}
+        for arm in ARMS:
+            rate = ("--mode", arm, "--loss", args.loss, "--lr", args.rates[arm], "--warmup", 0.05)
+            models[arm] = self.overfill.train(out / f"{arm}-{seed}", self.full, starts[arm], train, valid, *rate, *batch, *when)
+        pair = out / f"pair-{seed}"
+        self.overfill.make(pair, "pair", "--full", self.full, "--decode", models["overfill"], "--kv", "identity", "--out", pair)
+        questions = ("--data", data / "test.jsonl", "--data", data / "test.open.jsonl", "--limit", args.limit)
+        against = ("--modes", "overfill,full", "--baseline", models["decode"])
+        return json.loads(self.overfill.told(out / f"eval-{seed}.json", "eval", "--pair", pair, *questions, *against, "--json").read_text())
 
     def table(self, reports):
         seeds = []

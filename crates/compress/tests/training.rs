@@ -13,6 +13,7 @@ use overfill_compress::train::{
 };
 use overfill_compress::{Arm, Example, score};
 use overfill_model::{Device, Llama, Pool, Transform, Weights, Workspace};
+use overfill_text::gguf::GgufVocabulary;
 use overfill_types::pair::WeightFormat;
 use overfill_types::{KvFormats, KvTransform};
 use serde_json::{Map, Value};
@@ -232,7 +233,11 @@ fn a_model_that_learns_to_be_rounded_is_the_file_that_is_exported() {
     let valid = examples(9);
     let out = folder.path().join("run");
     let materials = materials(folder.path(), examples(20), valid.clone(), &options);
-    std::fs::copy(fixtures().join("pruning/tokenizer.json"), materials.init.join("tokenizer.json")).unwrap();
+    // A file has its tokenizer in it: one token for each number that the models know.
+    let tokens = (0..128).map(|i| format!("token{i}")).collect();
+    let token_types = vec![1; 128];
+    let vocabulary = GgufVocabulary { model: "gpt2".into(), pre: Some("smollm".into()), tokens, token_types, ..Default::default() };
+    std::fs::write(materials.init.join("tokenizer.json"), vocabulary.tokenizer().unwrap().to_string(false).unwrap()).unwrap();
     let (outcome, records) = run(&options, materials, &out, 0);
     let outcome = outcome.unwrap();
     let validations: Vec<&Validation> = records.iter().filter_map(|r| if let Record::Validation(v) = r { Some(v) } else { None }).collect();

@@ -17,10 +17,10 @@ const SUSPICION: Duration = Duration::from_secs(3);
 const LOOKED_AT: usize = 8;
 /// Decode nodes that are looked at further where the two that were drawn have no room or have failed.
 const FURTHER: usize = 6;
-/// A prefill node that was lately given more than this times what the mean was is relieved, even of what it holds.
-const UNEVEN: f64 = 1.15;
-/// What tokens that were given lately count beside tokens that wait: they decide where the rest is equal.
-const LATELY: f64 = 0.02;
+/// What tokens that were given lately count beside tokens that wait: they decide where the rest is nearly equal. What a node was
+/// given above the mean counts whole, so that it is relieved even of what it holds; a chat that is alone still stays, since
+/// its node was given no more than it holds.
+const LATELY: f64 = 0.1;
 /// How much fuller a decode node may be that holds a prompt already.
 const AFFINITY: f64 = 0.15;
 /// Tokens held for which half of [`AFFINITY`] is granted: some milliseconds of a handoff.
@@ -343,7 +343,7 @@ impl View<'_> {
             let held = (matches.of(number) * BLOCK).min(self.ask.prompt_tokens.saturating_sub(1));
             let (queue, room) = node.reading(self.ask.prompt_tokens, self.now);
             let lately = node.lately.at(self.now);
-            let cost = queue + (self.ask.prompt_tokens - held) as f64 + lately * LATELY + (lately - mean * UNEVEN).max(0.0);
+            let cost = queue + (self.ask.prompt_tokens - held) as f64 + lately * LATELY + (lately - mean).max(0.0);
             Some(Candidate { node: number, rank: self.rank(node, room), room, cost, held })
         };
         let first = rng.random_range(0..pool.members.len());

@@ -247,17 +247,26 @@ mod tests {
         let seconds = registry.histogram("overfill_d_seconds", "How long.", &[0.1, 1.0]).unwrap();
         [0.05, 0.5, 5.0].into_iter().for_each(|s| seconds.observe(s));
         let text = registry.text().unwrap();
-        for line in [
-            "# TYPE overfill_a_total counter",
-            "overfill_a_total{engine=\"prefill\",model_name=\"m\\\"1\"} 3",
-            "overfill_b_total{engine=\"prefill\",model_name=\"m\\\"1\"} 7",
-            "overfill_c{kind=\"x\",engine=\"prefill\",model_name=\"m\\\"1\"} 0.5",
-            "overfill_c{kind=\"y\",engine=\"prefill\",model_name=\"m\\\"1\"} 2",
-            "# TYPE overfill_d_seconds histogram",
-            "overfill_d_seconds_bucket{engine=\"prefill\",model_name=\"m\\\"1\",le=\"1\"} 2",
-            "overfill_d_seconds_count{engine=\"prefill\",model_name=\"m\\\"1\"} 3",
-        ] {
+        for line in ["# TYPE overfill_a_total counter", "# TYPE overfill_d_seconds histogram"] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        for (name, label, value) in [
+            ("overfill_a_total", "engine=\"prefill\"", "3"),
+            ("overfill_b_total", "engine=\"prefill\"", "7"),
+            ("overfill_c", "kind=\"x\"", "0.5"),
+            ("overfill_c", "kind=\"y\"", "2"),
+            ("overfill_d_seconds_bucket", "le=\"1\"", "2"),
+            ("overfill_d_seconds_count", "engine=\"prefill\"", "3"),
+        ] {
+            // Labels come in any order.
+            let told = |line: &str| {
+                let Some((given, labels)) = line.split_once('{') else { return false };
+                given == name
+                    && labels.contains(label)
+                    && labels.contains(r#"model_name="m\"1""#)
+                    && labels.ends_with(&format!("}} {value}"))
+            };
+            assert!(text.lines().any(told), "{name} with {label}, {value}, is not in\n{text}");
         }
         assert!(registry.counter("overfill_a_total", "Again.").is_err(), "a name is taken once");
     }

@@ -1,0 +1,314 @@
+//! What the router costs: requests a second and latency through it, against the same client at a server that answers the same
+//! call with the same messages itself. The nodes are stubs that answer at once, so all that is left is the router and gRPC.
+//!
+//! `cargo bench -p overfill-tests --bench router_cost`
+//!
+//! Router, stubs and the echoing server are processes of their own; CPU seconds are the kernel's, of each process.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use overfill_cluster::Discovery;
+use overfill_lifecycle::{Drain, grpc, status::watched};
+use overfill_proto::v1::decode_server::{Decode, DecodeServer};
+use overfill_proto::v1::inference_client::InferenceClient;
+use overfill_proto::v1::inference_server::{Inference, InferenceServer};
+use overfill_proto::v1::prefill_server::{Prefill, PrefillServer};
+use overfill_proto::v1::{self, *};
+use overfill_tests::cluster::{request, tokens};
+use overfill_tests::processes::free_port;
+use overfill_tests::tiny::{self, Kind};
+use overfill_types::SamplingParams;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::service::Routes;
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Tokens of the prompt.
+const PROMPT: usize = 32;
+/// Callers that ask one request after the other, over four connections.
+const CALLERS: usize = 64;
+const CONNECTIONS: usize = 4;
+/// How long each of the figures is taken.
+const WINDOW: Duration = Duration::from_secs(4);
+/// Rounds: router and echo take turns.
+const ROUNDS: usize = 3;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    match arguments.get(1).map(String::as_str) {
+        Some("serve-stubs") => runtime.block_on(stubs(&arguments[2], &arguments[3], &arguments[4])),
+        Some("serve-echo") => runtime.block_on(serve(&arguments[2], Routes::new(InferenceServer::new(Echo)))),
+        Some("serve-router") => runtime.block_on(router(&arguments[2], &arguments[3], &arguments[4], &arguments[5])),
+        _ => runtime.block_on(measure()),
+    }
+}
+
+/// An answer of `max_tokens` tokens, all there at once.
+fn ready<T: Send + 'static>(messages: impl IntoIterator<Item = T>) -> ReceiverStream<Result<T, Status>> {
+    let messages: Vec<T> = messages.into_iter().collect();
+    let (sender, stream) = tokio::sync::mpsc::channel(messages.len().max(1));
+    for message in messages {
+        assert!(sender.try_send(Ok(message)).is_ok(), "there is room for all");
+    }
+    ReceiverStream::new(stream)
+}
+
+fn token(index: u32) -> Token {
+    Token { id: 65 + index % 26, index, logprob: None }
+}
+
+struct Echo;
+
+#[tonic::async_trait]
+impl Inference for Echo {
+    type GenerateStream = ReceiverStream<Result<GenerateEvent, Status>>;
+
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        use generate_event::Event;
+        let most = request.into_inner().max_tokens();
+        let started = Started { request_id: "request".into(), model: "tiny".into(), prompt_tokens: PROMPT as u32, ..Default::default() };
+        let deltas = (0..most).map(|i| Event::Delta(Delta { text: "A".into(), tokens: vec![token(i)], ..Default::default() }));
+        let served_by = Some(ServedBy { mode: "overfill".into(), ..Default::default() });
+        let finished = Finished { reason: FinishReason::Length.into(), completion_tokens: most, served_by, ..Default::default() };
+        let events = [Event::Started(started)].into_iter().chain(deltas).chain([Event::Finished(finished)]);
+        Ok(Response::new(ready(events.map(|event| GenerateEvent { event: Some(event) }))))
+    }
+
+    async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
+        Ok(Response::new(ListModelsResponse::default()))
+    }
+}
+
+/// A node of either kind that computes nothing.
+#[derive(Clone)]
+struct Stub(NodeStatus);
+
+impl Stub {
+    fn watched(&self) -> ReceiverStream<Result<NodeStatus, Status>> {
+        let status = self.0.clone();
+        watched(Drain::new(), move |_| status.clone())
+    }
+}
+
+#[tonic::async_trait]
+impl Prefill for Stub {
+    type PrefillStream = ReceiverStream<Result<PrefillEvent, Status>>;
+    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
+
+    async fn prefill(&self, _: Request<PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
+        use prefill_event::Event;
+        let first = FirstToken { token: Some(token(0)), ..Default::default() };
+        let events = [Event::FirstToken(first), Event::HandoffDone(HandoffDone::default())];
+        Ok(Response::new(ready(events.map(|event| PrefillEvent { event: Some(event) }))))
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
+        Ok(Response::new(self.0.clone()))
+    }
+
+    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
+        Ok(Response::new(self.watched()))
+    }
+}
+
+#[tonic::async_trait]
+impl Decode for Stub {
+    type GenerateStream = ReceiverStream<Result<DecodeEvent, Status>>;
+    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
+
+    async fn generate(&self, request: Request<DecodeRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        use decode_event::Event;
+        let request = request.into_inner();
+        let most = request.stop.map_or(1, |stop| stop.max_tokens);
+        let reserved = Reserved { ticket: "ticket".into(), epoch: request.epoch, expires_in_ms: 1000, held_tokens: 0 };
+        let finished = DecodeFinished { reason: FinishReason::Length.into() };
+        let tokens = (1..most).map(|i| Event::Token(token(i)));
+        let events = [Event::Reserved(reserved)].into_iter().chain(tokens).chain([Event::Finished(finished)]);
+        Ok(Response::new(ready(events.map(|event| DecodeEvent { event: Some(event) }))))
+    }
+
+    async fn push_kv(&self, _: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
+        Ok(Response::new(PushSummary::default()))
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
+        Ok(Response::new(self.0.clone()))
+    }
+
+    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
+        Ok(Response::new(self.watched()))
+    }
+}
+
+async fn stubs(fingerprint: &str, prefill: &str, decode: &str) {
+    let stub = |id: &str| {
+        Stub(NodeStatus {
+            node_id: id.into(),
+            phase: v1::Phase::Ready.into(),
+            max_context: 4096,
+            block_tokens: 16,
+            blocks_total: 1 << 20,
+            blocks_free: 1 << 20,
+            sequences_most: 1 << 16,
+            pairs: vec![v1::ServedPair { model: "tiny".into(), fingerprint: fingerprint.into() }],
+            ..Default::default()
+        })
+    };
+    let prefill = serve(prefill, Routes::new(PrefillServer::new(stub("prefill-stub"))));
+    let decode = serve(decode, Routes::new(DecodeServer::new(stub("decode-stub"))));
+    tokio::join!(prefill, decode);
+}
+
+async fn serve(address: &str, routes: Routes) {
+    let listener = TcpListener::bind(address).await.unwrap();
+    grpc::serve(listener, routes, Drain::new()).await.unwrap();
+}
+
+async fn router(pair: &str, address: &str, prefill: &str, decode: &str) {
+    let listener = TcpListener::bind(address).await.unwrap();
+    let listeners = overfill_router::Listeners { http: TcpListener::bind("127.0.0.1:0").await.unwrap(), grpc: listener };
+    let bounds = overfill_router::config::Cli::parse_from(["router", "--pair", pair]).bounds;
+    let discovery = Discovery::fixed(vec![prefill.to_owned()], vec![decode.to_owned()]);
+    overfill_router::run(overfill_router::RouterConfig::new(vec![pair.into()], bounds), listeners, discovery, Drain::new()).await.unwrap();
+}
+
+/// A process that ends with this one.
+struct Server(Child);
+
+impl Server {
+    fn start(arguments: &[&str]) -> Self {
+        Self(Command::new(std::env::current_exe().unwrap()).args(arguments).stdin(Stdio::null()).spawn().unwrap())
+    }
+
+    /// CPU seconds so far, user's and kernel's: fields 14 and 15 of proc(5)'s stat, in hundredths.
+    fn cpu(&self) -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
+        let after_name = stat.rsplit_once(')').unwrap().1;
+        after_name.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<f64>().unwrap() / 100.0).sum()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn asked(most: u32) -> GenerateRequest {
+    let mut asked = request(&tiny::prompt(PROMPT, 1), &SamplingParams::greedy(), most);
+    asked.ignore_eos = true;
+    asked
+}
+
+async fn connect(address: &str) -> InferenceClient<Channel> {
+    InferenceClient::new(grpc::channel(address).unwrap())
+}
+
+/// Requests in a second, of many callers.
+async fn throughput(address: &str, most: u32) -> f64 {
+    let mut clients = Vec::new();
+    for _ in 0..CONNECTIONS {
+        clients.push(connect(address).await);
+    }
+    let over = Arc::new(AtomicBool::new(false));
+    let begun = Instant::now();
+    let callers: Vec<_> = (0..CALLERS)
+        .map(|i| {
+            let (client, over) = (clients[i % CONNECTIONS].clone(), over.clone());
+            tokio::spawn(async move {
+                let mut done = 0u32;
+                while !over.load(Ordering::Relaxed) {
+                    assert_eq!(tokens(client.clone(), asked(most)).await.unwrap().len(), most as usize);
+                    done += 1;
+                }
+                done
+            })
+        })
+        .collect();
+    tokio::time::sleep(WINDOW).await;
+    over.store(true, Ordering::Relaxed);
+    let mut done = 0;
+    for caller in callers {
+        done += caller.await.unwrap();
+    }
+    f64::from(done) / begun.elapsed().as_secs_f64()
+}
+
+/// Seconds of each request of one caller, sorted.
+async fn latencies(address: &str, most: u32) -> Vec<f64> {
+    let client = connect(address).await;
+    let begun = Instant::now();
+    let mut seconds = Vec::new();
+    while begun.elapsed() < WINDOW {
+        let asked_at = Instant::now();
+        tokens(client.clone(), asked(most)).await.unwrap();
+        seconds.push(asked_at.elapsed().as_secs_f64());
+    }
+    seconds.sort_by(f64::total_cmp);
+    seconds
+}
+
+fn quantile(sorted: &[f64], q: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * q) as usize]
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    quantile(&values, 0.5)
+}
+
+async fn measure() {
+    let pair = tiny::pair(Kind::Identity, 1);
+    let fingerprint = overfill_model::Pair::open(&pair.dir).unwrap().manifest.fingerprint.to_string();
+    let [prefill, decode, routed, echoed] = std::array::from_fn(|_| format!("127.0.0.1:{}", free_port()));
+    let servers = [
+        ("router", Server::start(&["serve-router", pair.dir.to_str().unwrap(), &routed, &prefill, &decode])),
+        ("stub nodes", Server::start(&["serve-stubs", &fingerprint, &prefill, &decode])),
+        ("echo", Server::start(&["serve-echo", &echoed])),
+    ];
+    for address in [&routed, &echoed] {
+        let until = Instant::now() + Duration::from_secs(20);
+        while tokens(connect(address).await, asked(2)).await.is_err() {
+            assert!(Instant::now() < until, "{address} does not answer");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    println!("prompts of {PROMPT} tokens; medians of {ROUNDS} rounds of {} s each", WINDOW.as_secs());
+    for most in [2, 32] {
+        let mut ratios = Vec::new();
+        let (mut rates, mut alone) = ([vec![], vec![]], [vec![], vec![]]);
+        let mut used = vec![vec![]; servers.len()];
+        for _ in 0..ROUNDS {
+            let before: Vec<f64> = servers.iter().map(|(_, server)| server.cpu()).collect();
+            for (address, rates) in [&routed, &echoed].into_iter().zip(&mut rates) {
+                rates.push(throughput(address, most).await);
+            }
+            for (i, (_, server)) in servers.iter().enumerate() {
+                let rate = rates[usize::from(i == 2)].last().unwrap();
+                used[i].push((server.cpu() - before[i]) / (rate * WINDOW.as_secs_f64()));
+            }
+            ratios.push(rates[0].last().unwrap() / rates[1].last().unwrap());
+            for (address, alone) in [&routed, &echoed].into_iter().zip(&mut alone) {
+                alone.push(latencies(address, most).await);
+            }
+        }
+        let [through, echo] = rates.map(median);
+        println!("\nanswers of {most} tokens");
+        println!("  {CALLERS} callers: {through:.0} requests/s through the router, {echo:.0} at the echo: {:.0} %", median(ratios) * 100.0);
+        for ((name, _), used) in servers.iter().zip(used) {
+            println!("    CPU of the {name}: {:.0} us a request", median(used) * 1e6);
+        }
+        for (name, q) in [("p50", 0.5), ("p99", 0.99)] {
+            let [through, echo] = [0, 1].map(|i| median(alone[i].iter().map(|sorted| quantile(sorted, q)).collect()) * 1e6);
+            println!("  one caller, {name}: {through:.0} us through the router, {echo:.0} at the echo: {:.0} us more", through - echo);
+        }
+    }
+}
