@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use overfill_cluster::Snapshot;
-use overfill_schedule::{Absent, Bounds, Cluster, One, Order, Pair, Refusal, Report, Scheduler, Submitted, Taken, Ticket, Turn};
+use overfill_schedule::{Absent, Bounds, Cluster, One, Order, Pair, Refusal, Report, Scheduler, Submitted, Taken, Ticket, TooLarge, Turn};
 use overfill_types::{Code, Endpoint, Fingerprint, NodeId, PairManifest, Quality, Role, ServiceError};
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
@@ -134,8 +134,10 @@ impl Pairing {
             Turn::Pair(Pair { prefill, decode, taken }) => Ok(self.chosen(Nodes::Both(Both { prefill, decode }), taken)),
             Turn::One(One { node, taken }) => Ok(self.chosen(Nodes::One(node), taken)),
             Turn::Absent(_) => Err(NoPair::Absent),
-            Turn::TooLarge => {
-                let message = "max_tokens: prompt and answer together are more than a node's KV cache holds; ask for fewer tokens";
+            Turn::TooLarge(TooLarge { role, tokens, largest }) => {
+                let message = format!(
+                    "prompt and max_tokens need a KV cache for {tokens} tokens, and that of the largest {role} node holds {largest}: ask for fewer"
+                );
                 Err(NoPair::Refused(ServiceError::new(Code::InvalidArgument, message)))
             }
         }

@@ -101,8 +101,13 @@ class Claim:
             seeds.append({"seed": seed, "overfill": arm(ours), "decode": arm(alone), "full": arm(full), **{k: comparison[k] for k in ("improvement", "improvement_by_task", "gap_closed")}})
         means = {}
         for key in ("improvement", "improvement_by_task", "gap_closed"):
-            values = [s[key]["value"] for s in seeds]
-            means[key] = {"mean": statistics.mean(values), "low": min(s[key]["low"] for s in seeds), "high": max(s[key]["high"] for s in seeds)}
+            told = [s[key] for s in seeds]
+            # A ratio to a score of 0 is none. The interval is the widest that the seeds' own (bootstrap over samples) make together.
+            if all(t[k] is not None for t in told for k in ("value", "low", "high")):
+                mean, low, high = statistics.mean(t["value"] for t in told), min(t["low"] for t in told), max(t["high"] for t in told)
+                means[key] = {"mean": mean, "low": low, "high": high}
+            else:
+                means[key] = None
         settings = {k: getattr(self.args, k) for k in ("hidden", "intermediate", "epochs", "batch_tokens", "loss", "rates", "limit")}
         return {"settings": settings, "seeds": seeds, "all": means}
 
@@ -123,8 +128,11 @@ def print_table(table):
     }
     print()
     for key, name in names.items():
-        each = ", ".join(f"{s[key]['value']:+.0%}" for s in table["seeds"])
         of_all = table["all"][key]
+        if of_all is None:
+            print(f"{name}: not defined, since pruned only scored 0 with a seed or in a resample")
+            continue
+        each = ", ".join(f"{s[key]['value']:+.0%}" for s in table["seeds"])
         print(f"{name}: {of_all['mean']:+.0%} [{of_all['low']:+.0%}, {of_all['high']:+.0%}] (seeds: {each})")
 
 

@@ -5,7 +5,7 @@
 //!
 //! Router, stubs and the echoing server are processes of their own; CPU seconds are the kernel's, of each process.
 
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use overfill_proto::v1::inference_server::{Inference, InferenceServer};
 use overfill_proto::v1::prefill_server::{Prefill, PrefillServer};
 use overfill_proto::v1::{self, *};
 use overfill_tests::cluster::{request, tokens};
-use overfill_tests::processes::free_port;
+use overfill_tests::processes::{Process, eventually, free_port};
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::SamplingParams;
 use tokio::net::TcpListener;
@@ -178,28 +178,11 @@ async fn router(pair: &str, address: &str, prefill: &str, decode: &str) {
     overfill_router::run(overfill_router::RouterConfig::new(vec![pair.into()], bounds), listeners, discovery, Drain::new()).await.unwrap();
 }
 
-/// A process that ends with this one.
-struct Server(Child);
-
-impl Server {
-    fn start(arguments: &[&str]) -> Self {
-        Self(Command::new(std::env::current_exe().unwrap()).args(arguments).stdin(Stdio::null()).spawn().unwrap())
-    }
-
-    /// CPU seconds so far, user's and kernel's: fields 14 and 15 of proc(5)'s stat, in hundredths.
-    fn cpu(&self) -> f64 {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
-        let after_name = stat.rsplit_once(')').unwrap().1;
-        after_name.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<f64>().unwrap() / 100.0).sum()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// This program again, as a server.
+fn server(name: &str, arguments: &[&str]) -> Process {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(arguments);
+    Process::start(command, name)
 }
 
 fn asked(most: u32) -> GenerateRequest {
@@ -208,16 +191,13 @@ fn asked(most: u32) -> GenerateRequest {
     asked
 }
 
-async fn connect(address: &str) -> InferenceClient<Channel> {
+fn connect(address: &str) -> InferenceClient<Channel> {
     InferenceClient::new(grpc::channel(address).unwrap())
 }
 
 /// Requests in a second, of many callers.
 async fn throughput(address: &str, most: u32) -> f64 {
-    let mut clients = Vec::new();
-    for _ in 0..CONNECTIONS {
-        clients.push(connect(address).await);
-    }
+    let clients: Vec<_> = (0..CONNECTIONS).map(|_| connect(address)).collect();
     let over = Arc::new(AtomicBool::new(false));
     let begun = Instant::now();
     let callers: Vec<_> = (0..CALLERS)
@@ -244,7 +224,7 @@ async fn throughput(address: &str, most: u32) -> f64 {
 
 /// Seconds of each request of one caller, sorted.
 async fn latencies(address: &str, most: u32) -> Vec<f64> {
-    let client = connect(address).await;
+    let client = connect(address);
     let begun = Instant::now();
     let mut seconds = Vec::new();
     while begun.elapsed() < WINDOW {
@@ -269,17 +249,15 @@ async fn measure() {
     let pair = tiny::pair(Kind::Identity, 1);
     let fingerprint = overfill_model::Pair::open(&pair.dir).unwrap().manifest.fingerprint.to_string();
     let [prefill, decode, routed, echoed] = std::array::from_fn(|_| format!("127.0.0.1:{}", free_port()));
+    // With the place of what is measured when they work.
     let servers = [
-        ("router", Server::start(&["serve-router", pair.dir.to_str().unwrap(), &routed, &prefill, &decode])),
-        ("stub nodes", Server::start(&["serve-stubs", &fingerprint, &prefill, &decode])),
-        ("echo", Server::start(&["serve-echo", &echoed])),
+        ("router", 0, server("router", &["serve-router", pair.dir.to_str().unwrap(), &routed, &prefill, &decode])),
+        ("stub nodes", 0, server("stub nodes", &["serve-stubs", &fingerprint, &prefill, &decode])),
+        ("echo", 1, server("echo", &["serve-echo", &echoed])),
     ];
-    for address in [&routed, &echoed] {
-        let until = Instant::now() + Duration::from_secs(20);
-        while tokens(connect(address).await, asked(2)).await.is_err() {
-            assert!(Instant::now() < until, "{address} does not answer");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+    let measured = [&routed, &echoed];
+    for address in measured {
+        eventually(Duration::from_secs(20), "it answers", || async { tokens(connect(address), asked(2)).await.is_ok() }).await;
     }
     println!("prompts of {PROMPT} tokens; medians of {ROUNDS} rounds of {} s each", WINDOW.as_secs());
     for most in [2, 32] {
@@ -287,23 +265,24 @@ async fn measure() {
         let (mut rates, mut alone) = ([vec![], vec![]], [vec![], vec![]]);
         let mut used = vec![vec![]; servers.len()];
         for _ in 0..ROUNDS {
-            let before: Vec<f64> = servers.iter().map(|(_, server)| server.cpu()).collect();
-            for (address, rates) in [&routed, &echoed].into_iter().zip(&mut rates) {
-                rates.push(throughput(address, most).await);
+            let before: Vec<f64> = servers.iter().map(|(_, _, server)| server.cpu_seconds()).collect();
+            let mut now = [0.0; 2];
+            for (place, address) in measured.into_iter().enumerate() {
+                now[place] = throughput(address, most).await;
+                rates[place].push(now[place]);
             }
-            for (i, (_, server)) in servers.iter().enumerate() {
-                let rate = rates[usize::from(i == 2)].last().unwrap();
-                used[i].push((server.cpu() - before[i]) / (rate * WINDOW.as_secs_f64()));
+            for (i, (_, place, server)) in servers.iter().enumerate() {
+                used[i].push((server.cpu_seconds() - before[i]) / (now[*place] * WINDOW.as_secs_f64()));
             }
-            ratios.push(rates[0].last().unwrap() / rates[1].last().unwrap());
-            for (address, alone) in [&routed, &echoed].into_iter().zip(&mut alone) {
-                alone.push(latencies(address, most).await);
+            ratios.push(now[0] / now[1]);
+            for (place, address) in measured.into_iter().enumerate() {
+                alone[place].push(latencies(address, most).await);
             }
         }
         let [through, echo] = rates.map(median);
         println!("\nanswers of {most} tokens");
         println!("  {CALLERS} callers: {through:.0} requests/s through the router, {echo:.0} at the echo: {:.0} %", median(ratios) * 100.0);
-        for ((name, _), used) in servers.iter().zip(used) {
+        for ((name, ..), used) in servers.iter().zip(used) {
             println!("    CPU of the {name}: {:.0} us a request", median(used) * 1e6);
         }
         for (name, q) in [("p50", 0.5), ("p99", 0.99)] {

@@ -14,7 +14,8 @@ pub struct Process {
 }
 
 impl Process {
-    fn start(mut command: Command, name: &str) -> Self {
+    /// Any other.
+    pub fn start(mut command: Command, name: &str) -> Self {
         let child = command.stdin(Stdio::null()).spawn().unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
         Self { child, name: name.into() }
     }
@@ -29,6 +30,13 @@ impl Process {
         let mut command = Command::new(binary(name));
         command.args(flags).env("OVERFILL_LOG", "warn").envs(environment.iter().copied()).stdout(Stdio::null());
         Self::start(command, name)
+    }
+
+    /// CPU seconds that it has used, its own and the kernel's for it: fields 14 and 15 of proc(5)'s `stat`, in hundredths.
+    pub fn cpu_seconds(&self) -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let after_name = stat.rsplit_once(')').unwrap().1;
+        after_name.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<f64>().unwrap() / 100.0).sum()
     }
 
     /// Sends a signal by name, e.g. `TERM`.

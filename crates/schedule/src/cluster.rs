@@ -5,26 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use overfill_types::{Endpoint, Fingerprint, NodeId, Quality, Role};
+use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
 
+use crate::candidate::{Candidate, View};
 use crate::node::{Lately, Node, Report, Room, Work};
-use crate::prefix::{BLOCK, Matches, Prefixes};
+use crate::prefix::Prefixes;
 
 /// How long a node that failed is left alone, if there is another.
 const SUSPICION: Duration = Duration::from_secs(3);
-/// Prefill nodes that are looked at beside those that hold most of the prompt; smaller pools are looked at whole.
-const LOOKED_AT: usize = 8;
-/// Decode nodes that are looked at further where the two that were drawn have no room or have failed.
-const FURTHER: usize = 6;
-/// What tokens that were given lately count beside tokens that wait: they decide where the rest is nearly equal. What a node was
-/// given above the mean counts whole, so that it is relieved even of what it holds; a chat that is alone still stays, since
-/// its node was given no more than it holds.
-const LATELY: f64 = 0.1;
-/// How much fuller a decode node may be that holds a prompt already.
-const AFFINITY: f64 = 0.15;
-/// Tokens held for which half of [`AFFINITY`] is granted: some milliseconds of a handoff.
-const WORTH_IT: f64 = 512.0;
 /// Blocks that are remembered of all nodes together, about 100 bytes each.
 const REMEMBERED: usize = 1 << 22;
 /// And of one node.
@@ -51,6 +40,22 @@ pub struct Ask<'a> {
     pub with_room: bool,
 }
 
+impl Ask<'_> {
+    /// Tokens that a prefill node needs room for, if one is wanted.
+    pub(crate) fn to_read(self) -> Option<usize> {
+        match self.quality {
+            Quality::Overfill => Some(self.prompt_tokens),
+            Quality::Full => Some(self.prompt_tokens + self.answer_tokens),
+            Quality::Decode => None,
+        }
+    }
+
+    /// Tokens that a decode node needs room for, if one gets work.
+    pub(crate) fn to_write(self) -> Option<usize> {
+        (self.decodes && self.quality != Quality::Full).then_some(self.prompt_tokens + self.answer_tokens)
+    }
+}
+
 /// Which half of the nodes is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Absent {
@@ -70,9 +75,20 @@ pub enum Choice {
     /// None has room now.
     Full,
     /// None will ever have room for this request.
-    TooLarge,
+    TooLarge(TooLarge),
     /// There are none.
     Absent(Absent),
+}
+
+/// Why no node will ever have room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooLarge {
+    /// Of the nodes that are too small.
+    pub role: Role,
+    /// Tokens that the request needs room for there.
+    pub tokens: usize,
+    /// Tokens that the largest of them holds.
+    pub largest: usize,
 }
 
 /// A prefill and a decode node for one attempt.
@@ -107,11 +123,11 @@ pub struct Taken {
 
 /// Nodes of one role and pair.
 #[derive(Debug)]
-struct Pool {
-    members: Vec<u32>,
-    prefixes: Prefixes,
+pub(crate) struct Pool {
+    pub(crate) members: Vec<u32>,
+    pub(crate) prefixes: Prefixes,
     /// Tokens that all of them were given to read.
-    lately: Lately,
+    pub(crate) lately: Lately,
     /// The longest sequence that all of them take.
     max_context: usize,
 }
@@ -224,10 +240,9 @@ impl Cluster {
         let view = View { nodes: &self.nodes, ask, now };
         let reader = self.prefill.get(ask.pair).filter(|_| reads).and_then(|pool| view.prefill(pool, &mut self.rng));
         let writer = self.decode.get(ask.pair).filter(|_| writes).and_then(|pool| view.decode(pool, &mut self.rng));
-        let Some(room) = reader.iter().chain(&writer).map(|candidate| candidate.room).max() else { return Choice::Full };
-        match room {
-            Room::Later if ask.with_room => return Choice::Full,
-            Room::Never if ask.with_room => return Choice::TooLarge,
+        match reader.iter().chain(&writer).map(|candidate| candidate.rank.room).max() {
+            Some(Room::Later) if ask.with_room => return Choice::Full,
+            Some(Room::Never) if ask.with_room => return self.too_large(ask).map_or(Choice::Full, Choice::TooLarge),
             _ => {}
         }
         let reader = reader.and_then(|candidate| self.take_reader(ask, candidate, now));
@@ -239,6 +254,17 @@ impl Cluster {
             (Some((node, ..)), None) | (None, Some((node, ..))) => Choice::One(One { node, taken }),
             (None, None) => Choice::Full,
         }
+    }
+
+    /// Whether all nodes of a role are too small, and not only those that were looked at. Looks through all: few requests come
+    /// to this.
+    fn too_large(&self, ask: &Ask<'_>) -> Option<TooLarge> {
+        let roles = [(Role::Prefill, &self.prefill, ask.to_read()), (Role::Decode, &self.decode, ask.to_write())];
+        roles.into_iter().find_map(|(role, pools, tokens)| {
+            let members = pools.get(ask.pair)?.members.iter().filter_map(|member| self.nodes.get(member));
+            let (tokens, largest) = (tokens?, members.map(Node::holds).max()?);
+            (tokens > largest).then_some(TooLarge { role, tokens, largest })
+        })
     }
 
     fn take_reader(&mut self, ask: &Ask<'_>, reader: Candidate, now: Instant) -> Option<(Arc<Endpoint>, u32, Work)> {
@@ -260,11 +286,8 @@ impl Cluster {
     fn take_writer(&mut self, ask: &Ask<'_>, writer: u32) -> Option<(Arc<Endpoint>, u32, Work)> {
         let share = self.share();
         let (node, pool) = (self.nodes.get_mut(&writer)?, self.decode.get_mut(ask.pair)?);
-        let mut writing = Work::default();
-        if ask.decodes {
-            writing = node.sequence(ask.prompt_tokens + ask.answer_tokens);
-            node.begin(writing);
-        }
+        let writing = ask.to_write().map(|tokens| node.sequence(tokens)).unwrap_or_default();
+        node.begin(writing);
         // A prompt that the decode model read itself is not kept.
         if ask.decodes && ask.quality == Quality::Overfill {
             pool.prefixes.touch(writer, ask.keys, node.prefix_blocks_most().unwrap_or(share).min(share));
@@ -301,100 +324,6 @@ impl Cluster {
     pub(crate) fn idle(&self) -> bool {
         self.nodes.values().all(Node::idle)
     }
-}
-
-/// What a choice looks at.
-struct View<'a> {
-    nodes: &'a HashMap<u32, Node>,
-    ask: &'a Ask<'a>,
-    now: Instant,
-}
-
-/// A node that may be chosen: the least is.
-#[derive(Clone, Copy, Debug)]
-struct Candidate {
-    node: u32,
-    /// What comes before its cost: whether it failed lately, whether it has room, whether this request has tried it.
-    rank: (bool, Room, bool),
-    room: Room,
-    cost: f64,
-    /// Tokens of the prompt that it holds.
-    held: usize,
-}
-
-impl Candidate {
-    fn better(self, than: Option<Self>) -> bool {
-        than.is_none_or(|than| self.rank.cmp(&than.rank).then(self.cost.total_cmp(&than.cost)).is_lt())
-    }
-
-    /// Whether nothing speaks against it.
-    fn good(&self) -> bool {
-        self.rank == (false, Room::Now, false)
-    }
-}
-
-impl View<'_> {
-    fn prefill(&self, pool: &Pool, rng: &mut SmallRng) -> Option<Candidate> {
-        let matches = pool.prefixes.matches(self.ask.keys);
-        let mean = pool.lately.at(self.now) / pool.members.len() as f64;
-        let look = |number: u32| {
-            let node = self.nodes.get(&number)?;
-            // The last token is read anyway.
-            let held = (matches.of(number) * BLOCK).min(self.ask.prompt_tokens.saturating_sub(1));
-            let (queue, room) = node.reading(self.ask.prompt_tokens, self.now);
-            let lately = node.lately.at(self.now);
-            let cost = queue + (self.ask.prompt_tokens - held) as f64 + lately * LATELY + (lately - mean).max(0.0);
-            Some(Candidate { node: number, rank: self.rank(node, room), room, cost, held })
-        };
-        let first = rng.random_range(0..pool.members.len());
-        let drawn: Vec<u32> = match pool.members.len() {
-            // Another one first each time, so that equals take turns.
-            all @ ..=LOOKED_AT => (0..all).map(|i| pool.members[(first + i) % all]).collect(),
-            all => (0..LOOKED_AT).map(|_| pool.members[rng.random_range(0..all)]).collect(),
-        };
-        best(matches.nodes().chain(drawn).filter_map(look))
-    }
-
-    fn decode(&self, pool: &Pool, rng: &mut SmallRng) -> Option<Candidate> {
-        let takes_over = self.ask.decodes && self.ask.quality == Quality::Overfill;
-        let matches = if takes_over { pool.prefixes.matches(self.ask.keys) } else { Matches::default() };
-        let look = |number: u32| {
-            let node = self.nodes.get(&number)?;
-            let held = matches.of(number) * BLOCK;
-            let (fullness, room) = if self.ask.decodes {
-                node.writing(self.ask.prompt_tokens + self.ask.answer_tokens, held, self.now)
-            } else {
-                (0.0, Room::Now)
-            };
-            let saved = AFFINITY * held as f64 / (held as f64 + WORTH_IT);
-            Some(Candidate { node: number, rank: self.rank(node, room), room, cost: fullness - saved, held })
-        };
-        let all = pool.members.len();
-        let first = rng.random_range(0..all);
-        let second = if all > 1 { (first + 1 + rng.random_range(0..all - 1)) % all } else { first };
-        let two = [pool.members[first], pool.members[second]];
-        let found = best(matches.nodes().chain(two).filter_map(look));
-        if all <= 2 || found.is_some_and(|c| c.good()) {
-            return found;
-        }
-        let further = (1..=FURTHER.min(all)).map(|i| match all {
-            ..=FURTHER => pool.members[(first + i) % all],
-            _ => pool.members[rng.random_range(0..all)],
-        });
-        best(found.into_iter().chain(further.filter_map(look)))
-    }
-
-    fn rank(&self, node: &Node, room: Room) -> (bool, Room, bool) {
-        let suspect = node.suspect_until.is_some_and(|until| until > self.now);
-        let shunned = self.ask.shunned.contains(&node.endpoint.id);
-        // Who waits for room takes it where it is, and where that refused before asks again: nobody waits behind it meanwhile.
-        if self.ask.with_room { (suspect, room, shunned) } else { (suspect || shunned, room, false) }
-    }
-}
-
-/// The first of the best.
-fn best(candidates: impl Iterator<Item = Candidate>) -> Option<Candidate> {
-    candidates.fold(None, |best, candidate| if candidate.better(best) { Some(candidate) } else { best })
 }
 
 #[cfg(test)]
@@ -582,7 +511,32 @@ mod tests {
         assert!(matches!(choose(&mut cluster, &prompt(0, 40), &[], now), Choice::Full), "four blocks are needed, three are free");
         let (mut small, now) = self::cluster(1, 1);
         small.told(&NodeId::new("d0"), Report { blocks: 3, ..free }, now);
-        assert!(matches!(choose(&mut small, &prompt(0, 40), &[], now), Choice::TooLarge));
+        assert!(matches!(
+            choose(&mut small, &prompt(0, 40), &[], now),
+            Choice::TooLarge(TooLarge { role: Role::Decode, tokens: 56, largest: 48 })
+        ));
+    }
+
+    #[test]
+    fn a_request_is_too_large_only_where_no_node_is_large_enough() {
+        let (mut cluster, now) = cluster(1, 200);
+        for i in 0..200 {
+            let blocks = if i == 77 { 100 } else { 3 };
+            let report = Report { sequences_most: 4, block_tokens: 16, blocks, promised_most: blocks, ..Report::default() };
+            cluster.told(&NodeId::new(format!("d{i}")), report, now);
+        }
+        for _ in 0..50 {
+            match choose(&mut cluster, &prompt(0, 40), &[], now) {
+                Choice::Full => {}
+                Choice::Pair(pair) => {
+                    assert_eq!(pair.decode.id.as_str(), "d77");
+                    cluster.release(pair.taken);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        let too_large = TooLarge { role: Role::Decode, tokens: 1616, largest: 1600 };
+        assert!(matches!(choose(&mut cluster, &prompt(0, 1600), &[], now), Choice::TooLarge(told) if told == too_large));
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! Who serves a request, and when: the router's decisions as data. No I/O, no clock of its own, no randomness but a seeded one.
 //!
-//! `cluster` chooses two nodes for a request from what is known of them (`node`) and of what they have read (`prefix`);
+//! `cluster` chooses two nodes for a request, the best `candidate`s by what is known of them (`node`) and of what they have
+//! read (`prefix`);
 //! `line` says whose turn it is where nobody has room; `scheduler` is both together; `rate` bounds what one client gets.
 //!
 //! **Invariants:** a pair of nodes is chosen whole or not at all, and what was counted for it is given back once. The cost of
 //! a choice does not depend on the number of nodes. All memory is bounded.
 
+mod candidate;
 mod cluster;
 mod line;
 mod node;
@@ -14,7 +16,7 @@ mod rate;
 mod recency;
 mod scheduler;
 
-pub use cluster::{Absent, Ask, Choice, Cluster, One, Pair, Taken};
+pub use cluster::{Absent, Ask, Choice, Cluster, One, Pair, Taken, TooLarge};
 pub use line::{Bounds, Refusal, Share};
 pub use node::Report;
 pub use prefix::{BLOCK, keys};

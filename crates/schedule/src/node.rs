@@ -140,12 +140,20 @@ impl Node {
         }
     }
 
+    /// Tokens that its KV cache has room for; without bound as long as it has not said.
+    pub(crate) fn holds(&self) -> usize {
+        match self.report.blocks {
+            0 => usize::MAX,
+            blocks => usize::try_from(blocks.saturating_mul(self.report.block_tokens)).unwrap_or(usize::MAX),
+        }
+    }
+
     /// Tokens that it reads before those of another prompt, and whether it takes one of `tokens`.
     pub(crate) fn reading(&self, tokens: usize, now: Instant) -> (f64, Room) {
         let work = self.work(now);
-        let Report { sequences_most, blocks, block_tokens, .. } = self.report;
+        let sequences_most = self.report.sequences_most;
         let room = match () {
-            () if blocks > 0 && tokens as u64 > blocks * block_tokens => Room::Never,
+            () if tokens > self.holds() => Room::Never,
             () if sequences_most > 0 && work.sequences as u64 >= sequences_most => Room::Later,
             () => Room::Now,
         };
@@ -168,7 +176,7 @@ impl Node {
             .max(part(promised as f64, promised_most))
             .max(part(blocks_held as f64 + in_blocks(tokens.saturating_sub(held)) as f64, blocks));
         let room = match () {
-            () if blocks > 0 && needed > blocks => Room::Never,
+            () if tokens > self.holds() => Room::Never,
             () if sequences_most > 0 && sequences > sequences_most as f64 => Room::Later,
             () if promised_most > 0 && promised > promised_most => Room::Later,
             () => Room::Now,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use overfill_types::{Fingerprint, NodeId, Quality};
 
-use crate::cluster::{Absent, Ask, Choice, Cluster, One, Pair};
+use crate::cluster::{Absent, Ask, Choice, Cluster, One, Pair, TooLarge};
 use crate::line::{Bounds, Line, Refusal, Share};
 
 /// What is said of the wait where nothing is known of it.
@@ -71,7 +71,7 @@ pub enum Turn {
     /// There are no nodes.
     Absent(Absent),
     /// No node will ever have room for it.
-    TooLarge,
+    TooLarge(TooLarge),
 }
 
 /// What comes of an order.
@@ -125,7 +125,7 @@ impl Scheduler {
                 Choice::Pair(pair) => return Submitted::Now(Turn::Pair(pair)),
                 Choice::One(one) => return Submitted::Now(Turn::One(one)),
                 Choice::Absent(absent) => return Submitted::Now(Turn::Absent(absent)),
-                Choice::TooLarge => return Submitted::Now(Turn::TooLarge),
+                Choice::TooLarge(too_large) => return Submitted::Now(Turn::TooLarge(too_large)),
                 Choice::Full => {}
             }
         }
@@ -151,8 +151,9 @@ impl Scheduler {
             Choice::Pair(pair) => Turn::Pair(pair),
             Choice::One(one) => Turn::One(one),
             Choice::Absent(absent) => Turn::Absent(absent),
-            // Not with nodes that need no room.
-            Choice::Full | Choice::TooLarge => Turn::TooLarge,
+            Choice::TooLarge(too_large) => Turn::TooLarge(too_large),
+            // Not where no room is asked for.
+            Choice::Full => Turn::Absent(Absent { prefill: false, decode: false }),
         }
     }
 
@@ -178,7 +179,7 @@ impl Scheduler {
                     Choice::Pair(pair) => Turn::Pair(pair),
                     Choice::One(one) => Turn::One(one),
                     Choice::Absent(absent) => Turn::Absent(absent),
-                    Choice::TooLarge => Turn::TooLarge,
+                    Choice::TooLarge(too_large) => Turn::TooLarge(too_large),
                 };
                 self.orders.remove(&number);
                 line.served(number, now);

@@ -287,12 +287,12 @@ async fn attempts_and_pairs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_node_refuses_at_once_and_one_token_needs_no_decode_node() {
     let pair = tiny::pair(Kind::Identity, 7);
-    // 512 bytes a token: 64 token positions.
+    // 1 KiB a token, since heads of 8 are kept 16 wide: 32 token positions.
     let cluster = Builder::new(&pair.dir).decode_flags(&["--kv-memory", "32K"]).start().await;
     let greedy = SamplingParams::greedy();
     let error = tokens(cluster.client().await, request(&tiny::prompt(100, 1), &greedy, 10)).await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument, "no node will ever have room: {error}");
-    assert!(error.message().contains("KV cache"), "{error}");
+    assert!(error.message().contains("KV cache for 110 tokens") && error.message().contains("holds 32"), "{error}");
     let one = tokens(cluster.client().await, request(&tiny::prompt(100, 1), &greedy, 1)).await.unwrap();
     assert_eq!(one.len(), 1);
     cluster.nothing_is_held(std::time::Duration::from_secs(1)).await;
