@@ -120,11 +120,7 @@ impl Router {
         trace.span().record("request_id", tracing::field::display(&id)).record("model", &model.manifest.name);
         let mut requests = Vec::with_capacity(answers);
         for input in asked.inputs {
-            let prompt = Arc::new(match input {
-                Input::Text(text) => model.encode(&text)?,
-                Input::Chat(chat) => model.encode_whole_chat(&chat)?,
-                Input::TokenIds(ids) => ids,
-            });
+            let prompt = Arc::new(self.tokens(&model, input).await?);
             let left = limits.max_context.saturating_sub(prompt.len());
             let max_tokens = asked.max_tokens.unwrap_or_else(|| self.config.default_max_tokens.min(left).max(1));
             let stop = StopConditions { max_tokens, stop_token_ids: asked.stop_token_ids.clone(), ignore_eos: asked.ignore_eos };
@@ -162,6 +158,15 @@ impl Router {
             }
         }
         Ok(requests)
+    }
+
+    async fn tokens(&self, model: &Arc<TextModel>, input: Input) -> Result<Vec<u32>, ServiceError> {
+        let model = model.clone();
+        match input {
+            Input::Text(text) => self.tokenising.run(text.len(), move || model.encode(&text)).await,
+            Input::Chat(chat) => self.tokenising.run(chat.bytes(), move || model.encode_whole_chat(&chat)).await,
+            Input::TokenIds(ids) => Ok(ids),
+        }
     }
 
     /// As [`Router::admit`], for one input with one answer.

@@ -9,6 +9,7 @@ use overfill_cluster::DiscoveryArgs;
 use overfill_lifecycle::node_args::parse_bytes;
 use overfill_lifecycle::telemetry::LogArgs;
 use overfill_types::Quality;
+use tokio::runtime::{Builder, Runtime};
 
 /// The front door of a cluster: OpenAI-compatible HTTP and gRPC.
 #[derive(Parser, Clone, Debug)]
@@ -23,6 +24,10 @@ pub struct Cli {
     /// The pairs that it serves: their folders, separated by commas (pair.json and the tokenizer are read)
     #[arg(long, env = "OVERFILL_PAIR", value_delimiter = ',', required = true)]
     pub pair: Vec<PathBuf>,
+    /// Threads that serve requests: a request that is alone waits for each that has to be woken, so no more than are busy
+    /// [default: half of the cores]
+    #[arg(long, env = "OVERFILL_ROUTER_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
     /// Bounds.
     #[command(flatten)]
     pub bounds: Bounds,
@@ -32,6 +37,18 @@ pub struct Cli {
     /// Logs.
     #[command(flatten)]
     pub log: LogArgs,
+}
+
+impl Cli {
+    /// What it runs on.
+    ///
+    /// # Errors
+    /// Where the system gives no threads.
+    pub fn runtime(&self) -> std::io::Result<Runtime> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = self.threads.map_or((cores / 2).max(1), |threads| threads as usize);
+        Builder::new_multi_thread().worker_threads(threads).enable_all().build()
+    }
 }
 
 /// What is done where nodes of one half of a pair are missing and a request wants both models.

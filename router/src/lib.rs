@@ -15,6 +15,7 @@ mod pairing;
 mod peers;
 mod relay;
 mod status;
+mod tokenising;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -42,6 +43,7 @@ use crate::frontend::kserve::KserveService;
 use crate::metrics::Metrics;
 use crate::pairing::Pairing;
 use crate::peers::Peers;
+use crate::tokenising::Tokenising;
 
 /// What all requests share.
 pub(crate) struct Router {
@@ -54,6 +56,7 @@ pub(crate) struct Router {
     view: watch::Receiver<Arc<Snapshot>>,
     pairing: Pairing,
     peers: Peers,
+    tokenising: Tokenising,
     metrics: Arc<Metrics>,
     clients: Arc<Clients>,
     /// One permit for each request that may be under way.
@@ -96,6 +99,7 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
         pairing: Pairing::new(view.clone(), config.max_waiting),
         view,
         peers: Peers::default(),
+        tokenising: Tokenising::default(),
         metrics,
         clients,
         places: Arc::new(Semaphore::new(most)),

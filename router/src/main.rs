@@ -7,9 +7,12 @@ use overfill_router::config::Cli;
 use overfill_router::{Listeners, RouterConfig};
 use tokio::net::TcpListener;
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
+    cli.runtime().context("cannot start threads")?.block_on(serve(cli))
+}
+
+async fn serve(cli: Cli) -> anyhow::Result<()> {
     let telemetry = cli.log.init("router")?;
     let http = TcpListener::bind(cli.http).await.with_context(|| format!("cannot listen on {}", cli.http))?;
     let grpc = TcpListener::bind(cli.grpc).await.with_context(|| format!("cannot listen on {}", cli.grpc))?;

@@ -44,7 +44,7 @@ fn main() {
     match arguments.get(1).map(String::as_str) {
         Some("serve-stubs") => runtime.block_on(stubs(&arguments[2], &arguments[3], &arguments[4])),
         Some("serve-echo") => runtime.block_on(serve(&arguments[2], Routes::new(InferenceServer::new(Echo)))),
-        Some("serve-router") => runtime.block_on(router(&arguments[2], &arguments[3], &arguments[4], &arguments[5])),
+        Some("serve-router") => router(&arguments[2], &arguments[3], &arguments[4], &arguments[5]),
         _ => runtime.block_on(measure()),
     }
 }
@@ -170,12 +170,16 @@ async fn serve(address: &str, routes: Routes) {
     grpc::serve(listener, routes, Drain::new()).await.unwrap();
 }
 
-async fn router(pair: &str, address: &str, prefill: &str, decode: &str) {
-    let listener = TcpListener::bind(address).await.unwrap();
-    let listeners = overfill_router::Listeners { http: TcpListener::bind("127.0.0.1:0").await.unwrap(), grpc: listener };
-    let bounds = overfill_router::config::Cli::parse_from(["router", "--pair", pair]).bounds;
-    let discovery = Discovery::fixed(vec![prefill.to_owned()], vec![decode.to_owned()]);
-    overfill_router::run(overfill_router::RouterConfig::new(vec![pair.into()], bounds), listeners, discovery, Drain::new()).await.unwrap();
+/// As the executable starts one.
+fn router(pair: &str, address: &str, prefill: &str, decode: &str) {
+    let cli = overfill_router::config::Cli::parse_from(["router", "--pair", pair]);
+    cli.runtime().unwrap().block_on(async {
+        let listener = TcpListener::bind(address).await.unwrap();
+        let listeners = overfill_router::Listeners { http: TcpListener::bind("127.0.0.1:0").await.unwrap(), grpc: listener };
+        let discovery = Discovery::fixed(vec![prefill.to_owned()], vec![decode.to_owned()]);
+        let config = overfill_router::RouterConfig::new(cli.pair, cli.bounds);
+        overfill_router::run(config, listeners, discovery, Drain::new()).await.unwrap();
+    });
 }
 
 /// This program again, as a server.

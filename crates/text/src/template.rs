@@ -28,6 +28,24 @@ pub struct Chat {
     pub variables: serde_json::Map<String, serde_json::Value>,
 }
 
+impl Chat {
+    /// Bytes of all its text.
+    pub fn bytes(&self) -> usize {
+        self.messages.iter().chain(&self.tools).chain(self.variables.values()).map(bytes).sum()
+    }
+}
+
+fn bytes(value: &serde_json::Value) -> usize {
+    use serde_json::Value;
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(values) => values.iter().map(bytes).sum(),
+        Value::Object(fields) => fields.iter().map(|(name, value)| name.len() + bytes(value)).sum(),
+        // As it is written at most, or nearly.
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+    }
+}
+
 /// A model's chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -154,6 +172,8 @@ impl serde_json::ser::Formatter for Separated<'_> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn say(role: &str, content: &str) -> Message {
@@ -162,6 +182,17 @@ mod tests {
 
     fn render(source: &str, messages: &[Message]) -> Result<String, ServiceError> {
         ChatTemplate::new(source.into(), "<s>".into(), "</s>".into())?.render(messages)
+    }
+
+    #[test]
+    fn a_chats_bytes_are_those_of_its_text() {
+        let text = "x".repeat(1000);
+        let chat = Chat {
+            messages: vec![json!({ "role": "user", "content": [{ "type": "text", "text": text }] })],
+            tools: vec![json!({ "name": text })],
+            variables: [("v".to_owned(), json!(text))].into_iter().collect(),
+        };
+        assert!((3000..3100).contains(&chat.bytes()), "{}", chat.bytes());
     }
 
     #[test]

@@ -42,7 +42,8 @@ pub(crate) struct DetokenizeRequest {
 }
 
 pub(crate) async fn tokenize(State(router): State<Arc<Router>>, body: Result<Bytes, BytesRejection>) -> Response {
-    answered(read(&router, body).and_then(|body| Ok(tokens(&router, parse(&body)?)?)))
+    let told = async { Ok(tokens(&router, parse(&read(&router, body)?)?).await?) };
+    answered(told.await)
 }
 
 pub(crate) async fn detokenize(State(router): State<Arc<Router>>, body: Result<Bytes, BytesRejection>) -> Response {
@@ -53,15 +54,20 @@ fn answered(answer: Result<Value, Failed>) -> Response {
     answer.map_or_else(IntoResponse::into_response, |answer| Json(answer).into_response())
 }
 
-fn tokens(router: &Router, request: TokenizeRequest) -> Result<Value, ServiceError> {
+async fn tokens(router: &Router, request: TokenizeRequest) -> Result<Value, ServiceError> {
     let model = router.model(request.model.as_deref().unwrap_or_default())?;
+    let (special, its) = (request.add_special_tokens.unwrap_or(true), model.clone());
     let tokens = match (request.prompt, request.messages) {
-        (Some(prompt), None) if request.add_special_tokens.unwrap_or(true) => model.encode(&prompt)?,
-        (Some(prompt), None) => model.encode_plain(&prompt)?,
+        (Some(prompt), None) => {
+            let bytes = prompt.len();
+            let encode = move || if special { its.encode(&prompt) } else { its.encode_plain(&prompt) };
+            router.tokenising.run(bytes, encode).await?
+        }
         (None, Some(messages)) => {
             let mut variables = request.chat_template_kwargs.unwrap_or_default();
             variables.insert("add_generation_prompt".into(), request.add_generation_prompt.unwrap_or(true).into());
-            model.encode_whole_chat(&Chat { messages, tools: request.tools.unwrap_or_default(), variables })?
+            let chat = Chat { messages, tools: request.tools.unwrap_or_default(), variables };
+            router.tokenising.run(chat.bytes(), move || its.encode_whole_chat(&chat)).await?
         }
         _ => return Err(ServiceError::new(Code::InvalidArgument, "prompt: send either it or messages")),
     };
