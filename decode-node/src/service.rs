@@ -150,5 +150,6 @@ fn status_of(id: &NodeId, pair: &ServedPair, admission: &Admission, draining: bo
         preempted: admission.preempted(),
         max_context: admission.max_context() as u32,
         unread_tokens: 0,
+        unread_tokens_most: 0,
     }
 }

@@ -7,6 +7,7 @@ use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, Parser};
 use overfill_cluster::DiscoveryArgs;
 use overfill_lifecycle::NodeArgs;
+use overfill_lifecycle::node_args::parse_seconds;
 use overfill_lifecycle::telemetry::LogArgs;
 
 /// Holds the full model of a pair and reads prompts.
@@ -43,6 +44,10 @@ pub struct PrefillConfig {
     /// Most prompts held at a time, waiting and running
     #[arg(long, env = "OVERFILL_MAX_QUEUE", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_queue: u32,
+    /// Seconds of reading that routers let lie ready here, so that it is never idle; what comes beyond waits its turn with them.
+    /// 0 leaves it at --max-queue
+    #[arg(long, env = "OVERFILL_QUEUE_SECONDS", default_value_t = 0.25, value_parser = parse_seconds)]
+    pub queue_seconds: f64,
     /// Nice value of the compute threads: above 0, threads that pass on tokens or frames do not wait for their time slices (Linux)
     #[arg(long, env = "OVERFILL_NICE", default_value_t = 10, value_parser = clap::value_parser!(u8).range(0..=19))]
     pub nice: u8,

@@ -25,6 +25,7 @@ use tracing::{Span, debug_span};
 
 use crate::handoff::Sender;
 use crate::metrics::Metrics;
+use crate::pace::Pace;
 use crate::queue::share;
 use crate::rows::Rows;
 use crate::{Counted, Counts};
@@ -117,11 +118,11 @@ struct Read {
 
 impl Engine {
     /// Starts the thread; it ends when `end` is given, or when all senders of jobs are gone. At most `queue` jobs are on their way to it.
-    pub(crate) fn start(self, queue: usize, end: Drain) -> std::io::Result<(flume::Sender<Job>, JoinHandle<()>)> {
+    pub(crate) fn start(self, pace: Pace, queue: usize, end: Drain) -> std::io::Result<(flume::Sender<Job>, JoinHandle<()>)> {
         let (sender, jobs) = flume::bounded(queue);
         let thread = std::thread::Builder::new().name("prefill-engine".into()).spawn(move || {
             self.settings.placement.apply_to_caller();
-            Loop { engine: self, waiting: VecDeque::new(), running: Vec::new() }.run(&jobs, &end);
+            Loop { engine: self, waiting: VecDeque::new(), running: Vec::new(), pace }.run(&jobs, &end);
         })?;
         Ok((sender, thread))
     }
@@ -131,6 +132,7 @@ struct Loop {
     engine: Engine,
     waiting: VecDeque<Job>,
     running: Vec<Running>,
+    pace: Pace,
 }
 
 impl Loop {
@@ -194,8 +196,12 @@ impl Loop {
         let error = match catch_unwind(AssertUnwindSafe(|| read(&mut self.engine, &mut self.running, &given))) {
             Ok(Ok(read)) => {
                 let Metrics { step_seconds, step_tokens, .. } = &*self.engine.metrics;
-                step_seconds.observe((read.computed - begun).as_secs_f64());
-                step_tokens.inc_by(given.iter().sum::<usize>() as u64);
+                let (tokens, took) = (given.iter().sum::<usize>(), read.computed - begun);
+                step_seconds.observe(took.as_secs_f64());
+                step_tokens.inc_by(tokens as u64);
+                if let Some(most) = self.pace.after(tokens, took) {
+                    self.engine.counts.unread_most.store(most, Ordering::Release);
+                }
                 return self.advance(&given, read);
             }
             Ok(Err(error)) => ServiceError::new(Code::Internal, format!("the full model failed: {error}")),

@@ -9,6 +9,7 @@ mod engine;
 mod error;
 mod handoff;
 mod metrics;
+mod pace;
 mod pairs;
 mod push;
 mod queue;
@@ -31,6 +32,7 @@ use tonic::service::Routes;
 
 use crate::engine::{Engine, Settings};
 use crate::metrics::Metrics;
+use crate::pace::Pace;
 use crate::pairs::Offers;
 use crate::service::{PrefillService, Served};
 
@@ -76,13 +78,14 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
     let offers = Offers::new(&pairs);
     let settings = Settings { eos, chunk_tokens: config.chunk_tokens as usize, placement };
     let end = Drain::new();
-    let counts = Arc::new(Counts::default());
+    let pace = Pace::new(config.queue_seconds);
+    let counts = Arc::new(Counts { unread_most: AtomicUsize::new(pace.at_first(settings.chunk_tokens)), ..Counts::default() });
     let metrics = Arc::new(Metrics::new(&pairs, &pool, &counts, limits.max_context, config.prefix_cache)?);
     let _scraped = scraped.map(|listener| metrics.registry.serve(listener, end.clone()));
     let seen = discovery.clone();
     metrics.registry.etcd(move || seen.etcd_connected())?;
     let engine = Engine { model, cache, rows, workspace, pool: pool.clone(), settings, counts: counts.clone(), metrics: metrics.clone() };
-    let (jobs, engine_thread) = engine.start(config.max_queue as usize, end.clone())?;
+    let (jobs, engine_thread) = engine.start(pace, config.max_queue as usize, end.clone())?;
     let pairs = offers.served();
     let served = Served {
         id: id.clone(),
@@ -136,6 +139,8 @@ struct Counts {
     waiting: AtomicUsize,
     /// Tokens of the prompts held that are not read yet.
     unread: AtomicUsize,
+    /// Unread tokens that keep the engine busy for a moment; 0 where that is not bounded.
+    unread_most: AtomicUsize,
     /// Prompt tokens that were looked up in the prefix cache.
     prefix_queries: AtomicU64,
     /// Of these, found.

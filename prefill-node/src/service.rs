@@ -197,6 +197,7 @@ impl Served {
             sequences_most: self.max_queue as u32,
             running: counts.running.load(Ordering::Acquire) as u32,
             unread_tokens: counts.unread.load(Ordering::Acquire) as u64,
+            unread_tokens_most: counts.unread_most.load(Ordering::Acquire) as u64,
             blocks_total: pool.total() as u64,
             blocks_held: pool.held() as u64,
             blocks_free: pool.free() as u64,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
 use overfill_cluster::DiscoveryArgs;
-use overfill_lifecycle::node_args::parse_bytes;
+use overfill_lifecycle::node_args::{parse_bytes, parse_seconds};
 use overfill_lifecycle::telemetry::LogArgs;
 use overfill_types::Quality;
 use tokio::runtime::{Builder, Runtime};
@@ -147,12 +147,5 @@ impl RouterConfig {
             fallback: bounds.fallback,
             drain_timeout: bounds.router_drain_timeout,
         }
-    }
-}
-
-fn parse_seconds(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(seconds) if (0.0..=86_400.0).contains(&seconds) => Ok(seconds),
-        _ => Err(format!("'{text}' is no number of seconds from 0 to 86400")),
     }
 }

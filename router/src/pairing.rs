@@ -225,11 +225,12 @@ impl Drop for Waiting<'_> {
 }
 
 impl Chosen {
-    /// The prompt was read.
+    /// The prompt was read, so its node has room for another.
     pub(crate) fn read(&self) {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(taken) = &mut *taken {
             self.pairing.lock().scheduler.cluster_mut().read(taken);
+            self.pairing.serve();
         }
     }
 }

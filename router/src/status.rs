@@ -81,6 +81,7 @@ fn report(status: &NodeStatus) -> Report {
         sequences: status.sequences.into(),
         sequences_most: status.sequences_most.into(),
         unread_tokens: status.unread_tokens,
+        unread_tokens_most: status.unread_tokens_most,
         block_tokens: status.block_tokens.into(),
         blocks: status.blocks_total,
         blocks_held: status.blocks_held,

@@ -1,7 +1,7 @@
 //! What overload does to a cluster of real processes with the default pair: goodput at its peak, and at three times the rate of the
 //! peak for a minute.
 //!
-//! `cargo bench -p overfill-tests --bench overload` (some five minutes; it needs etcd, the binaries, and no other load)
+//! `cargo bench -p overfill-tests --bench overload` (some six minutes; it needs etcd, the binaries, and no other load)
 //!
 //! Fails if goodput under overload is below 85 % of the peak, if a request is neither answered in time nor refused as the
 //! interface says, if client and router count refusals differently, or if a process's memory grows.
@@ -20,13 +20,13 @@ const LENGTHS: [&str; 2] = ["64", "32"];
 /// What a good answer is, in milliseconds.
 const GOALS: [&str; 2] = ["ttft:1000", "tpot:50"];
 /// Seconds that a request may wait for room: well within the goal of the first token, so that what is taken can still be good.
-const QUEUE_TIMEOUT: &str = "0.5";
+const QUEUE_TIMEOUT: &str = "0.4";
 /// Seconds after which the router gives a request up, and after which the load tester counts it as hung.
 const DEADLINES: [&str; 2] = ["10", "12"];
 /// Seconds of each rate below and at what the cluster can bear, and of the overload.
 const WINDOWS: [f64; 2] = [30.0, 60.0];
 /// Rates that are tried for the peak, of the requests a second that are answered in a closed loop.
-const RATES: [f64; 4] = [0.6, 0.75, 0.9, 1.0];
+const RATES: [f64; 5] = [0.6, 0.8, 1.0, 1.25, 1.5];
 const OVERLOAD: f64 = 3.0;
 /// How refusals arrive at a client.
 const REFUSED: [&str; 2] = ["grpc_unavailable", "grpc_resource_exhausted"];

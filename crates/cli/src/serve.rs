@@ -77,6 +77,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
             node: node.clone(),
             chunk_tokens: args.chunk_tokens,
             max_queue: 256,
+            queue_seconds: 0.25,
             nice: args.prefill_nice,
             prefix_cache: true,
         };

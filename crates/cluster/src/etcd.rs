@@ -18,8 +18,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::snapshot::Snapshot;
 
-/// Time for one answer of etcd; also how soon a silent connection is given up.
+/// Time for one answer of etcd.
 const LIMIT: Duration = Duration::from_secs(2);
+/// How often a silent connection is tried. etcd breaks off those that are tried more often than every 5 s
+/// (its `--grpc-keepalive-min-time`), or while nothing is asked on them.
+const KEEP_ALIVE: Duration = Duration::from_secs(6);
 /// Longest wait between two attempts.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
@@ -54,8 +57,8 @@ impl Etcd {
         let options = ConnectOptions::new()
             .with_connect_timeout(LIMIT)
             .with_timeout(LIMIT)
-            .with_keep_alive(LIMIT, LIMIT)
-            .with_keep_alive_while_idle(true);
+            .with_keep_alive(KEEP_ALIVE, LIMIT)
+            .with_keep_alive_while_idle(false);
         within(Client::connect(&self.settings.endpoints, Some(options))).await
     }
 

@@ -117,6 +117,17 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(unit).filter(|bytes| *bytes > 0).ok_or_else(|| format!("'{text}' is no size that memory can have"))
 }
 
+/// A number of seconds, at most a day.
+///
+/// # Errors
+/// A sentence that says what is understood.
+pub fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.0..=86_400.0).contains(&seconds) => Ok(seconds),
+        _ => Err(format!("'{text}' is no number of seconds from 0 to 86400")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

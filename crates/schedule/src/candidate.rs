@@ -71,9 +71,10 @@ impl View<'_> {
             let node = self.nodes.get(&number)?;
             // The last token is read anyway.
             let held = (matches.of(number) * BLOCK).min(self.ask.prompt_tokens.saturating_sub(1));
-            let (queue, room) = node.reading(self.ask.to_read().unwrap_or(0), self.now);
+            let unread = self.ask.prompt_tokens - held;
+            let (queue, room) = node.reading(self.ask.to_read().unwrap_or(0), unread, self.now);
             let lately = node.lately.at(self.now);
-            let cost = queue + (self.ask.prompt_tokens - held) as f64 + lately * LATELY + (lately - mean).max(0.0);
+            let cost = queue + unread as f64 + lately * LATELY + (lately - mean).max(0.0);
             Some(Candidate { node: number, rank: self.rank(node, room), cost, held })
         };
         let first = rng.random_range(0..pool.members.len());

@@ -300,12 +300,13 @@ impl Cluster {
         (REMEMBERED / self.nodes.len().max(1)).clamp(64, REMEMBERED_OF_ONE)
     }
 
-    /// The prompt was read.
+    /// The prompt was read: its node is done with it, unless the full model writes on.
     pub fn read(&mut self, taken: &mut Taken) {
         let Some((node, reading)) = &mut taken.reading else { return };
+        let left = Work { sequences: if taken.writing.is_some() { 0 } else { reading.sequences }, ..Work::default() };
+        let over = Work { sequences: reading.sequences - left.sequences, ..std::mem::replace(reading, left) };
         if let Some(node) = self.nodes.get_mut(node) {
-            let tokens = std::mem::take(&mut reading.tokens);
-            node.end(Work { tokens, ..Work::default() });
+            node.end(over);
         }
     }
 
@@ -515,6 +516,25 @@ mod tests {
             choose(&mut small, &prompt(0, 40), &[], now),
             Choice::TooLarge(TooLarge { role: Role::Decode, tokens: 56, largest: 48 })
         ));
+    }
+
+    #[test]
+    fn a_prefill_node_gets_what_keeps_it_busy_and_short_prompts_beside_long_ones() {
+        let (mut cluster, now) = cluster(1, 1);
+        let report = Report { sequences_most: 256, unread_tokens_most: 100, block_tokens: 16, blocks: 1000, ..Report::default() };
+        cluster.told(&NodeId::new("p0"), report, now);
+        let mut first = chosen(&mut cluster, &prompt(0, 64), &[], now);
+        let second = chosen(&mut cluster, &prompt(1000, 64), &[], now);
+        assert!(matches!(choose(&mut cluster, &prompt(2000, 64), &[], now), Choice::Full), "128 tokens lie ready");
+        cluster.read(&mut first.taken);
+        let third = chosen(&mut cluster, &prompt(2000, 64), &[], now);
+        [first, second, third].into_iter().for_each(|pair| cluster.release(pair.taken));
+
+        let long = chosen(&mut cluster, &prompt(0, 5000), &[], now);
+        assert!(matches!(choose(&mut cluster, &prompt(10_000, 5000), &[], now), Choice::Full));
+        let short = chosen(&mut cluster, &prompt(20_000, 64), &[], now);
+        [long, short].into_iter().for_each(|pair| cluster.release(pair.taken));
+        assert!(cluster.idle());
     }
 
     #[test]

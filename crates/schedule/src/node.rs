@@ -21,6 +21,8 @@ pub struct Report {
     pub sequences_most: u64,
     /// Prompt tokens held that are not read yet.
     pub unread_tokens: u64,
+    /// Unread tokens that keep it busy for a moment: what comes beyond waits its turn elsewhere. 0 where that is not bounded.
+    pub unread_tokens_most: u64,
     /// Token positions in a block.
     pub block_tokens: u64,
     /// Blocks of its KV cache.
@@ -148,13 +150,17 @@ impl Node {
         }
     }
 
-    /// Tokens that it reads before those of another prompt, and whether it takes one of `tokens`.
-    pub(crate) fn reading(&self, tokens: usize, now: Instant) -> (f64, Room) {
+    /// Tokens that it reads before those of another prompt, and whether it takes one that needs `tokens` in its cache, of
+    /// which it has to read `unread`.
+    pub(crate) fn reading(&self, tokens: usize, unread: usize, now: Instant) -> (f64, Room) {
         let work = self.work(now);
-        let sequences_most = self.report.sequences_most;
+        let Report { sequences_most, unread_tokens_most, .. } = self.report;
+        // Prompts are read side by side: until one is through, no more than its own length is read of each of the others.
+        let before = work.tokens.min(work.sequences.saturating_mul(unread as i64)).max(0) as u64;
         let room = match () {
             () if tokens > self.holds() => Room::Never,
             () if sequences_most > 0 && work.sequences as u64 >= sequences_most => Room::Later,
+            () if unread_tokens_most > 0 && before >= unread_tokens_most => Room::Later,
             () => Room::Now,
         };
         (work.tokens as f64, room)

@@ -165,6 +165,9 @@ pub struct NodeStatus {
     /// prefill: tokens of the prompts held that are not read yet
     #[prost(uint64, tag = "16")]
     pub unread_tokens: u64,
+    /// prefill: unread tokens that keep it busy for a moment; more would wait here, out of turn; 0: any number
+    #[prost(uint64, tag = "22")]
+    pub unread_tokens_most: u64,
     /// decode: blocks that the sequences held may come to need in all
     #[prost(uint64, tag = "17")]
     pub blocks_promised: u64,

@@ -14,7 +14,11 @@ const SECOND: Duration = Duration::from_secs(1);
 async fn queued_reserved_computing_and_pushing() {
     let pair = tiny::pair(Kind::Identity, 3);
     // One token a step: the prompts are in every state for a long time, and leave one by one.
-    let cluster = Builder::new(&pair.dir).prefill_flags(&["--chunk-tokens", "1"]).decode_flags(&["--kv-memory", "128M"]).start().await;
+    let cluster = Builder::new(&pair.dir)
+        .prefill_flags(&["--chunk-tokens", "1", "--queue-seconds", "0"])
+        .decode_flags(&["--kv-memory", "128M"])
+        .start()
+        .await;
     let client = cluster.client().await;
     for wait in [0, 1, 5, 20, 100, 300] {
         let tasks: Vec<_> = (0..32)
@@ -55,7 +59,7 @@ async fn queued_reserved_computing_and_pushing() {
 async fn waiting_for_the_full_models_blocks() {
     let pair = tiny::pair(Kind::Identity, 3);
     // 768 bytes a token: room for one prompt, all others wait behind it.
-    let flags = ["--chunk-tokens", "1", "--kv-memory", "3M"];
+    let flags = ["--chunk-tokens", "1", "--queue-seconds", "0", "--kv-memory", "3M"];
     let cluster = Builder::new(&pair.dir).prefill_flags(&flags).decode_flags(&["--kv-memory", "128M"]).start().await;
     let client = cluster.client().await;
     let tasks: Vec<_> = (0..20)

@@ -2,7 +2,7 @@
 //! etcd nor a compacted history nor a value that is no node confuses anyone.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -63,6 +63,21 @@ async fn nodes_come_and_go() {
     assert!(names(&theirs.watch()).is_empty(), "another cluster sees nothing of it");
     drop(second);
     until(&view, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_cluster_stays_connected() {
+    let etcd = Etcd::start();
+    let discovery = Discovery::etcd(settings(&etcd, "idle"));
+    let view = discovery.watch();
+    let _node = discovery.register(node("a"));
+    until(&view, &["a"]).await;
+    // etcd breaks off at the third ping that comes too early.
+    let over = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < over {
+        assert_eq!(discovery.etcd_connected(), Some(true));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[test]

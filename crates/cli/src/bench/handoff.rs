@@ -96,6 +96,7 @@ async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Dr
         node: node.clone(),
         chunk_tokens: args.chunk_tokens,
         max_queue: 4,
+        queue_seconds: 0.25,
         nice: 10,
         prefix_cache: false,
     };
