@@ -81,6 +81,9 @@ pub(crate) struct TrainArgs {
     /// Weight of the cross-entropy beside the divergence
     #[arg(long, default_value_t = 0.5)]
     ce_weight: f32,
+    /// Weight of the distance from the full model's last hidden states beside the other losses; a map to them is trained too
+    #[arg(long, default_value_t = 0.0)]
+    hidden_weight: f32,
     /// How many of the full model's most likely tokens are learned from at each place
     #[arg(long, default_value_t = 32)]
     top: usize,
@@ -214,6 +217,7 @@ impl TrainArgs {
             reading,
             ce_weight: if distill { self.ce_weight } else { 1.0 },
             distill_weight: if distill { 1.0 } else { 0.0 },
+            hidden_weight: self.hidden_weight,
             // Asked also where only cross-entropy is minimised: validations then tell the divergence.
             top: self.top,
             projection: self.projection,

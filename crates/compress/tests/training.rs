@@ -24,11 +24,15 @@ fn fixtures() -> PathBuf {
 
 /// The fixture's decode model, with the tokenizer files that a checkpoint has.
 fn init(folder: &Path) -> PathBuf {
-    let init = folder.join("init");
+    checkpoint(folder, "narrow")
+}
+
+fn checkpoint(folder: &Path, model: &str) -> PathBuf {
+    let init = folder.join(format!("init-{model}"));
     if !init.exists() {
         std::fs::create_dir(&init).unwrap();
         for file in ["config.json", "model.safetensors"] {
-            std::fs::copy(fixtures().join("models/narrow").join(file), init.join(file)).unwrap();
+            std::fs::copy(fixtures().join("models").join(model).join(file), init.join(file)).unwrap();
         }
         std::fs::write(init.join("tokenizer.json"), "{}").unwrap();
         std::fs::write(init.join("tokenizer_config.json"), "{}").unwrap();
@@ -73,6 +77,7 @@ fn options() -> TrainOptions {
         reading: Reading::Prompt,
         ce_weight: 0.5,
         distill_weight: 1.0,
+        hidden_weight: 0.0,
         top: 8,
         projection: false,
         adam: AdamOptions { weight_decay: 0.01, ..AdamOptions::default() },
@@ -158,7 +163,8 @@ fn two_steps_are_pytorchs() {
 fn a_stopped_run_goes_on_as_if_it_had_not() {
     let readings = [(Reading::Prompt, false), (Reading::Random, false), (Reading::Share(0.5), true), (Reading::Nothing, false)];
     for (reading, projection) in readings {
-        let options = TrainOptions { reading, projection, ..options() };
+        let hidden_weight = if projection { 0.3 } else { 0.0 };
+        let options = TrainOptions { reading, projection, hidden_weight, ..options() };
         let folder = tempfile::tempdir().unwrap();
         let new = || materials(folder.path(), examples(20), examples(4), &options);
         let (outcome, whole) = run(&options, new(), &folder.path().join("whole"), 0);
@@ -194,6 +200,32 @@ fn a_stopped_run_goes_on_as_if_it_had_not() {
         // It is over, and says so.
         assert!(matches!(run(&options, new(), &out, 0).0, Err(TrainError::Refused(_))));
     }
+}
+
+/// Hidden states are learned too: those of the full model itself are at no distance, others come nearer; what maps them stays in the run.
+#[test]
+fn hidden_states_come_nearer() {
+    let folder = tempfile::tempdir().unwrap();
+    let distances = |init: PathBuf, options: &TrainOptions| {
+        let out = folder.path().join(format!("run-{}", init.file_name().unwrap().display()));
+        let materials = Materials { init, ..materials(folder.path(), examples(20), examples(6), options) };
+        let (outcome, records) = run(options, materials, &out, 0);
+        let told = records.iter().filter_map(|r| if let Record::Validation(v) = r { Some(v.states) } else { None }).collect::<Vec<_>>();
+        (outcome.unwrap(), told)
+    };
+    let options = TrainOptions { hidden_weight: 0.5, epochs: 6, ..options() };
+    let same = TrainOptions { most_steps: Some(1), ..options.clone() };
+    let (_, told) = distances(checkpoint(folder.path(), "full"), &same);
+    assert!(told[0] < 1e-3, "{told:?}");
+    let (outcome, told) = distances(init(folder.path()), &options);
+    assert!(told[0] > 0.1 && *told.last().unwrap() < 0.8 * told[0], "{told:?}");
+    let weights = Weights::open(&outcome.model).unwrap();
+    assert!(!weights.has("state_map.weight") && weights.has("model.norm.weight"));
+    // Without the weight nothing is asked and nothing told.
+    let plain = TrainOptions { hidden_weight: 0.0, most_steps: Some(1), ..options };
+    let folder = tempfile::tempdir().unwrap();
+    let (_, records) = run(&plain, materials(folder.path(), examples(5), examples(2), &plain), &folder.path().join("run"), 0);
+    assert!(records.iter().all(|r| !matches!(r, Record::Validation(v) if v.states != 0.0)));
 }
 
 /// The validation's loss before the first step is what the engine that serves finds.

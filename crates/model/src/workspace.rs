@@ -60,6 +60,15 @@ impl Workspace {
         &self.pool
     }
 
+    /// The residual stream after the last layer, before the last norm, of the first `rows` tokens that the last forward pass gave
+    /// logits of: `[rows, hidden]`. Of a model on the CPU only.
+    ///
+    /// # Panics
+    /// Where it gave fewer.
+    pub fn states(&self, rows: usize, hidden: usize) -> &[f32] {
+        &self.x[..rows * hidden]
+    }
+
     /// Chooses a token from each row of the last forward pass's logits, in parallel. Each sampler comes with its
     /// sequence's next position; there are as many as rows.
     ///

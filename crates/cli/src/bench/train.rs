@@ -116,11 +116,11 @@ fn measure(args: &TrainArgs, config: &LlamaConfig) -> Vec<f64> {
         targets.extend(rows.map(|row| Target {
             row,
             token: (row * 31 % 49_152) as u32,
-            teacher: Some(Teacher { ids: &ids, log_probs: &log_probs }),
+            teacher: Some(Teacher { ids: &ids, log_probs: &log_probs, state: &[] }),
         }));
     }
     let batch = Batch { sequences: &sequences, targets: &targets };
-    let objective = Objective { mix: Mix { ce: 0.5, distill: 1.0 }, scale: 1.0 / targets.len() as f32 };
+    let objective = Objective { mix: Mix { ce: 0.5, distill: 1.0, states: 0.0 }, scale: 1.0 / targets.len() as f32 };
     let net = Net::new(shape, config);
     let mut adam = Adam::new(AdamOptions::default(), parameters.len());
     let mut gradients = vec![0.0; parameters.len()];

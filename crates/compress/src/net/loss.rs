@@ -33,6 +33,8 @@ pub struct Teacher<'a> {
     pub ids: &'a [u32],
     /// As many.
     pub log_probs: &'a [f32],
+    /// Its last hidden state divided by its root mean square, `[full hidden]`; empty where it is not asked.
+    pub state: &'a [f32],
 }
 
 /// Weights of the losses.
@@ -42,15 +44,19 @@ pub struct Mix {
     pub ce: f32,
     /// Of the divergence from the full model, where it is known.
     pub distill: f32,
+    /// Of the distance from the full model's hidden states, where they are known.
+    pub states: f32,
 }
 
-/// What one row's loss is, in nats.
+/// What one row's loss is.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RowLoss {
-    /// Cross-entropy with the token.
+    /// Cross-entropy with the token, in nats.
     pub ce: f32,
-    /// Divergence from the full model; 0 where it is not known.
+    /// Divergence from the full model, in nats; 0 where it is not known.
     pub kl: f32,
+    /// Mean square distance from the full model's hidden state, whose mean square is 1; 0 where it is not known.
+    pub states: f32,
     /// Whether the most likely token is the full model's; only told where no gradient is asked for.
     pub agrees: bool,
 }
@@ -58,7 +64,7 @@ pub struct RowLoss {
 impl RowLoss {
     /// What is minimised.
     pub fn mixed(&self, mix: Mix) -> f32 {
-        mix.ce * self.ce + mix.distill * self.kl
+        mix.ce * self.ce + mix.distill * self.kl + mix.states * self.states
     }
 }
 
@@ -117,7 +123,7 @@ fn row_loss(logits: &mut [f32], target: &Target<'_>, mix: Mix, scale: Option<f32
     });
     let total = rest + known.iter().map(|x| f64::from(*x - most).exp()).sum::<f64>();
     let log_total = total.ln() as f32 + most;
-    let mut loss = RowLoss { ce: log_total - gold, kl: 0.0, agrees };
+    let mut loss = RowLoss { ce: log_total - gold, agrees, ..RowLoss::default() };
 
     let probabilities: Vec<f32> = log_probs.iter().map(|p| p.exp()).collect();
     let p_known: f32 = probabilities.iter().sum();

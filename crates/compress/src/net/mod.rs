@@ -19,6 +19,7 @@ mod parameters;
 mod product;
 mod projection;
 mod rows;
+mod states;
 #[cfg(test)]
 mod tests;
 mod vector;
@@ -29,6 +30,7 @@ pub use batch::{Context, KvRows, Packed, Sequence};
 pub use layer::{LayerBuffers, LayerGradients, LayerShape, LayerWeights, Saved};
 pub use loss::{Mix, RowLoss, Target, Teacher};
 pub use model::{Batch, Net, Objective, State};
+pub(crate) use parameters::STATE_MAP;
 pub use parameters::{Entry, Shape};
 pub use product::{View, ViewMut, multiply};
 pub use rows::rms_norm;

@@ -10,6 +10,7 @@ use super::parameters::Shape;
 use super::product::Onto;
 use super::projection::{project, project_backward};
 use super::rows::{rms_norm, rms_norm_backward};
+use super::states::{StateGradients, state_loss};
 
 /// A network's shape; its parameters are the caller's.
 pub struct Net {
@@ -44,6 +45,7 @@ struct HeadBuffers {
     dnormed: Vec<f32>,
     dselected: Vec<f32>,
     logits: Vec<f32>,
+    mapped: Vec<f32>,
 }
 
 impl Net {
@@ -111,8 +113,13 @@ impl Net {
     /// Loss of each target after a forward pass.
     pub fn loss(&self, parameters: &[f32], targets: &[Target<'_>], state: &mut State) -> Vec<RowLoss> {
         self.select(parameters, targets, state);
-        let (head, mix) = (&parameters[self.shape.head_range()], Mix { ce: 1.0, distill: 1.0 });
-        head_loss(head, &state.head.normed, targets, mix, None, &mut state.head.logits)
+        let (head, mix) = (&parameters[self.shape.head_range()], Mix { ce: 1.0, distill: 1.0, states: 1.0 });
+        let mut losses = head_loss(head, &state.head.normed, targets, mix, None, &mut state.head.logits);
+        if self.shape.taught.is_some() {
+            let map = &parameters[self.shape.state_map_range()];
+            state_loss(map, &state.head.normed, targets, &mut losses, &mut state.head.mapped, None);
+        }
+        losses
     }
 
     /// Logits after each of `rows`, `[rows, vocab]`, after a forward pass.
@@ -171,7 +178,12 @@ impl Net {
         let head = &mut state.head;
         head.dnormed.resize(targets.len() * hidden, 0.0);
         let into = HeadGradients { head: &mut gradients[shape.head_range()], normed: &mut head.dnormed, onto, scale: objective.scale };
-        let losses = head_loss(&parameters[shape.head_range()], &head.normed, targets, objective.mix, Some(into), &mut head.logits);
+        let mut losses = head_loss(&parameters[shape.head_range()], &head.normed, targets, objective.mix, Some(into), &mut head.logits);
+        if shape.taught.is_some() {
+            let scale = objective.scale * objective.mix.states;
+            let into = StateGradients { map: &mut gradients[shape.state_map_range()], normed: &mut head.dnormed, onto, scale };
+            state_loss(&parameters[shape.state_map_range()], &head.normed, targets, &mut losses, &mut head.mapped, Some(into));
+        }
         head.dselected.clear();
         head.dselected.resize(targets.len() * hidden, 0.0);
         let norm = &parameters[shape.norm_range()];

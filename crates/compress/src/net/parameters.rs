@@ -7,6 +7,9 @@ use overfill_model::{LlamaConfig, ModelError, Weights};
 
 use super::layer::LayerShape;
 
+/// Name of the map to the full model's hidden states.
+pub(crate) const STATE_MAP: &str = "state_map.weight";
+
 /// What a model is made of, and where each part lies among its parameters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {
@@ -20,17 +23,32 @@ pub struct Shape {
     pub tied: bool,
     /// Values of the full model's key rows, where a trainable projection maps them to this model's.
     pub projected: Option<usize>,
+    /// Width of the full model's hidden states, where a map to them is trained ([`super::states`]).
+    pub taught: Option<usize>,
 }
 
 /// One parameter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// `model.layers.0.self_attn.q_proj.weight`; `embedding_proj.0.weight` for projections of keys and values.
+    /// `model.layers.0.self_attn.q_proj.weight`; `embedding_proj.0.weight` for projections of keys and values;
+    /// `state_map.weight` for the map to the full model's hidden states.
     pub name: String,
     /// `[outputs, inputs]`, or `[n]`.
     pub shape: Vec<usize>,
     /// Where it lies.
     pub range: Range<usize>,
+}
+
+impl Entry {
+    /// Whether it is a part of the model itself, as its checkpoint has it.
+    pub fn of_model(&self) -> bool {
+        !self.of_projection() && self.name != STATE_MAP
+    }
+
+    /// Whether it is a part of the projections of keys and values.
+    pub fn of_projection(&self) -> bool {
+        self.name.starts_with("embedding_proj.")
+    }
 }
 
 impl Shape {
@@ -53,9 +71,16 @@ impl Shape {
         Ok(Self::new(config, biases, config.tied_embeddings || !weights.has("lm_head.weight")))
     }
 
-    /// Of a model's configuration, without a projection.
+    /// Of a model's configuration, without a projection or a map of states.
     pub fn new(config: &LlamaConfig, biases: bool, tied: bool) -> Self {
-        Self { vocab: config.vocab_size, layers: config.kv.layers, layer: LayerShape::of(config, biases), tied, projected: None }
+        Self {
+            vocab: config.vocab_size,
+            layers: config.kv.layers,
+            layer: LayerShape::of(config, biases),
+            tied,
+            projected: None,
+            taught: None,
+        }
     }
 
     /// Every parameter, in their order in memory, without gaps.
@@ -76,6 +101,9 @@ impl Shape {
                 all.push((format!("embedding_proj.{layer}.bias"), vec![outputs]));
             }
         }
+        if let Some(outputs) = self.taught {
+            all.push((STATE_MAP.to_owned(), vec![outputs, hidden]));
+        }
         let mut end = 0;
         let place = |(name, shape): (String, Vec<usize>)| {
             let start = end;
@@ -88,7 +116,7 @@ impl Shape {
     /// Parameters in numbers.
     pub fn len(&self) -> usize {
         let head = if self.tied { 0 } else { self.embedding() };
-        self.embedding() + self.layers * self.layer.len() + self.layer.hidden + head + self.layers * self.projection()
+        self.embedding() + self.layers * self.layer.len() + self.layer.hidden + head + self.layers * self.projection() + self.state_map()
     }
 
     /// Never: a model has parameters.
@@ -102,6 +130,10 @@ impl Shape {
 
     fn projection(&self) -> usize {
         self.projected.map_or(0, |inputs| self.layer.kv_row() * (inputs + 1))
+    }
+
+    fn state_map(&self) -> usize {
+        self.taught.map_or(0, |outputs| outputs * self.layer.hidden)
     }
 
     /// Where the embedding lies.
@@ -137,13 +169,18 @@ impl Shape {
         start..start + self.projection()
     }
 
-    /// Reads all parameters but the projections' (which stay 0) from a checkpoint.
+    /// Where the map to the full model's hidden states lies; empty where there is none.
+    pub(super) fn state_map_range(&self) -> Range<usize> {
+        self.len() - self.state_map()..self.len()
+    }
+
+    /// Reads the model's own parameters from a checkpoint; the projections' and the map's stay 0.
     ///
     /// # Errors
     /// [`ModelError::Format`] naming a tensor that is missing or has another shape; `path` is what it says.
     pub fn read(&self, weights: &Weights, path: &Path) -> Result<Vec<f32>, ModelError> {
         let mut all = vec![0.0; self.len()];
-        for entry in self.entries().iter().filter(|e| !e.name.starts_with("embedding_proj.")) {
+        for entry in self.entries().iter().filter(|e| e.of_model()) {
             let (numbers, shape) = weights.numbers(&entry.name)?;
             if shape != entry.shape {
                 let what = format!("tensor {} is {shape:?}, the configuration wants {:?}", entry.name, entry.shape);

@@ -33,9 +33,9 @@ fn random(n: usize, size: f32, seed: u64) -> Vec<f32> {
 }
 
 /// A network of either kind with random parameters; norms' weights near 1.
-fn network(tied: bool, biases: bool, projected: Option<usize>) -> (Net, Vec<f32>) {
+fn network(tied: bool, biases: bool, projected: Option<usize>, taught: Option<usize>) -> (Net, Vec<f32>) {
     let config = config();
-    let shape = Shape { projected, ..Shape::new(&config, biases, tied) };
+    let shape = Shape { projected, taught, ..Shape::new(&config, biases, tied) };
     let mut parameters = random(shape.len(), 0.6, 1);
     for entry in shape.entries().iter().filter(|e| e.name.ends_with("norm.weight")) {
         parameters[entry.range.clone()].iter_mut().for_each(|w| *w += 1.0);
@@ -50,9 +50,11 @@ fn context(tokens: usize, row: usize, seed: u64) -> Context {
 
 const TOKENS: [&[u32]; 3] = [&[1, 5, 9, 5, 30, 2, 17], &[36, 0, 4], &[8, 8, 8, 21, 3]];
 const TEACHER: ([u32; 4], [f32; 4]) = ([3, 30, 9, 21], [-0.7, -1.6, -2.5, -3.5]);
+/// Of a full model that is a little narrower.
+const STATE: [f32; 7] = [0.3, -1.9, 0.1, 1.2, -0.4, 0.8, -1.0];
 
 fn targets() -> Vec<Target<'static>> {
-    let teacher = Some(Teacher { ids: &TEACHER.0, log_probs: &TEACHER.1 });
+    let teacher = Some(Teacher { ids: &TEACHER.0, log_probs: &TEACHER.1, state: &STATE });
     vec![
         Target { row: 1, token: 9, teacher },
         Target { row: 4, token: 2, teacher },
@@ -62,7 +64,7 @@ fn targets() -> Vec<Target<'static>> {
     ]
 }
 
-const OBJECTIVE: Objective = Objective { mix: Mix { ce: 0.4, distill: 1.3 }, scale: 0.2 };
+const OBJECTIVE: Objective = Objective { mix: Mix { ce: 0.4, distill: 1.3, states: 0.7 }, scale: 0.2 };
 
 fn loss(net: &Net, parameters: &[f32], sequences: &[Sequence<'_>], state: &mut State) -> f64 {
     net.run(parameters, sequences, state, &mut |_, _, _| {});
@@ -73,8 +75,9 @@ fn loss(net: &Net, parameters: &[f32], sequences: &[Sequence<'_>], state: &mut S
 /// Of every parameter, and in random directions: the slope that backward tells is the loss's.
 #[test]
 fn gradients_are_slopes() {
-    for (tied, biases, projected) in [(true, false, None), (false, true, None), (false, false, Some(10)), (true, true, Some(16))] {
-        let (net, parameters) = network(tied, biases, projected);
+    let kinds = [(true, false, None, None), (false, true, None, Some(7)), (false, false, Some(10), None), (true, true, Some(16), Some(7))];
+    for (tied, biases, projected, taught) in kinds {
+        let (net, parameters) = network(tied, biases, projected, taught);
         let row = projected.unwrap_or(16);
         let contexts = [context(6, row, 100), context(11, row, 200)];
         let sequences = [
@@ -113,7 +116,7 @@ fn gradients_are_slopes() {
                 let error = (slope - expected).abs();
                 assert!(
                     error < 1e-3 + 0.01 * length,
-                    "{} direction {direction}: slope {slope}, backward says {expected} of {length} (tied {tied}, biases {biases}, projected {projected:?})",
+                    "{} direction {direction}: slope {slope}, backward says {expected} of {length} (tied {tied}, biases {biases}, projected {projected:?}, taught {taught:?})",
                     entry.name
                 );
             }
@@ -124,7 +127,7 @@ fn gradients_are_slopes() {
 /// A batch's gradients are the sum of its sequences', added or not.
 #[test]
 fn gradients_add_up() {
-    let (net, parameters) = network(false, true, None);
+    let (net, parameters) = network(false, true, None, None);
     let contexts = [context(6, 16, 100), context(11, 16, 200)];
     let first = Sequence { context: Some(&contexts[0]), tokens: TOKENS[0] };
     let second = Sequence { context: Some(&contexts[1]), tokens: TOKENS[2] };
@@ -146,7 +149,7 @@ fn gradients_add_up() {
 /// Reading a sequence in two halves, the first one's keys and values as the second's context, gives the same logits.
 #[test]
 fn a_context_is_what_was_read_before() {
-    let (net, parameters) = network(false, true, None);
+    let (net, parameters) = network(false, true, None, None);
     let tokens: Vec<u32> = (0..150).map(|i| (i * 7 % VOCAB) as u32).collect();
     let mut state = State::default();
     let mut read = Context { tokens: 90, layers: Vec::new() };
@@ -165,7 +168,7 @@ fn a_context_is_what_was_read_before() {
 /// The same bits on any number of threads: what a resumed run rests on.
 #[test]
 fn threads_do_not_change_a_bit() {
-    let (net, parameters) = network(false, true, Some(10));
+    let (net, parameters) = network(false, true, Some(10), None);
     let context = context(40, 10, 100);
     let tokens: Vec<u32> = (0..200).map(|i| (i * 7 % VOCAB) as u32).collect();
     let sequences = [Sequence { context: Some(&context), tokens: &tokens }, Sequence { context: None, tokens: &tokens[..70] }];
@@ -188,14 +191,14 @@ fn threads_do_not_change_a_bit() {
 /// The loss of a row is what its definition says, also where the full model's known tokens hold almost all probability.
 #[test]
 fn losses_are_those_of_the_definition() {
-    let (net, parameters) = network(true, false, None);
+    let (net, parameters) = network(true, false, None, None);
     let mut state = State::default();
     net.run(&parameters, &[Sequence { context: None, tokens: TOKENS[0] }], &mut state, &mut |_, _, _| {});
     let logits = net.logits(&parameters, &[6], &mut state);
     let total: f64 = logits.iter().map(|x| f64::from(*x).exp()).sum();
     let log_q: Vec<f64> = logits.iter().map(|x| f64::from(*x) - total.ln()).collect();
     for log_probs in [TEACHER.1, [-0.001, -8.0, -9.0, -10.0]] {
-        let teacher = Some(Teacher { ids: &TEACHER.0, log_probs: &log_probs });
+        let teacher = Some(Teacher { ids: &TEACHER.0, log_probs: &log_probs, state: &STATE });
         let told = net.loss(&parameters, &[Target { row: 6, token: 11, teacher }], &mut state)[0];
         let known: f64 = log_probs.iter().map(|p| f64::from(*p).exp()).sum();
         let q_known: f64 = TEACHER.0.iter().map(|id| log_q[*id as usize].exp()).sum();
@@ -203,5 +206,7 @@ fn losses_are_those_of_the_definition() {
         let kl = kl + (1.0 - known).max(1e-30) * ((1.0 - known).max(1e-30) / (1.0 - q_known)).ln();
         assert!((f64::from(told.ce) + log_q[11]).abs() < 1e-5);
         assert!((f64::from(told.kl) - kl).abs() < 1e-4, "{} is not {kl}", told.kl);
+        // Without a map nothing is said of states.
+        assert_eq!(told.states, 0.0);
     }
 }

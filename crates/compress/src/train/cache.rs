@@ -13,12 +13,12 @@ use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::error::TrainError;
-use super::lesson::{FullModel, Lesson};
+use super::lesson::{FullModel, Lesson, Question};
 use crate::Example;
 use crate::net::{Context, KvRows};
 
 /// First bytes of a file; the last is the format's number.
-const MAGIC: &[u8; 8] = b"lesson\0\x01";
+const MAGIC: &[u8; 8] = b"lesson\0\x02";
 
 /// Lessons in a folder.
 pub struct LessonCache {
@@ -50,8 +50,10 @@ impl LessonCache {
     ///
     /// # Errors
     /// As [`FullModel::read`]. A file that cannot be written ends the keeping, not the run.
-    pub fn lesson(&mut self, full: &mut FullModel, example: &Example, kept: usize, top: usize) -> Result<Lesson, TrainError> {
-        let names = [self.name(example, &format!("top {top}")), self.name(example, &format!("kept {kept}"))];
+    pub fn lesson(&mut self, full: &mut FullModel, example: &Example, question: Question) -> Result<Lesson, TrainError> {
+        let Question { kept, top, states } = question;
+        let with_states = if states { ", states" } else { "" };
+        let names = [self.name(example, &format!("top {top}{with_states}")), self.name(example, &format!("kept {kept}"))];
         let found = |name: &String| std::fs::read(self.folder.join(name)).ok().and_then(|bytes| decode(&bytes));
         let said = if top > 0 { found(&names[0]) } else { Some(Lesson::default()) };
         let rows = if kept > 0 { found(&names[1]) } else { Some(Lesson::default()) };
@@ -59,7 +61,7 @@ impl LessonCache {
             return Ok(Lesson { context: rows.context.clone(), ..said.clone() });
         }
         let [top, kept] = [if said.is_some() { 0 } else { top }, if rows.is_some() { 0 } else { kept }];
-        let read = full.read(example, kept, top)?;
+        let read = full.read(example, Question { kept, top, states: states && top > 0 })?;
         let said = said.unwrap_or_else(|| {
             let said = Lesson { context: Context::default(), ..read.clone() };
             self.keep(&names[0], &said, full.formats.cache);
@@ -106,11 +108,18 @@ fn encode(lesson: &Lesson, format: KvFormat) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
     let row = lesson.context.layers.first().map_or(0, |l| l.k.len());
     let half = u32::from(format == KvFormat::F16);
-    for n in [lesson.context.tokens as u32, lesson.context.layers.len() as u32, row as u32, lesson.ids.len() as u32, half] {
+    for n in [
+        lesson.context.tokens as u32,
+        lesson.context.layers.len() as u32,
+        row as u32,
+        lesson.ids.len() as u32,
+        lesson.states.len() as u32,
+        half,
+    ] {
         bytes.extend(n.to_le_bytes());
     }
     bytes.extend(lesson.ids.iter().flat_map(|id| id.to_le_bytes()));
-    bytes.extend(lesson.log_probs.iter().flat_map(|p| p.to_le_bytes()));
+    bytes.extend(lesson.log_probs.iter().chain(&lesson.states).flat_map(|p| p.to_le_bytes()));
     let mut halves = vec![f16::ZERO; row];
     for rows in lesson.context.layers.iter().flat_map(|l| [&l.k, &l.v]) {
         if half == 1 {
@@ -133,9 +142,10 @@ fn decode(bytes: &[u8]) -> Option<Lesson> {
     if xxh3_64(bytes) != u64::from_le_bytes(*sum) {
         return None;
     }
-    let (header, mut rest) = rest.split_at_checked(20)?;
+    let (header, mut rest) = rest.split_at_checked(24)?;
     let mut header = header.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize);
-    let (tokens, layers, row, known, half) = (header.next()?, header.next()?, header.next()?, header.next()?, header.next()?);
+    let mut next = || header.next();
+    let (tokens, layers, row, known, states, half) = (next()?, next()?, next()?, next()?, next()?, next()?);
     let mut take = |n: usize| {
         let (taken, left) = rest.split_at_checked(n)?;
         rest = left;
@@ -145,6 +155,7 @@ fn decode(bytes: &[u8]) -> Option<Lesson> {
     let floats = |bytes: &[u8]| -> Vec<f32> { words(bytes).into_iter().map(f32::from_bits).collect() };
     let ids = words(take(known * 4)?);
     let log_probs = floats(take(known * 4)?);
+    let states = floats(take(states * 4)?);
     let mut rows = || -> Option<Vec<f32>> {
         if half == 0 {
             return Some(floats(take(row * 4)?));
@@ -155,7 +166,7 @@ fn decode(bytes: &[u8]) -> Option<Lesson> {
         Some(rows)
     };
     let layers = (0..layers).map(|_| Some(KvRows { k: rows()?, v: rows()? })).collect::<Option<Vec<_>>>()?;
-    Some(Lesson { context: Context { tokens, layers }, ids, log_probs })
+    Some(Lesson { context: Context { tokens, layers }, ids, log_probs, states })
 }
 
 #[cfg(test)]
@@ -166,7 +177,7 @@ mod tests {
     fn a_lesson_comes_back_and_a_damaged_one_does_not() {
         let rows = |from: f32| KvRows { k: (0..24).map(|i| from + i as f32 / 8.0).collect(), v: vec![from; 24] };
         let context = Context { tokens: 3, layers: vec![rows(1.0), rows(-2.0)] };
-        let lesson = Lesson { context, ids: vec![7, 1, 9, 2], log_probs: vec![-0.1, -0.2, -0.3, -0.4] };
+        let lesson = Lesson { context, ids: vec![7, 1, 9, 2], log_probs: vec![-0.1, -0.2, -0.3, -0.4], states: vec![0.5, -1.5] };
         for format in [KvFormat::F32, KvFormat::F16] {
             let bytes = encode(&lesson, format);
             assert_eq!(decode(&bytes), Some(lesson.clone()));

@@ -28,6 +28,20 @@ pub struct Lesson {
     pub ids: Vec<u32>,
     /// Logarithms of their probabilities, `[response, top]`.
     pub log_probs: Vec<f32>,
+    /// The last hidden state that each response token is predicted from, divided by its root mean square: `[response, hidden]`;
+    /// empty where it was not asked.
+    pub states: Vec<f32>,
+}
+
+/// What is asked about an example.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// Of how many tokens, from the first on, keys and values are wanted.
+    pub kept: usize,
+    /// How many of the most likely tokens are wanted at each response token.
+    pub top: usize,
+    /// Whether hidden states are wanted there too; only with a `top`.
+    pub states: bool,
 }
 
 /// How keys and values become the decode model's.
@@ -59,12 +73,13 @@ impl FullModel {
         }
     }
 
-    /// Reads an example: keys and values of its first `kept` tokens, and the `top` most likely tokens at each response token
-    /// (none where `top` is 0; the response is then read only as far as `kept` reaches).
+    /// Reads an example. Where no likely tokens are wanted the response is read only as far as keys and values are.
     ///
     /// # Errors
     /// [`TrainError::Model`] where a token id is out of the vocabulary, or the example out of the context.
-    pub fn read(&mut self, example: &Example, kept: usize, top: usize) -> Result<Lesson, TrainError> {
+    pub fn read(&mut self, example: &Example, question: Question) -> Result<Lesson, TrainError> {
+        let Question { kept, top, states } = question;
+        let hidden = self.model.config().hidden_size;
         let tokens: Vec<u32> = example.prompt.iter().chain(&example.response).copied().collect();
         // The last token of the response is never read: nothing comes after it.
         let end = if top > 0 { (tokens.len() - 1).max(kept) } else { kept };
@@ -86,6 +101,13 @@ impl FullModel {
             for (ids, log_probs) in most_likely(logits, tokens.len(), top) {
                 lesson.ids.extend(ids);
                 lesson.log_probs.extend(log_probs);
+            }
+            if states {
+                let rows = self.workspace.states(tokens.len(), hidden).chunks_exact(hidden);
+                lesson.states.extend(rows.flat_map(|row| {
+                    let size = (row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / hidden as f64).sqrt() as f32;
+                    row.iter().map(move |x| x / size)
+                }));
             }
         }
         lesson.context = self.context(&cache, &blocks, kept)?;

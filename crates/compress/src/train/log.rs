@@ -34,6 +34,9 @@ pub struct Step {
     pub ce: f64,
     /// Divergence from the full model, where it was asked.
     pub kl: f64,
+    /// Mean square distance from the full model's hidden states, whose mean square is 1, where it was asked.
+    #[serde(default)]
+    pub states: f64,
     /// Learning rate.
     pub rate: f32,
     /// Length of the gradient before it was clipped.
@@ -58,6 +61,9 @@ pub struct Validation {
     pub ce: f64,
     /// Divergence from the full model, where it was asked.
     pub kl: f64,
+    /// Mean square distance from the full model's hidden states, where it was asked.
+    #[serde(default)]
+    pub states: f64,
     /// Share of tokens whose most likely one is the full model's, where it was asked.
     pub agreement: f64,
     /// Tokens that were measured.
@@ -136,6 +142,7 @@ mod tests {
                 loss: 0.1,
                 ce: 0.2,
                 kl: 1.0 / 3.0,
+                states: 0.0,
                 rate: 1e-4,
                 gradient: 2.0,
                 tokens: 9,

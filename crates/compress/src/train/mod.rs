@@ -23,7 +23,7 @@ pub use adam::AdamOptions;
 pub use batches::Reading;
 pub use cache::LessonCache;
 pub use error::TrainError;
-pub use lesson::{Carry, FullModel};
+pub use lesson::{Carry, FullModel, Question};
 pub use log::{Record, Validation};
 pub use options::{Set, TrainOptions};
 pub use run::{Event, Materials, Outcome, train};

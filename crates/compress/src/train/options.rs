@@ -23,6 +23,8 @@ pub struct TrainOptions {
     pub ce_weight: f32,
     /// Weight of the divergence from the full model.
     pub distill_weight: f32,
+    /// Weight of the distance from the full model's hidden states.
+    pub hidden_weight: f32,
     /// How many of the full model's most likely tokens are known at each place; 0 where it is not asked.
     pub top: usize,
     /// Whether a projection of the full model's keys and values is trained too.
@@ -56,7 +58,7 @@ pub struct TrainOptions {
 impl TrainOptions {
     /// The losses' weights.
     pub fn mix(&self) -> Mix {
-        Mix { ce: self.ce_weight, distill: self.distill_weight }
+        Mix { ce: self.ce_weight, distill: self.distill_weight, states: self.hidden_weight }
     }
 
     /// Refuses what no run can be made of.
@@ -87,11 +89,14 @@ impl TrainOptions {
         {
             return Err(TrainError::Refused("--prompt-share is a share: between 0 and 1".into()));
         }
-        if !(self.ce_weight >= 0.0 && self.distill_weight >= 0.0 && self.ce_weight + self.distill_weight > 0.0) {
-            return Err(TrainError::Refused("the losses' weights must not be negative, and one of them more than 0".into()));
+        let weights = [self.ce_weight, self.distill_weight, self.hidden_weight];
+        if !(weights.iter().all(|w| *w >= 0.0 && w.is_finite()) && self.ce_weight + self.distill_weight > 0.0) {
+            return Err(TrainError::Refused(
+                "the losses' weights must not be negative, and that of cross-entropy or divergence more than 0".into(),
+            ));
         }
-        if self.distill_weight > 0.0 && self.top == 0 {
-            return Err(TrainError::Refused("--top must be more than 0 to learn from the full model's distribution".into()));
+        if self.distill_weight + self.hidden_weight > 0.0 && self.top == 0 {
+            return Err(TrainError::Refused("--top must be more than 0 to learn from the full model's distribution or states".into()));
         }
         if self.projection && self.reading == Reading::Nothing {
             return Err(TrainError::Refused(

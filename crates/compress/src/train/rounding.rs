@@ -30,7 +30,7 @@ impl Rounded {
     pub(super) fn update(&mut self, parameters: &[f32], entries: &[Entry]) {
         self.weights.clear();
         self.weights.extend_from_slice(parameters);
-        for entry in entries {
+        for entry in entries.iter().filter(|e| e.of_model()) {
             let stored = self.formats.of(&entry.name, entry.shape.len());
             if let (Some(dtype), Some(&columns)) = (stored.and_then(Stored::blocks), entry.shape.last()) {
                 round(&mut self.weights[entry.range.clone()], columns, dtype);

@@ -12,13 +12,13 @@ use super::batches::{Plan, Reading, in_order};
 use super::cache::LessonCache;
 use super::curve;
 use super::error::TrainError;
-use super::lesson::{FullModel, Lesson};
+use super::lesson::{FullModel, Lesson, Question};
 use super::log::{Log, Record, Step, Validation};
 use super::options::{Set, TrainOptions};
 use super::rounding::Rounded;
 use super::state::{self, Progress, STATE_FILE};
 use crate::checkpoint::{Checkpoint, Format, Writer};
-use crate::net::{Batch, Entry, Net, Objective, RowLoss, Sequence, Shape, State, Target, Teacher};
+use crate::net::{Batch, Entry, Net, Objective, RowLoss, STATE_MAP, Sequence, Shape, State, Target, Teacher};
 
 /// File name of the loss curve.
 pub(super) const CURVE_FILE: &str = "curve.svg";
@@ -128,6 +128,9 @@ impl<'o> Run<'o> {
             let rows = materials.full.as_ref().map(|full| full.rows().0);
             shape.projected = rows;
         }
+        if options.hidden_weight > 0.0 {
+            shape.taught = materials.full.as_ref().map(|full| full.model.config().hidden_size);
+        }
         if options.needs_full() && materials.full.is_none() {
             return Err(TrainError::Refused("these options ask for the full model: name the pair or the full model".into()));
         }
@@ -135,6 +138,7 @@ impl<'o> Run<'o> {
         check_tokens(&config, [&materials.train, &materials.valid])?;
         let mut parameters = shape.read(&weights, &materials.init)?;
         begin_projection(&shape, &mut parameters);
+        begin_state_map(&shape, &mut parameters);
         drop(weights);
         let (train, valid) = (&materials.train, &materials.valid);
         let plan = Plan::new(&train.examples, options.batch_tokens, options.accumulate, options.epochs, options.most_steps, options.seed);
@@ -187,25 +191,26 @@ impl<'o> Run<'o> {
         self.options.patience.is_some_and(|patience| self.progress.stale >= patience)
     }
 
-    /// What the full model says about an example; `kept` tokens' keys and values are wanted.
-    fn lesson(materials: &mut Materials, example: &crate::Example, kept: usize, top: usize) -> Result<Lesson, TrainError> {
+    /// What the full model says about an example.
+    fn lesson(materials: &mut Materials, example: &crate::Example, question: Question) -> Result<Lesson, TrainError> {
         match (&mut materials.full, &mut materials.cache) {
-            (Some(full), Some(cache)) => cache.lesson(full, example, kept, top),
-            (Some(full), None) => full.read(example, kept, top),
+            (Some(full), Some(cache)) => cache.lesson(full, example, question),
+            (Some(full), None) => full.read(example, question),
             (None, _) => Ok(Lesson::default()),
         }
     }
 
     /// Reads what a batch is made of; `cut` says how much of each example the full model reads.
     fn fetch(&mut self, valid: bool, batch: &[usize], cuts: &[usize]) -> Result<Vec<Part>, TrainError> {
-        let top = self.options.top;
+        let (top, states) = (self.options.top, self.options.hidden_weight > 0.0);
         let mut parts = Vec::with_capacity(batch.len());
         for (&index, &cut) in batch.iter().zip(cuts) {
             let set = if valid { &self.materials.valid } else { &self.materials.train };
             let example = set.examples[index].clone();
             let all = example.prompt.len() + example.response.len();
             let kept = if !valid && self.options.reading.wants_response() { all - 1 } else { cut };
-            let mut lesson = if kept > 0 || top > 0 { Self::lesson(&mut self.materials, &example, kept, top)? } else { Lesson::default() };
+            let question = Question { kept, top, states };
+            let mut lesson = if kept > 0 || top > 0 { Self::lesson(&mut self.materials, &example, question)? } else { Lesson::default() };
             lesson.context.truncate(cut);
             parts.push(Part::new(index, &example, cut, lesson));
         }
@@ -223,7 +228,7 @@ impl<'o> Run<'o> {
         let objective = Objective { mix: options.mix(), scale: 1.0 / tokens as f32 };
         self.round();
         let mut reading = 0.0;
-        let mut sums = [0.0f64; 3];
+        let mut sums = [0.0f64; 4];
         for (i, (batch, cuts)) in batches.iter().zip(&cuts).enumerate() {
             let fetching = Instant::now();
             let parts = self.fetch(false, batch, cuts)?;
@@ -247,9 +252,9 @@ impl<'o> Run<'o> {
         self.adam.step(&mut self.parameters, &self.gradients, &self.entries, rate, scale);
         self.progress.step = number;
         self.progress.tokens += tokens as u64;
-        let [loss, ce, kl] = sums.map(|s| s / tokens as f64);
+        let [loss, ce, kl, states] = sums.map(|s| s / tokens as f64);
         let seconds = begun.elapsed().as_secs_f64();
-        let record = Record::Step(Step { step: number, epoch, loss, ce, kl, rate, gradient, tokens, seconds, reading });
+        let record = Record::Step(Step { step: number, epoch, loss, ce, kl, states, rate, gradient, tokens, seconds, reading });
         observe(Event::Told(&record));
         self.log.write(record)
     }
@@ -260,7 +265,7 @@ impl<'o> Run<'o> {
             return self.save();
         }
         let reading = if self.options.reading == Reading::Random { Reading::Prompt } else { self.options.reading };
-        let (mut sums, mut tokens, mut agreeing) = ([0.0; 3], 0, 0);
+        let (mut sums, mut tokens, mut agreeing) = ([0.0; 4], 0, 0);
         let mix = self.options.mix();
         self.round();
         for batch in in_order(&self.materials.valid.examples, self.options.batch_tokens) {
@@ -274,9 +279,9 @@ impl<'o> Run<'o> {
             tokens += losses.len();
             agreeing += losses.iter().filter(|l| l.agrees).count();
         }
-        let [loss, ce, kl] = sums.map(|s| s / tokens as f64);
+        let [loss, ce, kl, states] = sums.map(|s| s / tokens as f64);
         let step = self.progress.step;
-        let record = Record::Validation(Validation { step, loss, ce, kl, agreement: agreeing as f64 / tokens as f64, tokens });
+        let record = Record::Validation(Validation { step, loss, ce, kl, states, agreement: agreeing as f64 / tokens as f64, tokens });
         observe(Event::Told(&record));
         self.log.write(record)?;
         let before = self.progress.best;
@@ -316,7 +321,7 @@ impl<'o> Run<'o> {
     fn write_model(&self, folder: &Path) -> Result<(), TrainError> {
         let mut writer = Writer::create(folder, self.materials.format)?;
         for entry in &self.entries {
-            if !is_projection(entry) {
+            if entry.of_model() {
                 writer.tensor(entry.name.clone(), entry.shape.clone(), &self.parameters[entry.range.clone()])?;
             }
         }
@@ -338,7 +343,7 @@ impl<'o> Run<'o> {
     fn write_projection(&self, path: &Path) -> Result<(), TrainError> {
         use safetensors::tensor::{Dtype, TensorView};
         let failed = |e: safetensors::SafeTensorError| TrainError::File { path: path.to_owned(), source: std::io::Error::other(e) };
-        let views = self.entries.iter().filter(|e| is_projection(e)).map(|entry| {
+        let views = self.entries.iter().filter(|e| e.of_projection()).map(|entry| {
             let bytes = bytemuck::cast_slice(&self.parameters[entry.range.clone()]);
             Ok((entry.name.clone(), TensorView::new(Dtype::F32, entry.shape.clone(), bytes)?))
         });
@@ -374,15 +379,21 @@ fn best_folder(step: u64) -> String {
     format!("best-{step:06}")
 }
 
-fn is_projection(entry: &Entry) -> bool {
-    entry.name.starts_with("embedding_proj.")
-}
-
 /// A projection begins as the identity, as far as both sides go.
 fn begin_projection(shape: &Shape, parameters: &mut [f32]) {
-    for entry in shape.entries().iter().filter(|e| is_projection(e) && e.shape.len() == 2) {
+    for entry in shape.entries().iter().filter(|e| e.of_projection() && e.shape.len() == 2) {
         let (outputs, inputs) = (entry.shape[0], entry.shape[1]);
         (0..outputs.min(inputs)).for_each(|i| parameters[entry.range.start + i * inputs + i] = 1.0);
+    }
+}
+
+/// The map to the full model's states begins as the identity, as far as both sides go, of states without the last norm's weight.
+fn begin_state_map(shape: &Shape, parameters: &mut [f32]) {
+    let Some(map) = shape.entries().into_iter().find(|e| e.name == STATE_MAP) else { return };
+    let (outputs, inputs) = (map.shape[0], map.shape[1]);
+    for i in 0..outputs.min(inputs) {
+        let weight = parameters[shape.norm_range().start + i];
+        parameters[map.range.start + i * inputs + i] = if weight.abs() > 1e-3 { 1.0 / weight } else { 0.0 };
     }
 }
 
@@ -429,10 +440,15 @@ fn laid_out(parts: &[Part], top: usize, first: usize) -> (Vec<Sequence<'_>>, Vec
     let (mut targets, mut owners) = (Vec::new(), Vec::new());
     let mut sequences = Vec::with_capacity(parts.len());
     for (owner, part) in parts.iter().enumerate() {
-        let Lesson { context, ids, log_probs } = &part.lesson;
+        let Lesson { context, ids, log_probs, states } = &part.lesson;
+        let width = states.len() / (ids.len() / top.max(1)).max(1);
         for &(row, token, place) in part.targets.iter().filter(|t| t.2 >= first) {
             let at = place * top..(place + 1) * top;
-            let teacher = (top > 0).then(|| Teacher { ids: &ids[at.clone()], log_probs: &log_probs[at] });
+            let teacher = (top > 0).then(|| Teacher {
+                ids: &ids[at.clone()],
+                log_probs: &log_probs[at],
+                state: &states[place * width..(place + 1) * width],
+            });
             targets.push(Target { row: rows + row, token, teacher });
             owners.push(owner);
         }
@@ -442,10 +458,11 @@ fn laid_out(parts: &[Part], top: usize, first: usize) -> (Vec<Sequence<'_>>, Vec
     (sequences, targets, owners)
 }
 
-fn add(sums: &mut [f64; 3], losses: &[RowLoss], mix: crate::net::Mix) {
+fn add(sums: &mut [f64; 4], losses: &[RowLoss], mix: crate::net::Mix) {
     for loss in losses {
         sums[0] += f64::from(loss.mixed(mix));
         sums[1] += f64::from(loss.ce);
         sums[2] += f64::from(loss.kl);
+        sums[3] += f64::from(loss.states);
     }
 }
