@@ -188,7 +188,11 @@ async fn from_the_client_to_the_last_token() {
     assert_eq!(answered.metadata().get("x-trace-id").unwrap(), other);
     let mut events = answered.into_inner();
     while events.message().await.unwrap().is_some() {}
-    eventually(PATIENCE, "gRPC's spans are exported", || async { collector.of(other).contains_key(&named("decode-node", "write")) }).await;
+    eventually(PATIENCE, "gRPC's spans are exported", || async {
+        let spans = collector.of(other);
+        [("router", "request"), ("decode-node", "write")].iter().all(|(service, name)| spans.contains_key(&named(service, name)))
+    })
+    .await;
     assert_eq!(collector.of(other)[&named("router", "request")].parent, CALLER);
 
     // Without a parent the request is the root of a trace of its own, and the client learns its name.
