@@ -23,7 +23,7 @@ pub struct Shape {
     pub tied: bool,
     /// Values of the full model's key rows, where a trainable projection maps them to this model's.
     pub projected: Option<usize>,
-    /// Width of the full model's hidden states, where a map to them is trained ([`super::states`]).
+    /// Width of the full model's hidden states, where a map to them is trained (`super::states`).
     pub taught: Option<usize>,
 }
 
