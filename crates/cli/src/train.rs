@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 use overfill_compress::checkpoint::{Checkpoint, Format};
 use overfill_compress::export::{GgufFormats, Stored};
+use overfill_compress::net::Precision;
 use overfill_compress::train::{
     AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainOptions, train,
 };
@@ -27,6 +28,24 @@ enum Mode {
     Overfill,
     /// The baseline: the decode model reads the prompt itself, and learns to
     Decode,
+}
+
+/// Numbers of training's large products.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Numbers {
+    /// As they are
+    F32,
+    /// Rounded to bfloat16 as they are read, sums and weights in f32; validations stay f32
+    Bf16,
+}
+
+impl From<Numbers> for Precision {
+    fn from(numbers: Numbers) -> Self {
+        match numbers {
+            Numbers::F32 => Self::F32,
+            Numbers::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -96,6 +115,9 @@ pub(crate) struct TrainArgs {
     /// Train a projection of the full model's keys and values too
     #[arg(long)]
     projection: bool,
+    /// Numbers that the large products are made of; bf16 is faster on CPUs that multiply it (AVX-512 BF16)
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: Numbers,
     /// Learn with the layers' matrices rounded as `overfill export` will store them: q4_0, q4_1, q5_0, q5_1 or q8_0 [default: not rounded]
     #[arg(long)]
     quantise: Option<Stored>,
@@ -232,6 +254,7 @@ impl TrainArgs {
             validate_every: self.validate_every,
             save_every: self.save_every,
             patience: self.patience,
+            precision: self.precision.into(),
             rounding: self.quantise.map(|layers| GgufFormats { layers, embedding: self.embedding, head: self.head }),
         }
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use overfill_compress::checkpoint::Format;
 use overfill_compress::export::{GgufFormats, Stored, gguf};
+use overfill_compress::net::Precision;
 use overfill_compress::train::{
     AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainError, TrainOptions,
     Validation, train,
@@ -91,6 +92,7 @@ fn options() -> TrainOptions {
         validate_every: 5,
         save_every: 2,
         patience: None,
+        precision: Precision::F32,
         rounding: None,
     }
 }

@@ -16,6 +16,7 @@ use serde_json::json;
 
 use crate::bench::spread::Spread;
 use crate::threads::ThreadArgs;
+use crate::train::Numbers;
 
 /// Tokens whose probabilities the full model is taken to have told.
 const TOP: usize = 32;
@@ -37,6 +38,9 @@ pub(crate) struct TrainArgs {
     /// Train the pruned-only baseline: prompts are read by the model itself
     #[arg(long)]
     alone: bool,
+    /// Numbers that the large products are made of
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: Numbers,
     /// Steps that are measured, after one that is not
     #[arg(long, default_value_t = 5)]
     steps: usize,
@@ -124,7 +128,7 @@ fn measure(args: &TrainArgs, config: &LlamaConfig) -> Vec<f64> {
     let net = Net::new(shape, config);
     let mut adam = Adam::new(AdamOptions::default(), parameters.len());
     let mut gradients = vec![0.0; parameters.len()];
-    let mut state = State::default();
+    let mut state = State::new(args.precision.into());
     let mut seconds = Vec::new();
     for _ in 0..=args.steps {
         let begun = Instant::now();

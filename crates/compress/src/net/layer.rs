@@ -6,7 +6,7 @@ use overfill_model::LlamaConfig;
 
 use super::attention::{Attended, AttentionBuffers, attend, attend_backward};
 use super::batch::{KvRows, Packed};
-use super::product::{Onto, linear, linear_input, linear_weight};
+use super::product::{Onto, Precision, Products};
 use super::rows::{add_bias, bias_backward, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward};
 
 /// Sizes of a layer.
@@ -180,6 +180,7 @@ pub struct Saved {
 /// Buffers that are kept from layer to layer.
 #[derive(Default)]
 pub struct LayerBuffers {
+    pub(super) products: Products,
     pub(super) attention: AttentionBuffers,
     /// Gradients: of normed inputs, of queries, keys and values, of `attended`, of `activated`.
     dnormed: Vec<f32>,
@@ -189,13 +190,18 @@ pub struct LayerBuffers {
 }
 
 impl LayerBuffers {
+    /// With large products of these numbers.
+    pub fn new(precision: Precision) -> Self {
+        Self { products: Products::new(precision), ..Self::default() }
+    }
+
     /// The first half of a layer: norm and projections. Leaves queries and keys rotated in `saved.qkv`.
     pub fn project(&mut self, shape: &LayerShape, weights: &LayerWeights<'_>, packed: &Packed, x: &[f32], saved: &mut Saved) {
         saved.input.clear();
         saved.input.extend_from_slice(x);
         rms_norm(x, weights.input_norm, shape.eps, &mut saved.normed, &mut saved.input_inverse);
         saved.qkv.resize(packed.rows * shape.qkv(), 0.0);
-        linear(&mut saved.qkv, &saved.normed, weights.qkv, shape.hidden, Onto::Replace);
+        self.products.linear(&mut saved.qkv, &saved.normed, weights.qkv, shape.hidden, Onto::Replace);
         if shape.biases {
             add_bias(&mut saved.qkv, weights.qkv_bias);
         }
@@ -209,7 +215,7 @@ impl LayerBuffers {
 
     /// Adds the output projection to the residual stream `x`.
     pub fn output(&mut self, shape: &LayerShape, weights: &LayerWeights<'_>, x: &mut [f32], saved: &mut Saved) {
-        linear(x, &saved.attended, weights.output, shape.q(), Onto::Add);
+        self.products.linear(x, &saved.attended, weights.output, shape.q(), Onto::Add);
         saved.middle.clear();
         saved.middle.extend_from_slice(x);
     }
@@ -218,13 +224,13 @@ impl LayerBuffers {
     pub fn activate(&mut self, shape: &LayerShape, weights: &LayerWeights<'_>, x: &[f32], saved: &mut Saved) {
         rms_norm(x, weights.mlp_norm, shape.eps, &mut saved.mlp_normed, &mut saved.middle_inverse);
         saved.gate_up.resize(x.len() / shape.hidden * 2 * shape.mlp, 0.0);
-        linear(&mut saved.gate_up, &saved.mlp_normed, weights.gate_up, shape.hidden, Onto::Replace);
+        self.products.linear(&mut saved.gate_up, &saved.mlp_normed, weights.gate_up, shape.hidden, Onto::Replace);
         swiglu(&saved.gate_up, shape.mlp, &mut saved.activated);
     }
 
     /// Adds the down projection to the residual stream `x`.
     pub fn down(&mut self, shape: &LayerShape, weights: &LayerWeights<'_>, x: &mut [f32], saved: &Saved) {
-        linear(x, &saved.activated, weights.down, shape.mlp, Onto::Add);
+        self.products.linear(x, &saved.activated, weights.down, shape.mlp, Onto::Add);
     }
 
     /// The whole layer: `x`, the residual stream `[rows, hidden]`, goes in and comes out.
@@ -263,18 +269,18 @@ impl LayerBuffers {
         onto: Onto,
     ) {
         let (hidden, mlp, q) = (shape.hidden, shape.mlp, shape.q());
-        linear_weight(gradients.down, dx, &saved.activated, mlp, onto);
+        self.products.linear_weight(gradients.down, dx, &saved.activated, mlp, onto);
         self.dactivated.resize(packed.rows * mlp, 0.0);
-        linear_input(&mut self.dactivated, dx, weights.down, mlp, Onto::Replace);
+        self.products.linear_input(&mut self.dactivated, dx, weights.down, mlp, Onto::Replace);
         swiglu_backward(&mut saved.gate_up, mlp, &self.dactivated);
-        linear_weight(gradients.gate_up, &saved.gate_up, &saved.mlp_normed, hidden, onto);
+        self.products.linear_weight(gradients.gate_up, &saved.gate_up, &saved.mlp_normed, hidden, onto);
         self.dnormed.resize(packed.rows * hidden, 0.0);
-        linear_input(&mut self.dnormed, &saved.gate_up, weights.gate_up, hidden, Onto::Replace);
+        self.products.linear_input(&mut self.dnormed, &saved.gate_up, weights.gate_up, hidden, Onto::Replace);
         rms_norm_backward(&self.dnormed, &saved.middle, weights.mlp_norm, &saved.middle_inverse, dx, gradients.mlp_norm);
 
-        linear_weight(gradients.output, dx, &saved.attended, q, onto);
+        self.products.linear_weight(gradients.output, dx, &saved.attended, q, onto);
         self.dattended.resize(packed.rows * q, 0.0);
-        linear_input(&mut self.dattended, dx, weights.output, q, Onto::Replace);
+        self.products.linear_input(&mut self.dattended, dx, weights.output, q, Onto::Replace);
         self.dqkv.resize(packed.rows * shape.qkv(), 0.0);
         let attended = Attended { qkv: &saved.qkv, attended: &saved.attended, logs: &saved.logs, dattended: &self.dattended };
         attend_backward(shape, packed, contexts, &attended, &mut self.dqkv, dcontexts, &mut self.attention);
@@ -282,8 +288,8 @@ impl LayerBuffers {
         if shape.biases {
             bias_backward(&self.dqkv, gradients.qkv_bias);
         }
-        linear_weight(gradients.qkv, &self.dqkv, &saved.normed, hidden, onto);
-        linear_input(&mut self.dnormed, &self.dqkv, weights.qkv, hidden, Onto::Replace);
+        self.products.linear_weight(gradients.qkv, &self.dqkv, &saved.normed, hidden, onto);
+        self.products.linear_input(&mut self.dnormed, &self.dqkv, weights.qkv, hidden, Onto::Replace);
         rms_norm_backward(&self.dnormed, &saved.input, weights.input_norm, &saved.input_inverse, dx, gradients.input_norm);
     }
 }

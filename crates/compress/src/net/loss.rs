@@ -7,7 +7,7 @@
 
 use rayon::prelude::*;
 
-use super::product::{Onto, linear, linear_input, linear_weight};
+use super::product::{Onto, Products};
 use super::vector::{exp, max, sum, vectorised};
 
 /// Numbers of logits that exist at a time: 96 MiB.
@@ -88,6 +88,7 @@ pub(super) fn head_loss(
     mix: Mix,
     mut gradients: Option<HeadGradients<'_>>,
     logits: &mut Vec<f32>,
+    products: &mut Products,
 ) -> Vec<RowLoss> {
     let hidden = normed.len() / targets.len().max(1);
     let vocab = head.len() / hidden.max(1);
@@ -97,12 +98,12 @@ pub(super) fn head_loss(
     for (i, targets) in targets.chunks(rows).enumerate() {
         let part = i * rows * hidden..(i * rows + targets.len()) * hidden;
         logits.resize(targets.len() * vocab, 0.0);
-        linear(logits, &normed[part.clone()], head, hidden, Onto::Replace);
+        products.linear(logits, &normed[part.clone()], head, hidden, Onto::Replace);
         losses.par_extend(logits.par_chunks_exact_mut(vocab).zip(targets).map(|(logits, target)| row_loss(logits, target, mix, scale)));
         if let Some(gradients) = &mut gradients {
             let onto = if i == 0 { gradients.onto } else { Onto::Add };
-            linear_weight(gradients.head, logits, &normed[part.clone()], hidden, onto);
-            linear_input(&mut gradients.normed[part], logits, head, hidden, Onto::Replace);
+            products.linear_weight(gradients.head, logits, &normed[part.clone()], hidden, onto);
+            products.linear_input(&mut gradients.normed[part], logits, head, hidden, Onto::Replace);
         }
     }
     losses

@@ -32,5 +32,5 @@ pub use loss::{Mix, RowLoss, Target, Teacher};
 pub use model::{Batch, Net, Objective, State};
 pub(crate) use parameters::STATE_MAP;
 pub use parameters::{Entry, Shape};
-pub use product::{View, ViewMut, multiply};
+pub use product::{Precision, View, ViewMut, multiply};
 pub use rows::rms_norm;

@@ -7,7 +7,7 @@ use super::batch::{KvRows, Packed, Sequence};
 use super::layer::{LayerBuffers, LayerGradients, LayerWeights, Saved};
 use super::loss::{HeadGradients, Mix, RowLoss, Target, head_loss};
 use super::parameters::Shape;
-use super::product::Onto;
+use super::product::{Onto, Precision};
 use super::projection::{project, project_backward};
 use super::rows::{rms_norm, rms_norm_backward};
 use super::states::{StateGradients, state_loss};
@@ -34,6 +34,13 @@ pub struct State {
     layer: LayerBuffers,
     head: HeadBuffers,
     dx: Vec<f32>,
+}
+
+impl State {
+    /// Of passes whose large products are of these numbers.
+    pub fn new(precision: Precision) -> Self {
+        Self { layer: LayerBuffers::new(precision), ..Self::default() }
+    }
 }
 
 /// What the head computes with; a row for each target.
@@ -93,7 +100,7 @@ impl Net {
             let at = if keep { layer } else { 0 };
             if shape.projected.is_some() {
                 let projection = &parameters[shape.projection_range(layer)];
-                project(sequences, layer, projection, shape.layer.kv_row(), &mut state.projected[at]);
+                project(sequences, layer, projection, shape.layer.kv_row(), &mut state.projected[at], &mut state.layer.products);
             }
             let contexts = self.contexts(sequences, layer, &state.projected[at]);
             let weights = LayerWeights::of(&shape.layer, &parameters[shape.layer_range(layer)]);
@@ -114,10 +121,10 @@ impl Net {
     pub fn loss(&self, parameters: &[f32], targets: &[Target<'_>], state: &mut State) -> Vec<RowLoss> {
         self.select(parameters, targets, state);
         let (head, mix) = (&parameters[self.shape.head_range()], Mix { ce: 1.0, distill: 1.0, states: 1.0 });
-        let mut losses = head_loss(head, &state.head.normed, targets, mix, None, &mut state.head.logits);
+        let mut losses = head_loss(head, &state.head.normed, targets, mix, None, &mut state.head.logits, &mut state.layer.products);
         if self.shape.taught.is_some() {
             let map = &parameters[self.shape.state_map_range()];
-            state_loss(map, &state.head.normed, targets, &mut losses, &mut state.head.mapped, None);
+            state_loss(map, &state.head.normed, targets, &mut losses, &mut state.head.mapped, None, &mut state.layer.products);
         }
         losses
     }
@@ -127,13 +134,8 @@ impl Net {
         let targets: Vec<Target<'_>> = rows.iter().map(|&row| Target { row, token: 0, teacher: None }).collect();
         self.select(parameters, &targets, state);
         let mut logits = vec![0.0; rows.len() * self.shape.vocab];
-        super::product::linear(
-            &mut logits,
-            &state.head.normed,
-            &parameters[self.shape.head_range()],
-            self.shape.layer.hidden,
-            Onto::Replace,
-        );
+        let head = &parameters[self.shape.head_range()];
+        state.layer.products.linear(&mut logits, &state.head.normed, head, self.shape.layer.hidden, Onto::Replace);
         logits
     }
 
@@ -178,11 +180,27 @@ impl Net {
         let head = &mut state.head;
         head.dnormed.resize(targets.len() * hidden, 0.0);
         let into = HeadGradients { head: &mut gradients[shape.head_range()], normed: &mut head.dnormed, onto, scale: objective.scale };
-        let mut losses = head_loss(&parameters[shape.head_range()], &head.normed, targets, objective.mix, Some(into), &mut head.logits);
+        let mut losses = head_loss(
+            &parameters[shape.head_range()],
+            &head.normed,
+            targets,
+            objective.mix,
+            Some(into),
+            &mut head.logits,
+            &mut state.layer.products,
+        );
         if shape.taught.is_some() {
             let scale = objective.scale * objective.mix.states;
             let into = StateGradients { map: &mut gradients[shape.state_map_range()], normed: &mut head.dnormed, onto, scale };
-            state_loss(&parameters[shape.state_map_range()], &head.normed, targets, &mut losses, &mut head.mapped, Some(into));
+            state_loss(
+                &parameters[shape.state_map_range()],
+                &head.normed,
+                targets,
+                &mut losses,
+                &mut head.mapped,
+                Some(into),
+                &mut state.layer.products,
+            );
         }
         head.dselected.clear();
         head.dselected.resize(targets.len() * hidden, 0.0);
@@ -208,7 +226,7 @@ impl Net {
             state.layer.backward(&shape.layer, &weights, &state.packed, &contexts, saved, &mut state.dx, into, dcontexts, onto);
             if shape.projected.is_some() {
                 let into = &mut gradients[shape.projection_range(layer)];
-                project_backward(sequences, layer, &state.dprojected, shape.layer.kv_row(), into);
+                project_backward(sequences, layer, &state.dprojected, shape.layer.kv_row(), into, &mut state.layer.products);
             }
         }
 

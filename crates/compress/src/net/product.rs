@@ -1,6 +1,9 @@
-//! Products of matrices in f32, by crate `gemm`; everything else sees checked views.
+//! Products of matrices: in f32 by crate `gemm`, or of operands rounded to bfloat16; everything else sees checked views.
+
+mod bf16;
 
 use gemm::Parallelism;
+use serde::{Deserialize, Serialize};
 
 /// A matrix in memory: `rows x columns` numbers with a distance between rows and one between columns.
 #[derive(Clone, Copy)]
@@ -123,22 +126,53 @@ fn product(to: ViewMut<'_>, left: View<'_>, right: View<'_>, factor: f32, onto: 
     }
 }
 
-/// `y = x wᵀ`, or added to it: `x` is `[rows, inputs]`, `w` `[outputs, inputs]`.
-pub(super) fn linear(y: &mut [f32], x: &[f32], w: &[f32], inputs: usize, onto: Onto) {
-    let (x, w) = (View::new(x, inputs), View::new(w, inputs));
-    multiply(ViewMut::new(y, w.rows), x, w.transposed(), onto == Onto::Add);
+/// Numbers that a network's large products are made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded to bfloat16 as they are read; sums, and all that is kept, are f32.
+    Bf16,
 }
 
-/// Gradient of what went into a linear map: `dx = dy w`, or added to it.
-pub(super) fn linear_input(dx: &mut [f32], dy: &[f32], w: &[f32], inputs: usize, onto: Onto) {
-    let w = View::new(w, inputs);
-    multiply(ViewMut::new(dx, inputs), View::new(dy, w.rows), w, onto == Onto::Add);
+/// A network's large products, with buffers that are kept from one to the next.
+#[derive(Default)]
+pub(super) struct Products {
+    precision: Precision,
+    panels: bf16::Panels,
 }
 
-/// Gradient of a linear map's weights: `dw = dyᵀ x`, or added to it.
-pub(super) fn linear_weight(dw: &mut [f32], dy: &[f32], x: &[f32], inputs: usize, onto: Onto) {
-    let outputs = dw.len() / inputs;
-    multiply(ViewMut::new(dw, inputs), View::new(dy, outputs).transposed(), View::new(x, inputs), onto == Onto::Add);
+impl Products {
+    pub(super) fn new(precision: Precision) -> Self {
+        Self { precision, ..Self::default() }
+    }
+
+    fn multiply(&mut self, to: ViewMut<'_>, left: View<'_>, right: View<'_>, onto: Onto) {
+        match self.precision {
+            Precision::F32 => multiply(to, left, right, onto == Onto::Add),
+            Precision::Bf16 => bf16::multiply(to, left, right, onto, &mut self.panels),
+        }
+    }
+
+    /// `y = x wᵀ`, or added to it: `x` is `[rows, inputs]`, `w` `[outputs, inputs]`.
+    pub(super) fn linear(&mut self, y: &mut [f32], x: &[f32], w: &[f32], inputs: usize, onto: Onto) {
+        let (x, w) = (View::new(x, inputs), View::new(w, inputs));
+        self.multiply(ViewMut::new(y, w.rows), x, w.transposed(), onto);
+    }
+
+    /// Gradient of what went into a linear map: `dx = dy w`, or added to it.
+    pub(super) fn linear_input(&mut self, dx: &mut [f32], dy: &[f32], w: &[f32], inputs: usize, onto: Onto) {
+        let w = View::new(w, inputs);
+        self.multiply(ViewMut::new(dx, inputs), View::new(dy, w.rows), w, onto);
+    }
+
+    /// Gradient of a linear map's weights: `dw = dyᵀ x`, or added to it.
+    pub(super) fn linear_weight(&mut self, dw: &mut [f32], dy: &[f32], x: &[f32], inputs: usize, onto: Onto) {
+        let outputs = dw.len() / inputs;
+        self.multiply(ViewMut::new(dw, inputs), View::new(dy, outputs).transposed(), View::new(x, inputs), onto);
+    }
 }
 
 #[cfg(test)]
@@ -148,14 +182,17 @@ mod tests {
     #[test]
     fn products_are_those_of_three_loops() {
         let numbers = |n: usize, seed: usize| (0..n).map(|i| ((i * 31 + seed * 17) % 23) as f32 - 11.0).collect::<Vec<_>>();
-        for (rows, inputs, outputs) in [(1, 1, 1), (3, 5, 7), (17, 33, 9)] {
+        // Small whole numbers, whose products and sums both precisions have exactly; more than one block of each dimension.
+        let shapes = [(1, 1, 1), (3, 5, 7), (17, 33, 9), (12, 64, 32), (131, 301, 290), (300, 40, 13)];
+        for ((rows, inputs, outputs), precision) in shapes.into_iter().flat_map(|s| [(s, Precision::F32), (s, Precision::Bf16)]) {
+            let mut products = Products::new(precision);
             let (x, w, dy) = (numbers(rows * inputs, 1), numbers(outputs * inputs, 2), numbers(rows * outputs, 3));
             let mut y = vec![1.0; rows * outputs];
-            linear(&mut y, &x, &w, inputs, Onto::Add);
+            products.linear(&mut y, &x, &w, inputs, Onto::Add);
             let mut dx = vec![9.0; rows * inputs];
-            linear_input(&mut dx, &dy, &w, inputs, Onto::Replace);
+            products.linear_input(&mut dx, &dy, &w, inputs, Onto::Replace);
             let mut dw = vec![9.0; outputs * inputs];
-            linear_weight(&mut dw, &dy, &x, inputs, Onto::Replace);
+            products.linear_weight(&mut dw, &dy, &x, inputs, Onto::Replace);
             let sum = |n: usize, f: &dyn Fn(usize) -> f32| (0..n).map(f).sum::<f32>();
             for r in 0..rows {
                 for o in 0..outputs {

@@ -1,11 +1,18 @@
 //! Trainable projections of a context's keys and values: one linear map a layer, shared by keys and values.
 
 use super::batch::{KvRows, Sequence};
-use super::product::{Onto, linear, linear_weight};
+use super::product::{Onto, Products};
 use super::rows::{add_bias, bias_backward};
 
 /// Maps every sequence's context of one layer; `parameters` are the weight `[outputs, inputs]` and the bias `[outputs]`.
-pub(super) fn project(sequences: &[Sequence<'_>], layer: usize, parameters: &[f32], outputs: usize, to: &mut Vec<KvRows>) {
+pub(super) fn project(
+    sequences: &[Sequence<'_>],
+    layer: usize,
+    parameters: &[f32],
+    outputs: usize,
+    to: &mut Vec<KvRows>,
+    products: &mut Products,
+) {
     to.resize(sequences.len(), KvRows::default());
     let (weight, bias) = parameters.split_at(parameters.len() - outputs);
     for (sequence, to) in sequences.iter().zip(to) {
@@ -15,7 +22,7 @@ pub(super) fn project(sequences: &[Sequence<'_>], layer: usize, parameters: &[f3
             let inputs = weight.len() / outputs;
             to.resize(from.len() / inputs * outputs, 0.0);
             if !from.is_empty() {
-                linear(to, from, weight, inputs, Onto::Replace);
+                products.linear(to, from, weight, inputs, Onto::Replace);
                 add_bias(to, bias);
             }
         }
@@ -23,14 +30,21 @@ pub(super) fn project(sequences: &[Sequence<'_>], layer: usize, parameters: &[f3
 }
 
 /// Adds the gradients of a layer's projection to `gradients`, given those of what it made.
-pub(super) fn project_backward(sequences: &[Sequence<'_>], layer: usize, dprojected: &[KvRows], outputs: usize, gradients: &mut [f32]) {
+pub(super) fn project_backward(
+    sequences: &[Sequence<'_>],
+    layer: usize,
+    dprojected: &[KvRows],
+    outputs: usize,
+    gradients: &mut [f32],
+    products: &mut Products,
+) {
     let (dweight, dbias) = gradients.split_at_mut(gradients.len() - outputs);
     for (sequence, d) in sequences.iter().zip(dprojected) {
         let Some(context) = sequence.context.filter(|c| c.tokens > 0) else { continue };
         let from = &context.layers[layer];
         for (d, from) in [(&d.k, &from.k), (&d.v, &from.v)] {
             let inputs = dweight.len() / outputs;
-            linear_weight(dweight, d, from, inputs, Onto::Add);
+            products.linear_weight(dweight, d, from, inputs, Onto::Add);
             bias_backward(d, dbias);
         }
     }

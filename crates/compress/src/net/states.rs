@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::loss::{RowLoss, Target};
-use super::product::{Onto, linear, linear_input, linear_weight};
+use super::product::{Onto, Products};
 
 /// Backward's part.
 pub(super) struct StateGradients<'a> {
@@ -29,11 +29,12 @@ pub(super) fn state_loss(
     losses: &mut [RowLoss],
     mapped: &mut Vec<f32>,
     gradients: Option<StateGradients<'_>>,
+    products: &mut Products,
 ) {
     let hidden = normed.len() / targets.len().max(1);
     let width = map.len() / hidden.max(1);
     mapped.resize(targets.len() * width, 0.0);
-    linear(mapped, normed, map, hidden, Onto::Replace);
+    products.linear(mapped, normed, map, hidden, Onto::Replace);
     let scale = gradients.as_ref().map_or(0.0, |g| g.scale);
     mapped.par_chunks_exact_mut(width).zip(targets).zip(losses).for_each(|((row, target), loss)| {
         let state = target.teacher.map_or(&[][..], |t| t.state);
@@ -45,7 +46,7 @@ pub(super) fn state_loss(
         row.iter_mut().for_each(|x| *x *= 2.0 * scale / width as f32);
     });
     if let Some(gradients) = gradients {
-        linear_weight(gradients.map, mapped, normed, hidden, gradients.onto);
-        linear_input(gradients.normed, mapped, map, hidden, Onto::Add);
+        products.linear_weight(gradients.map, mapped, normed, hidden, gradients.onto);
+        products.linear_input(gradients.normed, mapped, map, hidden, Onto::Add);
     }
 }

@@ -1,7 +1,7 @@
 //! Training: the decode model learns to write responses after prompts that the full model has read.
 //!
 //! The full model is frozen and runs on the engine that serves, so its keys and values are those of a handoff; the decode
-//! model trains in f32 on [`crate::net`]. What the full model said can be kept on disk and read again.
+//! model trains on [`crate::net`]. What the full model said can be kept on disk and read again.
 //!
 //! **Invariant:** a run that was stopped, at any moment, and started again computes the same weights, bit for bit, as one
 //! that was not: everything that is drawn comes from seed, epoch and example, and every sum has one order.

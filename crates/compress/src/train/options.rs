@@ -10,7 +10,7 @@ use super::batches::Reading;
 use super::error::TrainError;
 use super::schedule::Schedule;
 use crate::export::GgufFormats;
-use crate::net::Mix;
+use crate::net::{Mix, Precision};
 use crate::{Example, data};
 use overfill_text::ModelText;
 
@@ -51,6 +51,8 @@ pub struct TrainOptions {
     pub save_every: u64,
     /// Validations in a row without a lower loss after which the run ends.
     pub patience: Option<u64>,
+    /// Numbers of the large products of steps; validations are f32.
+    pub precision: Precision,
     /// Formats of the file that the model will be: it learns with weights that are rounded to them.
     pub rounding: Option<GgufFormats>,
 }

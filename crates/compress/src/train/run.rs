@@ -160,7 +160,7 @@ impl<'o> Run<'o> {
             adam,
             plan,
             log,
-            training: State::default(),
+            training: State::new(options.precision),
             validating: State::default(),
             begun: Instant::now(),
             seconds_before: progress.seconds,
