@@ -19,8 +19,10 @@ use std::time::Duration;
 use overfill_cluster::Discovery;
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
+use overfill_lifecycle::calls::CallsService;
 use overfill_lifecycle::{Drain, NodeListeners, grpc};
 use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
+use overfill_proto::v1::calls_server::CallsServer;
 use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
 use overfill_types::{Limits, NodeId, NodeInfo, Role, ServedPair};
@@ -84,8 +86,10 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
     metrics.registry.etcd(move || seen.etcd_connected())?;
     let _scraped = scraped.map(|listener| metrics.registry.serve(listener, end.clone()));
     let (commands, engine_thread) = Engine { model, cache, workspace, settings, metrics: metrics.clone() }.start(end.clone())?;
-    let service = DecodeService::new((id.clone(), pair.clone()), admission.clone(), commands, Arc::new(guides), metrics, drain.clone());
-    let routes = Routes::new(DecodeServer::new(service).max_decoding_message_size(MAX_MESSAGE));
+    let service =
+        Arc::new(DecodeService::new((id.clone(), pair.clone()), admission.clone(), commands, Arc::new(guides), metrics, drain.clone()));
+    let routes = Routes::new(DecodeServer::from_arc(service.clone()).max_decoding_message_size(MAX_MESSAGE))
+        .add_service(CallsServer::new(CallsService::new(service, end.clone())).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
 
     let address = listener.local_addr()?;

@@ -4,14 +4,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use overfill_guide::Guides;
+use overfill_lifecycle::calls::{Answering, Events};
 use overfill_lifecycle::status::watched;
 use overfill_lifecycle::{Drain, Trace};
 use overfill_proto::v1::decode_server::Decode;
-use overfill_proto::v1::{DecodeEvent, DecodeRequest, KvFrame, NodeStatus, Phase, PushSummary, Reserved, StatusRequest, decode_event};
+use overfill_proto::v1::{
+    DecodeEvent, DecodeRequest, KvFrame, NodeStatus, Phase, PushSummary, Reserved, StatusRequest, call, decode_event,
+};
 use overfill_proto::{convert, status};
 use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServedPair, ServiceError};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::field::Empty;
 use tracing::{Instrument, info_span};
@@ -45,7 +49,7 @@ impl DecodeService {
         Self { id, pair, admission, commands, guides, metrics, drain }
     }
 
-    async fn reserve(&self, request: DecodeRequest, trace: Trace) -> Result<mpsc::Receiver<Result<DecodeEvent, Status>>, ServiceError> {
+    async fn reserve(&self, request: DecodeRequest, trace: Trace) -> Result<Events<DecodeEvent>, ServiceError> {
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "this decode node is draining: try another"));
         }
@@ -83,6 +87,26 @@ impl DecodeService {
         self.commands.admit(Sequence::new(asked, guide, place, events, patience, (self.metrics.clone(), trace))).await?;
         Ok(answer)
     }
+
+    async fn write(&self, request: DecodeRequest, headers: &MetadataMap) -> Result<Events<DecodeEvent>, Status> {
+        let span = info_span!("decode", otel.kind = "server", request_id = request.request_id, epoch = request.epoch, trace_id = Empty);
+        let trace = Trace::begin(span.clone(), headers.as_ref());
+        self.reserve(request, trace).instrument(span).await.map_err(|error| {
+            self.metrics.refused(&error);
+            status::to_status(&error)
+        })
+    }
+}
+
+impl Answering for DecodeService {
+    type Event = DecodeEvent;
+
+    async fn begin(&self, what: call::What, headers: MetadataMap) -> Result<Events<DecodeEvent>, Status> {
+        match what {
+            call::What::Decode(request) => self.write(request, &headers).await,
+            _ => Err(status::to_status(&ServiceError::new(Code::Unimplemented, "this is a decode node: it takes calls to decode"))),
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -91,15 +115,7 @@ impl Decode for DecodeService {
 
     async fn generate(&self, request: Request<DecodeRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let (headers, _, request) = request.into_parts();
-        let span = info_span!("decode", otel.kind = "server", request_id = request.request_id, epoch = request.epoch, trace_id = Empty);
-        let trace = Trace::begin(span.clone(), headers.as_ref());
-        match self.reserve(request, trace).instrument(span).await {
-            Ok(answer) => Ok(Response::new(ReceiverStream::new(answer))),
-            Err(error) => {
-                self.metrics.refused(&error);
-                Err(status::to_status(&error))
-            }
-        }
+        Ok(Response::new(ReceiverStream::new(self.write(request, &headers).await?)))
     }
 
     async fn push_kv(&self, request: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {

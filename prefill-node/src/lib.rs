@@ -23,8 +23,10 @@ use std::time::Duration;
 use overfill_cluster::Discovery;
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
+use overfill_lifecycle::calls::CallsService;
 use overfill_lifecycle::{Drain, NodeListeners, grpc};
 use overfill_model::{KvCache, ModelError, Placement, Pool, Workspace, cache};
+use overfill_proto::v1::calls_server::CallsServer;
 use overfill_proto::v1::prefill_server::PrefillServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
 use overfill_types::{Limits, NodeId, NodeInfo, PairManifest, Role};
@@ -96,8 +98,9 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
         prefix_cache: config.prefix_cache,
         guides: Arc::new(guides),
     };
-    let service = PrefillService::new(served, jobs, counts.clone(), metrics, drain.clone());
-    let routes = Routes::new(PrefillServer::new(service).max_decoding_message_size(MAX_MESSAGE));
+    let service = Arc::new(PrefillService::new(served, jobs, counts.clone(), metrics, drain.clone()));
+    let routes = Routes::new(PrefillServer::from_arc(service.clone()).max_decoding_message_size(MAX_MESSAGE))
+        .add_service(CallsServer::new(CallsService::new(service, end.clone())).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
 
     let address = listener.local_addr()?;

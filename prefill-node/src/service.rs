@@ -6,15 +6,17 @@ use std::time::Instant;
 
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
+use overfill_lifecycle::calls::{Answering, Events};
 use overfill_lifecycle::status::watched;
 use overfill_lifecycle::{Drain, Trace};
 use overfill_model::Sampler;
 use overfill_proto::v1::prefill_server::Prefill;
-use overfill_proto::v1::{HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, StatusRequest, prefill_event};
+use overfill_proto::v1::{HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, StatusRequest, call, prefill_event};
 use overfill_proto::{convert, status};
 use overfill_types::{Code, Epoch, Fingerprint, Limits, NodeId, ServiceError, Ticket};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 use tracing::{Instrument, debug_span, info_span};
 
@@ -54,7 +56,7 @@ impl PrefillService {
         Self { served, jobs, counts, metrics, drain }
     }
 
-    async fn admit(&self, request: PrefillRequest, trace: Trace) -> Result<mpsc::Receiver<Result<PrefillEvent, Status>>, ServiceError> {
+    async fn admit(&self, request: PrefillRequest, trace: Trace) -> Result<Events<PrefillEvent>, ServiceError> {
         let arrived = Instant::now();
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "this prefill node is draining: try another"));
@@ -156,6 +158,26 @@ impl PrefillService {
         }
         Ok(answer)
     }
+
+    async fn read(&self, request: PrefillRequest, headers: &MetadataMap) -> Result<Events<PrefillEvent>, Status> {
+        let span = info_span!("prefill", otel.kind = "server", request_id = request.request_id, trace_id = tracing::field::Empty);
+        let trace = Trace::begin(span.clone(), headers.as_ref());
+        self.admit(request, trace).instrument(span).await.map_err(|error| {
+            self.metrics.refused(&error);
+            status::to_status(&error)
+        })
+    }
+}
+
+impl Answering for PrefillService {
+    type Event = PrefillEvent;
+
+    async fn begin(&self, what: call::What, headers: MetadataMap) -> Result<Events<PrefillEvent>, Status> {
+        match what {
+            call::What::Prefill(request) => self.read(request, &headers).await,
+            _ => Err(status::to_status(&ServiceError::new(Code::Unimplemented, "this is a prefill node: it takes calls to prefill"))),
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -164,15 +186,7 @@ impl Prefill for PrefillService {
 
     async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
         let (headers, _, request) = request.into_parts();
-        let span = info_span!("prefill", otel.kind = "server", request_id = request.request_id, trace_id = tracing::field::Empty);
-        let trace = Trace::begin(span.clone(), headers.as_ref());
-        match self.admit(request, trace).instrument(span).await {
-            Ok(answer) => Ok(Response::new(ReceiverStream::new(answer))),
-            Err(error) => {
-                self.metrics.refused(&error);
-                Err(status::to_status(&error))
-            }
-        }
+        Ok(Response::new(ReceiverStream::new(self.read(request, &headers).await?)))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {

@@ -6,6 +6,8 @@
 pub mod convert;
 pub mod status;
 
+use overfill_types::{Code, ServiceError};
+
 /// Generated from `overfill/v1/*.proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
 pub mod v1 {
@@ -23,6 +25,21 @@ pub const DESCRIPTORS: &[u8] = include_bytes!("gen/descriptors.bin");
 
 /// Largest gRPC message that our services take, in bytes: a KV frame of [`MAX_FRAME_PAYLOAD`] and its header.
 pub const MAX_MESSAGE: usize = 8 << 20;
+
+/// Whether a message on a stream that many requests share can be sent: a longer one would end the stream for all of them.
+///
+/// # Errors
+/// [`Code::InvalidArgument`] where it is longer than [`MAX_MESSAGE`].
+pub fn check_length(message: &impl prost::Message) -> Result<(), ServiceError> {
+    let bytes = message.encoded_len();
+    if bytes <= MAX_MESSAGE {
+        return Ok(());
+    }
+    let message = format!(
+        "the request takes a message of {bytes} bytes between router and node, where {MAX_MESSAGE} are the most: shorten the prompt, or ask for fewer log-probabilities"
+    );
+    Err(ServiceError::new(Code::InvalidArgument, message))
+}
 
 /// Largest payload (keys and values together) of one KV frame, in bytes.
 pub const MAX_FRAME_PAYLOAD: usize = 4 << 20;

@@ -7,6 +7,8 @@ use overfill_types::{Code, ServiceError};
 use tonic::Status;
 use tonic::metadata::{MetadataMap, MetadataValue};
 
+use crate::v1::Ended;
+
 /// Metadata that names our code, since gRPC has fewer fitting ones.
 const CODE: &str = "overfill-code";
 /// Metadata that says in how many milliseconds to try again (gRPC's own name for it: proposal A6).
@@ -70,6 +72,26 @@ pub fn from_status(status: &Status, peer: &str) -> ServiceError {
     error(code)
 }
 
+/// How a call that ended with `status` is told of on a stream of calls.
+pub fn to_ended(status: &Status) -> Ended {
+    let error = from_status(status, "the peer of this node");
+    let retry_after_ms = error.retry_after.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
+    Ended { code: error.code.as_str().into(), message: error.message, retry_after_ms }
+}
+
+/// What a call that ended has to say.
+///
+/// # Errors
+/// The status that it would have ended with on a stream of its own.
+pub fn from_ended(ended: Ended) -> Result<(), Status> {
+    if ended.code.is_empty() {
+        return Ok(());
+    }
+    let code = Code::ALL.into_iter().find(|code| ended.code == code.as_str()).unwrap_or(Code::Internal);
+    let retry_after = ended.retry_after_ms.map(Duration::from_millis);
+    Err(to_status(&ServiceError { retry_after, ..ServiceError::new(code, ended.message) }))
+}
+
 fn innermost<'a>(mut error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
     while let Some(source) = error.source() {
         error = source;
@@ -88,7 +110,16 @@ mod tests {
             assert_eq!(from_status(&to_status(&error), "peer"), error);
             let later = error.retry_after(Duration::from_millis(1500));
             assert_eq!(from_status(&to_status(&later), "peer"), later);
+            let told = from_ended(to_ended(&to_status(&later))).unwrap_err();
+            assert_eq!(from_status(&told, "peer"), later);
         }
+    }
+
+    #[test]
+    fn a_call_that_ended_well_has_no_status() {
+        assert!(from_ended(Ended::default()).is_ok());
+        let unknown = Ended { code: "of a later version".into(), message: "why".into(), retry_after_ms: None };
+        assert_eq!(from_status(&from_ended(unknown).unwrap_err(), "peer"), ServiceError::new(Code::Internal, "why"));
     }
 
     #[test]

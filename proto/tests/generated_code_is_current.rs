@@ -4,7 +4,8 @@ use std::path::Path;
 
 use prost::Message;
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
+    "overfill/v1/calls.proto",
     "overfill/v1/common.proto",
     "overfill/v1/decode.proto",
     "overfill/v1/prefill.proto",

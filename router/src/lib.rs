@@ -6,6 +6,7 @@
 //! **Invariant:** the router holds no model and no KV cache, and neither passes through it.
 
 mod admission;
+mod calls;
 mod clients;
 pub mod config;
 mod error;

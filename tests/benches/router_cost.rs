@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use overfill_cluster::Discovery;
+use overfill_lifecycle::calls::{Answering, CallsService, Events};
 use overfill_lifecycle::{Drain, grpc, status::watched};
+use overfill_proto::v1::calls_server::CallsServer;
 use overfill_proto::v1::decode_server::{Decode, DecodeServer};
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::inference_server::{Inference, InferenceServer};
@@ -24,39 +26,44 @@ use overfill_tests::tiny::{self, Kind};
 use overfill_types::SamplingParams;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::MetadataMap;
 use tonic::service::Routes;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Tokens of the prompt.
 const PROMPT: usize = 32;
-/// Callers that ask one request after the other, over four connections.
-const CALLERS: usize = 64;
-const CONNECTIONS: usize = 4;
+/// Callers that ask one request after the other, over so many connections: enough that no process ever waits for another.
+const CALLERS: usize = 256;
+const CONNECTIONS: usize = 8;
 /// How long each of the figures is taken.
 const WINDOW: Duration = Duration::from_secs(4);
 /// Rounds: router and echo take turns.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
+
+/// As the router's executable has it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     match arguments.get(1).map(String::as_str) {
         Some("serve-stubs") => runtime.block_on(stubs(&arguments[2], &arguments[3], &arguments[4])),
-        Some("serve-echo") => runtime.block_on(serve(&arguments[2], Routes::new(InferenceServer::new(Echo)))),
+        Some("serve-echo") => runtime.block_on(echo(&arguments[2])),
         Some("serve-router") => router(&arguments[2], &arguments[3], &arguments[4], &arguments[5]),
         _ => runtime.block_on(measure()),
     }
 }
 
 /// An answer of `max_tokens` tokens, all there at once.
-fn ready<T: Send + 'static>(messages: impl IntoIterator<Item = T>) -> ReceiverStream<Result<T, Status>> {
+fn ready<T: Send + 'static>(messages: impl IntoIterator<Item = T>) -> Events<T> {
     let messages: Vec<T> = messages.into_iter().collect();
     let (sender, stream) = tokio::sync::mpsc::channel(messages.len().max(1));
     for message in messages {
         assert!(sender.try_send(Ok(message)).is_ok(), "there is room for all");
     }
-    ReceiverStream::new(stream)
+    stream
 }
 
 fn token(index: u32) -> Token {
@@ -77,7 +84,7 @@ impl Inference for Echo {
         let served_by = Some(ServedBy { mode: "overfill".into(), ..Default::default() });
         let finished = Finished { reason: FinishReason::Length.into(), completion_tokens: most, served_by, ..Default::default() };
         let events = [Event::Started(started)].into_iter().chain(deltas).chain([Event::Finished(finished)]);
-        Ok(Response::new(ready(events.map(|event| GenerateEvent { event: Some(event) }))))
+        Ok(Response::new(ReceiverStream::new(ready(events.map(|event| GenerateEvent { event: Some(event) })))))
     }
 
     async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
@@ -96,16 +103,45 @@ impl Stub {
     }
 }
 
+/// What a prefill node says of a prompt.
+fn read() -> Vec<PrefillEvent> {
+    use prefill_event::Event;
+    let first = FirstToken { token: Some(token(0)), ..Default::default() };
+    let events = [Event::FirstToken(first), Event::HandoffDone(HandoffDone::default())];
+    events.map(|event| PrefillEvent { event: Some(event) }).into()
+}
+
+/// What a decode node says of a request.
+fn written(request: DecodeRequest) -> Vec<DecodeEvent> {
+    use decode_event::Event;
+    let most = request.stop.map_or(1, |stop| stop.max_tokens);
+    let reserved = Reserved { ticket: "ticket".into(), epoch: request.epoch, expires_in_ms: 1000, held_tokens: 0 };
+    let finished = DecodeFinished { reason: FinishReason::Length.into() };
+    let tokens = (1..most).map(|i| Event::Token(token(i)));
+    let events = [Event::Reserved(reserved)].into_iter().chain(tokens).chain([Event::Finished(finished)]);
+    events.map(|event| DecodeEvent { event: Some(event) }).collect()
+}
+
+impl Answering for Stub {
+    type Event = reply::What;
+
+    async fn begin(&self, what: call::What, _: MetadataMap) -> Result<Events<reply::What>, Status> {
+        let events = match what {
+            call::What::Prefill(_) => read().into_iter().map(reply::What::from).collect(),
+            call::What::Decode(request) => written(request).into_iter().map(reply::What::from).collect(),
+            call::What::Cancel(_) => Vec::new(),
+        };
+        Ok(ready(events))
+    }
+}
+
 #[tonic::async_trait]
 impl Prefill for Stub {
     type PrefillStream = ReceiverStream<Result<PrefillEvent, Status>>;
     type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
 
     async fn prefill(&self, _: Request<PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
-        use prefill_event::Event;
-        let first = FirstToken { token: Some(token(0)), ..Default::default() };
-        let events = [Event::FirstToken(first), Event::HandoffDone(HandoffDone::default())];
-        Ok(Response::new(ready(events.map(|event| PrefillEvent { event: Some(event) }))))
+        Ok(Response::new(ReceiverStream::new(ready(read()))))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
@@ -123,14 +159,7 @@ impl Decode for Stub {
     type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
 
     async fn generate(&self, request: Request<DecodeRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        use decode_event::Event;
-        let request = request.into_inner();
-        let most = request.stop.map_or(1, |stop| stop.max_tokens);
-        let reserved = Reserved { ticket: "ticket".into(), epoch: request.epoch, expires_in_ms: 1000, held_tokens: 0 };
-        let finished = DecodeFinished { reason: FinishReason::Length.into() };
-        let tokens = (1..most).map(|i| Event::Token(token(i)));
-        let events = [Event::Reserved(reserved)].into_iter().chain(tokens).chain([Event::Finished(finished)]);
-        Ok(Response::new(ready(events.map(|event| DecodeEvent { event: Some(event) }))))
+        Ok(Response::new(ReceiverStream::new(ready(written(request.into_inner())))))
     }
 
     async fn push_kv(&self, _: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
@@ -160,9 +189,16 @@ async fn stubs(fingerprint: &str, prefill: &str, decode: &str) {
             ..Default::default()
         })
     };
-    let prefill = serve(prefill, Routes::new(PrefillServer::new(stub("prefill-stub"))));
-    let decode = serve(decode, Routes::new(DecodeServer::new(stub("decode-stub"))));
+    let calls = || CallsServer::new(CallsService::new(Arc::new(stub("stub")), Drain::new()));
+    let prefill = serve(prefill, Routes::new(PrefillServer::new(stub("prefill-stub"))).add_service(calls()));
+    let decode = serve(decode, Routes::new(DecodeServer::new(stub("decode-stub"))).add_service(calls()));
     tokio::join!(prefill, decode);
+}
+
+/// A server as tonic makes it.
+async fn echo(address: &str) {
+    let server = tonic::transport::Server::builder().tcp_nodelay(true).add_service(InferenceServer::new(Echo));
+    server.serve(address.parse().unwrap()).await.unwrap();
 }
 
 async fn serve(address: &str, routes: Routes) {

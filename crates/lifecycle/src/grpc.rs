@@ -2,14 +2,19 @@
 
 use std::time::Duration;
 
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
+use tokio_stream::StreamExt;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
+use tower::ServiceExt;
 
 use crate::drain::Drain;
+use crate::gathering::Gathering;
 
 /// Bytes in flight on one stream and on one connection. HTTP/2's defaults (64 KiB) make a KV push five times slower
 /// (measured on loopback). Two frames of a push fill a link of 10 Gbit/s over a millisecond; more only lies in memory
@@ -65,6 +70,7 @@ pub async fn with_health(routes: Routes, descriptors: &'static [u8]) -> Result<(
 /// # Errors
 /// Where the transport fails.
 pub async fn serve(listener: TcpListener, routes: Routes, end: Drain) -> Result<(), tonic::transport::Error> {
+    let connections = TcpIncoming::from(listener).with_nodelay(Some(true)).map(|connection| connection.map(Gathering::new));
     let server = Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -72,7 +78,7 @@ pub async fn serve(listener: TcpListener, routes: Routes, end: Drain) -> Result<
         .http2_keepalive_interval(Some(PROBE))
         .http2_keepalive_timeout(Some(PROBE))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), end.signaled());
+        .serve_with_incoming_shutdown(connections, end.signaled());
     tokio::select! {
         served = server => served,
         () = async { end.signaled().await; tokio::time::sleep(CLOSING_LIMIT).await } => Ok(()),
@@ -84,12 +90,14 @@ pub async fn serve(listener: TcpListener, routes: Routes, end: Drain) -> Result<
 /// # Errors
 /// Where `address` is none.
 pub fn channel(address: &str) -> Result<tonic::transport::Channel, tonic::transport::Error> {
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    let gathering = connector.map_response(|connected| TokioIo::new(Gathering::new(connected.into_inner())));
     Ok(tonic::transport::Endpoint::from_shared(format!("http://{address}"))?
         .connect_timeout(CONNECT_LIMIT)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keep_alive_interval(PROBE)
         .keep_alive_timeout(PROBE)
-        .tcp_nodelay(true)
-        .connect_lazy())
+        .connect_with_connector_lazy(gathering))
 }

@@ -1,6 +1,8 @@
 //! How a process starts, is observed, drains and stops.
 
+pub mod calls;
 pub mod drain;
+pub mod gathering;
 pub mod grpc;
 pub mod metrics;
 pub mod node_args;

@@ -4,6 +4,8 @@
 //! child of the caller's, and calls to others name the span that makes them. Where nothing is exported the header is passed on
 //! as it came, or made up, so that log lines of all processes have one id.
 
+use std::sync::{Arc, OnceLock};
+
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use opentelemetry::Context;
 use opentelemetry::propagation::{Extractor, Injector, TextMapPropagator};
@@ -23,6 +25,8 @@ pub struct Trace {
     span: Span,
     /// What is passed on where `span` is not exported.
     caller: Context,
+    /// `caller` as headers, once they were wanted: a request is passed on more than once.
+    headers: Arc<OnceLock<HeaderMap>>,
 }
 
 impl Trace {
@@ -37,7 +41,7 @@ impl Trace {
             let made = SpanContext::new(id.new_trace_id(), id.new_span_id(), ids, true, TraceState::NONE);
             caller = Context::new().with_remote_span_context(made);
         }
-        let trace = Self { span, caller };
+        let trace = Self { span, caller, headers: Arc::default() };
         trace.span.record("trace_id", trace.id());
         trace
     }
@@ -54,7 +58,16 @@ impl Trace {
 
     /// Says in `headers` of a call that it is made by `span`, which is a part of this trace.
     pub fn pass_on(&self, span: &Span, headers: &mut HeaderMap) {
-        TraceContextPropagator::new().inject_context(&self.context(span), &mut Written(headers));
+        let own = span.context();
+        if own.span().span_context().is_valid() {
+            return inject(&own, headers);
+        }
+        let passed_on = self.headers.get_or_init(|| {
+            let mut passed_on = HeaderMap::new();
+            inject(&self.caller, &mut passed_on);
+            passed_on
+        });
+        headers.extend(passed_on.clone());
     }
 
     /// Adds the trace's id to a response's headers.
@@ -68,6 +81,10 @@ impl Trace {
         let own = span.context();
         if own.span().span_context().is_valid() { own } else { self.caller.clone() }
     }
+}
+
+fn inject(context: &Context, headers: &mut HeaderMap) {
+    TraceContextPropagator::new().inject_context(context, &mut Written(headers));
 }
 
 struct Headers<'a>(&'a HeaderMap);

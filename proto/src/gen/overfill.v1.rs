@@ -545,10 +545,11 @@ pub mod decode_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// From the router. Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache
-        /// from a prefill node (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where an older sequence comes to
-        /// need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
+        /// Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache from a prefill node
+        /// (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where an older
+        /// sequence comes to need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
         /// When the stream is dropped the sequence ends and its blocks are free.
+        /// For tools that ask one thing: a router has many such calls on one stream (calls.proto).
         pub async fn generate(
             &mut self,
             request: impl tonic::IntoRequest<super::DecodeRequest>,
@@ -659,10 +660,11 @@ pub mod decode_server {
             >
             + std::marker::Send
             + 'static;
-        /// From the router. Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache
-        /// from a prefill node (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where an older sequence comes to
-        /// need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
+        /// Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache from a prefill node
+        /// (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where an older
+        /// sequence comes to need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
         /// When the stream is dropped the sequence ends and its blocks are free.
+        /// For tools that ask one thing: a router has many such calls on one stream (calls.proto).
         async fn generate(
             &self,
             request: tonic::Request<super::DecodeRequest>,
@@ -1171,8 +1173,9 @@ pub mod prefill_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// From the router. Reads the prompt, pushes its KV cache to the decode node if a handoff is named,
+        /// Reads the prompt, pushes its KV cache to the decode node if a handoff is named,
         /// and answers with the first token, drawn from the full model's own logits.
+        /// For tools that ask one thing: a router has many such calls on one stream (calls.proto).
         pub async fn prefill(
             &mut self,
             request: impl tonic::IntoRequest<super::PrefillRequest>,
@@ -1263,8 +1266,9 @@ pub mod prefill_server {
             >
             + std::marker::Send
             + 'static;
-        /// From the router. Reads the prompt, pushes its KV cache to the decode node if a handoff is named,
+        /// Reads the prompt, pushes its KV cache to the decode node if a handoff is named,
         /// and answers with the first token, drawn from the full model's own logits.
+        /// For tools that ask one thing: a router has many such calls on one stream (calls.proto).
         async fn prefill(
             &self,
             request: tonic::Request<super::PrefillRequest>,
@@ -1536,6 +1540,379 @@ pub mod prefill_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "overfill.v1.Prefill";
     impl<T> tonic::server::NamedService for PrefillServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Call {
+    /// Chosen by the caller; not used before on this stream.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// W3C trace context, as the headers of these names.
+    #[prost(string, tag = "5")]
+    pub traceparent: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub tracestate: ::prost::alloc::string::String,
+    #[prost(oneof = "call::What", tags = "2, 3, 4")]
+    pub what: ::core::option::Option<call::What>,
+}
+/// Nested message and enum types in `Call`.
+pub mod call {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum What {
+        /// as Prefill.Prefill
+        #[prost(message, tag = "2")]
+        Prefill(super::PrefillRequest),
+        /// as Decode.Generate
+        #[prost(message, tag = "3")]
+        Decode(super::DecodeRequest),
+        /// no more of this call is wanted: what it holds is freed
+        #[prost(message, tag = "4")]
+        Cancel(super::Cancel),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Cancel {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Reply {
+    /// the call's
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    #[prost(oneof = "reply::What", tags = "2, 3, 4, 5")]
+    pub what: ::core::option::Option<reply::What>,
+}
+/// Nested message and enum types in `Reply`.
+pub mod reply {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum What {
+        /// the first, unless the call was refused
+        #[prost(message, tag = "2")]
+        Accepted(super::Accepted),
+        #[prost(message, tag = "3")]
+        Prefill(super::PrefillEvent),
+        #[prost(message, tag = "4")]
+        Decode(super::DecodeEvent),
+        /// the last, unless the call was cancelled
+        #[prost(message, tag = "5")]
+        Ended(super::Ended),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Accepted {}
+/// How a call ended.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Ended {
+    /// as `overfill-code` names it; empty where all went well
+    #[prost(string, tag = "1")]
+    pub code: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub message: ::prost::alloc::string::String,
+    #[prost(uint64, optional, tag = "3")]
+    pub retry_after_ms: ::core::option::Option<u64>,
+}
+/// Generated client implementations.
+pub mod calls_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// How a router asks a node: all its requests are calls on one stream that stays open. A stream for each would cost both sides
+    /// more than all else that a short request does there.
+    #[derive(Debug, Clone)]
+    pub struct CallsClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl CallsClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> CallsClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> CallsClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            CallsClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Replies of one call come in order, those of different calls as they are ready. When the stream ends, every call on it does,
+        /// and what it held is free.
+        pub async fn open(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::Call>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::Reply>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/overfill.v1.Calls/Open");
+            let mut req = request.into_streaming_request();
+            req.extensions_mut().insert(GrpcMethod::new("overfill.v1.Calls", "Open"));
+            self.inner.streaming(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod calls_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with CallsServer.
+    #[async_trait]
+    pub trait Calls: std::marker::Send + std::marker::Sync + 'static {
+        /// Server streaming response type for the Open method.
+        type OpenStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::Reply, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Replies of one call come in order, those of different calls as they are ready. When the stream ends, every call on it does,
+        /// and what it held is free.
+        async fn open(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::Call>>,
+        ) -> std::result::Result<tonic::Response<Self::OpenStream>, tonic::Status>;
+    }
+    /// How a router asks a node: all its requests are calls on one stream that stays open. A stream for each would cost both sides
+    /// more than all else that a short request does there.
+    #[derive(Debug)]
+    pub struct CallsServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> CallsServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for CallsServer<T>
+    where
+        T: Calls,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/overfill.v1.Calls/Open" => {
+                    #[allow(non_camel_case_types)]
+                    struct OpenSvc<T: Calls>(pub Arc<T>);
+                    impl<T: Calls> tonic::server::StreamingService<super::Call>
+                    for OpenSvc<T> {
+                        type Response = super::Reply;
+                        type ResponseStream = T::OpenStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<tonic::Streaming<super::Call>>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Calls>::open(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = OpenSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for CallsServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "overfill.v1.Calls";
+    impl<T> tonic::server::NamedService for CallsServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

@@ -50,14 +50,21 @@ impl Inference for InferenceService {
             prompt_tokens,
             prompt_token_ids: if echo { valid.prompt.to_vec() } else { Vec::new() },
         };
-        let answer = ReceiverStream::new(relay::start(self.router.clone(), valid));
-        let first = Ok(GenerateEvent { event: Some(generate_event::Event::Started(started)) });
+        let mut answer = relay::start(self.router.clone(), valid);
         let mut wire = Wire { prompt_tokens, ..Wire::default() };
-        let rest = answer.filter_map(move |event| match event {
-            Ok(event) => Some(Ok(GenerateEvent { event: Some(wire.event(event)?) })),
+        // Until the first event the answer can still be a plain error.
+        let first = match answer.recv().await {
+            Some(Ok(event)) => wire.event(event),
+            Some(Err(error)) => return Err(status::to_status(&error)),
+            None => return Err(status::to_status(&ServiceError::new(Code::Internal, "the request failed in the router"))),
+        };
+        let begun = [Some(generate_event::Event::Started(started)), first].into_iter().flatten().map(Ok);
+        let rest = ReceiverStream::new(answer).filter_map(move |event| match event {
+            Ok(event) => wire.event(event).map(Ok),
             Err(error) => Some(Err(status::to_status(&error))),
         });
-        let mut response: Response<Self::GenerateStream> = Response::new(Box::pin(tokio_stream::once(first).chain(rest)));
+        let events = tokio_stream::iter(begun).chain(rest).map(|event| event.map(|event| GenerateEvent { event: Some(event) }));
+        let mut response: Response<Self::GenerateStream> = Response::new(Box::pin(events));
         trace.tell(response.metadata_mut().as_mut());
         Ok(response)
     }

@@ -3,21 +3,21 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::http::HeaderMap;
 use overfill_proto::convert;
-use overfill_proto::v1::decode_client::DecodeClient;
-use overfill_proto::v1::prefill_client::PrefillClient;
 use overfill_proto::v1::{
-    self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, decode_event, prefill_event,
+    self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, call, decode_event, prefill_event, reply,
 };
 use overfill_schedule::{Order, Ticket};
 use overfill_types::{Code, Endpoint, FinishReason, Quality, Role, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
-use tonic::{Request, Status, Streaming};
+use tonic::Status;
 use tracing::{Instrument, Span, debug_span};
 
 use crate::Router;
 use crate::admission::ValidRequest;
+use crate::calls::Events;
 use crate::metrics::Observed;
 use crate::pairing::{Both, Chosen, NoPair, Nodes};
 use crate::relay::flow::{Blame, Failure, Flow};
@@ -231,11 +231,13 @@ impl Driver {
         }
     }
 
-    /// A call to a node, as made by the stage that is under way.
-    fn traced<T>(&self, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        self.request.trace.pass_on(&Span::current(), request.metadata_mut().as_mut());
-        request
+    /// A call to a node, which is a part of the stage that is under way; it is there when the node has taken it on.
+    async fn call<E: TryFrom<reply::What>>(&self, kind: &str, node: &Endpoint, what: call::What) -> Result<Events<E>, Failure> {
+        let mut headers = HeaderMap::new();
+        self.request.trace.pass_on(&Span::current(), &mut headers);
+        let calls = self.router.peers.calls(node).map_err(Failure::of_request)?;
+        let events = calls.begin(what, self.request.stop.max_tokens, &headers).await;
+        events.accepted().await.map_err(|e| Failure::of(&e, kind, &node.id))
     }
 
     /// Asks the decode node for a reservation.
@@ -250,12 +252,9 @@ impl Driver {
             written: self.flow.written().to_vec(),
             alone: self.request.quality == Quality::Decode,
         };
-        let channel = self.router.peers.channel(node).map_err(Failure::of_request)?;
-        let mut client = DecodeClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
-        let refused = |e: Status| Failure::of(&e, "decode node", &node.id);
         let asked = Instant::now();
-        let mut events = client.generate(self.traced(request)).await.map_err(refused)?.into_inner();
-        match events.message().await.map_err(refused)? {
+        let mut events = self.call("decode node", node, call::What::Decode(request)).await?;
+        match events.message().await.map_err(|e| Failure::of(&e, "decode node", &node.id))? {
             Some(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }) => {
                 self.observed.reserved(asked);
                 Ok(Reserved { ticket: reserved.ticket, held_tokens: reserved.held_tokens, events })
@@ -265,7 +264,7 @@ impl Driver {
     }
 
     /// Asks the prefill node to read the prompt, and to write the answer where the full model writes it.
-    pub(super) async fn prefill(&self, node: &Endpoint, handoff: Option<v1::Handoff>) -> Result<Streaming<PrefillEvent>, Failure> {
+    pub(super) async fn prefill(&self, node: &Endpoint, handoff: Option<v1::Handoff>) -> Result<Events<PrefillEvent>, Failure> {
         let alone = self.request.quality == Quality::Full;
         let mut sampling = convert::sampling_to_wire(&self.request.sampling);
         // The client has them by now.
@@ -280,10 +279,7 @@ impl Driver {
             alone,
             written: if alone { self.flow.written().to_vec() } else { Vec::new() },
         };
-        let channel = self.router.peers.channel(node).map_err(Failure::of_request)?;
-        let mut client = PrefillClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
-        let answered = client.prefill(self.traced(request)).await;
-        Ok(answered.map_err(|e| Failure::of(&e, "prefill node", &node.id))?.into_inner())
+        self.call("prefill node", node, call::What::Prefill(request)).await
     }
 
     /// The prompt was read.
@@ -359,7 +355,7 @@ impl Driver {
 }
 
 /// The prefill node failed: what does the decode node say?
-async fn prefill_failed(chosen: &Both, error: &Status, decode: Option<&mut Streaming<DecodeEvent>>) -> Failure {
+async fn prefill_failed(chosen: &Both, error: &Status, decode: Option<&mut Events<DecodeEvent>>) -> Failure {
     let failure = Failure::of(error, "prefill node", &chosen.prefill.id);
     let Some(events) = decode.filter(|_| !matches!(failure.blame, Blame::Lost(_))) else { return failure };
     if let Some(error) = last_word(events).await {
@@ -374,7 +370,7 @@ async fn prefill_failed(chosen: &Both, error: &Status, decode: Option<&mut Strea
 }
 
 /// The decode node failed: what does the prefill node say?
-async fn decode_failed(chosen: &Both, error: &Status, prefill: &mut Streaming<PrefillEvent>) -> Failure {
+async fn decode_failed(chosen: &Both, error: &Status, prefill: &mut Events<PrefillEvent>) -> Failure {
     let failure = Failure::of(error, "decode node", &chosen.decode.id);
     if matches!(failure.blame, Blame::Lost(_)) || failure.error.code == Code::Preempted {
         return failure;
@@ -386,7 +382,7 @@ async fn decode_failed(chosen: &Both, error: &Status, prefill: &mut Streaming<Pr
 }
 
 /// The error that a stream ends with, if it does soon.
-async fn last_word<T>(events: &mut Streaming<T>) -> Option<Status> {
+async fn last_word<T: TryFrom<reply::What>>(events: &mut Events<T>) -> Option<Status> {
     let asked = async {
         loop {
             match events.message().await {
@@ -404,7 +400,7 @@ pub(super) struct Reserved {
     ticket: String,
     /// Tokens of the prompt that the decode node holds already.
     held_tokens: u32,
-    pub(super) events: Streaming<DecodeEvent>,
+    pub(super) events: Events<DecodeEvent>,
 }
 
 async fn next(decode: &mut Option<Reserved>) -> Result<Option<DecodeEvent>, Status> {

@@ -19,14 +19,14 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(800);
 
 /// A failed attempt.
 #[derive(Debug)]
-pub(super) struct Failure {
-    pub(super) error: ServiceError,
-    pub(super) blame: Blame,
+pub(crate) struct Failure {
+    pub(crate) error: ServiceError,
+    pub(crate) blame: Blame,
 }
 
 /// What a failed attempt says of its nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Blame {
+pub(crate) enum Blame {
     /// This node is gone.
     Lost(NodeId),
     /// This node lives and does not go on: it has no room, or drains.
@@ -37,12 +37,12 @@ pub(super) enum Blame {
 
 impl Failure {
     /// Another attempt would end like this one.
-    pub(super) fn of_request(error: ServiceError) -> Self {
+    pub(crate) fn of_request(error: ServiceError) -> Self {
         Self { error, blame: Blame::Request }
     }
 
     /// What a node's status tells. A status that was made here says that the node is gone, and so does a stream that was reset.
-    pub(super) fn of(status: &Status, kind: &str, node: &NodeId) -> Self {
+    pub(crate) fn of(status: &Status, kind: &str, node: &NodeId) -> Self {
         use std::error::Error;
         let mut error = status::from_status(status, &format!("the {kind}"));
         if status.source().is_some() || error.code == Code::Cancelled {
@@ -60,13 +60,13 @@ impl Failure {
     }
 
     /// A node that ended its stream in the middle.
-    pub(super) fn broken(kind: &str, node: &NodeId) -> Self {
+    pub(crate) fn broken(kind: &str, node: &NodeId) -> Self {
         let message = format!("the {kind} {node} broke off in the middle of the answer: send the request again");
         Self { error: ServiceError::new(Code::Unavailable, message), blame: Blame::Lost(node.clone()) }
     }
 
     /// Whether another attempt may end otherwise.
-    pub(super) fn may_pass(&self) -> bool {
+    pub(crate) fn may_pass(&self) -> bool {
         self.blame != Blame::Request
     }
 }

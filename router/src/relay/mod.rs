@@ -21,8 +21,10 @@ use tracing::Instrument;
 use crate::Router;
 use crate::admission::ValidRequest;
 use crate::relay::driver::Driver;
+#[cfg(test)]
+pub(crate) use crate::relay::flow::{Blame, Failure};
 
-/// Events that wait for a slow client; then its nodes' streams wait.
+/// Events that wait for a slow client; what its nodes say then waits with their calls ([`crate::calls`]), which have room for it.
 const EVENTS: usize = 64;
 
 /// What happens to an answer.

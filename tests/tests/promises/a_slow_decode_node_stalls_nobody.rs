@@ -5,11 +5,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use overfill_kv::{Assembler, Expected, RowsHeader, prompt_digest};
+use overfill_lifecycle::Drain;
+use overfill_lifecycle::calls::{Answering, CallsService, Events};
+use overfill_proto::v1::calls_server::CallsServer;
 use overfill_proto::v1::decode_server::{Decode, DecodeServer};
 use overfill_proto::v1::prefill_client::PrefillClient;
 use overfill_proto::v1::{
     DecodeEvent, DecodeRequest, FirstToken, Handoff, HandoffDone, KvFrame, NodeStatus, PrefillEvent, PrefillRequest, PushSummary, Reserved,
-    Sampling, StatusRequest, StopTokens, decode_event, kv_frame, prefill_event,
+    Sampling, StatusRequest, StopTokens, call, decode_event, kv_frame, prefill_event,
 };
 use overfill_tests::cluster::{Builder, Cluster, request, status, tokens};
 use overfill_tests::processes::eventually;
@@ -18,6 +21,7 @@ use overfill_types::{Epoch, Fingerprint, KvGeometry, NodeId, NodeInfo, Role, Sam
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::task::AbortOnDropHandle;
+use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -53,8 +57,27 @@ impl Stub {
             .initial_stream_window_size(65_535)
             .initial_connection_window_size(65_535)
             .add_service(DecodeServer::new(stub.clone()).max_decoding_message_size(overfill_proto::MAX_MESSAGE))
+            .add_service(CallsServer::new(CallsService::new(Arc::new(stub.clone()), Drain::new())))
             .serve_with_incoming(TcpListenerStream::new(listener));
         Served { stub, address, _server: AbortOnDropHandle::new(tokio::spawn(async move { server.await.unwrap() })) }
+    }
+}
+
+/// A reservation, and then silence until the router goes.
+fn reserved(epoch: u64) -> Events<DecodeEvent> {
+    let (events, answer) = mpsc::channel(1);
+    let reserved = Reserved { ticket: "ticket".into(), epoch, expires_in_ms: 60_000, held_tokens: 0 };
+    events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) })).unwrap();
+    tokio::spawn(async move { events.closed().await });
+    answer
+}
+
+impl Answering for Stub {
+    type Event = DecodeEvent;
+
+    async fn begin(&self, what: call::What, _: MetadataMap) -> Result<Events<DecodeEvent>, Status> {
+        let call::What::Decode(request) = what else { return Err(Status::unimplemented("a decode node")) };
+        Ok(reserved(request.epoch))
     }
 }
 
@@ -63,12 +86,7 @@ impl Decode for Stub {
     type GenerateStream = ReceiverStream<Result<DecodeEvent, Status>>;
 
     async fn generate(&self, request: Request<DecodeRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let (events, answer) = mpsc::channel(1);
-        let reserved = Reserved { ticket: "ticket".into(), epoch: request.into_inner().epoch, expires_in_ms: 60_000, held_tokens: 0 };
-        events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) })).unwrap();
-        // Open, and silent, until the router goes.
-        tokio::spawn(async move { events.closed().await });
-        Ok(Response::new(ReceiverStream::new(answer)))
+        Ok(Response::new(ReceiverStream::new(reserved(request.into_inner().epoch))))
     }
 
     async fn push_kv(&self, request: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {

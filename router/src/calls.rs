@@ -1,0 +1,384 @@
+//! The router's side of the stream on which it asks a node (`calls.proto`): one stream carries all requests to it.
+
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::http::HeaderMap;
+use overfill_proto::v1::calls_client::CallsClient;
+use overfill_proto::v1::{Call, Cancel, Reply, call, reply};
+use overfill_proto::{check_length, status};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Request, Status};
+
+/// What a call is told that the node has ended with all others. A call with this code counts as one to a node that was lost.
+const OVER: &str = "it has ended all calls";
+
+/// Calls on their way to a node that does not take them as fast; then those that begin wait.
+const ASKED: usize = 256;
+/// What is told of a call beside its tokens: that it was accepted, its reservation or handoff, its end.
+const SPARE: usize = 8;
+
+/// A stream to one node. Clones share it; it is closed when the last of them and of its calls has gone.
+#[derive(Clone)]
+pub(crate) struct Calls {
+    asked: mpsc::Sender<Call>,
+    open: Arc<Open>,
+}
+
+struct Open {
+    ids: AtomicU64,
+    /// Where replies go, by the call's id; `None` once the stream has ended.
+    calls: Mutex<Option<HashMap<u64, Replies>>>,
+}
+
+/// It has room for all that a node says of a call, so that a slow client holds up no other.
+type Replies = mpsc::Sender<Result<reply::What, Status>>;
+
+impl Calls {
+    /// Over `channel`, which may still have to connect: calls that are begun before wait for it.
+    pub(crate) fn open(channel: Channel) -> Self {
+        let (asked, asks) = mpsc::channel(ASKED);
+        let open = Arc::new(Open { ids: AtomicU64::new(1), calls: Mutex::new(Some(HashMap::new())) });
+        let shared = open.clone();
+        // Ends with the stream: when the node ends it or is lost, or when nobody is left to ask.
+        tokio::spawn(async move {
+            let Err(status) = shared.run(channel, asks).await;
+            shared.over(&status);
+        });
+        Self { asked, open }
+    }
+
+    /// Whether the stream has ended: calls take a new one.
+    pub(crate) fn are_over(&self) -> bool {
+        self.open.with(|_| ()).is_none()
+    }
+
+    /// Begins a call that writes `tokens` tokens at most. `headers` may place it in a trace.
+    pub(crate) async fn begin<E>(&self, what: call::What, tokens: usize, headers: &HeaderMap) -> Events<E> {
+        let (sender, replies) = mpsc::channel(tokens + SPARE);
+        let id = self.open.ids.fetch_add(1, Ordering::Relaxed);
+        let events = Events { id, calls: self.clone(), replies, ended: false, of: PhantomData };
+        let header = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+        let call = Call { id, what: Some(what), traceparent: header("traceparent"), tracestate: header("tracestate") };
+        if let Err(error) = check_length(&call) {
+            let _ = sender.try_send(Err(status::to_status(&error)));
+            return events;
+        }
+        // Where the stream has ended the sender goes, which tells the call.
+        self.open.with(|calls| calls.insert(id, sender));
+        // Closed: the stream has ended meanwhile, of which the call is told.
+        let _ = self.asked.send(call).await;
+        events
+    }
+}
+
+impl Open {
+    /// `None` where the stream has ended.
+    fn with<T>(&self, act: impl FnOnce(&mut HashMap<u64, Replies>) -> T) -> Option<T> {
+        // A map of senders is whole whatever panicked beside it.
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner).as_mut().map(act)
+    }
+
+    /// Passes on calls and replies until one side is gone.
+    async fn run(&self, channel: Channel, asks: mpsc::Receiver<Call>) -> Result<std::convert::Infallible, Status> {
+        let mut client = CallsClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
+        let mut replies = client.open(Request::new(ReceiverStream::new(asks))).await?.into_inner();
+        while let Some(Reply { id, what }) = replies.message().await? {
+            let Some(what) = what else { continue };
+            let last = matches!(what, reply::What::Ended(_));
+            self.with(|calls| {
+                // Not there: its reader has gone, and the node is told. Full: a node that says more than it was asked is not believed.
+                let told = calls.get(&id).is_some_and(|replies| replies.try_send(Ok(what)).is_ok());
+                if last || !told {
+                    calls.remove(&id);
+                }
+            });
+        }
+        Err(Status::cancelled(OVER))
+    }
+
+    fn over(&self, status: &Status) {
+        let calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for replies in calls.into_iter().flat_map(HashMap::into_values) {
+            let _ = replies.try_send(Err(status.clone()));
+        }
+    }
+}
+
+/// What a node says of one call, as it comes. Dropping it cancels the call.
+pub(crate) struct Events<E> {
+    id: u64,
+    calls: Calls,
+    replies: mpsc::Receiver<Result<reply::What, Status>>,
+    ended: bool,
+    of: PhantomData<fn() -> E>,
+}
+
+impl<E: TryFrom<reply::What>> Events<E> {
+    /// Waits until the node has taken on the call.
+    ///
+    /// # Errors
+    /// Why it has not.
+    pub(crate) async fn accepted(mut self) -> Result<Self, Status> {
+        match self.next().await? {
+            Some(reply::What::Accepted(_)) => Ok(self),
+            _ => Err(Status::internal("the node began with something else than that it accepts the call: is it of another version?")),
+        }
+    }
+
+    /// The next event; `None` at the end.
+    ///
+    /// # Errors
+    /// What ended the call.
+    pub(crate) async fn message(&mut self) -> Result<Option<E>, Status> {
+        let Some(what) = self.next().await? else { return Ok(None) };
+        let unknown = |_| Status::internal("the node answered something else than what it was asked: is it of another version?");
+        E::try_from(what).map(Some).map_err(unknown)
+    }
+
+    async fn next(&mut self) -> Result<Option<reply::What>, Status> {
+        if self.ended {
+            return Ok(None);
+        }
+        match self.replies.recv().await {
+            Some(Ok(reply::What::Ended(ended))) => {
+                self.ended = true;
+                status::from_ended(ended).map(|()| None)
+            }
+            Some(Ok(what)) => Ok(Some(what)),
+            Some(Err(status)) => {
+                self.ended = true;
+                Err(status)
+            }
+            None => {
+                self.ended = true;
+                Err(Status::cancelled(OVER))
+            }
+        }
+    }
+}
+
+impl<E> Drop for Events<E> {
+    fn drop(&mut self) {
+        // Not there: its end is known, if not here.
+        if self.ended || self.calls.open.with(|calls| calls.remove(&self.id)).flatten().is_none() {
+            return;
+        }
+        let cancel = Call { id: self.id, what: Some(call::What::Cancel(Cancel {})), ..Call::default() };
+        if let Err(TrySendError::Full(cancel)) = self.calls.asked.try_send(cancel) {
+            let asked = self.calls.asked.clone();
+            // Ends with the stream, or when it moves on.
+            tokio::spawn(async move { asked.send(cancel).await });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use overfill_lifecycle::calls::{Answering, CallsService, Events as Told};
+    use overfill_lifecycle::{Drain, grpc};
+    use overfill_proto::v1::calls_server::CallsServer;
+    use overfill_proto::v1::{DecodeEvent, DecodeRequest, Reserved, decode_event};
+    use overfill_types::{Code, Endpoint, NodeId, Role};
+    use tokio::net::TcpListener;
+    use tokio::runtime::{Builder, Runtime};
+    use tonic::metadata::MetadataMap;
+    use tonic::service::Routes;
+
+    use super::*;
+    use crate::peers::Peers;
+    use crate::relay::{Blame, Failure};
+
+    /// The epoch at which a node's events are longer than a message may be.
+    const LONG: u64 = 1000;
+
+    fn long() -> DecodeEvent {
+        let reserved = Reserved { ticket: "x".repeat(overfill_proto::MAX_MESSAGE), ..Reserved::default() };
+        DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }
+    }
+
+    /// Writes as many events as the epoch says, then waits or ends; holds a clone as long as the call lives.
+    struct Node(Arc<()>);
+
+    impl Answering for Node {
+        type Event = DecodeEvent;
+
+        async fn begin(&self, what: call::What, _: MetadataMap) -> Result<Told<DecodeEvent>, Status> {
+            let call::What::Decode(request) = what else { return Err(Status::unimplemented("a decode node")) };
+            let (sender, events) = mpsc::channel(1);
+            let held = self.0.clone();
+            tokio::spawn(async move {
+                for _ in 0..request.epoch {
+                    let _ = sender.send(Ok(if request.epoch == LONG { long() } else { DecodeEvent::default() })).await;
+                }
+                if request.alone {
+                    sender.closed().await;
+                }
+                drop(held);
+            });
+            Ok(events)
+        }
+    }
+
+    /// A node with a runtime of its own, whose end is as a process's.
+    struct Server {
+        held: Arc<()>,
+        runtime: Option<Runtime>,
+    }
+
+    impl Server {
+        fn start(listener: std::net::TcpListener) -> Self {
+            listener.set_nonblocking(true).unwrap();
+            let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+            let (held, end) = (Arc::new(()), Drain::new());
+            let routes = Routes::new(CallsServer::new(CallsService::new(Arc::new(Node(held.clone())), end.clone())));
+            runtime.spawn(async move { grpc::serve(TcpListener::from_std(listener).unwrap(), routes, end).await });
+            Self { held, runtime: Some(runtime) }
+        }
+
+        /// Nothing runs here but `left` calls.
+        async fn freed(&self, left: usize) {
+            let freed = async {
+                while Arc::strong_count(&self.held) > 2 + left {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(10), freed).await.unwrap();
+        }
+    }
+
+    impl Drop for Server {
+        fn drop(&mut self) {
+            if let Some(runtime) = self.runtime.take() {
+                runtime.shutdown_background();
+            }
+        }
+    }
+
+    fn started() -> (Server, Endpoint) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let node = Endpoint { id: NodeId::new("d"), role: Role::Decode, address, pairs: vec![], max_context: 0 };
+        (Server::start(listener), node)
+    }
+
+    async fn begin(calls: &Calls, events: u64, held: bool) -> Events<DecodeEvent> {
+        let request = DecodeRequest { epoch: events, alone: held, ..DecodeRequest::default() };
+        calls.begin(call::What::Decode(request), 100, &HeaderMap::new()).await
+    }
+
+    async fn count(mut events: Events<DecodeEvent>) -> Result<u64, Status> {
+        let mut count = 0;
+        while events.message().await?.is_some() {
+            count += 1;
+        }
+        assert!(events.message().await.unwrap().is_none(), "the end stays the end");
+        Ok(count)
+    }
+
+    async fn begin_many(calls: &Calls, n: usize) -> Vec<Events<DecodeEvent>> {
+        let mut begun = Vec::new();
+        for _ in 0..n {
+            begun.push(begin(calls, 0, true).await);
+        }
+        begun
+    }
+
+    fn under_way(calls: &Calls) -> Option<usize> {
+        calls.open.with(|calls| calls.len())
+    }
+
+    #[tokio::test]
+    async fn calls_on_one_stream_do_not_wait_for_each_other() {
+        let (server, node) = started();
+        let calls = Peers::default().calls(&node).unwrap();
+        let unread = begin(&calls, 100, true).await.accepted().await.unwrap();
+        let others = (0..100).map(|n| {
+            let calls = calls.clone();
+            tokio::spawn(async move { count(begin(&calls, n, false).await.accepted().await.unwrap()).await.unwrap() })
+        });
+        for (n, other) in others.collect::<Vec<_>>().into_iter().enumerate() {
+            assert_eq!(other.await.unwrap(), n as u64);
+        }
+        server.freed(1).await;
+        drop(unread);
+        server.freed(0).await;
+        assert_eq!(under_way(&calls), Some(0));
+    }
+
+    #[tokio::test]
+    async fn dropped_calls_hold_nothing_however_far_they_came() {
+        let (server, node) = started();
+        let calls = Peers::default().calls(&node).unwrap();
+        for _ in 0..20 {
+            drop(begin(&calls, 3, true).await);
+            drop(begin(&calls, 3, true).await.accepted().await.unwrap());
+            let mut events = begin(&calls, 3, true).await.accepted().await.unwrap();
+            events.message().await.unwrap().unwrap();
+        }
+        // More at once than can be on their way.
+        drop(begin_many(&calls, 2 * ASKED).await);
+        server.freed(0).await;
+        assert_eq!(under_way(&calls), Some(0));
+    }
+
+    #[tokio::test]
+    async fn a_lost_node_fails_its_calls_and_is_asked_again_when_it_is_back() {
+        let (server, node) = started();
+        let peers = Peers::default();
+        let calls = peers.calls(&node).unwrap();
+        let mut begun = Vec::new();
+        for call in begin_many(&calls, 10).await {
+            begun.push(call.accepted().await.unwrap());
+        }
+        drop(server);
+        let lost =
+            |status: &Status| assert_eq!(Failure::of(status, "decode node", &node.id).blame, Blame::Lost(node.id.clone()), "{status}");
+        for call in begun {
+            lost(&count(call).await.unwrap_err());
+        }
+        lost(&count(begin(&calls, 1, false).await).await.unwrap_err());
+        // Nobody listens, and then somebody does.
+        lost(&count(begin(&peers.calls(&node).unwrap(), 1, false).await).await.unwrap_err());
+        let server = Server::start(std::net::TcpListener::bind(&node.address).unwrap());
+        assert_eq!(count(begin(&peers.calls(&node).unwrap(), 7, false).await.accepted().await.unwrap()).await.unwrap(), 7);
+        server.freed(0).await;
+    }
+
+    #[tokio::test]
+    async fn what_is_too_long_for_a_message_fails_alone() {
+        let (server, node) = started();
+        let calls = Peers::default().calls(&node).unwrap();
+        let other = begin(&calls, 1, true).await.accepted().await.unwrap();
+        let long = "x".repeat(overfill_proto::MAX_MESSAGE);
+        let asked = DecodeRequest { request_id: long, ..DecodeRequest::default() };
+        let asked: Events<DecodeEvent> = calls.begin(call::What::Decode(asked), 1, &HeaderMap::new()).await;
+        let told = begin(&calls, LONG, false).await.accepted().await.unwrap();
+        for (failed, kind) in [(asked.accepted().await.err(), "router"), (count(told).await.err(), "node")] {
+            let failure = Failure::of(&failed.unwrap(), "decode node", &node.id);
+            assert_eq!((failure.error.code, failure.blame), (Code::InvalidArgument, Blame::Request), "by the {kind}");
+        }
+        server.freed(1).await;
+        drop(other);
+        server.freed(0).await;
+    }
+
+    #[tokio::test]
+    async fn a_node_that_says_more_than_it_was_asked_is_not_believed() {
+        let (server, node) = started();
+        let calls = Peers::default().calls(&node).unwrap();
+        let events = begin(&calls, 200, false).await.accepted().await.unwrap();
+        server.freed(0).await;
+        while under_way(&calls) != Some(0) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(count(events).await.is_err());
+    }
+}
