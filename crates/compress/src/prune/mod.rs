@@ -109,8 +109,8 @@ impl Prune {
 
     /// Whether the residual stream gets another basis. One that is kept whole does not: embedding and head then stay the full
     /// model's, and one matrix where they were one, which for a small model is a third of its weights.
-    fn rotates(&self) -> bool {
-        matches!(self.method, Method::Pca { .. }) && self.sizes.hidden != Keep::All
+    fn rotates(&self, full: &LlamaConfig) -> bool {
+        matches!(self.method, Method::Pca { .. }) && ![Keep::All, Keep::Exactly(full.hidden_size)].contains(&self.sizes.hidden)
     }
 
     /// The decode model's shape; refuses what the method cannot cut.
@@ -138,7 +138,7 @@ impl Prune {
         progress: Progress<'_>,
     ) -> Result<Report, CompressError> {
         let mut shape = shape.clone();
-        shape.tied_embeddings = full.tied() && !self.rotates();
+        shape.tied_embeddings = full.tied() && !self.rotates(full.config());
         let mut writer = Writer::create(out, self.format)?;
         let mut provenance = Map::new();
         provenance.insert("full_sha256".into(), overfill_model::pair::weights_sha256(&self.full)?.into());
@@ -166,14 +166,15 @@ impl Prune {
                 enough(&samples.fit, fit, &shape)?;
                 let found = Statistics::measure(full, settled(&samples.fit, fit, shape.hidden_size), fit.reads(), progress)?;
                 let kept = within_layers(&found, &shape, full.config(), |l| &l.neurons_by_output);
-                let (basis, energy) = if self.rotates() {
+                let rotates = self.rotates(full.config());
+                let (basis, energy) = if rotates {
                     let (basis, energies) = found.components.principal(shape.hidden_size)?;
                     (basis, energies[..shape.hidden_size].iter().sum::<f64>() / energies.iter().sum::<f64>())
                 } else {
                     (Matrix::identity(shape.hidden_size), 1.0)
                 };
                 provenance.insert("method".into(), json!({ "name": "pca", "fit": fit, "ridge": ridge, "kept_energy": energy }));
-                let rotated = Rotated { full, kept: &kept, basis: &basis, energy, fits_head: self.rotates(), fit, ridge };
+                let rotated = Rotated { full, kept: &kept, basis: &basis, energy, fits_head: rotates, fit, ridge };
                 rotated.write(&samples.fit, &mut writer, progress)?;
                 kept
             }

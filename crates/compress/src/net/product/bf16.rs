@@ -123,12 +123,9 @@ mod x86 {
         to.par_chunks_mut((WIDTH * depth).max(1)).enumerate().for_each(|(panel, to)| {
             let first = panel * WIDTH;
             let rows = first..(first + WIDTH).min(from.rows);
+            let pack = if from.strides[1] == 1 { pack_rows::<WIDTH> } else { pack_columns::<WIDTH> };
             // SAFETY: the CPU has the instructions.
-            if from.strides[1] == 1 {
-                unsafe { pack_rows::<WIDTH>(to, from, rows) }
-            } else {
-                unsafe { pack_columns::<WIDTH>(to, from, rows) }
-            }
+            unsafe { pack(to, from, rows) }
         });
     }
 
