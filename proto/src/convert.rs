@@ -145,37 +145,43 @@ pub fn finish(wire: v1::FinishReason) -> Option<FinishReason> {
     }
 }
 
-impl From<v1::PrefillEvent> for v1::reply::What {
+impl From<v1::said::What> for v1::Said {
+    fn from(what: v1::said::What) -> Self {
+        Self { what: Some(what) }
+    }
+}
+
+impl From<v1::PrefillEvent> for v1::said::What {
     fn from(event: v1::PrefillEvent) -> Self {
         Self::Prefill(event)
     }
 }
 
-impl From<v1::DecodeEvent> for v1::reply::What {
+impl From<v1::DecodeEvent> for v1::said::What {
     fn from(event: v1::DecodeEvent) -> Self {
         Self::Decode(event)
     }
 }
 
 /// Gives back what is no event of a prefill node.
-impl TryFrom<v1::reply::What> for v1::PrefillEvent {
-    type Error = v1::reply::What;
+impl TryFrom<v1::said::What> for v1::PrefillEvent {
+    type Error = v1::said::What;
 
-    fn try_from(what: v1::reply::What) -> Result<Self, Self::Error> {
+    fn try_from(what: v1::said::What) -> Result<Self, Self::Error> {
         match what {
-            v1::reply::What::Prefill(event) => Ok(event),
+            v1::said::What::Prefill(event) => Ok(event),
             other => Err(other),
         }
     }
 }
 
 /// Gives back what is no event of a decode node.
-impl TryFrom<v1::reply::What> for v1::DecodeEvent {
-    type Error = v1::reply::What;
+impl TryFrom<v1::said::What> for v1::DecodeEvent {
+    type Error = v1::said::What;
 
-    fn try_from(what: v1::reply::What) -> Result<Self, Self::Error> {
+    fn try_from(what: v1::said::What) -> Result<Self, Self::Error> {
         match what {
-            v1::reply::What::Decode(event) => Ok(event),
+            v1::said::What::Decode(event) => Ok(event),
             other => Err(other),
         }
     }

@@ -26,17 +26,20 @@ pub const DESCRIPTORS: &[u8] = include_bytes!("gen/descriptors.bin");
 /// Largest gRPC message that our services take, in bytes: a KV frame of [`MAX_FRAME_PAYLOAD`] and its header.
 pub const MAX_MESSAGE: usize = 8 << 20;
 
-/// Whether a message on a stream that many requests share can be sent: a longer one would end the stream for all of them.
+/// Most of it that one part may be of a message on a stream that many requests share: the rest is for what is around it.
+const MAX_SHARED: usize = MAX_MESSAGE - (128 << 10);
+
+/// Bytes of a message, or a part of one, on a stream that many requests share. One that is too long would end it for all of them.
 ///
 /// # Errors
-/// [`Code::InvalidArgument`] where it is longer than [`MAX_MESSAGE`].
-pub fn check_length(message: &impl prost::Message) -> Result<(), ServiceError> {
+/// [`Code::InvalidArgument`] where it is too long.
+pub fn check_length(message: &impl prost::Message) -> Result<usize, ServiceError> {
     let bytes = message.encoded_len();
-    if bytes <= MAX_MESSAGE {
-        return Ok(());
+    if bytes <= MAX_SHARED {
+        return Ok(bytes);
     }
     let message = format!(
-        "the request takes a message of {bytes} bytes between router and node, where {MAX_MESSAGE} are the most: shorten the prompt, or ask for fewer log-probabilities"
+        "the request takes a message of {bytes} bytes between router and node, where {MAX_SHARED} are the most: shorten the prompt, or ask for fewer log-probabilities"
     );
     Err(ServiceError::new(Code::InvalidArgument, message))
 }

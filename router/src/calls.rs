@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::http::HeaderMap;
 use overfill_proto::v1::calls_client::CallsClient;
-use overfill_proto::v1::{Call, Cancel, Reply, call, reply};
+use overfill_proto::v1::{Call, Cancel, Reply, Said, call, said};
 use overfill_proto::{check_length, status};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
@@ -36,8 +36,21 @@ struct Open {
     calls: Mutex<Option<HashMap<u64, Replies>>>,
 }
 
-/// It has room for all that a node says of a call, so that a slow client holds up no other.
-type Replies = mpsc::Sender<Result<reply::What, Status>>;
+/// Where replies to a call go. It has room for all that a node may say of it, so that a slow client holds up no other.
+struct Replies {
+    to: mpsc::Sender<Result<Vec<Said>, Status>>,
+    /// How much more the node may say.
+    left: usize,
+}
+
+impl Replies {
+    /// Whether it was passed on: not where the reader has gone, or where a node says more than it was asked, which is not believed.
+    fn pass_on(&mut self, said: Vec<Said>) -> bool {
+        let Some(left) = self.left.checked_sub(said.len()) else { return false };
+        self.left = left;
+        self.to.try_send(Ok(said)).is_ok()
+    }
+}
 
 impl Calls {
     /// Over `channel`, which may still have to connect: calls that are begun before wait for it.
@@ -60,17 +73,18 @@ impl Calls {
 
     /// Begins a call that writes `tokens` tokens at most. `headers` may place it in a trace.
     pub(crate) async fn begin<E>(&self, what: call::What, tokens: usize, headers: &HeaderMap) -> Events<E> {
-        let (sender, replies) = mpsc::channel(tokens + SPARE);
+        let left = tokens + SPARE;
+        let (to, replies) = mpsc::channel(left);
         let id = self.open.ids.fetch_add(1, Ordering::Relaxed);
-        let events = Events { id, calls: self.clone(), replies, ended: false, of: PhantomData };
+        let events = Events { id, calls: self.clone(), replies, said: Vec::new().into_iter(), ended: false, of: PhantomData };
         let header = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
         let call = Call { id, what: Some(what), traceparent: header("traceparent"), tracestate: header("tracestate") };
         if let Err(error) = check_length(&call) {
-            let _ = sender.try_send(Err(status::to_status(&error)));
+            let _ = to.try_send(Err(status::to_status(&error)));
             return events;
         }
         // Where the stream has ended the sender goes, which tells the call.
-        self.open.with(|calls| calls.insert(id, sender));
+        self.open.with(|calls| calls.insert(id, Replies { to, left }));
         // Closed: the stream has ended meanwhile, of which the call is told.
         let _ = self.asked.send(call).await;
         events
@@ -88,13 +102,12 @@ impl Open {
     async fn run(&self, channel: Channel, asks: mpsc::Receiver<Call>) -> Result<std::convert::Infallible, Status> {
         let mut client = CallsClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
         let mut replies = client.open(Request::new(ReceiverStream::new(asks))).await?.into_inner();
-        while let Some(Reply { id, what }) = replies.message().await? {
-            let Some(what) = what else { continue };
-            let last = matches!(what, reply::What::Ended(_));
+        while let Some(Reply { id, said }) = replies.message().await? {
+            let last = said.iter().any(|said| matches!(said.what, Some(said::What::Ended(_))));
             self.with(|calls| {
-                // Not there: its reader has gone, and the node is told. Full: a node that says more than it was asked is not believed.
-                let told = calls.get(&id).is_some_and(|replies| replies.try_send(Ok(what)).is_ok());
-                if last || !told {
+                // Not there: its reader has gone, and the node is told.
+                let passed_on = calls.get_mut(&id).is_some_and(|replies| replies.pass_on(said));
+                if last || !passed_on {
                     calls.remove(&id);
                 }
             });
@@ -105,7 +118,7 @@ impl Open {
     fn over(&self, status: &Status) {
         let calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner).take();
         for replies in calls.into_iter().flat_map(HashMap::into_values) {
-            let _ = replies.try_send(Err(status.clone()));
+            let _ = replies.to.try_send(Err(status.clone()));
         }
     }
 }
@@ -114,19 +127,21 @@ impl Open {
 pub(crate) struct Events<E> {
     id: u64,
     calls: Calls,
-    replies: mpsc::Receiver<Result<reply::What, Status>>,
+    replies: mpsc::Receiver<Result<Vec<Said>, Status>>,
+    /// What is left of the reply that came last.
+    said: std::vec::IntoIter<Said>,
     ended: bool,
     of: PhantomData<fn() -> E>,
 }
 
-impl<E: TryFrom<reply::What>> Events<E> {
+impl<E: TryFrom<said::What>> Events<E> {
     /// Waits until the node has taken on the call.
     ///
     /// # Errors
     /// Why it has not.
     pub(crate) async fn accepted(mut self) -> Result<Self, Status> {
         match self.next().await? {
-            Some(reply::What::Accepted(_)) => Ok(self),
+            Some(said::What::Accepted(_)) => Ok(self),
             _ => Err(Status::internal("the node began with something else than that it accepts the call: is it of another version?")),
         }
     }
@@ -141,25 +156,30 @@ impl<E: TryFrom<reply::What>> Events<E> {
         E::try_from(what).map(Some).map_err(unknown)
     }
 
-    async fn next(&mut self) -> Result<Option<reply::What>, Status> {
-        if self.ended {
-            return Ok(None);
+    async fn next(&mut self) -> Result<Option<said::What>, Status> {
+        while !self.ended {
+            match self.said.next() {
+                Some(Said { what: Some(said::What::Ended(ended)) }) => {
+                    self.ended = true;
+                    status::from_ended(ended)?;
+                }
+                Some(Said { what: Some(what) }) => return Ok(Some(what)),
+                // Of a later version.
+                Some(Said { what: None }) => {}
+                None => match self.replies.recv().await {
+                    Some(Ok(said)) => self.said = said.into_iter(),
+                    Some(Err(status)) => {
+                        self.ended = true;
+                        return Err(status);
+                    }
+                    None => {
+                        self.ended = true;
+                        return Err(Status::cancelled(OVER));
+                    }
+                },
+            }
         }
-        match self.replies.recv().await {
-            Some(Ok(reply::What::Ended(ended))) => {
-                self.ended = true;
-                status::from_ended(ended).map(|()| None)
-            }
-            Some(Ok(what)) => Ok(Some(what)),
-            Some(Err(status)) => {
-                self.ended = true;
-                Err(status)
-            }
-            None => {
-                self.ended = true;
-                Err(Status::cancelled(OVER))
-            }
-        }
+        Ok(None)
     }
 }
 

@@ -123,12 +123,12 @@ fn written(request: DecodeRequest) -> Vec<DecodeEvent> {
 }
 
 impl Answering for Stub {
-    type Event = reply::What;
+    type Event = said::What;
 
-    async fn begin(&self, what: call::What, _: MetadataMap) -> Result<Events<reply::What>, Status> {
+    async fn begin(&self, what: call::What, _: MetadataMap) -> Result<Events<said::What>, Status> {
         let events = match what {
-            call::What::Prefill(_) => read().into_iter().map(reply::What::from).collect(),
-            call::What::Decode(request) => written(request).into_iter().map(reply::What::from).collect(),
+            call::What::Prefill(_) => read().into_iter().map(said::What::from).collect(),
+            call::What::Decode(request) => written(request).into_iter().map(said::What::from).collect(),
             call::What::Cancel(_) => Vec::new(),
         };
         Ok(ready(events))

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use axum::http::{HeaderMap, HeaderValue};
 use overfill_proto::v1::calls_server::Calls;
-use overfill_proto::v1::{Accepted, Call, Ended, Reply, call, reply};
+use overfill_proto::v1::{Accepted, Call, Ended, Reply, Said, call, said};
 use overfill_proto::{check_length, status};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::task::JoinMap;
@@ -17,10 +18,13 @@ use crate::drain::Drain;
 
 /// Replies that wait for a slow router; then calls wait, each with what its own channel holds.
 const REPLIES: usize = 256;
+/// Bytes of events that go out in one reply, unless one alone has more.
+const REPLY_BYTES: usize = 64 << 10;
+
 /// What carries out a node's calls.
 pub trait Answering: Send + Sync + 'static {
     /// What a call tells of.
-    type Event: Into<reply::What> + Send + 'static;
+    type Event: Into<said::What> + Send + 'static;
 
     /// Begins a call. It ends when its receiver is dropped, and all that it holds is free then.
     ///
@@ -90,7 +94,7 @@ async fn carry_out<A: Answering>(
             },
             ended = running.join_next(), if !running.is_empty() => if let Some((id, Err(error))) = ended && error.is_panic() {
                 let ended = Ended { code: "internal".into(), message: "the node failed at this call".into(), retry_after_ms: None };
-                tell(&replies, id, reply::What::Ended(ended)).await;
+                tell(&replies, id, vec![said::What::Ended(ended).into()]).await;
             },
             () = end.signaled(), if open => open = false,
             () = replies.closed() => return,
@@ -104,35 +108,61 @@ async fn carry_out_one<A: Answering>(answering: Arc<A>, mut call: Call, replies:
         Some(what) => answering.begin(what, headers).await,
         None => Err(Status::unimplemented("the call is of a kind that this node does not know: is it of another version?")),
     };
+    let mut said = Vec::new();
     let ended = match begun {
-        Ok(mut events) => {
-            tell(&replies, id, reply::What::Accepted(Accepted {})).await;
-            loop {
-                match events.recv().await {
-                    Some(Ok(event)) => {
-                        let reply = Reply { id, what: Some(event.into()) };
-                        if let Err(error) = check_length(&reply) {
-                            break status::to_ended(&status::to_status(&error));
-                        }
-                        send(&replies, reply).await;
-                    }
-                    Some(Err(status)) => break status::to_ended(&status),
-                    None => break Ended::default(),
-                }
-            }
+        Ok(events) => {
+            said.push(said::What::Accepted(Accepted {}).into());
+            tell_events(events, id, &mut said, &replies).await
         }
         Err(status) => status::to_ended(&status),
     };
-    tell(&replies, id, reply::What::Ended(ended)).await;
+    said.push(said::What::Ended(ended).into());
+    tell(&replies, id, said).await;
 }
 
-async fn tell(replies: &mpsc::Sender<Result<Reply, Status>>, id: u64, what: reply::What) {
-    send(replies, Reply { id, what: Some(what) }).await;
+/// Tells what is ready together, and the rest as it comes. Leaves in `said` what the end should go with.
+async fn tell_events<E: Into<said::What>>(
+    mut events: Events<E>,
+    id: u64,
+    said: &mut Vec<Said>,
+    replies: &mpsc::Sender<Result<Reply, Status>>,
+) -> Ended {
+    let mut bytes = 0;
+    loop {
+        let event = match events.try_recv() {
+            Ok(event) => Some(event),
+            Err(TryRecvError::Disconnected) => None,
+            Err(TryRecvError::Empty) => {
+                if !said.is_empty() {
+                    tell(replies, id, std::mem::take(said)).await;
+                    bytes = 0;
+                }
+                events.recv().await
+            }
+        };
+        match event {
+            Some(Ok(event)) => {
+                let event: Said = Into::<said::What>::into(event).into();
+                let length = match check_length(&event) {
+                    Ok(length) => length,
+                    Err(error) => return status::to_ended(&status::to_status(&error)),
+                };
+                if bytes + length > REPLY_BYTES && !said.is_empty() {
+                    tell(replies, id, std::mem::take(said)).await;
+                    bytes = 0;
+                }
+                bytes += length;
+                said.push(event);
+            }
+            Some(Err(status)) => return status::to_ended(&status),
+            None => return Ended::default(),
+        }
+    }
 }
 
-async fn send(replies: &mpsc::Sender<Result<Reply, Status>>, reply: Reply) {
+async fn tell(replies: &mpsc::Sender<Result<Reply, Status>>, id: u64, said: Vec<Said>) {
     // Closed: the router has gone, which ends the task around.
-    let _ = replies.send(Ok(reply)).await;
+    let _ = replies.send(Ok(Reply { id, said })).await;
 }
 
 #[cfg(test)]
@@ -189,11 +219,13 @@ mod tests {
         loop {
             let reply = replies.recv().await.unwrap().unwrap();
             assert_eq!(reply.id, id);
-            match reply.what.unwrap() {
-                reply::What::Ended(ended) => return (told.len().saturating_sub(1), ended),
-                what => told.push(what),
+            for said in reply.said {
+                match said.what.unwrap() {
+                    said::What::Ended(ended) => return (told.len().saturating_sub(1), ended),
+                    what => told.push(what),
+                }
+                assert!(matches!(told[0], said::What::Accepted(_)));
             }
-            assert!(matches!(told[0], reply::What::Accepted(_)));
         }
     }
 
@@ -228,7 +260,7 @@ mod tests {
         let (calls, mut replies, held, _end) = open();
         for id in 0..50 {
             calls.try_send(Ok(decode(id, "hold", 0))).unwrap();
-            assert!(matches!(replies.recv().await.unwrap().unwrap().what, Some(reply::What::Accepted(_))));
+            assert!(matches!(replies.recv().await.unwrap().unwrap().said[0].what, Some(said::What::Accepted(_))));
         }
         assert_eq!(Arc::strong_count(&held), 52);
         for id in 1..50 {
@@ -254,7 +286,7 @@ mod tests {
     async fn at_the_end_calls_are_finished_and_none_is_taken() {
         let (calls, mut replies, held, end) = open();
         calls.try_send(Ok(decode(1, "write", 9))).unwrap();
-        assert!(matches!(replies.recv().await.unwrap().unwrap().what, Some(reply::What::Accepted(_))));
+        assert!(matches!(replies.recv().await.unwrap().unwrap().said[0].what, Some(said::What::Accepted(_))));
         end.start();
         while let Some(reply) = replies.recv().await {
             assert_eq!(reply.unwrap().id, 1);

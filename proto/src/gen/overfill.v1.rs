@@ -1573,27 +1573,33 @@ pub mod call {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Cancel {}
+/// What there is to say of a call at a time, in order.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Reply {
     /// the call's
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "reply::What", tags = "2, 3, 4, 5")]
-    pub what: ::core::option::Option<reply::What>,
+    #[prost(message, repeated, tag = "2")]
+    pub said: ::prost::alloc::vec::Vec<Said>,
 }
-/// Nested message and enum types in `Reply`.
-pub mod reply {
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Said {
+    #[prost(oneof = "said::What", tags = "1, 2, 3, 4")]
+    pub what: ::core::option::Option<said::What>,
+}
+/// Nested message and enum types in `Said`.
+pub mod said {
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum What {
         /// the first, unless the call was refused
-        #[prost(message, tag = "2")]
+        #[prost(message, tag = "1")]
         Accepted(super::Accepted),
-        #[prost(message, tag = "3")]
+        #[prost(message, tag = "2")]
         Prefill(super::PrefillEvent),
-        #[prost(message, tag = "4")]
+        #[prost(message, tag = "3")]
         Decode(super::DecodeEvent),
         /// the last, unless the call was cancelled
-        #[prost(message, tag = "5")]
+        #[prost(message, tag = "4")]
         Ended(super::Ended),
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::http::HeaderMap;
 use overfill_proto::convert;
 use overfill_proto::v1::{
-    self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, call, decode_event, prefill_event, reply,
+    self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, call, decode_event, prefill_event, said,
 };
 use overfill_schedule::{Order, Ticket};
 use overfill_types::{Code, Endpoint, FinishReason, Quality, Role, ServiceError};
@@ -232,7 +232,7 @@ impl Driver {
     }
 
     /// A call to a node, which is a part of the stage that is under way; it is there when the node has taken it on.
-    async fn call<E: TryFrom<reply::What>>(&self, kind: &str, node: &Endpoint, what: call::What) -> Result<Events<E>, Failure> {
+    async fn call<E: TryFrom<said::What>>(&self, kind: &str, node: &Endpoint, what: call::What) -> Result<Events<E>, Failure> {
         let mut headers = HeaderMap::new();
         self.request.trace.pass_on(&Span::current(), &mut headers);
         let calls = self.router.peers.calls(node).map_err(Failure::of_request)?;
@@ -382,7 +382,7 @@ async fn decode_failed(chosen: &Both, error: &Status, prefill: &mut Events<Prefi
 }
 
 /// The error that a stream ends with, if it does soon.
-async fn last_word<T: TryFrom<reply::What>>(events: &mut Events<T>) -> Option<Status> {
+async fn last_word<T: TryFrom<said::What>>(events: &mut Events<T>) -> Option<Status> {
     let asked = async {
         loop {
             match events.message().await {
