@@ -151,15 +151,15 @@ impl From<v1::said::What> for v1::Said {
     }
 }
 
-impl From<v1::PrefillEvent> for v1::said::What {
+impl From<v1::PrefillEvent> for v1::Said {
     fn from(event: v1::PrefillEvent) -> Self {
-        Self::Prefill(event)
+        v1::said::What::Prefill(event).into()
     }
 }
 
-impl From<v1::DecodeEvent> for v1::said::What {
+impl From<v1::DecodeEvent> for v1::Said {
     fn from(event: v1::DecodeEvent) -> Self {
-        Self::Decode(event)
+        v1::said::What::Decode(event).into()
     }
 }
 

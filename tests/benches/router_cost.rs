@@ -123,12 +123,12 @@ fn written(request: DecodeRequest) -> Vec<DecodeEvent> {
 }
 
 impl Answering for Stub {
-    type Event = said::What;
+    type Event = Said;
 
-    async fn begin(&self, what: call::What, _: MetadataMap) -> Result<Events<said::What>, Status> {
+    async fn begin(&self, what: call::What, _: MetadataMap) -> Result<Events<Said>, Status> {
         let events = match what {
-            call::What::Prefill(_) => read().into_iter().map(said::What::from).collect(),
-            call::What::Decode(request) => written(request).into_iter().map(said::What::from).collect(),
+            call::What::Prefill(_) => read().into_iter().map(Said::from).collect(),
+            call::What::Decode(request) => written(request).into_iter().map(Said::from).collect(),
             call::What::Cancel(_) => Vec::new(),
         };
         Ok(ready(events))

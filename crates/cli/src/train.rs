@@ -30,24 +30,6 @@ enum Mode {
     Decode,
 }
 
-/// Numbers of training's large products.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Numbers {
-    /// As they are
-    F32,
-    /// Rounded to bfloat16 as they are read, sums and weights in f32; validations stay f32
-    Bf16,
-}
-
-impl From<Numbers> for Precision {
-    fn from(numbers: Numbers) -> Self {
-        match numbers {
-            Numbers::F32 => Self::F32,
-            Numbers::Bf16 => Self::Bf16,
-        }
-    }
-}
-
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Loss {
     /// Cross-entropy with the responses' own tokens
@@ -115,9 +97,9 @@ pub(crate) struct TrainArgs {
     /// Train a projection of the full model's keys and values too
     #[arg(long)]
     projection: bool,
-    /// Numbers that the large products are made of; bf16 is faster on CPUs that multiply it (AVX-512 BF16)
-    #[arg(long, value_enum, default_value = "f32")]
-    precision: Numbers,
+    /// What the large products read: f32, or bf16, rounded, which is faster on CPUs that multiply it (AVX-512 BF16)
+    #[arg(long, default_value = "f32")]
+    precision: Precision,
     /// Learn with the layers' matrices rounded as `overfill export` will store them: q4_0, q4_1, q5_0, q5_1 or q8_0 [default: not rounded]
     #[arg(long)]
     quantise: Option<Stored>,
@@ -254,7 +236,7 @@ impl TrainArgs {
             validate_every: self.validate_every,
             save_every: self.save_every,
             patience: self.patience,
-            precision: self.precision.into(),
+            precision: self.precision,
             rounding: self.quantise.map(|layers| GgufFormats { layers, embedding: self.embedding, head: self.head }),
         }
     }

@@ -24,7 +24,7 @@ const REPLY_BYTES: usize = 64 << 10;
 /// What carries out a node's calls.
 pub trait Answering: Send + Sync + 'static {
     /// What a call tells of.
-    type Event: Into<said::What> + Send + 'static;
+    type Event: Into<Said> + Send + 'static;
 
     /// Begins a call. It ends when its receiver is dropped, and all that it holds is free then.
     ///
@@ -121,7 +121,7 @@ async fn carry_out_one<A: Answering>(answering: Arc<A>, mut call: Call, replies:
 }
 
 /// Tells what is ready together, and the rest as it comes. Leaves in `said` what the end should go with.
-async fn tell_events<E: Into<said::What>>(
+async fn tell_events<E: Into<Said>>(
     mut events: Events<E>,
     id: u64,
     said: &mut Vec<Said>,
@@ -142,7 +142,7 @@ async fn tell_events<E: Into<said::What>>(
         };
         match event {
             Some(Ok(event)) => {
-                let event: Said = Into::<said::What>::into(event).into();
+                let event = event.into();
                 let length = match check_length(&event) {
                     Ok(length) => length,
                     Err(error) => return status::to_ended(&status::to_status(&error)),

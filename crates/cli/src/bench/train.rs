@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
-use overfill_compress::net::{Batch, Context, KvRows, Mix, Net, Objective, Sequence, Shape, State, Target, Teacher};
+use overfill_compress::net::{Batch, Context, KvRows, Mix, Net, Objective, Precision, Sequence, Shape, State, Target, Teacher};
 use overfill_compress::train::AdamOptions;
 use overfill_compress::train::adam::{Adam, norm};
 use overfill_model::LlamaConfig;
@@ -16,7 +16,6 @@ use serde_json::json;
 
 use crate::bench::spread::Spread;
 use crate::threads::ThreadArgs;
-use crate::train::Numbers;
 
 /// Tokens whose probabilities the full model is taken to have told.
 const TOP: usize = 32;
@@ -38,9 +37,9 @@ pub(crate) struct TrainArgs {
     /// Train the pruned-only baseline: prompts are read by the model itself
     #[arg(long)]
     alone: bool,
-    /// Numbers that the large products are made of
-    #[arg(long, value_enum, default_value = "f32")]
-    precision: Numbers,
+    /// What the large products read: f32 or bf16
+    #[arg(long, default_value = "f32")]
+    precision: Precision,
     /// Steps that are measured, after one that is not
     #[arg(long, default_value_t = 5)]
     steps: usize,
@@ -128,7 +127,7 @@ fn measure(args: &TrainArgs, config: &LlamaConfig) -> Vec<f64> {
     let net = Net::new(shape, config);
     let mut adam = Adam::new(AdamOptions::default(), parameters.len());
     let mut gradients = vec![0.0; parameters.len()];
-    let mut state = State::new(args.precision.into());
+    let mut state = State::new(args.precision);
     let mut seconds = Vec::new();
     for _ in 0..=args.steps {
         let begun = Instant::now();

@@ -2,6 +2,8 @@
 
 mod bf16;
 
+use std::str::FromStr;
+
 use gemm::Parallelism;
 use serde::{Deserialize, Serialize};
 
@@ -88,7 +90,9 @@ pub(crate) fn multiply_here(to: ViewMut<'_>, left: View<'_>, right: View<'_>, fa
     product(to, left, right, factor, onto, Parallelism::None);
 }
 
-fn product(to: ViewMut<'_>, left: View<'_>, right: View<'_>, factor: f32, onto: Onto, parallelism: Parallelism) {
+/// # Panics
+/// Where `to` is not of the size of `left x right`, or there is no such product.
+fn check_shapes(to: &ViewMut<'_>, left: &View<'_>, right: &View<'_>) {
     assert!(
         to.rows == left.rows && to.columns == right.columns && left.columns == right.rows,
         "{} x {} is not {} x {} times {} x {}",
@@ -99,6 +103,10 @@ fn product(to: ViewMut<'_>, left: View<'_>, right: View<'_>, factor: f32, onto: 
         right.rows,
         right.columns
     );
+}
+
+fn product(to: ViewMut<'_>, left: View<'_>, right: View<'_>, factor: f32, onto: Onto, parallelism: Parallelism) {
+    check_shapes(&to, &left, &right);
     // SAFETY: views are made with sizes that lie within their slices, and transposing keeps that; `to` is borrowed
     // mutably, so it overlaps neither operand.
     unsafe {
@@ -135,6 +143,18 @@ pub enum Precision {
     F32,
     /// Rounded to bfloat16 as they are read; sums, and all that is kept, are f32.
     Bf16,
+}
+
+impl FromStr for Precision {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            other => Err(format!("'{other}' is no precision of training: use f32 or bf16")),
+        }
+    }
 }
 
 /// A network's large products, with buffers that are kept from one to the next.

@@ -48,6 +48,7 @@ mod x86 {
 
     use rayon::prelude::*;
 
+    use super::super::check_shapes;
     use super::{Onto, Panels, View, ViewMut};
 
     /// Rows of a tile: with two vectors of columns 24 sums, of 32 registers.
@@ -68,16 +69,8 @@ mod x86 {
 
     /// See [`super::multiply`]; only where [`available`] says so.
     pub(super) fn multiply(to: ViewMut<'_>, left: View<'_>, right: View<'_>, onto: Onto, panels: &mut Panels) {
-        assert!(
-            available() && to.rows == left.rows && to.columns == right.columns && left.columns == right.rows,
-            "{} x {} is not {} x {} times {} x {}",
-            to.rows,
-            to.columns,
-            left.rows,
-            left.columns,
-            right.rows,
-            right.columns
-        );
+        assert!(available(), "this CPU does not multiply pairs of bfloat16");
+        check_shapes(&to, &left, &right);
         let (rows, columns, depth) = (to.rows, to.columns, left.columns.div_ceil(2));
         if rows == 0 || columns == 0 {
             return;
