@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use llguidance::JsonCompileOptions;
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{ParserFactory, token_bytes_from_tokenizer_json};
@@ -17,6 +18,9 @@ use crate::matcher::Matcher;
 const LEXER_STATES: usize = 16_000;
 /// Symbols in a grammar's productions; the largest schemas of the field (FHIR) have 200,000.
 const GRAMMAR_SYMBOLS: usize = 250_000;
+/// JSON may be written in lines and indented, but no further between two of its parts: JSON itself allows any amount, in which
+/// small models lose their way until their last token.
+const WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,8}";
 /// Guides that are compiled at a time.
 const AT_ONCE: usize = 2;
 /// Bytes of an error of the compiler that are passed on.
@@ -116,7 +120,7 @@ impl Known {
 
     fn compile(&self, grammar: Grammar<'_>) -> Result<Matcher, ServiceError> {
         let (what, grammar) = match grammar {
-            Grammar::JsonSchema(schema) => ("JSON schema", serde_json::from_str(schema).map(TopLevelGrammar::from_json_schema)),
+            Grammar::JsonSchema(schema) => ("JSON schema", serde_json::from_str(schema).map(json)),
             Grammar::Regex(regex) => ("regular expression", Ok(TopLevelGrammar::from_regex(regex))),
             Grammar::Lark(grammar) => ("grammar", Ok(TopLevelGrammar::from_lark(grammar.to_owned()))),
         };
@@ -133,6 +137,14 @@ impl Known {
         }
         Ok(Matcher::new(matcher, self.vocabulary.clone()))
     }
+}
+
+/// JSON of a schema, with as much whitespace as it allows itself (`x-guidance`) or else [`WHITESPACE`].
+fn json(mut schema: Value) -> TopLevelGrammar {
+    if schema.as_object().is_some_and(|schema| !schema.contains_key("x-guidance")) {
+        JsonCompileOptions { whitespace_pattern: Some(WHITESPACE.into()), ..JsonCompileOptions::default() }.apply_to(&mut schema);
+    }
+    TopLevelGrammar::from_json_schema(schema)
 }
 
 fn unknown(e: &dyn std::fmt::Display) -> ServiceError {
@@ -158,6 +170,10 @@ mod tests {
 
     /// The text that comes of always taking the allowed token with the greatest id; `None` where it does not end.
     fn greatest(guide: &Guide) -> Option<String> {
+        text(guide, |allowed| *allowed.last().unwrap())
+    }
+
+    fn text(guide: &Guide, choose: impl Fn(&[u32]) -> u32) -> Option<String> {
         let guides = guides();
         let mut matcher = guides.compile(guide).unwrap();
         let mut text = Vec::new();
@@ -168,7 +184,7 @@ mod tests {
             for id in 0..261 {
                 assert_eq!(matcher.allows(id), allowed.contains(&id), "{id} after {text:?} of {guide:?}");
             }
-            let next = *allowed.last().unwrap();
+            let next = choose(&allowed);
             if next == EOS {
                 return Some(String::from_utf8(text).unwrap());
             }
@@ -187,6 +203,19 @@ mod tests {
         assert_eq!(greatest(&Guide::Regex("[a-c]{2}é?x".into())).unwrap(), "ccéx");
         assert_eq!(greatest(&Guide::Grammar("start: \"n\" (\"é\" | \"e\")".into())).unwrap(), "né");
         assert_eq!(greatest(&Guide::Regex(".*".into())), None, "anything goes, without an end");
+    }
+
+    #[test]
+    fn whitespace_in_json_comes_to_an_end() {
+        let schema =
+            |more: &str| Guide::JsonSchema(format!(r#"{{{more}"type":"array","items":{{"type":"null"}},"minItems":1,"maxItems":1}}"#));
+        // Line ends and blanks come before all else that JSON is written with.
+        let first = |guide: &Guide| text(guide, |allowed| allowed[0]);
+        let written = first(&schema("")).unwrap();
+        assert_eq!(serde_json::from_str::<Value>(&written).unwrap(), serde_json::json!([null]));
+        assert_eq!(written.split(|c: char| !c.is_whitespace()).map(str::len).max(), Some(8), "{written:?}");
+        assert_eq!(first(&schema(r#""x-guidance":{"whitespace_flexible":false},"#)).unwrap(), "[null]");
+        assert_eq!(first(&schema(r#""x-guidance":{},"#)), None, "as much as JSON allows was asked for");
     }
 
     #[test]
