@@ -125,6 +125,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         log.otlp_endpoint = None;
         let _nothing_to_send = log.init("overfill")?;
     }
+    // Whoever reads no further, as `head` does, ends us quietly; not where connections are written to, which would end us too.
+    if !matches!(cli.command, Command::Serve(_) | Command::Generate(_) | Command::Bench { .. }) {
+        sigpipe::reset();
+    }
     match cli.command {
         Command::Serve(args) => serve::run(args, &cli.home, &log),
         Command::Generate(args) => generate::run(args, &cli.home),
