@@ -40,11 +40,14 @@ def main():
     parser.add_argument("--samples", type=int, default=512, help="conversations that the pruning is fitted to")
     parser.add_argument("--limit", type=int, default=40, help="test questions of each task")
     parser.add_argument("--loss", default="ce", help="ce is the paper's")
+    parser.add_argument("--precision", default="bf16", help="of the products while training: bf16 or f32")
     parser.add_argument("--rates", type=json.loads, default=RATES, help="learning rate of each arm, as JSON")
     parser.add_argument("--seed", type=int, default=1, help="the first seed")
+    parser.add_argument("--tune", type=lambda text: text.split(","), help="instead: the validation loss of each arm after training with each of these learning rates")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    Claim(args).run()
+    claim = Claim(args)
+    claim.tune() if args.tune else claim.run()
 
 
 class Claim:
@@ -53,15 +56,22 @@ class Claim:
         self.overfill = Overfill(args.overfill)
         self.full = self.overfill.full()
 
+        self.train = args.responses or self.responses()
+        self.starts = {arm: self.start(arm) for arm in ARMS}
+
     def run(self):
-        args, out = self.args, self.args.out
-        train, valid = args.responses or self.responses(), args.data / "valid.answers.jsonl"
-        starts = {arm: self.start(arm, train) for arm in ARMS}
-        seeds = range(args.seed, args.seed + args.seeds)
-        reports = {seed: self.report(seed, starts, train, valid) for seed in seeds}
-        table = self.table(reports)
-        (out / "claim.json").write_text(json.dumps(table, indent=1) + "\n")
+        seeds = range(self.args.seed, self.args.seed + self.args.seeds)
+        table = self.table({seed: self.report(seed) for seed in seeds})
+        (self.args.out / "claim.json").write_text(json.dumps(table, indent=1) + "\n")
         print_table(table)
+
+    def tune(self):
+        print("| learning rate | " + " | ".join(ARMS) + " |\n|---|" + "---|" * len(ARMS))
+        for rate in self.args.tune:
+            runs = [self.args.out / f"tune-{arm}-{rate}" for arm in ARMS]
+            for arm, run in zip(ARMS, runs):
+                self.trained(run, arm, rate, self.args.seed)
+            print(f"| {rate} | " + " | ".join(f"{lowest(run / 'log.jsonl'):.3f}" for run in runs) + " |", flush=True)
 
     def responses(self):
         """The full model's own answers to prompts of the training set."""
@@ -73,19 +83,22 @@ class Claim:
             done.touch()
         return out / "responses.jsonl"
 
-    def start(self, arm, train):
+    def start(self, arm):
         args = self.args
         widths = ("--hidden", args.hidden, "--intermediate", args.intermediate)
-        return self.overfill.prune(args.out / f"init-{arm}", self.full, train, "--method", "pca", "--fit", arm, "--samples", args.samples, *widths)
+        return self.overfill.prune(args.out / f"init-{arm}", self.full, self.train, "--method", "pca", "--fit", arm, "--samples", args.samples, *widths)
 
-    def report(self, seed, starts, train, valid):
-        args, out, data = self.args, self.args.out, self.args.data
-        batch = ("--batch-tokens", args.batch_tokens, "--epochs", args.epochs, "--seed", seed, "--cache", out / "readings")
+    def trained(self, run, arm, rate, seed):
+        """An arm's model after training."""
+        args = self.args
+        how = ("--mode", arm, "--loss", args.loss, "--lr", rate, "--warmup", 0.05, "--precision", args.precision)
+        batch = ("--batch-tokens", args.batch_tokens, "--epochs", args.epochs, "--seed", seed, "--cache", args.out / "readings")
         when = ("--valid-samples", 100, "--validate-every", args.validate_every, "--save-every", 100)
-        models = {}
-        for arm in ARMS:
-            rate = ("--mode", arm, "--loss", args.loss, "--lr", args.rates[arm], "--warmup", 0.05)
-            models[arm] = self.overfill.train(out / f"{arm}-{seed}", self.full, starts[arm], train, valid, *rate, *batch, *when)
+        return self.overfill.train(run, self.full, self.starts[arm], self.train, args.data / "valid.answers.jsonl", *how, *batch, *when)
+
+    def report(self, seed):
+        args, out, data = self.args, self.args.out, self.args.data
+        models = {arm: self.trained(out / f"{arm}-{seed}", arm, args.rates[arm], seed) for arm in ARMS}
         pair = out / f"pair-{seed}"
         self.overfill.make(pair, "pair", "--full", self.full, "--decode", models["overfill"], "--kv", "identity", "--out", pair)
         questions = ("--data", data / "test.jsonl", "--data", data / "test.open.jsonl", "--limit", args.limit)
@@ -108,8 +121,14 @@ class Claim:
                 means[key] = {"mean": mean, "low": low, "high": high}
             else:
                 means[key] = None
-        settings = {k: getattr(self.args, k) for k in ("hidden", "intermediate", "epochs", "batch_tokens", "loss", "rates", "limit")}
+        settings = {k: getattr(self.args, k) for k in ("hidden", "intermediate", "epochs", "batch_tokens", "loss", "precision", "rates", "limit")}
         return {"settings": settings, "seeds": seeds, "all": means}
+
+
+def lowest(log):
+    """The least cross-entropy of a run's validations."""
+    events = map(json.loads, log.read_text().splitlines())
+    return min(event["ce"] for event in events if event["event"] == "validation")
 
 
 def print_table(table):

@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--samples", type=int, default=512, help="conversations that the pruning is fitted to")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-tokens", type=int, default=1536)
+    parser.add_argument("--precision", default="bf16", help="of the products while training: bf16 or f32")
     parser.add_argument("--rates", type=json.loads, default={}, help='learning rates as JSON, e.g. {"minitron": 4e-4}')
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def main():
         init = overfill.prune(args.out / method, full, args.responses, "--method", method, *widths)
         for loss in LOSSES:
             run = args.out / f"{method}-{loss}"
-            rate = ("--loss", loss, "--lr", args.rates.get(method, 1.5e-4), "--warmup", 0.05)
+            rate = ("--loss", loss, "--lr", args.rates.get(method, 1.5e-4), "--warmup", 0.05, "--precision", args.precision)
             batch = ("--batch-tokens", args.batch_tokens, "--steps", args.steps, "--seed", 1, "--cache", args.out / "readings")
             when = ("--valid-samples", 100, "--validate-every", max(args.steps // 8, 1))
             overfill.train(run, full, init, args.responses, args.valid, *rate, *batch, *when)
