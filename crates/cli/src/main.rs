@@ -69,7 +69,7 @@ impl PairArgs {
     fn dir(&self, home: &Home) -> anyhow::Result<PathBuf> {
         match &self.pair {
             Some(dir) => Ok(dir.clone()),
-            None => fetch::install(&home.dir()?),
+            None => fetch::install(&home.dir()?, fetch::Decode::default()),
         }
     }
 }
