@@ -14,6 +14,7 @@ import argparse
 import json
 import pathlib
 import statistics
+from functools import cached_property
 
 import matplotlib
 
@@ -62,8 +63,15 @@ class Claim:
         self.overfill = Overfill(args.overfill)
         self.full = self.overfill.full()
 
-        self.train = args.responses or self.responses()
-        self.starts = {arm: self.start(arm) for arm in ARMS}
+    @cached_property
+    def train(self):
+        """The conversations that both arms are fitted to and trained on."""
+        return self.args.responses or self.responses()
+
+    @cached_property
+    def starts(self):
+        """Each arm's model before training."""
+        return {arm: self.start(arm) for arm in ARMS}
 
     def run(self):
         seeds = range(self.args.seed, self.args.seed + self.args.seeds)

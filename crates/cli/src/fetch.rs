@@ -5,6 +5,7 @@
 //! full model's weights quantised to Q4_0.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -13,7 +14,7 @@ use clap::{Args, ValueEnum};
 use overfill_model::gguf::quantise;
 use overfill_model::pair::file_sha256;
 use overfill_model::{GgmlDType, KvSpec, MakePair, Pair};
-use overfill_types::pair::{PAIR_FILE, WeightFormat};
+use overfill_types::pair::WeightFormat;
 use overfill_types::{KvFormat, KvFormats, WireFormat};
 use serde_json::json;
 
@@ -77,7 +78,7 @@ impl Decode {
 #[derive(Args)]
 pub(crate) struct FetchArgs {
     /// The pair's decode model
-    #[arg(long, value_enum, default_value = "trained")]
+    #[arg(long, value_enum, env = "OVERFILL_FETCH_DECODE", default_value = "trained")]
     decode: Decode,
     /// Only say where the default pair is, or would be
     #[arg(long, env = "OVERFILL_PRINT_PATH")]
@@ -98,8 +99,7 @@ fn path(home: &Path, decode: Decode) -> PathBuf {
 /// The default pair's folder; installs it first if it is not there, or is another version's. Two processes may do so at once.
 pub(crate) fn install(home: &Path, decode: Decode) -> anyhow::Result<PathBuf> {
     let target = path(home, decode);
-    let there = target.join(PAIR_FILE).exists();
-    if there && decode.is_of(&target) {
+    if decode.is_of(&target) {
         return Ok(target);
     }
     std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
@@ -118,9 +118,11 @@ pub(crate) fn install(home: &Path, decode: Decode) -> anyhow::Result<PathBuf> {
         kv_formats: KvFormats { cache: KvFormat::F16, wire: WireFormat::F16 },
         provenance: provenance.as_object().cloned().unwrap_or_default(),
     };
-    if there {
-        // Out of the way first: a process that has it open keeps its files.
-        std::fs::rename(&target, work.path().join("old")).with_context(|| format!("cannot replace {}", target.display()))?;
+    // What is of another version goes out of the way first: a process that has it open keeps its files.
+    match std::fs::rename(&target, work.path().join("old")) {
+        // Nothing was there, or another process was faster.
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        moved => moved.with_context(|| format!("cannot replace {}", target.display()))?,
     }
     match making.make(&target) {
         Ok(pair) => Ok(pair.dir),
