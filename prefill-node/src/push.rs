@@ -55,7 +55,7 @@ impl Push {
             frame
         });
         let mut request = Request::new(frames);
-        trace.pass_on(&Span::current(), request.metadata_mut().as_mut());
+        trace.headers(&Span::current()).add_to(request.metadata_mut().as_mut());
         let pushed = tokio::select! {
             pushed = client.push_kv(request) => pushed,
             () = self.given_up.cancelled() => return Ok(None),

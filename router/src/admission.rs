@@ -12,6 +12,7 @@ use tracing::Instrument;
 
 use crate::Router;
 use crate::clients::{Allowance, Client};
+use crate::metrics::OfModel;
 
 /// Most answers of one request, over all its prompts.
 const MOST_ANSWERS: usize = 256;
@@ -50,6 +51,8 @@ pub(crate) struct Asked {
 pub(crate) struct ValidRequest {
     pub(crate) id: RequestId,
     pub(crate) model: Arc<TextModel>,
+    /// Of the model.
+    pub(crate) counters: Arc<OfModel>,
     pub(crate) prompt: Arc<Vec<u32>>,
     pub(crate) quality: Quality,
     pub(crate) sampling: SamplingParams,
@@ -100,6 +103,7 @@ impl Router {
         })?;
         let mut allowances = client.begin(answers)?.into_iter();
         let model = self.model(&asked.model)?;
+        let counters = self.metrics.of(&model.manifest.name)?;
         asked.sampling.validate()?;
         let stop_strings = StopMatcher::new(asked.stop)?;
         let limits = Limits { max_context: self.max_context(&model), vocab_size: model.manifest.vocab_size() };
@@ -143,6 +147,7 @@ impl Router {
                     // Nodes tell requests apart by it.
                     id: RequestId::new(if number == 0 { id.to_string() } else { format!("{id}-{number}") }),
                     model: model.clone(),
+                    counters: counters.clone(),
                     prompt: prompt.clone(),
                     quality: asked.quality,
                     sampling: SamplingParams { seed: seed(asked.sampling.seed, answer), ..asked.sampling.clone() },

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use axum::http::HeaderMap;
+use overfill_lifecycle::TraceHeaders;
 use overfill_proto::v1::calls_client::CallsClient;
 use overfill_proto::v1::{Call, Cancel, Reply, Said, call, said};
 use overfill_proto::{check_length, status};
@@ -71,14 +71,14 @@ impl Calls {
         self.open.with(|_| ()).is_none()
     }
 
-    /// Begins a call that writes `tokens` tokens at most. `headers` may place it in a trace.
-    pub(crate) async fn begin<E>(&self, what: call::What, tokens: usize, headers: &HeaderMap) -> Events<E> {
+    /// Begins a call that writes `tokens` tokens at most. `trace` places it in one.
+    pub(crate) async fn begin<E>(&self, what: call::What, tokens: usize, trace: TraceHeaders) -> Events<E> {
         let left = tokens + SPARE;
         let (to, replies) = mpsc::channel(left);
         let id = self.open.ids.fetch_add(1, Ordering::Relaxed);
         let events = Events { id, calls: self.clone(), replies, said: Vec::new().into_iter(), ended: false, of: PhantomData };
-        let header = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
-        let call = Call { id, what: Some(what), traceparent: header("traceparent"), tracestate: header("tracestate") };
+        let TraceHeaders { traceparent, tracestate } = trace;
+        let call = Call { id, what: Some(what), traceparent, tracestate };
         if let Err(error) = check_length(&call) {
             let _ = to.try_send(Err(status::to_status(&error)));
             return events;
@@ -291,7 +291,7 @@ mod tests {
 
     async fn begin(calls: &Calls, events: u64, held: bool) -> Events<DecodeEvent> {
         let request = DecodeRequest { epoch: events, alone: held, ..DecodeRequest::default() };
-        calls.begin(call::What::Decode(request), 100, &HeaderMap::new()).await
+        calls.begin(call::What::Decode(request), 100, TraceHeaders::default()).await
     }
 
     async fn count(mut events: Events<DecodeEvent>) -> Result<u64, Status> {
@@ -379,7 +379,7 @@ mod tests {
         let other = begin(&calls, 1, true).await.accepted().await.unwrap();
         let long = "x".repeat(overfill_proto::MAX_MESSAGE);
         let asked = DecodeRequest { request_id: long, ..DecodeRequest::default() };
-        let asked: Events<DecodeEvent> = calls.begin(call::What::Decode(asked), 1, &HeaderMap::new()).await;
+        let asked: Events<DecodeEvent> = calls.begin(call::What::Decode(asked), 1, TraceHeaders::default()).await;
         let told = begin(&calls, LONG, false).await.accepted().await.unwrap();
         for (failed, kind) in [(asked.accepted().await.err(), "router"), (count(told).await.err(), "node")] {
             let failure = Failure::of(&failed.unwrap(), "decode node", &node.id);

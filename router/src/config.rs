@@ -24,8 +24,7 @@ pub struct Cli {
     /// The pairs that it serves: their folders, separated by commas (pair.json and the tokenizer are read)
     #[arg(long, env = "OVERFILL_PAIR", value_delimiter = ',', required = true)]
     pub pair: Vec<PathBuf>,
-    /// Threads that serve requests: a request that is alone waits for each that has to be woken, so no more than are busy
-    /// [default: half of the cores]
+    /// Threads that serve requests [default: one for each core]
     #[arg(long, env = "OVERFILL_ROUTER_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
     /// Bounds.
@@ -45,9 +44,11 @@ impl Cli {
     /// # Errors
     /// Where the system gives no threads.
     pub fn runtime(&self) -> std::io::Result<Runtime> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = self.threads.map_or((cores / 2).max(1), |threads| threads as usize);
-        Builder::new_multi_thread().worker_threads(threads).enable_all().build()
+        let mut builder = Builder::new_multi_thread();
+        if let Some(threads) = self.threads {
+            builder.worker_threads(threads as usize);
+        }
+        builder.enable_all().build()
     }
 }
 

@@ -18,7 +18,7 @@ mod relay;
 mod status;
 mod tokenising;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -87,7 +87,12 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
     });
     let guides = guides.collect();
     let most = config.max_requests as usize;
-    let metrics = Arc::new(Metrics::new()?);
+    let mut names = HashSet::new();
+    if let Some(twice) = models.iter().map(|m| m.manifest.name.as_str()).find(|name| !names.insert(*name)) {
+        let message = format!("two of them are named '{twice}', and clients ask for a model by its name: give one of them another");
+        return Err(ServiceError::new(Code::InvalidArgument, message).into());
+    }
+    let metrics = Arc::new(Metrics::new(names)?);
     let (of_metrics, seen) = (discovery.watch(), discovery.clone());
     metrics.nodes(move |role| of_metrics.borrow().nodes.iter().filter(|n| n.role == role).count())?;
     metrics.registry.etcd(move || seen.etcd_connected())?;

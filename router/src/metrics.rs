@@ -2,12 +2,11 @@
 //!
 //! [`Metrics`] is the router's, [`OfModel`] has one model's handles, and [`Observed`] is the clock of one request.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use overfill_lifecycle::metrics::{
-    Counting, Error, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, buckets,
-};
+use overfill_lifecycle::metrics::{Counting, Error, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, buckets};
 use overfill_types::{Code, FinishReason, Role, ServiceError};
 
 /// Longest prompt and answer that histograms of tokens tell apart: what is longer is in the last bucket.
@@ -16,98 +15,30 @@ const MOST_TOKENS: usize = 1 << 20;
 /// The router's counters.
 pub(crate) struct Metrics {
     pub(crate) registry: Registry,
-    running: IntGaugeVec,
-    waiting: IntGaugeVec,
-    prompt_tokens: IntCounterVec,
-    cached_tokens: IntCounterVec,
-    generation_tokens: IntCounterVec,
-    success: IntCounterVec,
-    prompt_length: HistogramVec,
-    generation_length: HistogramVec,
-    time_to_first_token: HistogramVec,
-    inter_token_latency: HistogramVec,
-    time_per_output_token: HistogramVec,
-    e2e_latency: HistogramVec,
-    queue_time: HistogramVec,
-    prefill_time: HistogramVec,
-    decode_time: HistogramVec,
-    inference_time: HistogramVec,
+    models: HashMap<String, Arc<OfModel>>,
     reservation_wait: Histogram,
-    attempts: IntCounterVec,
     attempts_failed: IntCounterVec,
     migrations: IntCounterVec,
     failed: IntCounterVec,
-    cancelled: IntCounterVec,
     refused: IntCounterVec,
     mismatches: IntCounter,
 }
 
 impl Metrics {
+    /// Of a router that serves these models.
+    ///
     /// # Errors
-    /// Where two metrics have one name.
-    pub(crate) fn new() -> Result<Self, Error> {
+    /// Where two metrics, or two models, have one name.
+    pub(crate) fn new<'a>(models: impl IntoIterator<Item = &'a str>) -> Result<Self, Error> {
         let registry = Registry::new("router", None)?;
-        let model = &["model_name"];
-        let seconds = |name, help, buckets| registry.histograms(name, help, buckets, model);
+        let models = models.into_iter().map(|name| Ok((name.to_owned(), Arc::new(OfModel::new(&registry.of_model(name))?))));
         Ok(Self {
-            running: registry.gauges("vllm:num_requests_running", "Answers that nodes work on, in requests.", model)?,
-            waiting: registry.gauges("vllm:num_requests_waiting", "Answers that wait for a pair of nodes, in requests.", model)?,
-            prompt_tokens: registry.counters("vllm:prompt_tokens_total", "Tokens of prompts that were read.", model)?,
-            cached_tokens: registry.counters(
-                "overfill_cached_prompt_tokens_total",
-                "Of these, tokens that the prefill node had in its prefix cache.",
-                model,
-            )?,
-            generation_tokens: registry.counters("vllm:generation_tokens_total", "Tokens of answers.", model)?,
-            success: registry.counters(
-                "vllm:request_success_total",
-                "Answers that came to their end, by the reason of it.",
-                &["model_name", "finished_reason"],
-            )?,
-            prompt_length: seconds("vllm:request_prompt_tokens", "Tokens of each prompt.", &buckets::tokens(MOST_TOKENS))?,
-            generation_length: seconds("vllm:request_generation_tokens", "Tokens of each whole answer.", &buckets::tokens(MOST_TOKENS))?,
-            time_to_first_token: seconds(
-                "vllm:time_to_first_token_seconds",
-                "Seconds from a request's arrival to its first token.",
-                buckets::TIME_TO_FIRST_TOKEN,
-            )?,
-            inter_token_latency: seconds(
-                "vllm:inter_token_latency_seconds",
-                "Seconds between two tokens of an answer.",
-                buckets::INTER_TOKEN_LATENCY,
-            )?,
-            time_per_output_token: seconds(
-                "vllm:request_time_per_output_token_seconds",
-                "Seconds a token of an answer after its first, as its mean.",
-                buckets::INTER_TOKEN_LATENCY,
-            )?,
-            e2e_latency: seconds(
-                "vllm:e2e_request_latency_seconds",
-                "Seconds from a request's arrival to its answer's end.",
-                buckets::REQUEST,
-            )?,
-            queue_time: seconds(
-                "vllm:request_queue_time_seconds",
-                "Seconds from a request's arrival until it has a pair of nodes.",
-                buckets::REQUEST,
-            )?,
-            prefill_time: seconds(
-                "vllm:request_prefill_time_seconds",
-                "Seconds from the choice of nodes to the first token.",
-                buckets::REQUEST,
-            )?,
-            decode_time: seconds("vllm:request_decode_time_seconds", "Seconds from the first token to the last.", buckets::REQUEST)?,
-            inference_time: seconds(
-                "vllm:request_inference_time_seconds",
-                "Seconds from the choice of nodes to the last token.",
-                buckets::REQUEST,
-            )?,
+            models: models.collect::<Result<_, Error>>()?,
             reservation_wait: registry.histogram(
                 "overfill_reservation_wait_seconds",
                 "Seconds until a decode node has answered with a reservation.",
                 buckets::SHORT,
             )?,
-            attempts: registry.counters("overfill_attempts_total", "Attempts at answers: pairs of nodes that were asked.", model)?,
             attempts_failed: registry.counters("overfill_attempts_failed_total", "Attempts that failed, by reason.", &["reason"])?,
             migrations: registry.counters(
                 "overfill_migrations_total",
@@ -115,7 +46,6 @@ impl Metrics {
                 &["migration_type"],
             )?,
             failed: registry.counters("overfill_requests_failed_total", "Answers that ended with an error, by reason.", &["reason"])?,
-            cancelled: registry.counters("overfill_requests_cancelled_total", "Answers whose client has gone.", model)?,
             refused: registry.counters(
                 "overfill_requests_refused_total",
                 "Requests that were refused before any node was asked, by reason.",
@@ -139,35 +69,113 @@ impl Metrics {
         Ok(())
     }
 
+    /// The counters of a model.
+    ///
+    /// # Errors
+    /// [`Code::Internal`] where the router does not serve it.
+    pub(crate) fn of(&self, model: &str) -> Result<Arc<OfModel>, ServiceError> {
+        let found = self.models.get(model).cloned();
+        found.ok_or_else(|| ServiceError::new(Code::Internal, format!("model '{model}' has no counters")))
+    }
+
     /// A request was refused.
     pub(crate) fn refused(&self, error: &ServiceError) {
         self.refused.with_label_values(&[error.code.as_str()]).inc();
     }
-
-    fn of(&self, model: &str) -> OfModel {
-        let model = &[model];
-        OfModel {
-            running: self.running.with_label_values(model),
-            waiting: self.waiting.with_label_values(model),
-            generation_tokens: self.generation_tokens.with_label_values(model),
-            inter_token_latency: self.inter_token_latency.with_label_values(model),
-        }
-    }
 }
 
-/// What is counted often of a request, found once.
-struct OfModel {
+/// What is counted of one model's requests.
+pub(crate) struct OfModel {
     running: IntGauge,
     waiting: IntGauge,
+    prompt_tokens: IntCounter,
+    cached_tokens: IntCounter,
     generation_tokens: IntCounter,
+    success: IntCounterVec,
+    prompt_length: Histogram,
+    generation_length: Histogram,
+    time_to_first_token: Histogram,
     inter_token_latency: Histogram,
+    time_per_output_token: Histogram,
+    e2e_latency: Histogram,
+    queue_time: Histogram,
+    prefill_time: Histogram,
+    decode_time: Histogram,
+    inference_time: Histogram,
+    attempts: IntCounter,
+    cancelled: IntCounter,
+}
+
+impl OfModel {
+    fn new(registry: &Registry) -> Result<Self, Error> {
+        Ok(Self {
+            running: registry.gauge("vllm:num_requests_running", "Answers that nodes work on, in requests.")?,
+            waiting: registry.gauge("vllm:num_requests_waiting", "Answers that wait for a pair of nodes, in requests.")?,
+            prompt_tokens: registry.counter("vllm:prompt_tokens_total", "Tokens of prompts that were read.")?,
+            cached_tokens: registry
+                .counter("overfill_cached_prompt_tokens_total", "Of these, tokens that the prefill node had in its prefix cache.")?,
+            generation_tokens: registry.counter("vllm:generation_tokens_total", "Tokens of answers.")?,
+            success: registry.counters(
+                "vllm:request_success_total",
+                "Answers that came to their end, by the reason of it.",
+                &["finished_reason"],
+            )?,
+            prompt_length: registry.histogram("vllm:request_prompt_tokens", "Tokens of each prompt.", &buckets::tokens(MOST_TOKENS))?,
+            generation_length: registry.histogram(
+                "vllm:request_generation_tokens",
+                "Tokens of each whole answer.",
+                &buckets::tokens(MOST_TOKENS),
+            )?,
+            time_to_first_token: registry.histogram(
+                "vllm:time_to_first_token_seconds",
+                "Seconds from a request's arrival to its first token.",
+                buckets::TIME_TO_FIRST_TOKEN,
+            )?,
+            inter_token_latency: registry.histogram(
+                "vllm:inter_token_latency_seconds",
+                "Seconds between two tokens of an answer.",
+                buckets::INTER_TOKEN_LATENCY,
+            )?,
+            time_per_output_token: registry.histogram(
+                "vllm:request_time_per_output_token_seconds",
+                "Seconds a token of an answer after its first, as its mean.",
+                buckets::INTER_TOKEN_LATENCY,
+            )?,
+            e2e_latency: registry.histogram(
+                "vllm:e2e_request_latency_seconds",
+                "Seconds from a request's arrival to its answer's end.",
+                buckets::REQUEST,
+            )?,
+            queue_time: registry.histogram(
+                "vllm:request_queue_time_seconds",
+                "Seconds from a request's arrival until it has a pair of nodes.",
+                buckets::REQUEST,
+            )?,
+            prefill_time: registry.histogram(
+                "vllm:request_prefill_time_seconds",
+                "Seconds from the choice of nodes to the first token.",
+                buckets::REQUEST,
+            )?,
+            decode_time: registry.histogram(
+                "vllm:request_decode_time_seconds",
+                "Seconds from the first token to the last.",
+                buckets::REQUEST,
+            )?,
+            inference_time: registry.histogram(
+                "vllm:request_inference_time_seconds",
+                "Seconds from the choice of nodes to the last token.",
+                buckets::REQUEST,
+            )?,
+            attempts: registry.counter("overfill_attempts_total", "Attempts at answers: pairs of nodes that were asked.")?,
+            cancelled: registry.counter("overfill_requests_cancelled_total", "Answers whose client has gone.")?,
+        })
+    }
 }
 
 /// One answer's clock: when it came, got its nodes, and wrote.
 pub(crate) struct Observed {
     metrics: Arc<Metrics>,
-    model_name: String,
-    model: OfModel,
+    model: Arc<OfModel>,
     prompt_tokens: usize,
     tokens: usize,
     arrived: Instant,
@@ -181,13 +189,11 @@ pub(crate) struct Observed {
 }
 
 impl Observed {
-    /// Of an answer to a prompt of so many tokens, whose request came at `arrived`; `model_name` is one that is served.
-    pub(crate) fn new(metrics: &Arc<Metrics>, model_name: &str, prompt_tokens: usize, arrived: Instant) -> Self {
-        let model = metrics.of(model_name);
+    /// Of an answer to a prompt of so many tokens, whose request came at `arrived`.
+    pub(crate) fn new(metrics: &Arc<Metrics>, model: Arc<OfModel>, prompt_tokens: usize, arrived: Instant) -> Self {
         Self {
             counted: Some(Counting::new(&model.waiting)),
             metrics: metrics.clone(),
-            model_name: model_name.to_owned(),
             model,
             prompt_tokens,
             tokens: 0,
@@ -208,11 +214,10 @@ impl Observed {
     pub(crate) fn chosen(&mut self) {
         self.counted = None;
         self.counted = Some(Counting::new(&self.model.running));
-        let model = &[self.model_name.as_str()];
-        self.metrics.attempts.with_label_values(model).inc();
+        self.model.attempts.inc();
         if self.chosen.is_none() {
             let now = Instant::now();
-            self.metrics.queue_time.with_label_values(model).observe((now - self.arrived).as_secs_f64());
+            self.model.queue_time.observe((now - self.arrived).as_secs_f64());
             self.chosen = Some(now);
         }
     }
@@ -224,10 +229,9 @@ impl Observed {
 
     /// The prompt was read; the prefill node had `cached` tokens of it.
     pub(crate) fn read(&self, cached: u32) {
-        let model = &[self.model_name.as_str()];
-        self.metrics.prompt_tokens.with_label_values(model).inc_by(self.prompt_tokens as u64);
-        self.metrics.cached_tokens.with_label_values(model).inc_by(cached.into());
-        self.metrics.prompt_length.with_label_values(model).observe(self.prompt_tokens as f64);
+        self.model.prompt_tokens.inc_by(self.prompt_tokens as u64);
+        self.model.cached_tokens.inc_by(cached.into());
+        self.model.prompt_length.observe(self.prompt_tokens as f64);
     }
 
     /// A token goes out.
@@ -242,10 +246,9 @@ impl Observed {
             }
             None => {
                 self.wrote = Some((now, now));
-                let model = &[self.model_name.as_str()];
-                self.metrics.time_to_first_token.with_label_values(model).observe((now - self.arrived).as_secs_f64());
+                self.model.time_to_first_token.observe((now - self.arrived).as_secs_f64());
                 if let Some(chosen) = self.chosen {
-                    self.metrics.prefill_time.with_label_values(model).observe((now - chosen).as_secs_f64());
+                    self.model.prefill_time.observe((now - chosen).as_secs_f64());
                 }
             }
         }
@@ -266,16 +269,15 @@ impl Observed {
     /// The answer came to its end.
     pub(crate) fn finished(&mut self, reason: FinishReason) {
         self.ended = true;
-        let model = &[self.model_name.as_str()];
-        self.metrics.success.with_label_values(&[self.model_name.as_str(), reason.as_str()]).inc();
-        self.metrics.generation_length.with_label_values(model).observe(self.tokens as f64);
-        self.metrics.e2e_latency.with_label_values(model).observe(self.arrived.elapsed().as_secs_f64());
+        self.model.success.with_label_values(&[reason.as_str()]).inc();
+        self.model.generation_length.observe(self.tokens as f64);
+        self.model.e2e_latency.observe(self.arrived.elapsed().as_secs_f64());
         let (Some((first, last)), Some(chosen)) = (self.wrote, self.chosen) else { return };
         let decode = (last - first).as_secs_f64();
-        self.metrics.decode_time.with_label_values(model).observe(decode);
-        self.metrics.inference_time.with_label_values(model).observe((last - chosen).as_secs_f64());
+        self.model.decode_time.observe(decode);
+        self.model.inference_time.observe((last - chosen).as_secs_f64());
         if self.tokens > 1 {
-            self.metrics.time_per_output_token.with_label_values(model).observe(decode / (self.tokens - 1) as f64);
+            self.model.time_per_output_token.observe(decode / (self.tokens - 1) as f64);
         }
     }
 
@@ -289,7 +291,7 @@ impl Observed {
 impl Drop for Observed {
     fn drop(&mut self) {
         if !self.ended {
-            self.metrics.cancelled.with_label_values(&[self.model_name.as_str()]).inc();
+            self.model.cancelled.inc();
         }
     }
 }

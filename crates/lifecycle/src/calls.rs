@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::http::{HeaderMap, HeaderValue};
+use axum::http::HeaderMap;
 use overfill_proto::v1::calls_server::Calls;
 use overfill_proto::v1::{Accepted, Call, Ended, Reply, Said, call, said};
 use overfill_proto::{check_length, status};
@@ -15,6 +15,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::drain::Drain;
+use crate::trace::TraceHeaders;
 
 /// Replies that wait for a slow router; then calls wait, each with what its own channel holds.
 const REPLIES: usize = 256;
@@ -37,13 +38,10 @@ pub trait Answering: Send + Sync + 'static {
 pub type Events<E> = mpsc::Receiver<Result<E, Status>>;
 
 /// The headers that a call would have had as a request of its own.
-fn headers(call: &Call) -> MetadataMap {
+fn headers(call: &mut Call) -> MetadataMap {
+    let [traceparent, tracestate] = [&mut call.traceparent, &mut call.tracestate].map(std::mem::take);
     let mut headers = HeaderMap::new();
-    for (name, value) in [("traceparent", &call.traceparent), ("tracestate", &call.tracestate)] {
-        if let Some(value) = HeaderValue::from_str(value).ok().filter(|value| !value.is_empty()) {
-            headers.insert(name, value);
-        }
-    }
+    TraceHeaders { traceparent, tracestate }.add_to(&mut headers);
     MetadataMap::from_headers(headers)
 }
 
@@ -103,7 +101,7 @@ async fn carry_out<A: Answering>(
 }
 
 async fn carry_out_one<A: Answering>(answering: Arc<A>, mut call: Call, replies: mpsc::Sender<Result<Reply, Status>>) {
-    let (id, headers) = (call.id, headers(&call));
+    let (id, headers) = (call.id, headers(&mut call));
     let begun = match call.what.take() {
         Some(what) => answering.begin(what, headers).await,
         None => Err(Status::unimplemented("the call is of a kind that this node does not know: is it of another version?")),

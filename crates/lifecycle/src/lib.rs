@@ -13,4 +13,4 @@ pub mod trace;
 pub use drain::Drain;
 pub use metrics::NodeListeners;
 pub use node_args::NodeArgs;
-pub use trace::Trace;
+pub use trace::{Trace, TraceHeaders};

@@ -26,7 +26,16 @@ pub struct Trace {
     /// What is passed on where `span` is not exported.
     caller: Context,
     /// `caller` as headers, once they were wanted: a request is passed on more than once.
-    headers: Arc<OnceLock<HeaderMap>>,
+    headers: Arc<OnceLock<TraceHeaders>>,
+}
+
+/// The W3C headers of a call, by their names; empty where there is none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TraceHeaders {
+    /// Trace and span that the call is made by.
+    pub traceparent: String,
+    /// What vendors add.
+    pub tracestate: String,
 }
 
 impl Trace {
@@ -42,7 +51,9 @@ impl Trace {
             caller = Context::new().with_remote_span_context(made);
         }
         let trace = Self { span, caller, headers: Arc::default() };
-        trace.span.record("trace_id", trace.id());
+        if !trace.span.is_disabled() {
+            trace.span.record("trace_id", trace.id());
+        }
         trace
     }
 
@@ -53,21 +64,15 @@ impl Trace {
 
     /// The trace's id: 32 hexadecimal digits.
     pub fn id(&self) -> String {
-        self.context(&self.span).span().span_context().trace_id().to_string()
+        self.context().span().span_context().trace_id().to_string()
     }
 
-    /// Says in `headers` of a call that it is made by `span`, which is a part of this trace.
-    pub fn pass_on(&self, span: &Span, headers: &mut HeaderMap) {
-        let own = span.context();
-        if own.span().span_context().is_valid() {
-            return inject(&own, headers);
+    /// Headers of a call that `span` makes, which is a part of this trace.
+    pub fn headers(&self, span: &Span) -> TraceHeaders {
+        if let Some(own) = exported(span) {
+            return TraceHeaders::of(&own);
         }
-        let passed_on = self.headers.get_or_init(|| {
-            let mut passed_on = HeaderMap::new();
-            inject(&self.caller, &mut passed_on);
-            passed_on
-        });
-        headers.extend(passed_on.clone());
+        self.headers.get_or_init(|| TraceHeaders::of(&self.caller)).clone()
     }
 
     /// Adds the trace's id to a response's headers.
@@ -77,14 +82,43 @@ impl Trace {
         }
     }
 
-    fn context(&self, span: &Span) -> Context {
-        let own = span.context();
-        if own.span().span_context().is_valid() { own } else { self.caller.clone() }
+    fn context(&self) -> Context {
+        exported(&self.span).unwrap_or_else(|| self.caller.clone())
     }
 }
 
-fn inject(context: &Context, headers: &mut HeaderMap) {
-    TraceContextPropagator::new().inject_context(context, &mut Written(headers));
+/// A span's context, where it is exported.
+fn exported(span: &Span) -> Option<Context> {
+    (!span.is_disabled()).then(|| span.context()).filter(|own| own.span().span_context().is_valid())
+}
+
+impl TraceHeaders {
+    fn of(context: &Context) -> Self {
+        let mut headers = Self::default();
+        TraceContextPropagator::new().inject_context(context, &mut headers);
+        headers
+    }
+
+    /// Adds them to those of a request.
+    pub fn add_to(&self, headers: &mut HeaderMap) {
+        for (name, value) in [("traceparent", &self.traceparent), ("tracestate", &self.tracestate)] {
+            if let Ok(value) = HeaderValue::from_str(value)
+                && !value.is_empty()
+            {
+                headers.insert(name, value);
+            }
+        }
+    }
+}
+
+impl Injector for TraceHeaders {
+    fn set(&mut self, key: &str, value: String) {
+        match key {
+            "traceparent" => self.traceparent = value,
+            "tracestate" => self.tracestate = value,
+            _ => {}
+        }
+    }
 }
 
 struct Headers<'a>(&'a HeaderMap);
@@ -99,16 +133,6 @@ impl Extractor for Headers<'_> {
     }
 }
 
-struct Written<'a>(&'a mut HeaderMap);
-
-impl Injector for Written<'_> {
-    fn set(&mut self, key: &str, value: String) {
-        if let (Ok(name), Ok(value)) = (HeaderName::try_from(key), HeaderValue::try_from(value)) {
-            self.0.insert(name, value);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,7 +141,7 @@ mod tests {
 
     fn passed_on(headers: &HeaderMap) -> HeaderMap {
         let mut written = HeaderMap::new();
-        Trace::begin(Span::none(), headers).pass_on(&Span::none(), &mut written);
+        Trace::begin(Span::none(), headers).headers(&Span::none()).add_to(&mut written);
         written
     }
 

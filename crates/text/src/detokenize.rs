@@ -49,6 +49,9 @@ impl Detokenizer {
 
     /// The rest, at the answer's end: an unfinished character becomes a replacement character.
     pub fn finish(&mut self) -> String {
+        if self.given == self.window.len() {
+            return String::new();
+        }
         let text = self.decode(0..self.window.len());
         self.give(self.window.len(), text)
     }
@@ -59,8 +62,9 @@ impl Detokenizer {
         if end > self.given {
             // The piece that was just given is all that the next one needs to be read with.
             self.window.drain(..self.given);
+            let first = self.given == 0;
             self.given = end - self.given;
-            self.given_text = self.decode(0..self.given);
+            self.given_text = if first { text } else { self.decode(0..self.given) };
         }
         new
     }

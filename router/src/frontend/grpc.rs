@@ -123,7 +123,8 @@ struct Wire {
 impl Wire {
     fn event(&mut self, event: Event) -> Option<generate_event::Event> {
         match event {
-            Event::Read(Read { cached_tokens, prompt_logprobs, .. }) => {
+            Event::Read(read) => {
+                let Read { cached_tokens, prompt_logprobs, .. } = *read;
                 (self.cached_tokens, self.prompt_logprobs) = (cached_tokens, prompt_logprobs);
                 None
             }

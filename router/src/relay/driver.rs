@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::http::HeaderMap;
 use overfill_proto::convert;
 use overfill_proto::v1::{
     self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, call, decode_event, prefill_event, said,
@@ -45,8 +44,7 @@ pub(super) struct Driver {
 
 impl Driver {
     pub(super) fn new(router: Arc<Router>, request: ValidRequest, sender: mpsc::Sender<Result<Event, ServiceError>>) -> Self {
-        let name = &request.model.manifest.name;
-        let observed = Observed::new(&router.metrics, name, request.prompt.len(), request.arrived);
+        let observed = Observed::new(&router.metrics, request.counters.clone(), request.prompt.len(), request.arrived);
         let patience = (Instant::now() + router.config.queue_timeout).min(request.deadline);
         let (text, ticket) = (Text::new(&request), router.pairing.ticket());
         Self {
@@ -83,7 +81,8 @@ impl Driver {
             let attempt = async {
                 match &chosen.nodes {
                     Nodes::Both(both) => self.attempt(&chosen, both, epoch).await,
-                    Nodes::One(node) => self.attempt_alone(&chosen, node, epoch).await,
+                    // Boxed, as are no others: rare, and each request's task has room for it.
+                    Nodes::One(node) => Box::pin(self.attempt_alone(&chosen, node, epoch)).await,
                 }
             };
             let Err(failure) = attempt.instrument(span).await else { return Ok(()) };
@@ -233,10 +232,8 @@ impl Driver {
 
     /// A call to a node, which is a part of the stage that is under way; it is there when the node has taken it on.
     async fn call<E: TryFrom<said::What>>(&self, kind: &str, node: &Endpoint, what: call::What) -> Result<Events<E>, Failure> {
-        let mut headers = HeaderMap::new();
-        self.request.trace.pass_on(&Span::current(), &mut headers);
         let calls = self.router.peers.calls(node).map_err(Failure::of_request)?;
-        let events = calls.begin(what, self.request.stop.max_tokens, &headers).await;
+        let events = calls.begin(what, self.request.stop.max_tokens, self.request.trace.headers(&Span::current())).await;
         events.accepted().await.map_err(|e| Failure::of(&e, kind, &node.id))
     }
 
@@ -285,7 +282,7 @@ impl Driver {
     /// The prompt was read.
     pub(super) async fn begin(&self, cached_tokens: u32, prompt_logprobs: Vec<TokenLogprob>) {
         self.observed.read(cached_tokens);
-        self.send(Event::Read(Read { cached_tokens, prompt_logprobs, served_by: self.served_by.clone() })).await;
+        self.send(Event::Read(Box::new(Read { cached_tokens, prompt_logprobs, served_by: self.served_by.clone() }))).await;
     }
 
     /// A decode node's event; true at the answer's end.
@@ -345,7 +342,7 @@ impl Driver {
         if completion_tokens == 1 && self.request.quality == Quality::Overfill {
             served_by.decode_node.clear();
         }
-        self.send(Event::Finished(End { reason, completion_tokens, served_by, matched_stop })).await;
+        self.send(Event::Finished(Box::new(End { reason, completion_tokens, served_by, matched_stop }))).await;
     }
 
     async fn send(&self, event: Event) {

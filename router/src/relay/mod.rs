@@ -27,15 +27,15 @@ pub(crate) use crate::relay::flow::{Blame, Failure};
 /// Events that wait for a slow client; what its nodes say then waits with their calls ([`crate::calls`]), which have room for it.
 const EVENTS: usize = 64;
 
-/// What happens to an answer.
+/// What happens to an answer. Small, since a request's channel has room for many: what comes once is boxed.
 #[derive(Debug)]
 pub(crate) enum Event {
     /// The prompt was read; always the first.
-    Read(Read),
+    Read(Box<Read>),
     /// New text and tokens.
     Delta { text: String, tokens: Vec<Token> },
     /// The end.
-    Finished(End),
+    Finished(Box<End>),
 }
 
 /// What is known once the prompt was read.
@@ -95,6 +95,7 @@ pub(crate) fn start(router: Arc<Router>, request: ValidRequest) -> Answer {
             let _ = timeout(Duration::from_secs(5), gone.send(Err(error))).await;
         }
     };
-    tokio::spawn(task.instrument(span));
+    // Boxed: a task of this size is copied when it begins and, whatever it gives, again when it ends.
+    tokio::spawn(Box::pin(task).instrument(span));
     answer
 }

@@ -122,3 +122,15 @@ async fn what_does_not_belong_together_is_refused() {
     let other_format = tiny::pair_named("wide", Kind::Identity, 54);
     assert!(refused([&also.dir, &other_format.dir]).await.contains("cache format"));
 }
+
+#[tokio::test]
+async fn two_pairs_of_one_name_are_refused_at_the_start() {
+    let pairs = [51, 52].map(|seed| tiny::pair_named("tiny", Kind::Identity, seed));
+    let cli = overfill_router::config::Cli::parse_from(["router", "--pair", "unused"]);
+    let config = overfill_router::RouterConfig::new(pairs.iter().map(|pair| pair.dir.clone()).collect(), cli.bounds);
+    let [http, grpc] =
+        [tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap(), tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap()];
+    let ran = overfill_router::run(config, overfill_router::Listeners { http, grpc }, Discovery::fixed(vec![], vec![]), Drain::new()).await;
+    let overfill_router::RunError::Pair(error) = ran.unwrap_err() else { panic!("of the pairs") };
+    assert!(error.message.contains("two of them are named 'tiny'"), "{error}");
+}

@@ -25,7 +25,7 @@ use prometheus::{HistogramOpts, Opts, TextEncoder};
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 
-pub use prometheus::{Error, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+pub use prometheus::{Error, Histogram, IntCounter, IntCounterVec, IntGauge};
 
 use crate::drain::Drain;
 use crate::metrics::read::{Kind, Read};
@@ -37,6 +37,8 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 #[derive(Clone)]
 pub struct Registry {
     inner: prometheus::Registry,
+    /// Of every metric that is made here.
+    model_name: Option<String>,
 }
 
 impl Registry {
@@ -45,9 +47,14 @@ impl Registry {
     /// # Errors
     /// None that a caller could meet: names of labels are fixed here.
     pub fn new(engine: &str, model_name: Option<&str>) -> Result<Self, Error> {
-        let mut labels = HashMap::from([("engine".to_owned(), engine.to_owned())]);
-        labels.extend(model_name.map(|name| ("model_name".to_owned(), name.to_owned())));
-        Ok(Self { inner: prometheus::Registry::new_custom(None, Some(labels))? })
+        let labels = HashMap::from([("engine".to_owned(), engine.to_owned())]);
+        let model_name = model_name.map(str::to_owned);
+        Ok(Self { inner: prometheus::Registry::new_custom(None, Some(labels))?, model_name })
+    }
+
+    /// The same registry; what is made here is of this model.
+    pub fn of_model(&self, name: &str) -> Self {
+        Self { inner: self.inner.clone(), model_name: Some(name.to_owned()) }
     }
 
     /// A number that only grows.
@@ -55,7 +62,7 @@ impl Registry {
     /// # Errors
     /// Where the name is taken or malformed.
     pub fn counter(&self, name: &str, help: &str) -> Result<IntCounter, Error> {
-        self.register(IntCounter::new(name, help)?)
+        self.register(IntCounter::with_opts(self.opts(name, help, &[]))?)
     }
 
     /// Such a number for each value of the labels.
@@ -63,15 +70,15 @@ impl Registry {
     /// # Errors
     /// As [`Registry::counter`].
     pub fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, Error> {
-        self.register(IntCounterVec::new(Opts::new(name, help), labels)?)
+        self.register(IntCounterVec::new(self.opts(name, help, &[]), labels)?)
     }
 
-    /// A number that goes up and down, for each value of the labels.
+    /// A number that goes up and down.
     ///
     /// # Errors
     /// As [`Registry::counter`].
-    pub fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, Error> {
-        self.register(IntGaugeVec::new(Opts::new(name, help), labels)?)
+    pub fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, Error> {
+        self.register(IntGauge::with_opts(self.opts(name, help, &[]))?)
     }
 
     /// How often a value was within each of `buckets` (their upper ends).
@@ -79,15 +86,7 @@ impl Registry {
     /// # Errors
     /// As [`Registry::counter`].
     pub fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, Error> {
-        self.register(Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
-    }
-
-    /// The same for each value of the labels.
-    ///
-    /// # Errors
-    /// As [`Registry::counter`].
-    pub fn histograms(&self, name: &str, help: &str, buckets: &[f64], labels: &[&str]) -> Result<HistogramVec, Error> {
-        self.register(HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?)
+        self.register(Histogram::with_opts(HistogramOpts::from(self.opts(name, help, &[])).buckets(buckets.to_vec()))?)
     }
 
     /// A number that goes up and down and is kept elsewhere: `read` is asked at each scrape.
@@ -101,7 +100,7 @@ impl Registry {
         labels: &[(&str, &str)],
         read: impl Fn() -> f64 + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        self.inner.register(Box::new(Read::new(Kind::Gauge, opts(name, help, labels), read)?))
+        self.inner.register(Box::new(Read::new(Kind::Gauge, self.opts(name, help, labels), read)?))
     }
 
     /// As [`Registry::read_gauge`], of a number that only grows.
@@ -110,7 +109,7 @@ impl Registry {
     /// As [`Registry::counter`].
     pub fn read_counter(&self, name: &str, help: &str, read: impl Fn() -> u64 + Send + Sync + 'static) -> Result<(), Error> {
         // Exact up to 2^53.
-        self.inner.register(Box::new(Read::new(Kind::Counter, opts(name, help, &[]), move || read() as f64)?))
+        self.inner.register(Box::new(Read::new(Kind::Counter, self.opts(name, help, &[]), move || read() as f64)?))
     }
 
     /// Whether etcd answers; nothing where `connected` gives nothing, because nodes are found otherwise.
@@ -123,6 +122,11 @@ impl Registry {
         }
         let help = "1 while etcd answers and the view of nodes is current, 0 while the last view serves.";
         self.read_gauge("overfill_etcd_connected", help, &[], move || f64::from(u8::from(connected() == Some(true))))
+    }
+
+    fn opts(&self, name: &str, help: &str, labels: &[(&str, &str)]) -> Opts {
+        let model = self.model_name.as_deref().map(|name| ("model_name", name));
+        labels.iter().copied().chain(model).fold(Opts::new(name, help), |opts, (name, value)| opts.const_label(name, value))
     }
 
     fn register<C: Collector + Clone + 'static>(&self, metric: C) -> Result<C, Error> {
@@ -160,10 +164,6 @@ impl Registry {
             }
         }))
     }
-}
-
-fn opts(name: &str, help: &str, labels: &[(&str, &str)]) -> Opts {
-    labels.iter().fold(Opts::new(name, help), |opts, (name, value)| opts.const_label(*name, *value))
 }
 
 /// Counts up, and down again when it is dropped.
@@ -269,6 +269,20 @@ mod tests {
             assert!(text.lines().any(told), "{name} with {label}, {value}, is not in\n{text}");
         }
         assert!(registry.counter("overfill_a_total", "Again.").is_err(), "a name is taken once");
+    }
+
+    #[test]
+    fn models_of_a_server_count_apart() {
+        let registry = Registry::new("router", None).unwrap();
+        for (model, n) in [("a", 1), ("b", 2)] {
+            registry.of_model(model).counter("overfill_a_total", "Things.").unwrap().inc_by(n);
+        }
+        let text = registry.text().unwrap();
+        for (model, n) in [("a", 1), ("b", 2)] {
+            // Labels come in any order.
+            let told = |line: &str| line.contains(&format!("model_name=\"{model}\"")) && line.ends_with(&format!("}} {n}"));
+            assert!(text.lines().any(told), "{n} of {model} is not in\n{text}");
+        }
     }
 
     #[test]

@@ -159,10 +159,10 @@ impl Begun {
     fn keep(&mut self, index: usize, event: Event) {
         let Some(choice) = self.choices.get_mut(index) else { return };
         match event {
-            Event::Read(read) => self.frame.read(choice, read),
+            Event::Read(read) => self.frame.read(choice, *read),
             Event::Delta { text, tokens } => self.frame.grow(choice, &text, tokens),
             Event::Finished(end) => {
-                self.frame.end(choice, end);
+                self.frame.end(choice, *end);
             }
         }
     }
@@ -214,11 +214,11 @@ impl Begun {
         let Some(choice) = self.choices.get_mut(index) else { return [None, None] };
         match event {
             Event::Read(read) => {
-                self.frame.read(choice, read);
+                self.frame.read(choice, *read);
                 [self.frame.opening(choice), None]
             }
             Event::Delta { text, tokens } => [self.frame.delta(choice, &text, &tokens), None],
-            Event::Finished(end) => [self.frame.end(choice, end), Some(self.frame.closing(choice))],
+            Event::Finished(end) => [self.frame.end(choice, *end), Some(self.frame.closing(choice))],
         }
     }
 }
