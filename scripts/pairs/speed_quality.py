@@ -5,13 +5,14 @@
 
 Each --pair is scored as it is served, the full model reading and the decode model writing; each --alone (a Hugging Face folder or
 a GGUF file) reads and writes by itself; the first pair's full model is scored too. Speeds are those of the models that write, on
-this machine, so nothing else should run. Draws OUT/speed-quality.svg and prints a table. Needs matplotlib. Scores and speeds that
+this machine, so nothing else should run; they are taken in turns, so that what slows the machine for a while slows all of them. Draws OUT/speed-quality.svg and prints a table. Needs matplotlib. Scores and speeds that
 are in OUT already are not measured again.
 """
 
 import argparse
 import json
 import pathlib
+import statistics
 
 import matplotlib
 
@@ -37,22 +38,27 @@ def main():
     parser.add_argument("--limit", type=int, default=100, help="questions of each task")
     parser.add_argument("--context", type=int, default=256, help="tokens in the cache when decode begins")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7, help="turns in which speeds are measured")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     measure = Measure(args)
 
-    points = []
+    writers = []
     for i, (name, pair) in enumerate(args.pair):
         manifest = json.loads((pair / "pair.json").read_text())
         modes = ("overfill", "full") if i == 0 else ("overfill",)
         alone = args.alone if i == 0 else []
         arms = measure.scores(name, pair, modes, alone)
-        points.append((name, measure.speed(name, pair, manifest["decode"]), arms[0]))
+        writers.append((name, pair, manifest["decode"], arms[0]))
         if i == 0:
-            points.append(("full model", measure.speed("full model", pair, manifest["full"]), arms[1]))
+            writers.append(("full model", pair, manifest["full"], arms[1]))
             for (other, model), arm in zip(alone, arms[2:]):
                 own = {"path": model.resolve(), "weights": "native"}
-                points.append((other, measure.speed(other, pair, own), arm))
+                writers.append((other, pair, own, arm))
+    rounds = [[measure.speed(turn, name, pair, model) for name, pair, model, _ in writers] for turn in range(args.rounds)]
+    points = []
+    for (name, _, _, arm), speeds in zip(writers, zip(*rounds)):
+        points.append((name, {"median": statistics.median(speeds), "min": min(speeds), "max": max(speeds)}, arm))
     points.sort(key=lambda point: point[1]["median"])
 
     print("| who writes | decode tokens/s (least to most) | score | 95 % | loss |\n|---|---|---|---|---|")
@@ -86,12 +92,12 @@ class Measure:
         options = ("--pair", pair, *data, "--modes", ",".join(modes), "--limit", args.limit, *baselines, "--json")
         return json.loads(self.overfill.told(args.out / f"score-{slug(name)}.json", "eval", *options).read_text())["arms"]
 
-    def speed(self, name, pair, model):
-        """Median, least and most of its decode tokens a second."""
+    def speed(self, turn, name, pair, model):
+        """Its decode tokens a second, the median of one turn."""
         args = self.args
         options = ("--model", pair / model["path"], "--weights", model["weights"], "--threads", args.threads, "--context", args.context)
-        told = self.overfill.told(args.out / f"speed-{slug(name)}.json", "bench", "engine", "--phases", "decode", "--batch", 1, *options, "--json")
-        return json.loads(told.read_text())["tokens_per_second"]
+        told = self.overfill.told(args.out / f"speed-{slug(name)}-{turn}.json", "bench", "engine", "--phases", "decode", "--batch", 1, *options, "--json")
+        return json.loads(told.read_text())["tokens_per_second"]["median"]
 
 
 def slug(name):
