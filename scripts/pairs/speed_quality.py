@@ -5,8 +5,8 @@
 
 Each --pair is scored as it is served, the full model reading and the decode model writing; each --alone (a Hugging Face folder or
 a GGUF file) reads and writes by itself; the first pair's full model is scored too. Speeds are those of the models that write, on
-this machine, so nothing else should run; they are taken in turns, so that what slows the machine for a while slows all of them. Draws OUT/speed-quality.svg and prints a table. Needs matplotlib. Scores and speeds that
-are in OUT already are not measured again.
+this machine, so nothing else should run; they are taken in turns, so that what slows the machine for a while slows all of them.
+Draws OUT/speed-quality.svg and prints a table. Needs matplotlib. Scores and speeds that are in OUT already are not measured again.
 """
 
 import argparse

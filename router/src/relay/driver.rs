@@ -81,7 +81,7 @@ impl Driver {
             let attempt = async {
                 match &chosen.nodes {
                     Nodes::Both(both) => self.attempt(&chosen, both, epoch).await,
-                    // Boxed, as are no others: rare, and each request's task has room for it.
+                    // Boxed: rare, and every request's task would have to hold it.
                     Nodes::One(node) => Box::pin(self.attempt_alone(&chosen, node, epoch)).await,
                 }
             };

@@ -15,6 +15,7 @@ use overfill_tests::cluster::{Builder, Cluster, request, tokens};
 use overfill_tests::tiny::{self, Kind, TinyPair};
 use overfill_types::{SamplingParams, StopConditions};
 use serde_json::{Value, json};
+use tokio::net::TcpListener;
 
 const NEW: usize = 32;
 const MODELS: [&str; 2] = ["shallow", "projected"];
@@ -128,9 +129,9 @@ async fn two_pairs_of_one_name_are_refused_at_the_start() {
     let pairs = [51, 52].map(|seed| tiny::pair_named("tiny", Kind::Identity, seed));
     let cli = overfill_router::config::Cli::parse_from(["router", "--pair", "unused"]);
     let config = overfill_router::RouterConfig::new(pairs.iter().map(|pair| pair.dir.clone()).collect(), cli.bounds);
-    let [http, grpc] =
-        [tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap(), tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap()];
-    let ran = overfill_router::run(config, overfill_router::Listeners { http, grpc }, Discovery::fixed(vec![], vec![]), Drain::new()).await;
+    let listen = || TcpListener::bind("127.0.0.1:0");
+    let listeners = overfill_router::Listeners { http: listen().await.unwrap(), grpc: listen().await.unwrap() };
+    let ran = overfill_router::run(config, listeners, Discovery::fixed(vec![], vec![]), Drain::new()).await;
     let overfill_router::RunError::Pair(error) = ran.unwrap_err() else { panic!("of the pairs") };
     assert!(error.message.contains("two of them are named 'tiny'"), "{error}");
 }
