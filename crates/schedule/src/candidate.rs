@@ -7,7 +7,8 @@ use overfill_types::Quality;
 use rand::Rng;
 use rand::rngs::SmallRng;
 
-use crate::cluster::{Ask, Pool};
+use crate::choice::Ask;
+use crate::cluster::Pool;
 use crate::node::{Node, Room};
 use crate::prefix::{BLOCK, Matches};
 

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use overfill_types::{Fingerprint, NodeId, Quality};
 
-use crate::cluster::{Absent, Ask, Choice, Cluster, One, Pair, TooLarge};
+use crate::choice::{Absent, Ask, Choice, One, Pair, TooLarge};
+use crate::cluster::Cluster;
 use crate::line::{Bounds, Line, Refusal, Share};
 
 /// What is said of the wait where nothing is known of it.
