@@ -54,7 +54,7 @@ impl Checkpoint {
     /// Opens a Hugging Face folder or a `.gguf` file; tensors are read when they are asked for.
     ///
     /// # Errors
-    /// [`CompressError::Model`] where it is not there, malformed, or of another family.
+    /// [`CompressError::Model`] where it is not there, malformed, of another family, or a tensor is missing or of another shape.
     pub fn open(path: &Path) -> Result<Self, CompressError> {
         Ok(Self { path: path.to_owned(), weights: Weights::open(path)? })
     }
@@ -72,9 +72,9 @@ impl Checkpoint {
     /// Token embeddings, `[vocab, hidden]`.
     ///
     /// # Errors
-    /// [`CompressError::Model`] where the tensor is missing or cannot be read, [`CompressError::Shape`].
+    /// [`CompressError::Model`] where the tensor cannot be read.
     pub fn embedding(&self) -> Result<Matrix, CompressError> {
-        self.matrix("model.embed_tokens.weight", self.config().vocab_size, self.config().hidden_size)
+        self.matrix("model.embed_tokens.weight")
     }
 
     /// The output head, `[vocab, hidden]`; the embedding where they are tied.
@@ -82,7 +82,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::embedding`].
     pub fn head(&self) -> Result<Matrix, CompressError> {
-        if self.tied() { self.embedding() } else { self.matrix("lm_head.weight", self.config().vocab_size, self.config().hidden_size) }
+        if self.tied() { self.embedding() } else { self.matrix("lm_head.weight") }
     }
 
     /// The last norm, `[hidden]`.
@@ -90,7 +90,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::embedding`].
     pub fn norm(&self) -> Result<Vec<f32>, CompressError> {
-        self.vector("model.norm.weight", self.config().hidden_size)
+        self.vector("model.norm.weight")
     }
 
     /// The weights of layer `i`.
@@ -98,28 +98,25 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::embedding`].
     pub fn layer(&self, i: usize) -> Result<LayerWeights, CompressError> {
-        let config = self.config();
-        let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
-        let (q, kv) = (config.heads * config.kv.head_dim, config.kv.row());
         let name = |module: &str| format!("model.layers.{i}.{module}.weight");
-        let bias = |module: &str, n: usize| {
+        let bias = |module: &str| {
             let name = format!("model.layers.{i}.{module}.bias");
-            if self.weights.has(&name) { self.vector(&name, n) } else { Ok(Vec::new()) }
+            if self.weights.has(&name) { self.vector(&name) } else { Ok(Vec::new()) }
         };
         for module in ["self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] {
-            if !bias(module, if module == "self_attn.o_proj" || module == "mlp.down_proj" { hidden } else { mlp })?.is_empty() {
+            if !bias(module)?.is_empty() {
                 return Err(CompressError::Refused(format!("{module} of layer {i} has a bias: only queries, keys and values may")));
             }
         }
         Ok(LayerWeights {
-            input_norm: self.vector(&name("input_layernorm"), hidden)?,
-            qkv: [self.matrix(&name(QKV[0]), q, hidden)?, self.matrix(&name(QKV[1]), kv, hidden)?, self.matrix(&name(QKV[2]), kv, hidden)?],
-            qkv_bias: [bias(QKV[0], q)?, bias(QKV[1], kv)?, bias(QKV[2], kv)?],
-            output: self.matrix(&name("self_attn.o_proj"), hidden, q)?,
-            mlp_norm: self.vector(&name("post_attention_layernorm"), hidden)?,
-            gate: self.matrix(&name("mlp.gate_proj"), mlp, hidden)?,
-            up: self.matrix(&name("mlp.up_proj"), mlp, hidden)?,
-            down: self.matrix(&name("mlp.down_proj"), hidden, mlp)?,
+            input_norm: self.vector(&name("input_layernorm"))?,
+            qkv: [self.matrix(&name(QKV[0]))?, self.matrix(&name(QKV[1]))?, self.matrix(&name(QKV[2]))?],
+            qkv_bias: [bias(QKV[0])?, bias(QKV[1])?, bias(QKV[2])?],
+            output: self.matrix(&name("self_attn.o_proj"))?,
+            mlp_norm: self.vector(&name("post_attention_layernorm"))?,
+            gate: self.matrix(&name("mlp.gate_proj"))?,
+            up: self.matrix(&name("mlp.up_proj"))?,
+            down: self.matrix(&name("mlp.down_proj"))?,
         })
     }
 
@@ -131,20 +128,13 @@ impl Checkpoint {
         Ok(TokenizerFiles::of(&self.path, &self.weights)?)
     }
 
-    fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Matrix, CompressError> {
-        Ok(Matrix::new(rows, columns, self.numbers(name, &[rows, columns])?))
-    }
-
-    fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>, CompressError> {
-        self.numbers(name, &[n])
-    }
-
-    fn numbers(&self, name: &str, wanted: &[usize]) -> Result<Vec<f32>, CompressError> {
+    fn matrix(&self, name: &str) -> Result<Matrix, CompressError> {
         let (numbers, shape) = self.weights.numbers(name)?;
-        if shape != wanted {
-            return Err(CompressError::Shape { path: self.path.clone(), name: name.to_owned(), found: shape, wanted: wanted.to_vec() });
-        }
-        Ok(numbers)
+        Ok(Matrix::new(shape[0], shape[1], numbers))
+    }
+
+    fn vector(&self, name: &str) -> Result<Vec<f32>, CompressError> {
+        Ok(self.weights.numbers(name)?.0)
     }
 
     /// `config.json` for a model of shape `config` made of this one: what the folder's own says besides the shape stays.

@@ -32,18 +32,6 @@ pub enum CompressError {
     /// A text could not be turned into tokens.
     #[error(transparent)]
     Text(#[from] ServiceError),
-    /// A tensor has not the shape that the checkpoint's own configuration asks for.
-    #[error("{}: tensor {name} has shape {found:?}, config.json asks for {wanted:?}", path.display())]
-    Shape {
-        /// The checkpoint.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// Its shape.
-        found: Vec<usize>,
-        /// What it should be.
-        wanted: Vec<usize>,
-    },
     /// What was asked for cannot be made; the sentence says why, and what can.
     #[error("{0}")]
     Refused(String),

@@ -309,7 +309,7 @@ fn what_is_not_possible_is_refused() {
         let config = std::fs::read_to_string(&path).unwrap().replace("\"intermediate_size\": 104", "\"intermediate_size\": 88");
         std::fs::write(path, config).unwrap();
     });
-    refused(&prune(other.path(), Method::Minitron, ALL), "has shape [104, 48], config.json asks for [88, 48]");
+    refused(&prune(other.path(), Method::Minitron, ALL), "has shape [104, 48], which must be [88, 48] by the configuration");
 }
 
 #[test]

@@ -32,6 +32,13 @@ impl GgufFile {
         let format = |what: String| ModelError::Format { path: path.to_owned(), what };
         let mut reader = BufReader::new(open(path)?);
         let content = Content::read(&mut reader).map_err(|e| format(format!("no whole GGUF file: {e}")))?;
+        let length = reader.get_ref().metadata().map_err(|source| ModelError::Read { path: path.to_owned(), source })?.len();
+        for (name, info) in &content.tensor_infos {
+            let bytes = info.shape.elem_count() / info.ggml_dtype.block_size() * info.ggml_dtype.type_size();
+            if content.tensor_data_offset + info.offset + bytes as u64 > length {
+                return Err(format(format!("the file ends before tensor {name} does: it is not whole")));
+            }
+        }
         let mut config = config(&content).map_err(format)?;
         let interleaved = config.architecture == "llama";
         if content.tensor_infos.contains_key("rope_freqs.weight") {
@@ -44,8 +51,9 @@ impl GgufFile {
         Ok(Self { path: path.to_owned(), config, content, interleaved })
     }
 
-    pub(crate) fn has(&self, name: &str) -> bool {
-        file_name(name).is_some_and(|n| self.content.tensor_infos.contains_key(&n))
+    /// A tensor's shape, if there is one of that name.
+    pub(crate) fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        file_name(name).and_then(|n| self.content.tensor_infos.get(&n)).map(|info| info.shape.dims().to_vec())
     }
 
     pub(crate) fn tensor(&self, name: &str, device: &Device) -> Result<Weight, ModelError> {

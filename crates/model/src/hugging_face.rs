@@ -36,12 +36,13 @@ impl HuggingFaceFolder {
         Ok(Self { path: path.to_owned(), config, tensors })
     }
 
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.tensors.get(name).is_ok()
+    /// A tensor's shape, if there is one of that name.
+    pub(crate) fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensors.get(name).ok().map(|tensor| tensor.shape().to_vec())
     }
 
     pub(crate) fn tensor(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
-        if !self.has(name) {
+        if self.shape(name).is_none() {
             return Err(ModelError::Format { path: self.path.clone(), what: format!("tensor {name} is missing") });
         }
         Ok(self.tensors.load(name, device)?)

@@ -30,13 +30,16 @@ pub enum Weights {
 }
 
 impl Weights {
-    /// Opens a Hugging Face folder or a `.gguf` file.
+    /// Opens a Hugging Face folder or a `.gguf` file. Every tensor is there and as large as the configuration says; their
+    /// numbers are read when they are asked for.
     ///
     /// # Errors
-    /// [`ModelError::Read`] and [`ModelError::Format`].
+    /// [`ModelError::Read`] and [`ModelError::Format`], naming the tensor that is missing or of another shape.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let file = std::fs::metadata(path).map_err(|source| ModelError::Read { path: path.to_owned(), source })?.is_file();
-        Ok(if file { Self::Gguf(GgufFile::open(path)?) } else { Self::HuggingFace(HuggingFaceFolder::open(path)?) })
+        let weights = if file { Self::Gguf(GgufFile::open(path)?) } else { Self::HuggingFace(HuggingFaceFolder::open(path)?) };
+        weights.check()?;
+        Ok(weights)
     }
 
     /// Its shape.
@@ -49,10 +52,48 @@ impl Weights {
 
     /// Whether it has a tensor of that name.
     pub fn has(&self, name: &str) -> bool {
+        self.shape(name).is_some()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match self {
-            Self::HuggingFace(folder) => folder.has(name),
-            Self::Gguf(file) => file.has(name),
+            Self::HuggingFace(folder) => folder.shape(name),
+            Self::Gguf(file) => file.shape(name),
         }
+    }
+
+    /// Kernels trust the configuration: what does not go with it would end a node at its first request.
+    fn check(&self) -> Result<(), ModelError> {
+        let LlamaConfig { hidden_size: hidden, intermediate_size: mlp, vocab_size: vocab, heads, kv, .. } = *self.config();
+        let (q, kv_row) = (heads * kv.head_dim, kv.row());
+        let wants = |name: &str, wanted: &[usize]| match self.shape(name) {
+            Some(found) if found == wanted => Ok(()),
+            Some(found) => Err(self.format_error(format!(
+                "tensor {name} has shape {found:?}, which must be {wanted:?} by the configuration (hidden size {hidden}, MLP {mlp}, \
+                 {heads} heads, {kv}, vocabulary {vocab})"
+            ))),
+            None => Err(self.format_error(format!("tensor {name} is missing"))),
+        };
+        let may = |name: &str, wanted: &[usize]| if self.has(name) { wants(name, wanted) } else { Ok(()) };
+        wants("model.embed_tokens.weight", &[vocab, hidden])?;
+        for layer in 0..kv.layers {
+            wants(&format!("model.layers.{layer}.input_layernorm.weight"), &[hidden])?;
+            wants(&format!("model.layers.{layer}.post_attention_layernorm.weight"), &[hidden])?;
+            for (module, outputs, inputs) in [
+                ("self_attn.q_proj", q, hidden),
+                ("self_attn.k_proj", kv_row, hidden),
+                ("self_attn.v_proj", kv_row, hidden),
+                ("self_attn.o_proj", hidden, q),
+                ("mlp.gate_proj", mlp, hidden),
+                ("mlp.up_proj", mlp, hidden),
+                ("mlp.down_proj", hidden, mlp),
+            ] {
+                wants(&format!("model.layers.{layer}.{module}.weight"), &[outputs, inputs])?;
+                may(&format!("model.layers.{layer}.{module}.bias"), &[outputs])?;
+            }
+        }
+        wants("model.norm.weight", &[hidden])?;
+        may("lm_head.weight", &[vocab, hidden])
     }
 
     /// A matrix `[out, in]`, held as `format` says.

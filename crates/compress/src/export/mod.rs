@@ -101,8 +101,8 @@ impl GgufFormats {
 /// Writes the checkpoint at `model` as a GGUF file that must not exist. It appears whole or not at all.
 ///
 /// # Errors
-/// [`CompressError::Refused`] where `out` exists or the tokenizer is none that GGUF can tell of; [`CompressError::Model`] and
-/// [`CompressError::Shape`] where the checkpoint is not whole; [`CompressError::File`].
+/// [`CompressError::Refused`] where `out` exists or the tokenizer is none that GGUF can tell of; [`CompressError::Model`] where
+/// the checkpoint is not whole; [`CompressError::File`].
 pub fn gguf(model: &Path, formats: GgufFormats, out: &Path, mut progress: impl FnMut(usize, usize)) -> Result<(), CompressError> {
     if out.exists() {
         return Err(CompressError::Refused(format!("{} exists already: name another file, or remove it", out.display())));

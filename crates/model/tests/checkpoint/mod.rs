@@ -64,6 +64,7 @@ impl Checkpoint {
 }
 
 /// `count` random tokens.
+#[allow(dead_code, reason = "not every test that makes checkpoints reads anything with them")]
 pub(crate) fn prompt(count: usize, config: &Value, seed: u64) -> Vec<u32> {
     let mut random = StdRng::seed_from_u64(seed);
     let vocabulary = config["vocab_size"].as_u64().unwrap() as u32;
