@@ -23,8 +23,9 @@ events = list(generate(ask, timeout=60, compression=grpc.Compression.Gzip))
 assert events[0].HasField("started") and events[-1].HasField("finished")
 text = "".join(e.delta.text for e in events if e.HasField("delta"))
 
-# A deadline ends a call, and so does the client.
-for timeout, code in [(0.001, grpc.StatusCode.DEADLINE_EXCEEDED), (None, grpc.StatusCode.CANCELLED)]:
+# A deadline ends a call, before its answer begins or after, whoever is first to notice; and so does the client.
+deadlines = [0.001, 0.002, 0.005, 0.05] * 5
+for timeout, code in [(t, grpc.StatusCode.DEADLINE_EXCEEDED) for t in deadlines] + [(None, grpc.StatusCode.CANCELLED)]:
     call = generate(Request(text=sys.argv[2], max_tokens=1500, ignore_eos=True), timeout=timeout)
     try:
         for _ in call:

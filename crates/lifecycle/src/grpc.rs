@@ -13,6 +13,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tower::ServiceExt;
 
+use crate::deadline::DeadlineLayer;
 use crate::drain::Drain;
 use crate::gathering::Gathering;
 
@@ -77,6 +78,7 @@ pub async fn serve(listener: TcpListener, routes: Routes, end: Drain) -> Result<
         .max_frame_size(Some(HTTP2_FRAME))
         .http2_keepalive_interval(Some(PROBE))
         .http2_keepalive_timeout(Some(PROBE))
+        .layer(DeadlineLayer)
         .add_routes(routes)
         .serve_with_incoming_shutdown(connections, end.signaled());
     tokio::select! {

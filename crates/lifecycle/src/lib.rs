@@ -1,6 +1,7 @@
 //! How a process starts, is observed, drains and stops.
 
 pub mod calls;
+pub mod deadline;
 pub mod drain;
 pub mod gathering;
 pub mod grpc;

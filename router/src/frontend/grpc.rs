@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use overfill_lifecycle::deadline::timeout_of;
 use overfill_proto::v1::inference_server::Inference;
 use overfill_proto::v1::{
     Delta, Finished, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse, Model, Started, TokenLogprob, generate_event,
@@ -36,7 +37,7 @@ impl Inference for InferenceService {
     type GenerateStream = std::pin::Pin<Box<dyn Stream<Item = Result<GenerateEvent, Status>> + Send>>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let timeout = timeout_of(&request);
+        let timeout = timeout_of(request.metadata().as_ref());
         let trace = super::trace(request.metadata().as_ref());
         let client = client_of(&request).map_err(|e| status::to_status(&e))?;
         let request = request.into_inner();
@@ -150,38 +151,4 @@ impl Wire {
 /// [`Code::Internal`] where the request did not come through the stack of layers.
 pub(crate) fn client_of<T>(request: &Request<T>) -> Result<Arc<Client>, ServiceError> {
     request.extensions().get::<Arc<Client>>().cloned().ok_or_else(|| ServiceError::new(Code::Internal, "the request has no client"))
-}
-
-/// How long a client waits at most, if it says so.
-pub(crate) fn timeout_of<T>(request: &Request<T>) -> Option<Duration> {
-    request.metadata().get("grpc-timeout").and_then(|t| t.to_str().ok()).and_then(parse_timeout)
-}
-
-/// The `grpc-timeout` header: up to eight digits and a unit (gRPC over HTTP/2).
-fn parse_timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let n: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(n.saturating_mul(3600)),
-        "M" => Duration::from_secs(n.saturating_mul(60)),
-        "S" => Duration::from_secs(n),
-        "m" => Duration::from_millis(n),
-        "u" => Duration::from_micros(n),
-        "n" => Duration::from_nanos(n),
-        _ => return None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn deadlines_have_units() {
-        assert_eq!(parse_timeout("250m"), Some(Duration::from_millis(250)));
-        assert_eq!(parse_timeout("3S"), Some(Duration::from_secs(3)));
-        assert_eq!(parse_timeout(""), None);
-        assert_eq!(parse_timeout("S"), None);
-        assert_eq!(parse_timeout("1€"), None);
-    }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use overfill_lifecycle::Trace;
+use overfill_lifecycle::deadline::timeout_of;
 use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceService;
 use overfill_proto::kserve::infer_parameter::ParameterChoice;
 use overfill_proto::kserve::model_infer_request::InferInputTensor;
@@ -30,7 +31,7 @@ use crate::Router;
 use crate::admission::{Asked, Input};
 use crate::clients::Client;
 use crate::frontend;
-use crate::frontend::grpc::{client_of, timeout_of};
+use crate::frontend::grpc::client_of;
 use crate::frontend::openai::{GuideFields, SamplingFields, guide_of};
 use crate::relay::{self, Answer, End, Event};
 
@@ -94,7 +95,7 @@ impl GrpcInferenceService for KserveService {
     }
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
-        let timeout = timeout_of(&request);
+        let timeout = timeout_of(request.metadata().as_ref());
         let trace = super::trace(request.metadata().as_ref());
         let client = client_of(&request).map_err(|e| status::to_status(&e))?;
         let answered = async {
@@ -114,7 +115,7 @@ impl GrpcInferenceService for KserveService {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
-        let until = timeout_of(&request).map(|timeout| Instant::now() + timeout);
+        let until = timeout_of(request.metadata().as_ref()).map(|timeout| Instant::now() + timeout);
         let client = client_of(&request).map_err(|e| status::to_status(&e))?;
         let (headers, _, mut requests) = request.into_parts();
         let (sender, responses) = mpsc::channel(RESPONSES);
