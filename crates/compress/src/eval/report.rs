@@ -162,7 +162,10 @@ impl fmt::Display for Report {
             write!(f, "\n{name:24}")?;
             self.arms.iter().try_for_each(|arm| write!(f, "  {:>widest$}", cell(of(&arm.mean))))?;
         }
-        let percent = |e: Estimate| format!("{:+.1} % [{:+.1}, {:+.1}]", e.value * 100.0, e.low * 100.0, e.high * 100.0);
+        let percent = |e: Estimate| match e.value.is_finite() {
+            true => format!("{:+.1} % [{:+.1}, {:+.1}]", e.value * 100.0, e.low * 100.0, e.high * 100.0),
+            false => "n/a (against a score of 0)".to_owned(),
+        };
         for Comparison { baseline, improvement, improvement_by_task, gap_closed } in &self.comparisons {
             write!(f, "\n\noverfill against {baseline}: {} of the mean score", percent(*improvement))?;
             write!(f, ", {} as the mean of the tasks' improvements", percent(*improvement_by_task))?;
