@@ -22,8 +22,8 @@ pub enum TrainError {
     Refused(String),
     /// The loss or a gradient is no number any more.
     #[error(
-        "step {step}: the {what} is not finite{}; the last saved state is from before: lower the learning rate, or look at the conversation",
-        conversation.map(|n| format!(" at conversation {n} of the data")).unwrap_or_default()
+        "step {step}: the {what} is not finite; the last saved state is from before: lower the learning rate{}",
+        conversation.map(|n| format!(", or look at conversation {n} of the data")).unwrap_or_default()
     )]
     NotFinite {
         /// Counted from 1.
