@@ -15,7 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use overfill_kv::{BlockHash, BlockPool, Expected, Reservation, block_hashes, prompt_digest};
+use overfill_kv::{BlockHash, BlockPool, Expected, Reservation, block_hashes};
+use overfill_types::prompt_digest;
 use overfill_types::{
     Code, Epoch, Fingerprint, KvGeometry, Limits, PairManifest, RequestId, SamplingParams, ServiceError, StopConditions, Ticket, WireFormat,
 };
@@ -133,7 +134,9 @@ impl Admission {
         let most = (asked.prompt.len() + asked.stop.max_tokens).div_ceil(self.pool.block_tokens());
         if most > self.pool.total() {
             let total = self.pool.total();
-            return full(format!("{most} KV blocks are needed, this decode node has {total} in all: ask for fewer tokens"));
+            let message = format!("{most} KV blocks are needed, this decode node has {total} in all: ask for fewer tokens");
+            // A node with a larger cache may take it.
+            return Err(ServiceError::new(Code::ResourceExhausted, message).elsewhere());
         }
         // Names are of what the full model has read.
         let names = if asked.alone { Vec::new() } else { block_hashes(&self.fingerprint, &asked.prompt, self.pool.block_tokens()) };
@@ -171,7 +174,7 @@ impl Admission {
         let held_tokens = reservation.shared_tokens();
         self.prefixes.queries.fetch_add(asked.prompt.len() as u64, Ordering::Relaxed);
         self.prefixes.hits.fetch_add(held_tokens as u64, Ordering::Relaxed);
-        let ticket = Ticket::new(uuid::Uuid::new_v4().to_string());
+        let (ticket, prompt_digest) = (Ticket::new(uuid::Uuid::new_v4().to_string()), prompt_digest(&asked.prompt));
         let expected = Expected {
             fingerprint: self.fingerprint.clone(),
             ticket: ticket.clone(),
@@ -180,13 +183,13 @@ impl Admission {
             wire: self.wire,
             prompt_tokens: asked.prompt.len(),
             held_tokens,
-            prompt_digest: prompt_digest(&asked.prompt),
+            prompt_digest,
         };
         // No push is to come where the decode model reads the prompt.
         let held = Held { request: asked.request.clone(), expected, most, claimed: asked.alone, superseded: false };
         table.held.insert(ticket.clone(), held);
         table.admitted += 1;
-        Ok(Place { ticket, number: table.admitted, reservation, names, admission: self.clone() })
+        Ok(Place { ticket, number: table.admitted, reservation, prompt_digest, names, admission: self.clone() })
     }
 
     /// Gives a ticket to the one push that may use it.
@@ -199,19 +202,22 @@ impl Admission {
         let ended = table.ended.contains(ticket);
         let Some(held) = table.held.get_mut(ticket) else {
             return Err(if ended {
-                ServiceError::new(Code::Stale, format!("ticket {ticket} is used up or given up: the router has to ask for a new one"))
+                ServiceError::of_way(Code::Stale, format!("ticket {ticket} is used up or given up: the router has to ask for a new one"))
             } else {
-                ServiceError::new(Code::NotFound, format!("ticket {ticket} is not of this node: the router has to ask for a new one"))
+                ServiceError::of_way(Code::NotFound, format!("ticket {ticket} is not of this node: the router has to ask for a new one"))
             });
         };
         if held.expected.epoch != epoch {
-            return Err(ServiceError::new(
+            return Err(ServiceError::of_way(
                 Code::Stale,
                 format!("ticket {ticket} is of epoch {}, the frames are of epoch {epoch}", held.expected.epoch),
             ));
         }
         if std::mem::replace(&mut held.claimed, true) {
-            return Err(ServiceError::new(Code::Stale, format!("ticket {ticket} is in use by another push: a ticket serves one handoff")));
+            return Err(ServiceError::of_way(
+                Code::Stale,
+                format!("ticket {ticket} is in use by another push: a ticket serves one handoff"),
+            ));
         }
         Ok(held.expected.clone())
     }
@@ -270,7 +276,7 @@ impl Admission {
             got.short(),
             self.fingerprint.short()
         );
-        Err(ServiceError::new(Code::Mismatch, message))
+        Err(ServiceError::of_node(Code::Mismatch, message))
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -280,7 +286,7 @@ impl Admission {
 }
 
 fn full<T>(message: String) -> Result<T, ServiceError> {
-    Err(ServiceError::new(Code::ResourceExhausted, message))
+    Err(ServiceError::no_room(Code::ResourceExhausted, message))
 }
 
 /// A sequence's place on this node: its ticket and its blocks. Dropping it gives both back.
@@ -289,6 +295,8 @@ pub(crate) struct Place {
     /// Its number among all that were let in: a younger sequence has a greater one.
     pub(crate) number: u64,
     pub(crate) reservation: Reservation,
+    /// sha256 of the prompt's token ids.
+    pub(crate) prompt_digest: [u8; 32],
     /// Of the blocks that the prompt fills to their end.
     names: Vec<BlockHash>,
     admission: Arc<Admission>,

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser};
 use overfill_cluster::DiscoveryArgs;
-use overfill_lifecycle::NodeArgs;
 use overfill_lifecycle::telemetry::LogArgs;
+use overfill_node::NodeArgs;
 
 /// Holds the decode model of a pair and writes answers.
 #[derive(Parser, Clone, Debug)]

@@ -4,20 +4,24 @@
 //! A step is one forward pass of the decode model over one token of every running sequence, or over several of one whose
 //! answer was begun elsewhere and is read again, or that has no handoff and whose prompt is read here.
 //!
+//! What fails in the work on one sequence fails that sequence. A step that fails is done again by halves, so that what is to
+//! blame fails alone and the others write the same tokens. An engine that fails one sequence after the other is broken: it ends,
+//! and its node with it.
+//!
 //! **Invariants:** the oldest sequence is never preempted, so something always goes on. Running sequences wait for the rows of
 //! others [`ROWS_TIME`] a step, and for one frame more at most.
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use overfill_kv::BlockId;
-use overfill_lifecycle::Drain;
+use overfill_lifecycle::{Drain, Parts};
 use overfill_model::cache::WireRows;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Sampled, Workspace};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Workspace};
+use overfill_node::{Faults, Pulse, Streak};
 use overfill_types::{Code, ServiceError, Ticket, WireFormat};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
@@ -101,7 +105,7 @@ impl Commands {
 }
 
 fn stopping() -> ServiceError {
-    ServiceError::new(Code::Unavailable, "this decode node is stopping: try another")
+    ServiceError::of_node(Code::Unavailable, "this decode node is stopping: try another")
 }
 
 pub(crate) struct Settings {
@@ -123,17 +127,20 @@ pub(crate) struct Engine {
     pub(crate) workspace: Workspace,
     pub(crate) settings: Settings,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) pulse: Pulse,
+    pub(crate) faults: Faults,
 }
 
 impl Engine {
-    /// Starts the thread; it ends when `end` is given, or when nobody can send commands any more.
-    pub(crate) fn start(self, end: Drain) -> std::io::Result<(Commands, JoinHandle<()>)> {
+    /// Starts its thread as one of `parts`; it ends when `end` is given.
+    pub(crate) fn start(self, parts: &mut Parts, end: Drain) -> std::io::Result<Commands> {
         let (sender, commands) = flume::bounded(COMMANDS);
-        let thread = std::thread::Builder::new().name("decode-engine".into()).spawn(move || {
+        parts.thread("decode engine", move || {
             self.settings.placement.apply_to_caller();
-            Loop { engine: self, waiting: HashMap::new(), running: Vec::new(), parts: VecDeque::new() }.run(&commands, &end);
+            let (waiting, running, parts, failed_steps, failed_handoffs) = Default::default();
+            Loop { engine: self, waiting, running, parts, failed_steps, failed_handoffs }.run(&commands, &end);
         })?;
-        Ok((Commands { sender, frames: Arc::new(Semaphore::new(FRAMES)) }, thread))
+        Ok(Commands { sender, frames: Arc::new(Semaphore::new(FRAMES)) })
     }
 }
 
@@ -144,12 +151,16 @@ struct Loop {
     running: Vec<Sequence>,
     /// What came of handoffs and was not looked at yet.
     parts: VecDeque<(Ticket, Part)>,
+    failed_steps: Streak,
+    failed_handoffs: Streak,
 }
 
 impl Loop {
     fn run(mut self, commands: &flume::Receiver<Command>, end: &Drain) {
         while !end.draining() {
+            self.engine.faults.at("turn");
             if self.running.is_empty() && self.parts.is_empty() {
+                self.engine.pulse.beat();
                 match commands.recv_timeout(SWEEP) {
                     Ok(command) => self.take(command),
                     Err(flume::RecvTimeoutError::Timeout) => {}
@@ -168,6 +179,10 @@ impl Loop {
             }
             self.sweep();
             self.step();
+            if self.failed_steps.is_broken() || self.failed_handoffs.is_broken() {
+                tracing::error!("one sequence failed after the other: the engine is broken");
+                return;
+            }
         }
     }
 
@@ -189,11 +204,19 @@ impl Loop {
                 let Some(sequence) = self.waiting.get_mut(ticket) else { return };
                 // Frames come: the sender lives. The same patience again.
                 sequence.until = Instant::now() + self.engine.settings.patience;
-                let Engine { cache, workspace, settings, .. } = &mut self.engine;
+                let Engine { cache, workspace, settings, faults, .. } = &mut self.engine;
                 let Rows { layer, start, k, v } = &rows;
                 let rows = WireRows { format: settings.wire, start: *start, k, v };
-                if let Err(error) = cache.write_wire(workspace.pool(), *layer, blocks(sequence), rows) {
-                    self.fail(ticket, &internal(&error));
+                let written = caught("writing its KV cache", || {
+                    faults.of("rows", || sequence.place.prompt_digest);
+                    cache.write_wire(workspace.pool(), *layer, blocks(sequence), rows)
+                });
+                match written {
+                    Ok(()) => self.failed_handoffs.end(),
+                    Err(error) => {
+                        self.failed_handoffs.failed(sequence.place.prompt_digest);
+                        self.fail(ticket, &error);
+                    }
                 }
             }
             Part::Start { first, answer } => {
@@ -206,9 +229,21 @@ impl Loop {
 
     fn start(&mut self, ticket: &Ticket, first: u32) -> Result<(), ServiceError> {
         let Some(mut sequence) = self.waiting.remove(ticket) else {
-            return Err(ServiceError::new(Code::Stale, format!("the reservation of {ticket} was given up before its KV cache was whole")));
+            return Err(ServiceError::of_way(
+                Code::Stale,
+                format!("the reservation of {ticket} was given up before its KV cache was whole"),
+            ));
         };
-        match sequence.begin(first, &self.engine.settings.eos) {
+        let Engine { settings, faults, .. } = &self.engine;
+        let begun = caught("beginning the answer", || {
+            faults.of("begin", || sequence.place.prompt_digest);
+            Ok(sequence.begin(first, &settings.eos))
+        });
+        match &begun {
+            Ok(_) => self.failed_handoffs.end(),
+            Err(_) => self.failed_handoffs.failed(sequence.place.prompt_digest),
+        }
+        match begun.flatten() {
             Ok(None) => {
                 sequence.place.keep();
                 self.running.push(sequence);
@@ -230,6 +265,7 @@ impl Loop {
 
     /// Lets go of sequences whose reader has gone, whose reservation ran out, or that a newer attempt replaced.
     fn sweep(&mut self) {
+        self.engine.faults.at("sweep");
         let metrics = self.engine.metrics.clone();
         let dropped = self.running.extract_if(.., |s| s.abandoned()).count();
         metrics.dropped.inc_by(dropped as u64);
@@ -252,7 +288,7 @@ impl Loop {
                 metrics.reservations_expired.inc();
                 let message =
                     format!("no KV cache came for reservation {ticket} in time: the prefill node is slow or gone; send the request again");
-                sequence.fail(&ServiceError::new(Code::DeadlineExceeded, message));
+                sequence.fail(&ServiceError::of_way(Code::Unavailable, message));
             }
         }
     }
@@ -270,50 +306,78 @@ impl Loop {
             return std::thread::yield_now();
         }
         let mut replay = REPLAY_TOKENS;
-        let mut counts = Vec::with_capacity(batch.len());
-        // Where the budget is spent, the rest of those that read again wait for the next step.
-        self.running.extend(batch.extract_if(.., |sequence| {
+        let mut counted = Vec::with_capacity(batch.len());
+        for sequence in batch {
             let count = sequence.due(replay).len();
             if count > 1 {
                 replay -= count;
             }
-            if count > 0 {
-                counts.push(count);
+            match count {
+                // The budget is spent: the rest of those that read again wait for the next step.
+                0 => self.running.push(sequence),
+                _ => counted.push((sequence, count)),
             }
-            count == 0
-        }));
-        let Engine { model, cache, workspace, settings, metrics } = &mut self.engine;
+        }
+        let (batch, counts) = counted.into_iter().unzip();
+        self.compute(batch, counts);
+        self.engine.pulse.beat();
+    }
+
+    /// The step of a batch, of each sequence over so many tokens. Where it fails, that of its halves: what it wrote to the cache
+    /// before is written again, the same.
+    fn compute(&mut self, mut batch: Vec<Sequence>, mut counts: Vec<usize>) {
+        let Engine { model, cache, workspace, metrics, faults, .. } = &mut self.engine;
         let begun = Instant::now();
-        // Whatever a forward pass does wrong ends the sequences of its batch, not the node.
-        let computed = catch_unwind(AssertUnwindSafe(|| forward(model, cache, workspace, &mut batch, &counts)));
-        let error = match computed {
-            Ok(Ok(sampled)) => {
+        let error = match caught("the step", || forward(model, cache, workspace, faults, &batch, &counts)) {
+            Ok(()) => {
                 let now = Instant::now();
                 metrics.step_seconds.observe((now - begun).as_secs_f64());
                 metrics.step_sequences.observe(batch.len() as f64);
-                let mut sampled = sampled.into_iter();
-                for (mut sequence, count) in batch.into_iter().zip(counts) {
-                    if !sequence.writes_after(count) {
-                        sequence.read(count);
-                        self.running.push(sequence);
-                    } else if let Some(sampled) = sampled.next() {
-                        if let Some(error) = sequence.sampler.failure().cloned() {
-                            sequence.fail(&error);
-                            continue;
-                        }
-                        match sequence.wrote(&sampled, &settings.eos, now) {
-                            Some(reason) => sequence.finish(reason),
-                            None => self.running.push(sequence),
-                        }
-                    }
-                }
-                return;
+                return self.write(batch, &counts);
             }
-            Ok(Err(error)) => internal(&error),
-            Err(_) => ServiceError::new(Code::Internal, "the decode step panicked; the node goes on"),
+            Err(error) => error,
         };
-        tracing::error!(%error, sequences = batch.len(), "decode step failed");
-        batch.into_iter().for_each(|s| s.fail(&error));
+        if batch.len() == 1 {
+            tracing::error!(%error, "a sequence failed its step");
+            return batch.into_iter().for_each(|sequence| {
+                self.failed_steps.failed(sequence.place.prompt_digest);
+                sequence.fail(&error);
+            });
+        }
+        tracing::warn!(%error, sequences = batch.len(), "a step failed: it is done again by halves");
+        let half = batch.len() / 2;
+        let (rest, counts_of_rest) = (batch.split_off(half), counts.split_off(half));
+        self.compute(batch, counts);
+        self.compute(rest, counts_of_rest);
+    }
+
+    /// After a step: the tokens of those that have read all that is written.
+    fn write(&mut self, mut batch: Vec<Sequence>, counts: &[usize]) {
+        self.failed_steps.end();
+        let Engine { workspace, settings, .. } = &mut self.engine;
+        let writing = batch.iter_mut().zip(counts).filter(|(s, count)| s.writes_after(**count));
+        let samplers: Vec<_> = writing.map(|(s, _)| (s.next_position(), &mut s.sampler)).map(|(at, sampler)| (sampler, at)).collect();
+        let sampled = if samplers.is_empty() { Vec::new() } else { workspace.sample(samplers) };
+        let (mut sampled, now) = (sampled.into_iter(), Instant::now());
+        for (mut sequence, &count) in batch.into_iter().zip(counts) {
+            if !sequence.writes_after(count) {
+                sequence.read(count);
+                self.running.push(sequence);
+                continue;
+            }
+            let Some(sampled) = sampled.next().flatten() else {
+                sequence.fail(&panicked("choosing its token"));
+                continue;
+            };
+            if let Some(error) = sequence.sampler.failure().cloned() {
+                sequence.fail(&error);
+                continue;
+            }
+            match sequence.wrote(&sampled, &settings.eos, now) {
+                Some(reason) => sequence.finish(reason),
+                None => self.running.push(sequence),
+            }
+        }
     }
 
     /// Takes the blocks that the next step writes to, for the oldest sequence first; where there is none, the youngest of all
@@ -341,23 +405,36 @@ impl Loop {
     }
 }
 
-/// One forward pass over the next tokens of each sequence, so many. Gives a token for each that has read all that is written.
+/// One forward pass over the next tokens of each sequence, so many. Changes no sequence.
 fn forward(
     model: &Llama,
     cache: &mut KvCache,
     workspace: &mut Workspace,
-    batch: &mut [Sequence],
+    faults: &Faults,
+    batch: &[Sequence],
     counts: &[usize],
-) -> Result<Vec<Sampled>, ModelError> {
+) -> Result<(), ModelError> {
+    batch.iter().for_each(|sequence| faults.of("step", || sequence.place.prompt_digest));
     let chunk = |(s, count): (_, &usize)| {
         let s: &Sequence = s;
         Chunk { tokens: s.due(*count), start: s.cached, blocks: blocks(s), logits: s.writes_after(*count) }
     };
     let chunks: Vec<Chunk<'_>> = batch.iter().zip(counts).map(chunk).collect();
-    model.forward(&chunks, cache, workspace, &mut |_, _, _| Ok(()))?;
-    let writing = batch.iter_mut().zip(counts).filter(|(s, count)| s.writes_after(**count));
-    let samplers: Vec<_> = writing.map(|(s, _)| (s.next_position(), &mut s.sampler)).map(|(at, sampler)| (sampler, at)).collect();
-    Ok(if samplers.is_empty() { Vec::new() } else { workspace.sample(samplers) })
+    model.forward(&chunks, cache, workspace, &mut |_, _, _| Ok(())).map(|_| ())
+}
+
+/// What `work` gives; an error that names it where it fails or panics. It concerns one sequence, which may fare better elsewhere.
+fn caught<T>(what: &str, work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ServiceError> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => {
+            done.map_err(|error| ServiceError::new(Code::Internal, format!("the decode model failed at {what}: {error}")).elsewhere())
+        }
+        Err(_) => Err(panicked(what)),
+    }
+}
+
+fn panicked(what: &str) -> ServiceError {
+    ServiceError::new(Code::Internal, format!("the decode node panicked at {what}; it goes on")).elsewhere()
 }
 
 fn blocks(sequence: &Sequence) -> &[BlockId] {
@@ -367,14 +444,10 @@ fn blocks(sequence: &Sequence) -> &[BlockId] {
 fn preempt(sequence: Sequence) {
     sequence.place.count_preempted();
     let message = format!("the blocks of reservation {} went to an older sequence: go on later, or elsewhere", sequence.place.ticket);
-    sequence.fail(&ServiceError::new(Code::Preempted, message));
+    sequence.fail(&ServiceError::no_room(Code::Preempted, message));
 }
 
 fn supersede(sequence: Sequence) {
     let message = format!("a newer attempt at this request has replaced reservation {}", sequence.place.ticket);
     sequence.fail(&ServiceError::new(Code::Stale, message));
-}
-
-fn internal(error: &ModelError) -> ServiceError {
-    ServiceError::new(Code::Internal, format!("the decode model failed: {error}"))
 }

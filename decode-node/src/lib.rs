@@ -7,24 +7,24 @@
 mod admission;
 pub mod config;
 mod engine;
-mod error;
 mod metrics;
 mod receiver;
 mod sequence;
 mod service;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use overfill_cluster::Discovery;
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
-use overfill_lifecycle::calls::CallsService;
-use overfill_lifecycle::{Drain, NodeListeners, grpc};
+use overfill_lifecycle::{Drain, Parts};
 use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
-use overfill_proto::v1::calls_server::CallsServer;
+use overfill_node::{Faults, Life, NodeListeners, Pulse};
 use overfill_proto::v1::decode_server::DecodeServer;
+use overfill_proto::v1::node_server::NodeServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
+use overfill_transport::calls::{NodeService, Signals};
+use overfill_transport::server;
 use overfill_types::{Limits, NodeId, NodeInfo, Role, ServedPair};
 use tonic::service::Routes;
 
@@ -34,13 +34,13 @@ use crate::metrics::Metrics;
 use crate::service::DecodeService;
 
 pub use crate::config::DecodeConfig;
-pub use crate::error::RunError;
+pub use overfill_node::RunError;
 
-/// Loads the decode model, serves on `listeners`, and registers once it is ready; returns when `drain` was given and what
+/// Loads the decode model, serves on `listeners`, and registers once its engine runs; returns when `drain` was given and what
 /// ran is finished.
 ///
 /// # Errors
-/// Where the pair cannot be loaded or the transport fails.
+/// Where the pair cannot be loaded, or where a part of the node ended or hangs.
 pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
     let NodeListeners { grpc: listener, metrics: scraped } = listeners.into();
     let node = config.node.clone();
@@ -80,17 +80,22 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
         placement,
     };
     let pair = ServedPair { model: manifest.name.clone(), fingerprint: manifest.fingerprint.clone() };
-    let end = Drain::new();
+    let signals = Signals { drain: drain.clone(), ..Signals::default() };
+    let (mut parts, pulse, end) = (Parts::default(), Pulse::default(), signals.end.clone());
     let metrics = Arc::new(Metrics::new(&manifest, &admission)?);
     let seen = discovery.clone();
     metrics.registry.etcd(move || seen.etcd_connected())?;
-    let _scraped = scraped.map(|listener| metrics.registry.serve(listener, end.clone()));
-    let (commands, engine_thread) = Engine { model, cache, workspace, settings, metrics: metrics.clone() }.start(end.clone())?;
-    let service =
-        Arc::new(DecodeService::new((id.clone(), pair.clone()), admission.clone(), commands, Arc::new(guides), metrics, drain.clone()));
+    if let Some(listener) = scraped {
+        parts.task("metrics server", metrics.registry.clone().serve(listener, end.clone()));
+    }
+    let faults = Faults::new(config.node.fault.clone());
+    let engine = Engine { model, cache, workspace, settings, metrics: metrics.clone(), pulse: pulse.clone(), faults };
+    let commands = engine.start(&mut parts, end.clone())?;
+    let node = (id.clone(), pair.clone());
+    let service = Arc::new(DecodeService::new(node, admission.clone(), commands, Arc::new(guides), metrics, signals.clone()));
     let routes = Routes::new(DecodeServer::from_arc(service.clone()).max_decoding_message_size(MAX_MESSAGE))
-        .add_service(CallsServer::new(CallsService::new(service, end.clone())).max_decoding_message_size(MAX_MESSAGE));
-    let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
+        .add_service(NodeServer::new(NodeService::new(service, signals.clone())).max_decoding_message_size(MAX_MESSAGE));
+    let (routes, health) = server::with_health(routes, DESCRIPTORS).await?;
 
     let address = listener.local_addr()?;
     let info = NodeInfo {
@@ -100,25 +105,18 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
         pairs: vec![pair.clone()],
         max_context: limits.max_context,
     };
-    tracing::info!(%address, node = %info.id, pair = pair.fingerprint.short(), model = %pair.model, blocks, threads = config.node.threads(), "decode node ready");
-    let serving = tokio::spawn(grpc::serve(listener, routes, end.clone()));
-    let serving = tokio_util::task::AbortOnDropHandle::new(serving);
-    health.set_ready(true).await;
-    let registration = discovery.register(info);
-
-    drain.signaled().await;
-    health.set_ready(false).await;
-    registration.withdraw().await;
-    let finished = async {
-        while admission.sequences() > 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+    let life = Life {
+        parts,
+        pulse,
+        step_timeout: config.node.step_timeout(),
+        server: (listener, routes),
+        health,
+        discovery,
+        info,
+        signals,
+        held: move || admission.sequences(),
+        drain_timeout: config.node.drain_timeout(),
     };
-    if tokio::time::timeout(config.node.drain_timeout(), finished).await.is_err() {
-        tracing::warn!(sequences = admission.sequences(), "drain limit reached: the rest is broken off");
-    }
-    end.start();
-    serving.await??;
-    tokio::task::spawn_blocking(move || engine_thread.join()).await?.map_err(|_| RunError::Engine)?;
-    Ok(())
+    tracing::info!(%address, node = %life.info.id, pair = pair.fingerprint.short(), model = %pair.model, blocks, threads = config.node.threads(), "decode node ready");
+    Ok(life.run().await?)
 }

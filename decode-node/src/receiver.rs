@@ -25,19 +25,22 @@ pub(crate) async fn receive(
 ) -> Result<PushSummary, ServiceError> {
     let patience = admission.reservation_timeout();
     let Some(first) = next(frames, patience).await? else {
-        return Err(ServiceError::new(Code::InvalidArgument, "a push without frames: send the rows and the commit"));
+        return Err(ServiceError::of_way(Code::InvalidArgument, "a push without frames: send the rows and the commit"));
     };
     let begun = Instant::now();
     let (fingerprint, ticket, epoch) = names(&first);
     let expected = admission.claim(&fingerprint, &ticket, epoch)?;
-    let mut guard = Guard { ticket: ticket.clone(), commands: commands.clone(), armed: true };
+    let mut guard = Guard::new(ticket.clone(), commands.clone());
     let taken = take(Assembler::new(expected), first, (commands, metrics), frames, patience).await;
-    guard.armed = false;
-    if let Err(error) = &taken {
-        commands.fail(ticket, error.clone()).await?;
-    } else {
-        metrics.handoff_seconds.observe(begun.elapsed().as_secs_f64());
+    match &taken {
+        // This future may be dropped while the engine has no room for the news: the guard tells it then.
+        Err(error) => {
+            guard.error = Some(error.clone());
+            commands.fail(ticket, error.clone()).await?;
+        }
+        Ok(_) => metrics.handoff_seconds.observe(begun.elapsed().as_secs_f64()),
     }
+    guard.error = None;
     taken
 }
 
@@ -58,12 +61,12 @@ async fn take(
                 let wanted = assembler.wire();
                 if convert::wire_format(rows.dtype()) != Some(wanted) {
                     let message = format!("frame {index} of {ticket} has rows of type {:?}: this pair's are {wanted}", rows.dtype());
-                    return Err(ServiceError::new(Code::InvalidArgument, message));
+                    return Err(ServiceError::of_way(Code::InvalidArgument, message));
                 }
                 let payload = rows.k.len() + rows.v.len();
                 if payload > MAX_FRAME_PAYLOAD {
                     let message = format!("frame {index} of {ticket} has {payload} bytes: at most {MAX_FRAME_PAYLOAD} are taken");
-                    return Err(ServiceError::new(Code::ResourceExhausted, message));
+                    return Err(ServiceError::of_way(Code::ResourceExhausted, message));
                 }
                 let (layer, start) = (rows.layer, rows.start);
                 let header = RowsHeader { fingerprint, ticket: ticket.clone(), epoch, index, layer, start, tokens: rows.tokens };
@@ -81,11 +84,13 @@ async fn take(
                 commands.start(ticket, commit.first_token).await?;
                 return Ok(summary);
             }
-            None => return Err(ServiceError::new(Code::InvalidArgument, format!("frame {index} of {ticket} is empty"))),
+            None => return Err(ServiceError::of_way(Code::InvalidArgument, format!("frame {index} of {ticket} is empty"))),
         }
         frame = match next(frames, patience).await? {
             Some(frame) => frame,
-            None => return Err(ServiceError::new(Code::DataLoss, "the push ended before its commit: the prefill node gave up or is gone")),
+            None => {
+                return Err(ServiceError::of_way(Code::DataLoss, "the push ended before its commit: the prefill node gave up or is gone"));
+            }
         };
     }
 }
@@ -99,11 +104,9 @@ async fn next(frames: &mut Streaming<KvFrame>, patience: Duration) -> Result<Opt
         Ok(Ok(frame)) => Ok(frame),
         Ok(Err(error)) => {
             let error = status::from_status(&error, "the prefill node");
-            // A stream that is reset is how a node that goes away looks from here.
-            let code = if error.code == Code::Cancelled { Code::Unavailable } else { error.code };
-            Err(ServiceError::new(code, format!("the push broke off: {error}")))
+            Err(ServiceError::of_way(error.code, format!("the push broke off: {error}")))
         }
-        Err(_) => Err(ServiceError::new(Code::DeadlineExceeded, format!("no frame came for {} s", patience.as_secs()))),
+        Err(_) => Err(ServiceError::of_way(Code::Unavailable, format!("no frame came for {} s", patience.as_secs()))),
     }
 }
 
@@ -111,15 +114,21 @@ async fn next(frames: &mut Streaming<KvFrame>, patience: Duration) -> Result<Opt
 struct Guard {
     ticket: Ticket,
     commands: Commands,
-    armed: bool,
+    /// What the sequence is told; `None` once it needs to be told nothing.
+    error: Option<ServiceError>,
+}
+
+impl Guard {
+    fn new(ticket: Ticket, commands: Commands) -> Self {
+        let error =
+            ServiceError::of_way(Code::Unavailable, "the prefill node went away in the middle of the handoff; send the request again");
+        Self { ticket, commands, error: Some(error) }
+    }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if !self.armed {
-            return;
-        }
-        let error = ServiceError::new(Code::Unavailable, "the prefill node went away in the middle of the handoff; send the request again");
+        let Some(error) = self.error.take() else { return };
         let (commands, ticket) = (self.commands.clone(), self.ticket.clone());
         // Ends as soon as the engine takes the command, or is gone.
         tokio::spawn(async move { commands.fail(ticket, error).await });

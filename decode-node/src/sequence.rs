@@ -6,18 +6,14 @@ use std::time::{Duration, Instant};
 use overfill_guide::Matcher;
 use overfill_lifecycle::Trace;
 use overfill_model::{Sampled, Sampler};
+use overfill_proto::convert;
 use overfill_proto::v1::{DecodeEvent, DecodeFinished, Token, decode_event};
-use overfill_proto::{convert, status};
+use overfill_transport::calls::EventSender;
 use overfill_types::{Code, FinishReason, ServiceError, StopConditions};
-use tokio::sync::mpsc;
-use tonic::Status;
 use tracing::{Span, debug_span};
 
 use crate::admission::{Asked, Place};
 use crate::metrics::Metrics;
-
-/// Tokens of one answer on their way to the router.
-pub(crate) type Events = mpsc::Sender<Result<DecodeEvent, Status>>;
 
 pub(crate) struct Sequence {
     pub(crate) place: Place,
@@ -32,7 +28,7 @@ pub(crate) struct Sequence {
     stop: StopConditions,
     pub(crate) sampler: Sampler,
     /// Has room for the whole answer, so that a slow reader never holds up a step.
-    events: Events,
+    events: EventSender<DecodeEvent>,
     /// When the next frame of its KV cache has to be here.
     pub(crate) until: Instant,
     metrics: Arc<Metrics>,
@@ -51,7 +47,7 @@ impl Sequence {
         asked: Asked,
         guide: Option<Matcher>,
         place: Place,
-        events: Events,
+        events: EventSender<DecodeEvent>,
         patience: Duration,
         (metrics, trace): (Arc<Metrics>, Trace),
     ) -> Self {
@@ -102,7 +98,7 @@ impl Sequence {
             Some(written) if *written == first => Ok(None),
             Some(written) => {
                 let message = format!("the answer began with token {written}, the full model now gives {first}: another one has answered");
-                Err(ServiceError::new(Code::DataLoss, message))
+                Err(ServiceError::of_way(Code::DataLoss, message))
             }
         }
     }
@@ -163,10 +159,10 @@ impl Sequence {
         self.metrics.failed(error);
         let _in = self.trace.span().enter();
         tracing::info!(ticket = %self.place.ticket, code = %error.code, %error, "sequence failed");
-        self.send(Err(status::to_status(error)));
+        self.send(Err(error.clone()));
     }
 
-    fn send(&self, event: Result<DecodeEvent, Status>) {
+    fn send(&self, event: Result<DecodeEvent, ServiceError>) {
         // Closed: the router has gone, which the next sweep sees. Full it cannot be: there is room for the whole answer.
         let _ = self.events.try_send(event);
     }

@@ -1,21 +1,19 @@
-//! The decode node's gRPC service.
+//! What a decode node does for routers and prefill nodes.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
 use overfill_guide::Guides;
-use overfill_lifecycle::calls::{Answering, Events};
-use overfill_lifecycle::status::watched;
-use overfill_lifecycle::{Drain, Trace};
+use overfill_lifecycle::Trace;
+use overfill_node::Refusals;
 use overfill_proto::v1::decode_server::Decode;
-use overfill_proto::v1::{
-    DecodeEvent, DecodeRequest, KvFrame, NodeStatus, Phase, PushSummary, Reserved, StatusRequest, call, decode_event,
-};
+use overfill_proto::v1::{DecodeEvent, DecodeRequest, KvFrame, NodeStatus, PushSummary, Reserved, call, decode_event};
 use overfill_proto::{convert, status};
+use overfill_transport::calls::{EventReceiver, Serving, Signals};
 use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServedPair, ServiceError};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::metadata::MetadataMap;
+use tonic::codegen::http::HeaderMap;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::field::Empty;
 use tracing::{Instrument, info_span};
@@ -33,7 +31,8 @@ pub(crate) struct DecodeService {
     commands: Commands,
     guides: Arc<Guides>,
     metrics: Arc<Metrics>,
-    drain: Drain,
+    signals: Signals,
+    refusals: Refusals,
 }
 
 impl DecodeService {
@@ -44,15 +43,16 @@ impl DecodeService {
         commands: Commands,
         guides: Arc<Guides>,
         metrics: Arc<Metrics>,
-        drain: Drain,
+        signals: Signals,
     ) -> Self {
-        Self { id, pair, admission, commands, guides, metrics, drain }
+        Self { id, pair, admission, commands, guides, metrics, signals, refusals: Refusals::default() }
     }
 
-    async fn reserve(&self, request: DecodeRequest, trace: Trace) -> Result<Events<DecodeEvent>, ServiceError> {
-        if self.drain.draining() {
-            return Err(ServiceError::new(Code::Unavailable, "this decode node is draining: try another"));
+    async fn reserve(&self, request: DecodeRequest, trace: Trace) -> Result<EventReceiver<DecodeEvent>, ServiceError> {
+        if self.signals.drain.draining() {
+            return Err(ServiceError::of_node(Code::Unavailable, "this decode node is draining: try another"));
         }
+        self.refusals.check(&request.prompt, request.suspicion)?;
         let asked = Asked {
             fingerprint: Fingerprint::new(request.fingerprint),
             request: RequestId::new(request.request_id),
@@ -87,37 +87,51 @@ impl DecodeService {
         self.commands.admit(Sequence::new(asked, guide, place, events, patience, (self.metrics.clone(), trace))).await?;
         Ok(answer)
     }
-
-    async fn write(&self, request: DecodeRequest, headers: &MetadataMap) -> Result<Events<DecodeEvent>, Status> {
-        let span = info_span!("decode", otel.kind = "server", request_id = request.request_id, epoch = request.epoch, trace_id = Empty);
-        let trace = Trace::begin(span.clone(), headers.as_ref());
-        self.reserve(request, trace).instrument(span).await.map_err(|error| {
-            self.metrics.refused(&error);
-            status::to_status(&error)
-        })
-    }
 }
 
-impl Answering for DecodeService {
+impl Serving for DecodeService {
     type Event = DecodeEvent;
 
-    async fn begin(&self, what: call::What, headers: MetadataMap) -> Result<Events<DecodeEvent>, Status> {
-        match what {
-            call::What::Decode(request) => self.write(request, &headers).await,
-            _ => Err(status::to_status(&ServiceError::new(Code::Unimplemented, "this is a decode node: it takes calls to decode"))),
+    async fn begin(&self, what: call::What, headers: HeaderMap) -> Result<EventReceiver<DecodeEvent>, ServiceError> {
+        let call::What::Decode(request) = what else {
+            return Err(ServiceError::of_node(Code::Unimplemented, "this is a decode node: it takes calls to decode"));
+        };
+        let span = info_span!("decode", otel.kind = "server", request_id = request.request_id, epoch = request.epoch, trace_id = Empty);
+        let trace = Trace::begin(span.clone(), &headers);
+        self.reserve(request, trace).instrument(span).await.inspect_err(|error| self.metrics.refused(error))
+    }
+
+    fn status(&self) -> NodeStatus {
+        let Self { id, pair, admission, .. } = self;
+        let (pool, prefixes, held) = (admission.pool(), admission.prefixes(), admission.held());
+        NodeStatus {
+            node_id: id.to_string(),
+            phase: self.signals.phase().into(),
+            sequences: held.sequences as u32,
+            sequences_most: held.sequences_most as u32,
+            running: held.running as u32,
+            blocks_total: pool.total() as u64,
+            blocks_held: pool.held() as u64,
+            blocks_free: pool.free() as u64,
+            blocks_promised: held.promised as u64,
+            blocks_promised_most: held.promised_most as u64,
+            block_tokens: pool.block_tokens() as u32,
+            pairs: vec![convert::pair_to_wire(pair)],
+            prefix_queries: prefixes.queries.load(Ordering::Relaxed),
+            prefix_hits: prefixes.hits.load(Ordering::Relaxed),
+            prefix_blocks: pool.named() as u64,
+            prefix_blocks_most: pool.total() as u64,
+            preempted: admission.preempted(),
+            max_context: admission.max_context() as u32,
+            unread_tokens: 0,
+            unread_tokens_most: 0,
+            refused_prompts: self.refusals.refused().iter().map(|prompt| Bytes::copy_from_slice(prompt)).collect(),
         }
     }
 }
 
 #[tonic::async_trait]
 impl Decode for DecodeService {
-    type GenerateStream = ReceiverStream<Result<DecodeEvent, Status>>;
-
-    async fn generate(&self, request: Request<DecodeRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let (headers, _, request) = request.into_parts();
-        Ok(Response::new(ReceiverStream::new(self.write(request, &headers).await?)))
-    }
-
     async fn push_kv(&self, request: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
         let (headers, _, mut frames) = request.into_parts();
         let span = info_span!("receive", otel.kind = "server", trace_id = Empty);
@@ -128,44 +142,7 @@ impl Decode for DecodeService {
         let _in = span.enter();
         summary.map(Response::new).map_err(|error| {
             tracing::info!(code = %error.code, %error, "push refused");
-            status::to_status(&error)
+            status::to_peer(&error)
         })
-    }
-
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
-        Ok(Response::new(status_of(&self.id, &self.pair, &self.admission, self.drain.draining())))
-    }
-
-    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
-
-    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
-        let (id, pair, admission) = (self.id.clone(), self.pair.clone(), self.admission.clone());
-        Ok(Response::new(watched(self.drain.clone(), move |draining| status_of(&id, &pair, &admission, draining))))
-    }
-}
-
-fn status_of(id: &NodeId, pair: &ServedPair, admission: &Admission, draining: bool) -> NodeStatus {
-    let (pool, prefixes, held) = (admission.pool(), admission.prefixes(), admission.held());
-    NodeStatus {
-        node_id: id.to_string(),
-        phase: if draining { Phase::Draining } else { Phase::Ready }.into(),
-        sequences: held.sequences as u32,
-        sequences_most: held.sequences_most as u32,
-        running: held.running as u32,
-        blocks_total: pool.total() as u64,
-        blocks_held: pool.held() as u64,
-        blocks_free: pool.free() as u64,
-        blocks_promised: held.promised as u64,
-        blocks_promised_most: held.promised_most as u64,
-        block_tokens: pool.block_tokens() as u32,
-        pairs: vec![convert::pair_to_wire(pair)],
-        prefix_queries: prefixes.queries.load(Ordering::Relaxed),
-        prefix_hits: prefixes.hits.load(Ordering::Relaxed),
-        prefix_blocks: pool.named() as u64,
-        prefix_blocks_most: pool.total() as u64,
-        preempted: admission.preempted(),
-        max_context: admission.max_context() as u32,
-        unread_tokens: 0,
-        unread_tokens_most: 0,
     }
 }

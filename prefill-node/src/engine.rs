@@ -5,22 +5,26 @@
 //! shares its blocks and is read from where they end.
 //!
 //! Where the full model writes the whole answer, each token that it writes is one more of the prompt, read in the next step.
+//!
+//! What fails in the work on one prompt fails that prompt. A step that fails is done again by halves, so that what is to blame
+//! fails alone: what was written to the cache is written again, the same. An engine that fails one prompt after the other is
+//! broken: it ends, and its node with it.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use overfill_kv::{BlockHash, BlockId, BlockPool, Reservation};
-use overfill_lifecycle::{Drain, Trace};
+use overfill_lifecycle::{Drain, Parts, Trace};
 use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Row, Sampled, Sampler, Workspace};
+use overfill_node::{Faults, Pulse, Streak};
+use overfill_proto::convert;
 use overfill_proto::v1::{FirstToken, PrefillEvent, PrefillFinished, Token, TokenLogprob, prefill_event};
-use overfill_proto::{convert, status};
+use overfill_transport::calls::EventSender;
+use overfill_types::prompt_digest;
 use overfill_types::{Code, ServiceError, StopConditions};
-use tokio::sync::mpsc;
-use tonic::Status;
 use tracing::{Span, debug_span};
 
 use crate::handoff::Sender;
@@ -29,9 +33,6 @@ use crate::pace::Pace;
 use crate::queue::share;
 use crate::rows::Rows;
 use crate::{Counted, Counts};
-
-/// Prompt events on their way to the router.
-pub(crate) type Events = mpsc::Sender<Result<PrefillEvent, Status>>;
 
 /// How often an idle engine looks for prompts that nobody waits for, and whether it is to end.
 const SWEEP: Duration = Duration::from_millis(20);
@@ -58,7 +59,7 @@ pub(crate) struct Job {
     /// How many most likely tokens are reported with each token of the prompt; `None` where nothing of the prompt is.
     pub(crate) prompt_logprobs: Option<usize>,
     pub(crate) stop: StopConditions,
-    pub(crate) events: Events,
+    pub(crate) events: EventSender<PrefillEvent>,
     /// Where the KV cache goes; `None` if one token is all that is wanted.
     pub(crate) handoff: Option<Sender>,
     /// When it came.
@@ -89,14 +90,20 @@ pub(crate) struct Engine {
     pub(crate) settings: Settings,
     pub(crate) counts: Arc<Counts>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) pulse: Pulse,
+    pub(crate) faults: Faults,
 }
 
 /// A prompt that has its blocks: it is being read, or was and its rows are on their way.
 struct Running {
+    /// Its number among all that were let in.
+    number: u64,
     job: Job,
     reservation: Reservation,
     /// Tokens that are in the cache.
     done: usize,
+    /// Tokens that this step reads.
+    given: usize,
     /// Of these, found there.
     cached: usize,
     /// A token was written here.
@@ -110,21 +117,24 @@ struct Running {
 /// What a step gave.
 struct Read {
     /// The token of each row of logits, in the order of the prompts: those of the prompt that are reported on, then, where it
-    /// was read to its end, the first of the answer.
-    tokens: Vec<Sampled>,
+    /// was read to its end, the first of the answer. `None` where choosing it panicked.
+    tokens: Vec<Option<Sampled>>,
     /// When the full model was through.
     computed: Instant,
+    /// Prompts whose rows could not be handed over.
+    failed: Vec<(u64, ServiceError)>,
 }
 
 impl Engine {
-    /// Starts the thread; it ends when `end` is given, or when all senders of jobs are gone. At most `queue` jobs are on their way to it.
-    pub(crate) fn start(self, pace: Pace, queue: usize, end: Drain) -> std::io::Result<(flume::Sender<Job>, JoinHandle<()>)> {
+    /// Starts its thread as one of `parts`; it ends when `end` is given. At most `queue` jobs are on their way to it.
+    pub(crate) fn start(self, pace: Pace, queue: usize, parts: &mut Parts, end: Drain) -> std::io::Result<flume::Sender<Job>> {
         let (sender, jobs) = flume::bounded(queue);
-        let thread = std::thread::Builder::new().name("prefill-engine".into()).spawn(move || {
+        parts.thread("prefill engine", move || {
             self.settings.placement.apply_to_caller();
-            Loop { engine: self, waiting: VecDeque::new(), running: Vec::new(), pace }.run(&jobs, &end);
+            let (waiting, running, failed_steps, failed_handoffs) = Default::default();
+            Loop { engine: self, waiting, running, pace, let_in: 0, failed_steps, failed_handoffs }.run(&jobs, &end);
         })?;
-        Ok((sender, thread))
+        Ok(sender)
     }
 }
 
@@ -133,12 +143,18 @@ struct Loop {
     waiting: VecDeque<Job>,
     running: Vec<Running>,
     pace: Pace,
+    /// Prompts that got blocks, ever.
+    let_in: u64,
+    failed_steps: Streak,
+    failed_handoffs: Streak,
 }
 
 impl Loop {
     fn run(mut self, jobs: &flume::Receiver<Job>, end: &Drain) {
         while !end.draining() {
+            self.engine.faults.at("turn");
             if self.running.iter().all(|r| r.remaining() == 0) {
+                self.engine.pulse.beat();
                 match jobs.recv_timeout(if self.running.is_empty() { SWEEP } else { POLL }) {
                     Ok(job) => self.waiting.push_back(job),
                     Err(flume::RecvTimeoutError::Timeout) => {}
@@ -158,6 +174,10 @@ impl Loop {
             unread.store(left.sum(), Ordering::Release);
             self.step();
             self.send_owed();
+            if self.failed_steps.is_broken() || self.failed_handoffs.is_broken() {
+                tracing::error!("one prompt failed after the other: the engine is broken");
+                return;
+            }
         }
     }
 
@@ -181,20 +201,32 @@ impl Loop {
             job.stage = debug_span!(parent: job.trace.span(), "read", tokens = job.prompt.len(), cached = done);
             let begun = Instant::now();
             metrics.queue_time.observe((begun - job.arrived).as_secs_f64());
-            self.running.push(Running { job, reservation, done, cached: done, wrote: false, begun, logprobs: Vec::new() });
+            self.let_in += 1;
+            let (number, logprobs) = (self.let_in, Vec::new());
+            self.running.push(Running { number, job, reservation, done, given: 0, cached: done, wrote: false, begun, logprobs });
         }
     }
 
     fn step(&mut self) {
-        let remaining: Vec<usize> = self.running.iter().map(Running::due).collect();
-        if remaining.iter().all(|r| *r == 0) {
+        let due: Vec<usize> = self.running.iter().map(Running::due).collect();
+        if due.iter().all(|r| *r == 0) {
             return;
         }
-        let given = share(&remaining, self.engine.settings.chunk_tokens);
+        for (running, given) in self.running.iter_mut().zip(share(&due, self.engine.settings.chunk_tokens)) {
+            running.given = given;
+        }
+        let readers: Vec<u64> = self.running.iter().filter(|r| r.given > 0).map(|r| r.number).collect();
+        self.compute(&readers);
+        self.engine.pulse.beat();
+    }
+
+    /// The step of these prompts, over what each was given. Where it fails, that of their halves.
+    fn compute(&mut self, readers: &[u64]) {
+        let given: Vec<usize> = self.running.iter().map(|r| if readers.contains(&r.number) { r.given } else { 0 }).collect();
         let begun = Instant::now();
-        // Whatever a forward pass does wrong ends the prompts of its step, not the node.
-        let error = match catch_unwind(AssertUnwindSafe(|| read(&mut self.engine, &mut self.running, &given))) {
-            Ok(Ok(read)) => {
+        let error = match caught("the step", || read(&mut self.engine, &mut self.running, &given)) {
+            Ok(read) => {
+                self.failed_steps.end();
                 let Metrics { step_seconds, step_tokens, .. } = &*self.engine.metrics;
                 let (tokens, took) = (given.iter().sum::<usize>(), read.computed - begun);
                 step_seconds.observe(took.as_secs_f64());
@@ -204,16 +236,24 @@ impl Loop {
                 }
                 return self.advance(&given, read);
             }
-            Ok(Err(error)) => ServiceError::new(Code::Internal, format!("the full model failed: {error}")),
-            Err(_) => ServiceError::new(Code::Internal, "the prefill step panicked; the node goes on"),
+            Err(error) => error,
         };
-        tracing::error!(%error, "prefill step failed");
-        let failed: Vec<Running> = {
-            let mut given = given.iter();
-            self.running.extract_if(.., |_| given.next().is_some_and(|n| *n > 0)).collect()
-        };
-        for running in failed {
-            running.job.send(Err(status::to_status(&error)));
+        if let [number] = readers {
+            tracing::error!(%error, "a prompt failed its step");
+            return self.fail(*number, &error, |own| &mut own.failed_steps);
+        }
+        tracing::warn!(%error, prompts = readers.len(), "a step failed: it is done again by halves");
+        let (first, rest) = readers.split_at(readers.len() / 2);
+        self.compute(first);
+        self.compute(rest);
+    }
+
+    /// A prompt failed, which is one more of a streak.
+    fn fail(&mut self, number: u64, error: &ServiceError, streak: fn(&mut Self) -> &mut Streak) {
+        let failed: Vec<Running> = self.running.extract_if(.., |r| r.number == number).collect();
+        for Running { job, .. } in failed {
+            streak(self).failed(prompt_digest(&job.prompt));
+            job.send(Err(error.clone()));
         }
     }
 
@@ -225,35 +265,71 @@ impl Loop {
         self.running.retain_mut(|running| {
             let given = given.next().copied().unwrap_or(0);
             let reported = running.reported(given);
-            running.logprobs.extend(tokens.by_ref().take(reported).filter_map(|t| t.logprob).map(|l| convert::logprob_to_wire(&l)));
+            let told: Vec<Option<Sampled>> = tokens.by_ref().take(reported).collect();
+            running.logprobs.extend(told.iter().flatten().filter_map(|t| t.logprob.as_ref()).map(convert::logprob_to_wire));
             running.done += given;
+            let ends = given > 0 && running.remaining() == 0;
+            let token = if ends { tokens.next().flatten() } else { None };
+            if told.iter().any(Option::is_none) || ends && token.is_none() {
+                running.job.send(Err(panicked("choosing a token")));
+                return false;
+            }
             if let Some(names) = &running.job.names {
                 running.reservation.keep(&names[..names.len().min(running.done / pool.block_tokens())]);
             }
-            if given == 0 || running.remaining() > 0 {
-                return true;
-            }
-            tokens.next().is_some_and(|token| running.wrote(&token, &settings.eos, read.computed, metrics))
+            token.is_none_or(|token| running.wrote(&token, &settings.eos, read.computed, metrics))
         });
+        for (number, error) in read.failed {
+            self.fail(number, &error, |own| &mut own.failed_handoffs);
+        }
     }
 
     /// Sends what pushes have room for; lets go of prompts whose rows are all sent.
     fn send_owed(&mut self) {
-        let Engine { cache, rows, workspace, .. } = &mut self.engine;
+        let Engine { cache, rows, workspace, faults, .. } = &mut self.engine;
+        let failed = &mut self.failed_handoffs;
         self.running.retain_mut(|running| {
             let Running { job, reservation, .. } = running;
-            let (Some(handoff), pair) = (&mut job.handoff, job.pair) else { return true };
-            let fetch = |piece| rows[pair].bytes(cache, workspace.pool(), reservation.blocks(), piece);
-            let error = match catch_unwind(AssertUnwindSafe(|| handoff.fill(fetch))) {
-                Ok(Ok(complete)) => return !complete,
-                Ok(Err(error)) => ServiceError::new(Code::Internal, format!("the KV cache could not be read: {error}")),
-                Err(_) => ServiceError::new(Code::Internal, "reading the KV cache panicked; the node goes on"),
-            };
-            tracing::error!(%error, "handoff failed");
-            job.send(Err(status::to_status(&error)));
-            false
+            let Job { handoff, prompt, pair, .. } = job;
+            let (Some(handoff), blocks) = (handoff, reservation.blocks()) else { return true };
+            let sent = caught(HANDING_OVER, || {
+                faults.of("rows", || prompt_digest(prompt));
+                handoff.fill(|piece| rows[*pair].bytes(cache, workspace.pool(), blocks, piece))
+            });
+            match sent {
+                Ok(complete) => {
+                    // A prompt that has sent all that it had proves that this can be done.
+                    if complete {
+                        failed.end();
+                    }
+                    !complete
+                }
+                Err(error) => {
+                    failed.failed(prompt_digest(prompt));
+                    tracing::error!(%error, "handoff failed");
+                    job.send(Err(error));
+                    false
+                }
+            }
         });
     }
+}
+
+/// Work that is named in an error.
+const HANDING_OVER: &str = "handing over its KV cache";
+
+/// What `work` gives; an error that names it where it fails or panics. It concerns one prompt, which may fare better elsewhere.
+fn caught<T>(what: &str, work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ServiceError> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => {
+            done.map_err(|error| ServiceError::new(Code::Internal, format!("the full model failed at {what}: {error}")).elsewhere())
+        }
+        Err(_) => Err(panicked(what)),
+    }
+}
+
+fn panicked(what: &str) -> ServiceError {
+    ServiceError::new(Code::Internal, format!("the prefill node panicked at {what}; it goes on")).elsewhere()
 }
 
 /// One forward pass over the given number of tokens of each prompt; every layer's rows leave as soon as they are there, and
@@ -269,13 +345,18 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
         /// Whether the logits after each token are wanted.
         each: bool,
         handoff: Option<&'a mut Sender>,
+        number: u64,
+        prompt: &'a [u32],
     }
-    let Engine { model, cache, rows, workspace, .. } = engine;
+    let Engine { model, cache, rows, workspace, faults, .. } = engine;
     let mut parts: Vec<Part<'_>> = Vec::with_capacity(running.len());
     let mut wanted: Vec<Row<'_>> = Vec::new();
     for (running, &given) in running.iter_mut().zip(given) {
         let reported = running.reported(given);
-        let Running { job, reservation, done, .. } = running;
+        let Running { number, job, reservation, done, .. } = running;
+        if given > 0 {
+            faults.of("step", || prompt_digest(&job.prompt));
+        }
         let Job { prompt, sampler, prompt_logprobs, handoff, pair, .. } = job;
         let (start, end) = (*done, *done + given);
         let last = given > 0 && end == prompt.len();
@@ -285,9 +366,9 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
             wanted.push(Row::Choose(sampler, prompt.len()));
         }
         let (tokens, blocks, each) = (&prompt[start..end], reservation.blocks(), prompt_logprobs.is_some());
-        parts.push(Part { tokens, start, blocks, last, pair: *pair, each, handoff: handoff.as_mut() });
+        parts.push(Part { tokens, start, blocks, last, pair: *pair, each, handoff: handoff.as_mut(), number: *number, prompt });
     }
-    let mut rows_wanted = Vec::new();
+    let (mut rows_wanted, mut failed) = (Vec::new(), Vec::new());
     let mut end = 0;
     for part in &parts {
         let first = end;
@@ -300,18 +381,26 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
         .map(|p| Chunk { tokens: p.tokens, start: p.start, blocks: p.blocks, logits: p.last })
         .collect();
     model.forward_rows(&chunks, &rows_wanted, cache, workspace, &mut |layer, cache, pool| {
-        for Part { tokens, start, blocks, pair, handoff, .. } in &mut parts {
-            let Some(handoff) = handoff else { continue };
+        for Part { tokens, start, blocks, pair, handoff, number, prompt, .. } in &mut parts {
+            let Some(sender) = handoff else { continue };
             let rows = &mut rows[*pair];
-            handoff.available(rows.targets(layer), *start + tokens.len());
-            handoff.fill(|piece| rows.bytes(cache, pool, blocks, piece))?;
+            let sent = caught(HANDING_OVER, || {
+                faults.of("rows", || prompt_digest(prompt));
+                sender.available(rows.targets(layer), *start + tokens.len());
+                sender.fill(|piece| rows.bytes(cache, pool, blocks, piece))
+            });
+            if let Err(error) = sent {
+                tracing::error!(%error, "handoff failed");
+                failed.push((*number, error));
+                *handoff = None;
+            }
         }
         Ok(())
     })?;
     let computed = Instant::now();
     drop(chunks);
     let tokens = if wanted.is_empty() { Vec::new() } else { workspace.tokens(wanted) };
-    Ok(Read { tokens, computed })
+    Ok(Read { tokens, computed, failed })
 }
 
 impl Running {
@@ -334,7 +423,7 @@ impl Running {
     fn wrote(&mut self, sampled: &Sampled, eos: &[u32], computed: Instant, metrics: &Metrics) -> bool {
         let job = &mut self.job;
         if let Some(error) = job.sampler.failure() {
-            job.send(Err(status::to_status(error)));
+            job.send(Err(error.clone()));
             return false;
         }
         let index = job.prompt.len() - job.prompt_tokens;
@@ -379,7 +468,7 @@ impl Job {
         self.events.is_closed() || self.handoff.as_ref().is_some_and(Sender::broken)
     }
 
-    fn send(&self, event: Result<PrefillEvent, Status>) {
+    fn send(&self, event: Result<PrefillEvent, ServiceError>) {
         // Closed: the router has gone. Full it cannot be: there is room for all events of a prompt.
         let _ = self.events.try_send(event);
     }

@@ -9,10 +9,11 @@
 use std::time::Instant;
 
 use bytes::Bytes;
-use overfill_kv::{HandoffDigest, RowsHeader, prompt_digest, wire};
+use overfill_kv::{HandoffDigest, RowsHeader, wire};
 use overfill_model::ModelError;
 use overfill_proto::v1::{KvCommit, KvFrame, KvRows, kv_frame};
 use overfill_proto::{MAX_FRAME_PAYLOAD, convert};
+use overfill_types::prompt_digest;
 use overfill_types::{Epoch, Fingerprint, KvGeometry, Ticket, WireFormat};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;

@@ -6,7 +6,6 @@
 
 pub mod config;
 mod engine;
-mod error;
 mod handoff;
 mod metrics;
 mod pace;
@@ -18,17 +17,17 @@ mod service;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
 
 use overfill_cluster::Discovery;
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
-use overfill_lifecycle::calls::CallsService;
-use overfill_lifecycle::{Drain, NodeListeners, grpc};
+use overfill_lifecycle::{Drain, Parts};
 use overfill_model::{KvCache, ModelError, Placement, Pool, Workspace, cache};
-use overfill_proto::v1::calls_server::CallsServer;
-use overfill_proto::v1::prefill_server::PrefillServer;
+use overfill_node::{Faults, Life, NodeListeners, Pulse};
+use overfill_proto::v1::node_server::NodeServer;
 use overfill_proto::{DESCRIPTORS, MAX_MESSAGE};
+use overfill_transport::calls::{NodeService, Signals};
+use overfill_transport::server;
 use overfill_types::{Limits, NodeId, NodeInfo, PairManifest, Role};
 use tonic::service::Routes;
 
@@ -39,13 +38,13 @@ use crate::pairs::Offers;
 use crate::service::{PrefillService, Served};
 
 pub use crate::config::PrefillConfig;
-pub use crate::error::RunError;
+pub use overfill_node::RunError;
 
-/// Loads the full model, serves on `listeners`, and registers once it is ready; returns when `drain` was given and what
+/// Loads the full model, serves on `listeners`, and registers once its engine runs; returns when `drain` was given and what
 /// ran is finished.
 ///
 /// # Errors
-/// Where the pair cannot be loaded or the transport fails.
+/// Where the pair cannot be loaded, or where a part of the node ended or hangs.
 pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
     let NodeListeners { grpc: listener, metrics: scraped } = listeners.into();
     let node = config.node.clone();
@@ -79,15 +78,29 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
     let eos = manifests().next().map(|m| m.tokenizer.eos_token_ids.clone()).unwrap_or_default();
     let offers = Offers::new(&pairs);
     let settings = Settings { eos, chunk_tokens: config.chunk_tokens as usize, placement };
-    let end = Drain::new();
+    let signals = Signals { drain: drain.clone(), ..Signals::default() };
+    let (mut parts, pulse, end) = (Parts::default(), Pulse::default(), signals.end.clone());
     let pace = Pace::new(config.queue_seconds);
     let counts = Arc::new(Counts { unread_most: AtomicUsize::new(pace.at_first(settings.chunk_tokens)), ..Counts::default() });
     let metrics = Arc::new(Metrics::new(&pairs, &pool, &counts, limits.max_context, config.prefix_cache)?);
-    let _scraped = scraped.map(|listener| metrics.registry.serve(listener, end.clone()));
+    if let Some(listener) = scraped {
+        parts.task("metrics server", metrics.registry.clone().serve(listener, end.clone()));
+    }
     let seen = discovery.clone();
     metrics.registry.etcd(move || seen.etcd_connected())?;
-    let engine = Engine { model, cache, rows, workspace, pool: pool.clone(), settings, counts: counts.clone(), metrics: metrics.clone() };
-    let (jobs, engine_thread) = engine.start(pace, config.max_queue as usize, end.clone())?;
+    let engine = Engine {
+        model,
+        cache,
+        rows,
+        workspace,
+        pool: pool.clone(),
+        settings,
+        counts: counts.clone(),
+        metrics: metrics.clone(),
+        pulse: pulse.clone(),
+        faults: Faults::new(config.node.fault.clone()),
+    };
+    let jobs = engine.start(pace, config.max_queue as usize, &mut parts, end.clone())?;
     let pairs = offers.served();
     let served = Served {
         id: id.clone(),
@@ -98,10 +111,10 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
         prefix_cache: config.prefix_cache,
         guides: Arc::new(guides),
     };
-    let service = Arc::new(PrefillService::new(served, jobs, counts.clone(), metrics, drain.clone()));
-    let routes = Routes::new(PrefillServer::from_arc(service.clone()).max_decoding_message_size(MAX_MESSAGE))
-        .add_service(CallsServer::new(CallsService::new(service, end.clone())).max_decoding_message_size(MAX_MESSAGE));
-    let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
+    let service = Arc::new(PrefillService::new(served, jobs, counts.clone(), metrics, signals.clone()));
+    let service = NodeService::new(service, signals.clone());
+    let routes = Routes::new(NodeServer::new(service).max_decoding_message_size(MAX_MESSAGE));
+    let (routes, health) = server::with_health(routes, DESCRIPTORS).await?;
 
     let address = listener.local_addr()?;
     let info = NodeInfo { id, role: Role::Prefill, address: config.node.advertised(address), pairs, max_context: limits.max_context };
@@ -109,26 +122,19 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
         tracing::info!(model = %pair.model, pair = pair.fingerprint.short(), "prefills for");
     }
     tracing::info!(%address, node = %info.id, blocks, threads = config.node.threads(), "prefill node ready");
-    let serving = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(grpc::serve(listener, routes, end.clone())));
-    health.set_ready(true).await;
-    let registration = discovery.register(info);
-
-    drain.signaled().await;
-    health.set_ready(false).await;
-    registration.withdraw().await;
-    let held = || counts.held.load(Ordering::Acquire);
-    let finished = async {
-        while held() > 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+    let life = Life {
+        parts,
+        pulse,
+        step_timeout: config.node.step_timeout(),
+        server: (listener, routes),
+        health,
+        discovery,
+        info,
+        signals,
+        held: move || counts.held.load(Ordering::Acquire),
+        drain_timeout: config.node.drain_timeout(),
     };
-    if tokio::time::timeout(config.node.drain_timeout(), finished).await.is_err() {
-        tracing::warn!(sequences = held(), "drain limit reached: the rest is broken off");
-    }
-    end.start();
-    serving.await??;
-    tokio::task::spawn_blocking(move || engine_thread.join()).await?.map_err(|_| RunError::Engine)?;
-    Ok(())
+    Ok(life.run().await?)
 }
 
 /// What this node holds and has done.

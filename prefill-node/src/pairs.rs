@@ -95,7 +95,7 @@ impl Offers {
                 fingerprint.short(),
                 ours.join(" and ")
             );
-            ServiceError::new(Code::Mismatch, message)
+            ServiceError::of_node(Code::Mismatch, message)
         })
     }
 

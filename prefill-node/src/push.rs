@@ -2,16 +2,14 @@
 
 use std::time::Instant;
 
-use overfill_lifecycle::{Trace, grpc};
-use overfill_proto::v1::decode_client::DecodeClient;
+use overfill_lifecycle::Trace;
 use overfill_proto::v1::{HandoffDone, KvFrame, kv_frame};
-use overfill_proto::{MAX_MESSAGE, status};
+use overfill_transport::push::Pushes;
 use overfill_types::{Code, ServiceError};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::Request;
 use tracing::Span;
 
 use crate::metrics::Metrics;
@@ -40,12 +38,7 @@ impl Push {
     ///
     /// # Errors
     /// What the decode node refused, or [`Code::Unavailable`] where it is gone; the sentence names it.
-    pub(crate) async fn run(self, metrics: &Metrics, trace: &Trace) -> Result<Option<HandoffDone>, ServiceError> {
-        let address = self.address;
-        let peer = format!("decode node {address}");
-        let channel = grpc::channel(&address)
-            .map_err(|_| ServiceError::new(Code::InvalidArgument, format!("'{address}' is no address of a decode node: host:port is")))?;
-        let mut client = DecodeClient::new(channel).max_encoding_message_size(MAX_MESSAGE);
+    pub(crate) async fn run(self, pushes: &Pushes, metrics: &Metrics, trace: &Trace) -> Result<Option<HandoffDone>, ServiceError> {
         let (frames_sent, bytes_sent) = (metrics.frames_sent.clone(), metrics.bytes_sent.clone());
         let frames = ReceiverStream::new(self.frames).map(move |frame| {
             if let Some(kv_frame::Body::Rows(rows)) = &frame.body {
@@ -54,21 +47,14 @@ impl Push {
             }
             frame
         });
-        let mut request = Request::new(frames);
-        trace.headers(&Span::current()).add_to(request.metadata_mut().as_mut());
-        let pushed = tokio::select! {
-            pushed = client.push_kv(request) => pushed,
+        let summary = tokio::select! {
+            pushed = pushes.push(&self.address, frames, trace.headers(&Span::current())) => pushed?,
             () = self.given_up.cancelled() => return Ok(None),
         };
         let acknowledged = Instant::now();
-        let summary = pushed
-            .map_err(|e| {
-                let error = status::from_status(&e, &peer);
-                ServiceError::new(error.code, format!("the handoff to {peer} failed: {error}"))
-            })?
-            .into_inner();
         let Ok(Times { begun, computed }) = self.committed.await else {
-            return Err(ServiceError::new(Code::DataLoss, format!("{peer} acknowledged a handoff that was not whole")));
+            let message = format!("decode node {} acknowledged a handoff that was not whole", self.address);
+            return Err(ServiceError::of_way(Code::DataLoss, message));
         };
         let since = |then: Instant| acknowledged.saturating_duration_since(then);
         metrics.handoff_seconds.observe(since(begun).as_secs_f64());

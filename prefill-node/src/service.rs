@@ -1,23 +1,22 @@
-//! The prefill node's gRPC service.
+//! What a prefill node does for routers.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use bytes::Bytes;
 use overfill_guide::Guides;
 use overfill_kv::BlockPool;
-use overfill_lifecycle::calls::{Answering, Events};
-use overfill_lifecycle::status::watched;
-use overfill_lifecycle::{Drain, Trace};
+use overfill_lifecycle::Trace;
 use overfill_model::Sampler;
-use overfill_proto::v1::prefill_server::Prefill;
-use overfill_proto::v1::{HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, StatusRequest, call, prefill_event};
-use overfill_proto::{convert, status};
+use overfill_node::Refusals;
+use overfill_proto::convert;
+use overfill_proto::v1::{HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, call, prefill_event};
+use overfill_transport::calls::{EventReceiver, Serving, Signals};
+use overfill_transport::push::Pushes;
 use overfill_types::{Code, Epoch, Fingerprint, Limits, NodeId, ServiceError, Ticket};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::metadata::MetadataMap;
-use tonic::{Request, Response, Status};
+use tonic::codegen::http::HeaderMap;
 use tracing::{Instrument, debug_span, info_span};
 
 use crate::engine::Job;
@@ -48,19 +47,22 @@ pub(crate) struct PrefillService {
     jobs: flume::Sender<Job>,
     counts: Arc<Counts>,
     metrics: Arc<Metrics>,
-    drain: Drain,
+    pushes: Pushes,
+    signals: Signals,
+    refusals: Refusals,
 }
 
 impl PrefillService {
-    pub(crate) fn new(served: Served, jobs: flume::Sender<Job>, counts: Arc<Counts>, metrics: Arc<Metrics>, drain: Drain) -> Self {
-        Self { served, jobs, counts, metrics, drain }
+    pub(crate) fn new(served: Served, jobs: flume::Sender<Job>, counts: Arc<Counts>, metrics: Arc<Metrics>, signals: Signals) -> Self {
+        Self { served, jobs, counts, metrics, pushes: Pushes::default(), signals, refusals: Refusals::default() }
     }
 
-    async fn admit(&self, request: PrefillRequest, trace: Trace) -> Result<Events<PrefillEvent>, ServiceError> {
+    async fn admit(&self, request: PrefillRequest, trace: Trace) -> Result<EventReceiver<PrefillEvent>, ServiceError> {
         let arrived = Instant::now();
-        if self.drain.draining() {
-            return Err(ServiceError::new(Code::Unavailable, "this prefill node is draining: try another"));
+        if self.signals.drain.draining() {
+            return Err(ServiceError::of_node(Code::Unavailable, "this prefill node is draining: try another"));
         }
+        self.refusals.check(&request.prompt, request.suspicion)?;
         let Served { offers, limits, pool, .. } = &self.served;
         let (pair, offer) = offers.find(&Fingerprint::new(request.fingerprint))?;
         let sampling = convert::sampling(request.sampling.as_ref(), 0)?;
@@ -78,7 +80,8 @@ impl PrefillService {
         if needed > pool.total() {
             let message =
                 format!("the request needs {needed} KV blocks, this prefill node has {} in all: give it more --kv-memory", pool.total());
-            return Err(ServiceError::new(Code::ResourceExhausted, message));
+            // A node with a larger cache may take it.
+            return Err(ServiceError::new(Code::ResourceExhausted, message).elsewhere());
         }
         let held = request.handoff.as_ref().map_or(0, |h| h.held_tokens as usize);
         if held > request.prompt.len() {
@@ -87,7 +90,7 @@ impl PrefillService {
         }
         let full = || {
             let message = format!("this prefill node holds {} prompts, its most: try another node, or later", self.served.max_queue);
-            ServiceError::new(Code::ResourceExhausted, message)
+            ServiceError::no_room(Code::ResourceExhausted, message)
         };
         let counted = Arc::new(Counted::new(&self.counts));
         if self.counts.held.load(Ordering::Acquire) > self.served.max_queue {
@@ -126,15 +129,18 @@ impl PrefillService {
             trace: trace.clone(),
             _counted: counted.clone(),
         };
-        self.jobs.try_send(job).map_err(|_| full())?;
+        self.jobs.try_send(job).map_err(|refused| match refused {
+            flume::TrySendError::Full(_) => full(),
+            flume::TrySendError::Disconnected(_) => ServiceError::of_node(Code::Unavailable, "this prefill node is stopping: try another"),
+        })?;
         if let Some(push) = push {
             // Owned by the answer: it ends when the router has gone, when the engine gave up, or when all is pushed.
-            let metrics = self.metrics.clone();
+            let (metrics, pushes) = (self.metrics.clone(), self.pushes.clone());
             let span = trace.span().clone();
             let pushing = async move {
                 let _counted = counted;
                 let ended = tokio::select! {
-                    ended = push.run(&metrics, &trace).instrument(debug_span!("push", otel.kind = "client")) => ended,
+                    ended = push.run(&pushes, &metrics, &trace).instrument(debug_span!("push", otel.kind = "client")) => ended,
                     () = events.closed() => return metrics.handoff(HandoffEnd::GivenUp),
                 };
                 let event = match ended {
@@ -148,7 +154,7 @@ impl PrefillService {
                     Err(error) => {
                         metrics.handoff(HandoffEnd::Failed);
                         tracing::info!(code = %error.code, %error, "handoff failed");
-                        Err(status::to_status(&error))
+                        Err(error)
                     }
                 };
                 // Closed: the router has gone.
@@ -158,55 +164,32 @@ impl PrefillService {
         }
         Ok(answer)
     }
-
-    async fn read(&self, request: PrefillRequest, headers: &MetadataMap) -> Result<Events<PrefillEvent>, Status> {
-        let span = info_span!("prefill", otel.kind = "server", request_id = request.request_id, trace_id = tracing::field::Empty);
-        let trace = Trace::begin(span.clone(), headers.as_ref());
-        self.admit(request, trace).instrument(span).await.map_err(|error| {
-            self.metrics.refused(&error);
-            status::to_status(&error)
-        })
-    }
 }
 
-impl Answering for PrefillService {
+impl Serving for PrefillService {
     type Event = PrefillEvent;
 
-    async fn begin(&self, what: call::What, headers: MetadataMap) -> Result<Events<PrefillEvent>, Status> {
-        match what {
-            call::What::Prefill(request) => self.read(request, &headers).await,
-            _ => Err(status::to_status(&ServiceError::new(Code::Unimplemented, "this is a prefill node: it takes calls to prefill"))),
-        }
-    }
-}
-
-#[tonic::async_trait]
-impl Prefill for PrefillService {
-    type PrefillStream = ReceiverStream<Result<PrefillEvent, Status>>;
-
-    async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
-        let (headers, _, request) = request.into_parts();
-        Ok(Response::new(ReceiverStream::new(self.read(request, &headers).await?)))
+    async fn begin(&self, what: call::What, headers: HeaderMap) -> Result<EventReceiver<PrefillEvent>, ServiceError> {
+        let call::What::Prefill(request) = what else {
+            return Err(ServiceError::of_node(Code::Unimplemented, "this is a prefill node: it takes calls to prefill"));
+        };
+        let span = info_span!("prefill", otel.kind = "server", request_id = request.request_id, trace_id = tracing::field::Empty);
+        let trace = Trace::begin(span.clone(), &headers);
+        self.admit(request, trace).instrument(span).await.inspect_err(|error| self.metrics.refused(error))
     }
 
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
-        Ok(Response::new(self.served.status(&self.counts, self.drain.draining())))
-    }
-
-    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
-
-    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
-        let (served, counts) = (self.served.clone(), self.counts.clone());
-        Ok(Response::new(watched(self.drain.clone(), move |draining| served.status(&counts, draining))))
+    fn status(&self) -> NodeStatus {
+        let refused_prompts = self.refusals.refused().iter().map(|prompt| Bytes::copy_from_slice(prompt)).collect();
+        NodeStatus { refused_prompts, ..self.served.status(&self.counts, self.signals.phase()) }
     }
 }
 
 impl Served {
-    fn status(&self, counts: &Counts, draining: bool) -> NodeStatus {
+    fn status(&self, counts: &Counts, phase: Phase) -> NodeStatus {
         let Self { id, offers, limits, pool, .. } = self;
         NodeStatus {
             node_id: id.to_string(),
-            phase: if draining { Phase::Draining } else { Phase::Ready }.into(),
+            phase: phase.into(),
             sequences: counts.held.load(Ordering::Acquire) as u32,
             sequences_most: self.max_queue as u32,
             running: counts.running.load(Ordering::Acquire) as u32,
@@ -225,6 +208,7 @@ impl Served {
             preempted: 0,
             blocks_promised: 0,
             blocks_promised_most: 0,
+            refused_prompts: Vec::new(),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use prost::Message;
 
 const FILES: [&str; 6] = [
-    "overfill/v1/calls.proto",
+    "overfill/v1/node.proto",
     "overfill/v1/common.proto",
     "overfill/v1/decode.proto",
     "overfill/v1/prefill.proto",

@@ -125,6 +125,7 @@ impl Router {
         let mut requests = Vec::with_capacity(answers);
         for input in asked.inputs {
             let prompt = Arc::new(self.tokens(&model, input).await?);
+            self.suspicions.check(&prompt).inspect_err(|_| self.metrics.quarantined(&prompt))?;
             let left = limits.max_context.saturating_sub(prompt.len());
             let max_tokens = asked.max_tokens.unwrap_or_else(|| self.config.default_max_tokens.min(left).max(1));
             let stop = StopConditions { max_tokens, stop_token_ids: asked.stop_token_ids.clone(), ignore_eos: asked.ignore_eos };

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
 use overfill_cluster::DiscoveryArgs;
-use overfill_lifecycle::node_args::{parse_bytes, parse_seconds};
+use overfill_lifecycle::flags::{parse_bytes, parse_seconds};
 use overfill_lifecycle::telemetry::LogArgs;
 use overfill_types::Quality;
 use tokio::runtime::{Builder, Runtime};

@@ -9,16 +9,13 @@ pub enum RunError {
     /// Two metrics have one name.
     #[error("the metrics are malformed")]
     Metrics(#[from] overfill_lifecycle::metrics::Error),
-    /// The gRPC server failed.
-    #[error("the gRPC server failed")]
-    Transport(#[from] tonic::transport::Error),
     /// The reflection service could not be made.
     #[error("the gRPC descriptors are malformed")]
     Reflection(#[from] tonic_reflection::server::Error),
     /// A socket failed.
     #[error("a socket failed")]
     System(#[from] std::io::Error),
-    /// A task panicked.
-    #[error("a task panicked")]
-    Task(#[from] tokio::task::JoinError),
+    /// A part of the router ended unasked, so the router did.
+    #[error("this router cannot go on")]
+    Part(#[from] overfill_lifecycle::PartEnded),
 }

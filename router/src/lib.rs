@@ -6,16 +6,15 @@
 //! **Invariant:** the router holds no model and no KV cache, and neither passes through it.
 
 mod admission;
-mod calls;
 mod clients;
 pub mod config;
 mod error;
 pub mod frontend;
 mod metrics;
 mod pairing;
-mod peers;
 mod relay;
 mod status;
+mod suspicions;
 mod tokenising;
 
 use std::collections::{HashMap, HashSet};
@@ -24,15 +23,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use overfill_cluster::{Discovery, Snapshot};
 use overfill_guide::Guides;
-use overfill_lifecycle::{Drain, grpc};
+use overfill_lifecycle::{Drain, Parts};
 use overfill_proto::DESCRIPTORS;
 use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceServiceServer;
 use overfill_proto::v1::inference_server::InferenceServer;
 use overfill_text::TextModel;
+use overfill_transport::Peers;
+use overfill_transport::server::{self, Health};
 use overfill_types::{Code, Fingerprint, Quality, ServiceError};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
-use tokio_util::task::AbortOnDropHandle;
 use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 
@@ -43,8 +43,12 @@ use crate::frontend::grpc::InferenceService;
 use crate::frontend::kserve::KserveService;
 use crate::metrics::Metrics;
 use crate::pairing::Pairing;
-use crate::peers::Peers;
+use crate::relay::RetryBudget;
+use crate::suspicions::Suspicions;
 use crate::tokenising::Tokenising;
+
+/// How long connections get to close once everything is finished.
+const CLOSING: Duration = Duration::from_secs(4);
 
 /// What all requests share.
 pub(crate) struct Router {
@@ -57,6 +61,8 @@ pub(crate) struct Router {
     view: watch::Receiver<Arc<Snapshot>>,
     pairing: Pairing,
     peers: Peers,
+    retries: RetryBudget,
+    suspicions: Arc<Suspicions>,
     tokenising: Tokenising,
     metrics: Arc<Metrics>,
     clients: Arc<Clients>,
@@ -96,6 +102,9 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
     let (of_metrics, seen) = (discovery.watch(), discovery.clone());
     metrics.nodes(move |role| of_metrics.borrow().nodes.iter().filter(|n| n.role == role).count())?;
     metrics.registry.etcd(move || seen.etcd_connected())?;
+    let suspicions = Arc::new(Suspicions::default());
+    let known = suspicions.clone();
+    metrics.quarantine(move || known.refused())?;
     let clients = Arc::new(Clients::open(config.keys.as_deref())?);
     let view = discovery.watch();
     let router = Arc::new(Router {
@@ -105,6 +114,8 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
         pairing: Pairing::new(view.clone(), config.max_waiting),
         view,
         peers: Peers::default(),
+        retries: RetryBudget::default(),
+        suspicions,
         tokenising: Tokenising::default(),
         metrics,
         clients,
@@ -124,51 +135,61 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
         .accept_compressed(CompressionEncoding::Gzip)
         .accept_compressed(CompressionEncoding::Zstd);
     let routes = frontend::stack(&router, Routes::new(inference).add_service(kserve).into_axum_router());
-    let (routes, health) = grpc::with_health(Routes::from(routes), DESCRIPTORS).await?;
+    let (routes, health) = server::with_health(Routes::from(routes), DESCRIPTORS).await?;
     tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.model_names(), "router ready");
 
-    let end = Drain::new();
-    let rpc = AbortOnDropHandle::new(tokio::spawn(grpc::serve(listeners.grpc, routes, end.clone())));
-    let (app, http_end) = (frontend::http::app(router.clone()), end.clone());
-    let http = AbortOnDropHandle::new(tokio::spawn(async move {
-        let serving = axum::serve(listeners.http, app).with_graceful_shutdown({
-            let end = http_end.clone();
-            async move { end.signaled().await }
-        });
-        tokio::select! {
-            served = serving => served,
-            // Idle keep-alive connections do not close by themselves.
-            () = async { http_end.signaled().await; tokio::time::sleep(Duration::from_secs(2)).await } => Ok(()),
-        }
-    }));
-    let statuses = AbortOnDropHandle::new(tokio::spawn(status::follow(router.clone())));
-    let readiness = {
-        let router = router.clone();
-        let mut view = router.view.clone();
-        AbortOnDropHandle::new(tokio::spawn(async move {
-            loop {
-                health.set_ready(router.ready().is_ok()).await;
-                tokio::select! {
-                    changed = view.changed() => if changed.is_err() { return },
-                    () = router.drain.signaled() => {
-                        health.set_ready(false).await;
-                        return;
-                    }
-                }
-            }
-        }))
-    };
+    let (mut parts, end) = (Parts::default(), Drain::new());
+    parts.task("gRPC server", server::serve(listeners.grpc, routes, end.clone()));
+    parts.task("HTTP server", serve_http(listeners.http, frontend::http::app(router.clone()), end.clone()));
+    parts.task("followers of the nodes' status", ended_by(end.clone(), status::follow(router.clone())));
+    parts.task("readiness", ended_by(end.clone(), tell_readiness(router.clone(), health.clone())));
 
-    drain.signaled().await;
+    let served = parts.until(&drain).await;
+    health.set_ready(false).await;
+    if let Err(ended) = served {
+        // What supervises this process starts another; its clients go to one that is whole.
+        tracing::error!(error = ended.to_string(), cause = ended.cause(), "this router cannot go on: it ends");
+        return Err(ended.into());
+    }
     let finished = router.places.acquire_many(u32::try_from(most).unwrap_or(u32::MAX));
     if tokio::time::timeout(Duration::from_secs(router.config.drain_timeout), finished).await.is_err() {
         tracing::warn!(requests = most - router.places.available_permits(), "drain limit reached: the rest is broken off");
     }
-    drop((readiness, statuses));
     end.start();
-    rpc.await??;
-    http.await??;
-    Ok(())
+    Ok(parts.finish(CLOSING).await?)
+}
+
+/// Work that has no end of its own, until `end` is given. It ends before only where the view of the nodes does.
+async fn ended_by(end: Drain, work: impl Future<Output = ()>) -> Result<(), &'static str> {
+    tokio::select! {
+        () = work => Err("the view of the nodes is not followed any more"),
+        () = end.signaled() => Ok(()),
+    }
+}
+
+async fn serve_http(listener: TcpListener, app: axum::Router, end: Drain) -> std::io::Result<()> {
+    let told = end.clone();
+    let serving = axum::serve(listener, app).with_graceful_shutdown(async move { told.signaled().await });
+    tokio::select! {
+        served = serving => served,
+        // Idle keep-alive connections do not close by themselves.
+        () = async { end.signaled().await; tokio::time::sleep(CLOSING / 2).await } => Ok(()),
+    }
+}
+
+/// Says whether this router can serve, after each change of the view. Never ends while the view is followed.
+async fn tell_readiness(router: Arc<Router>, health: Health) {
+    let mut view = router.view.clone();
+    loop {
+        health.set_ready(router.ready().is_ok()).await;
+        tokio::select! {
+            changed = view.changed() => if changed.is_err() { return },
+            () = router.drain.signaled() => {
+                health.set_ready(false).await;
+                std::future::pending().await
+            }
+        }
+    }
 }
 
 impl Router {

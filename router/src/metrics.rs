@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use overfill_lifecycle::metrics::{Counting, Error, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, buckets};
-use overfill_types::{Code, FinishReason, Role, ServiceError};
+use overfill_types::prompt::short;
+use overfill_types::{Code, FinishReason, Role, ServiceError, prompt_digest};
 
 /// Longest prompt and answer that histograms of tokens tell apart: what is longer is in the last bucket.
 const MOST_TOKENS: usize = 1 << 20;
@@ -19,9 +20,11 @@ pub(crate) struct Metrics {
     reservation_wait: Histogram,
     attempts_failed: IntCounterVec,
     migrations: IntCounterVec,
+    retries_delayed: IntCounter,
     failed: IntCounterVec,
     refused: IntCounterVec,
     mismatches: IntCounter,
+    quarantined: IntCounterVec,
 }
 
 impl Metrics {
@@ -45,11 +48,18 @@ impl Metrics {
                 "Answers that went on with another attempt: new_request before their first token, ongoing_request after it.",
                 &["migration_type"],
             )?,
+            retries_delayed: registry
+                .counter("overfill_retries_delayed_total", "Further attempts that had to wait since too many were made, in attempts.")?,
             failed: registry.counters("overfill_requests_failed_total", "Answers that ended with an error, by reason.", &["reason"])?,
             refused: registry.counters(
                 "overfill_requests_refused_total",
                 "Requests that were refused before any node was asked, by reason.",
                 &["reason"],
+            )?,
+            quarantined: registry.counters(
+                "overfill_quarantined_requests_total",
+                "Requests that were refused since engines died under their prompt, by the prompt's digest.",
+                &["prompt"],
             )?,
             mismatches: registry.counter("overfill_pair_mismatches_total", "Attempts that a node refused as of another pair.")?,
             registry,
@@ -69,6 +79,15 @@ impl Metrics {
         Ok(())
     }
 
+    /// Prompts that are refused since engines died under them, as `count` finds them at a scrape.
+    ///
+    /// # Errors
+    /// Where it was called before.
+    pub(crate) fn quarantine(&self, count: impl Fn() -> usize + Send + Sync + 'static) -> Result<(), Error> {
+        let help = "Prompts that are refused since engines died under them.";
+        self.registry.read_gauge("overfill_quarantined_prompts", help, &[], move || count() as f64)
+    }
+
     /// The counters of a model.
     ///
     /// # Errors
@@ -76,6 +95,11 @@ impl Metrics {
     pub(crate) fn of(&self, model: &str) -> Result<Arc<OfModel>, ServiceError> {
         let found = self.models.get(model).cloned();
         found.ok_or_else(|| ServiceError::new(Code::Internal, format!("model '{model}' has no counters")))
+    }
+
+    /// A request was refused since engines died under its prompt, which its digest names.
+    pub(crate) fn quarantined(&self, prompt: &[u32]) {
+        self.quarantined.with_label_values(&[&short(&prompt_digest(prompt))]).inc();
     }
 
     /// A request was refused.
@@ -264,6 +288,11 @@ impl Observed {
             let kind = if self.tokens == 0 { "new_request" } else { "ongoing_request" };
             self.metrics.migrations.with_label_values(&[kind]).inc();
         }
+    }
+
+    /// A further attempt had to wait for its turn among those of all requests.
+    pub(crate) fn retry_waited(&self) {
+        self.metrics.retries_delayed.inc();
     }
 
     /// The answer came to its end.

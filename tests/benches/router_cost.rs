@@ -12,21 +12,22 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use overfill_cluster::Discovery;
-use overfill_lifecycle::calls::{Answering, CallsService, Events};
-use overfill_lifecycle::{Drain, grpc, status::watched};
-use overfill_proto::v1::calls_server::CallsServer;
+use overfill_lifecycle::Drain;
 use overfill_proto::v1::decode_server::{Decode, DecodeServer};
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::inference_server::{Inference, InferenceServer};
-use overfill_proto::v1::prefill_server::{Prefill, PrefillServer};
+use overfill_proto::v1::node_server::NodeServer;
 use overfill_proto::v1::{self, *};
 use overfill_tests::cluster::{request, tokens};
 use overfill_tests::processes::{Process, eventually, free_port};
 use overfill_tests::tiny::{self, Kind};
-use overfill_types::SamplingParams;
+use overfill_transport::calls::{EventReceiver, NodeService, Serving, Signals};
+use overfill_transport::{connection, server as transport};
+use overfill_types::{SamplingParams, ServiceError};
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::metadata::MetadataMap;
+use tonic::codegen::http::HeaderMap;
 use tonic::service::Routes;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
@@ -57,9 +58,9 @@ fn main() {
 }
 
 /// An answer of `max_tokens` tokens, all there at once.
-fn ready<T: Send + 'static>(messages: impl IntoIterator<Item = T>) -> Events<T> {
+fn ready<T: Send + 'static, E>(messages: impl IntoIterator<Item = T>) -> mpsc::Receiver<Result<T, E>> {
     let messages: Vec<T> = messages.into_iter().collect();
-    let (sender, stream) = tokio::sync::mpsc::channel(messages.len().max(1));
+    let (sender, stream) = mpsc::channel(messages.len().max(1));
     for message in messages {
         assert!(sender.try_send(Ok(message)).is_ok(), "there is room for all");
     }
@@ -96,13 +97,6 @@ impl Inference for Echo {
 #[derive(Clone)]
 struct Stub(NodeStatus);
 
-impl Stub {
-    fn watched(&self) -> ReceiverStream<Result<NodeStatus, Status>> {
-        let status = self.0.clone();
-        watched(Drain::new(), move |_| status.clone())
-    }
-}
-
 /// What a prefill node says of a prompt.
 fn read() -> Vec<PrefillEvent> {
     use prefill_event::Event;
@@ -122,10 +116,10 @@ fn written(request: DecodeRequest) -> Vec<DecodeEvent> {
     events.map(|event| DecodeEvent { event: Some(event) }).collect()
 }
 
-impl Answering for Stub {
+impl Serving for Stub {
     type Event = Said;
 
-    async fn begin(&self, what: call::What, _: MetadataMap) -> Result<Events<Said>, Status> {
+    async fn begin(&self, what: call::What, _: HeaderMap) -> Result<EventReceiver<Said>, ServiceError> {
         let events = match what {
             call::What::Prefill(_) => read().into_iter().map(Said::from).collect(),
             call::What::Decode(request) => written(request).into_iter().map(Said::from).collect(),
@@ -133,45 +127,16 @@ impl Answering for Stub {
         };
         Ok(ready(events))
     }
-}
 
-#[tonic::async_trait]
-impl Prefill for Stub {
-    type PrefillStream = ReceiverStream<Result<PrefillEvent, Status>>;
-    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
-
-    async fn prefill(&self, _: Request<PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
-        Ok(Response::new(ReceiverStream::new(ready(read()))))
-    }
-
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
-        Ok(Response::new(self.0.clone()))
-    }
-
-    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
-        Ok(Response::new(self.watched()))
+    fn status(&self) -> NodeStatus {
+        self.0.clone()
     }
 }
 
 #[tonic::async_trait]
 impl Decode for Stub {
-    type GenerateStream = ReceiverStream<Result<DecodeEvent, Status>>;
-    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
-
-    async fn generate(&self, request: Request<DecodeRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        Ok(Response::new(ReceiverStream::new(ready(written(request.into_inner())))))
-    }
-
     async fn push_kv(&self, _: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
         Ok(Response::new(PushSummary::default()))
-    }
-
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
-        Ok(Response::new(self.0.clone()))
-    }
-
-    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
-        Ok(Response::new(self.watched()))
     }
 }
 
@@ -189,9 +154,9 @@ async fn stubs(fingerprint: &str, prefill: &str, decode: &str) {
             ..Default::default()
         })
     };
-    let calls = || CallsServer::new(CallsService::new(Arc::new(stub("stub")), Drain::new()));
-    let prefill = serve(prefill, Routes::new(PrefillServer::new(stub("prefill-stub"))).add_service(calls()));
-    let decode = serve(decode, Routes::new(DecodeServer::new(stub("decode-stub"))).add_service(calls()));
+    let node = |id| NodeServer::new(NodeService::new(Arc::new(stub(id)), Signals::default()));
+    let prefill = serve(prefill, Routes::new(node("prefill-stub")));
+    let decode = serve(decode, Routes::new(node("decode-stub")).add_service(DecodeServer::new(stub("decode-stub"))));
     tokio::join!(prefill, decode);
 }
 
@@ -203,7 +168,7 @@ async fn echo(address: &str) {
 
 async fn serve(address: &str, routes: Routes) {
     let listener = TcpListener::bind(address).await.unwrap();
-    grpc::serve(listener, routes, Drain::new()).await.unwrap();
+    transport::serve(listener, routes, Drain::new()).await.unwrap();
 }
 
 /// As the executable starts one.
@@ -232,7 +197,7 @@ fn asked(most: u32) -> GenerateRequest {
 }
 
 fn connect(address: &str) -> InferenceClient<Channel> {
-    InferenceClient::new(grpc::channel(address).unwrap())
+    InferenceClient::new(connection::connect(address).unwrap())
 }
 
 /// Requests in a second, of many callers.

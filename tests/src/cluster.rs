@@ -5,16 +5,17 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use overfill_cluster::Discovery;
-use overfill_lifecycle::{Drain, NodeListeners};
-use overfill_proto::v1::decode_client::DecodeClient;
+use overfill_lifecycle::Drain;
+use overfill_node::NodeListeners;
 use overfill_proto::v1::inference_client::InferenceClient;
-use overfill_proto::v1::prefill_client::PrefillClient;
-use overfill_proto::v1::{GenerateRequest, NodeStatus, Sampling, StatusRequest, TokenIds, generate_event, generate_request};
+use overfill_proto::v1::{GenerateRequest, NodeStatus, Sampling, TokenIds, generate_event, generate_request};
 use overfill_types::{Endpoint, Role, SamplingParams};
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 use tonic::transport::Channel;
+
+use crate::nodes::status;
 
 /// How the cluster of a test is made.
 pub struct Builder {
@@ -171,16 +172,6 @@ impl Cluster {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
-}
-
-/// What a node says of itself.
-pub async fn status(node: &Endpoint) -> NodeStatus {
-    let url = format!("http://{}", node.address);
-    let answer = match node.role {
-        Role::Prefill => PrefillClient::connect(url).await.unwrap().status(StatusRequest {}).await,
-        Role::Decode => DecodeClient::connect(url).await.unwrap().status(StatusRequest {}).await,
-    };
-    answer.unwrap().into_inner()
 }
 
 /// A request for `max_tokens` tokens after `prompt`.

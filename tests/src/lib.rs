@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: tiny random pairs, clusters in this process and of real processes, clients.
 
 pub mod cluster;
+pub mod nodes;
 pub mod processes;
 pub mod scrape;
 pub mod tiny;

@@ -28,7 +28,8 @@ impl Scrape {
         Self::parse(&answer.text().await.unwrap())
     }
 
-    fn parse(text: &str) -> Self {
+    /// Of such an answer's text.
+    pub fn parse(text: &str) -> Self {
         let mut scrape = Self { samples: Vec::new(), types: BTreeMap::new(), help: BTreeMap::new() };
         for line in text.lines() {
             if let Some(help) = line.strip_prefix("# HELP ") {

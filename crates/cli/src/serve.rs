@@ -6,8 +6,10 @@ use anyhow::Context;
 use clap::Args;
 use overfill_cluster::Discovery;
 use overfill_decode_node::DecodeConfig;
+use overfill_lifecycle::Drain;
+use overfill_lifecycle::flags::parse_bytes;
 use overfill_lifecycle::telemetry::LogArgs;
-use overfill_lifecycle::{Drain, NodeArgs};
+use overfill_node::NodeArgs;
 use overfill_prefill_node::PrefillConfig;
 use overfill_router::config::Bounds;
 use overfill_router::{Listeners, RouterConfig};
@@ -44,7 +46,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
     device: String,
     /// Memory of each of the two KV caches; K, M and G are understood
-    #[arg(long, env = "OVERFILL_KV_MEMORY", default_value = "1G", value_parser = overfill_lifecycle::node_args::parse_bytes)]
+    #[arg(long, env = "OVERFILL_KV_MEMORY", default_value = "1G", value_parser = parse_bytes)]
     kv_memory: u64,
     /// Most prompt tokens in one forward pass of the full model
     #[arg(long, env = "OVERFILL_CHUNK_TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -71,6 +73,8 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
             block_tokens: 16,
             max_context: None,
             drain_timeout: args.bounds.router_drain_timeout,
+            step_timeout: 30.0,
+            fault: Vec::new(),
         };
         let prefill = PrefillConfig {
             pair: vec![pair.clone()],

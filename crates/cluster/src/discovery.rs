@@ -89,6 +89,17 @@ pub struct Registration {
 }
 
 impl Registration {
+    /// Waits until the node is not kept registered any more, which nobody has asked for. Never comes where nothing keeps it.
+    pub async fn lost(&mut self) {
+        match &mut self.task {
+            Some(task) => {
+                let _ = task.await;
+                self.task = None;
+            }
+            None => std::future::pending().await,
+        }
+    }
+
     /// Withdraws the entry and waits (at most some seconds) until it is gone.
     pub async fn withdraw(mut self) {
         self.stop.cancel();

@@ -4,8 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use overfill_proto::v1::decode_client::DecodeClient;
-use overfill_proto::v1::prefill_client::PrefillClient;
+use overfill_proto::v1::node_client::NodeClient;
 use overfill_proto::v1::{NodeStatus, Phase, StatusRequest};
 use overfill_types::{Fingerprint, NodeId, NodeInfo, Role, ServedPair};
 use tokio::sync::watch;
@@ -50,10 +49,7 @@ pub(crate) async fn follow(prefill: Vec<String>, decode: Vec<String>, view: watc
 }
 
 async fn ask(role: Role, address: String, channel: Channel) -> Option<NodeInfo> {
-    let status = match role {
-        Role::Prefill => PrefillClient::new(channel).status(StatusRequest {}).await,
-        Role::Decode => DecodeClient::new(channel).status(StatusRequest {}).await,
-    };
+    let status = NodeClient::new(channel).status(StatusRequest {}).await;
     let status: NodeStatus = status.ok()?.into_inner();
     (status.phase() == Phase::Ready).then(|| NodeInfo {
         id: NodeId::new(status.node_id),

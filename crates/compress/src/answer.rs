@@ -188,7 +188,7 @@ fn write<'s>(
     });
     let sampled = workspace.sample(samplers);
     for (sequence, sampled) in sequences.iter_mut().zip(sampled) {
-        sequence.written.push(sampled.token);
+        sequence.written.push(sampled.ok_or(ModelError::Sampling)?.token);
     }
     Ok(())
 }

@@ -143,7 +143,7 @@ impl FrameError {
 
 impl From<FrameError> for ServiceError {
     fn from(error: FrameError) -> Self {
-        ServiceError::new(error.code(), error.to_string())
+        ServiceError::of_way(error.code(), error.to_string())
     }
 }
 
@@ -273,7 +273,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::frame::prompt_digest;
+    use overfill_types::prompt_digest;
 
     const GEOMETRY: KvGeometry = KvGeometry { layers: 2, kv_heads: 1, head_dim: 2 };
     const PROMPT: [u32; 5] = [3, 1, 4, 1, 5];

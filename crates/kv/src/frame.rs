@@ -61,10 +61,3 @@ impl HandoffDigest {
         self.0.finalize().into()
     }
 }
-
-/// sha256 of a prompt's token ids, 4 bytes little endian each.
-pub fn prompt_digest(prompt: &[u32]) -> [u8; 32] {
-    let mut hash = Sha256::new();
-    prompt.iter().for_each(|id| hash.update(id.to_le_bytes()));
-    hash.finalize().into()
-}

@@ -9,6 +9,6 @@ pub mod prefix;
 pub mod wire;
 
 pub use assembler::{Assembler, Expected, FrameError};
-pub use frame::{HandoffDigest, RowsHeader, prompt_digest};
+pub use frame::{HandoffDigest, RowsHeader};
 pub use pool::{BlockId, BlockPool, PoolFull, Reservation};
 pub use prefix::{BlockHash, block_hashes};

@@ -1,17 +1,12 @@
 //! How a process starts, is observed, drains and stops.
 
-pub mod calls;
-pub mod deadline;
 pub mod drain;
-pub mod gathering;
-pub mod grpc;
+pub mod flags;
 pub mod metrics;
-pub mod node_args;
-pub mod status;
+pub mod parts;
 pub mod telemetry;
 pub mod trace;
 
 pub use drain::Drain;
-pub use metrics::NodeListeners;
-pub use node_args::NodeArgs;
+pub use parts::{PartEnded, Parts};
 pub use trace::{Trace, TraceHeaders};

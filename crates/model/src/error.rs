@@ -27,6 +27,9 @@ pub enum ModelError {
     /// A device that was asked for is not there.
     #[error("{0}")]
     Device(String),
+    /// Choosing a token panicked.
+    #[error("choosing a token panicked")]
+    Sampling,
     /// A tensor operation failed.
     #[error("tensor operation failed")]
     Tensor(#[from] candle_core::Error),

@@ -100,7 +100,7 @@ impl Solo {
         let mut written = 0;
         let mut first_at = None;
         loop {
-            let sampled = workspace.sample([(&mut sampler, prompt.len() + written)]).remove(0);
+            let sampled = workspace.sample([(&mut sampler, prompt.len() + written)]).pop().flatten().ok_or(ModelError::Sampling)?;
             written += 1;
             let first_at = *first_at.get_or_insert_with(Instant::now);
             let broken_off = on_token(&sampled).is_break();

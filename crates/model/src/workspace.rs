@@ -1,5 +1,6 @@
 //! What one engine's forward passes compute with: threads, and buffers that are kept from step to step.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 
 use overfill_kernels::{Activations, AttentionScratch, Pool};
@@ -70,19 +71,20 @@ impl Workspace {
     }
 
     /// Chooses a token from each row of the last forward pass's logits, in parallel. Each sampler comes with its
-    /// sequence's next position; there are as many as rows.
+    /// sequence's next position; there are as many as rows. `None` where the choice panicked, which is that sequence's affair.
     ///
     /// # Panics
     /// Where there are not as many samplers as rows of logits.
-    pub fn sample<'s>(&mut self, samplers: impl IntoIterator<Item = (&'s mut Sampler, usize)>) -> Vec<Sampled> {
+    pub fn sample<'s>(&mut self, samplers: impl IntoIterator<Item = (&'s mut Sampler, usize)>) -> Vec<Option<Sampled>> {
         self.tokens(samplers.into_iter().map(|(sampler, position)| Row::Choose(sampler, position)))
     }
 
-    /// The token of each row of the last forward pass's logits, chosen or known, in parallel. There are as many as rows.
+    /// The token of each row of the last forward pass's logits, chosen or known, in parallel. There are as many as rows. `None`
+    /// where that panicked.
     ///
     /// # Panics
     /// Where there are not.
-    pub fn tokens<'s>(&mut self, rows: impl IntoIterator<Item = Row<'s>>) -> Vec<Sampled> {
+    pub fn tokens<'s>(&mut self, rows: impl IntoIterator<Item = Row<'s>>) -> Vec<Option<Sampled>> {
         let rows: Vec<_> = rows.into_iter().collect();
         assert!(!rows.is_empty() && self.logits.len().is_multiple_of(rows.len()), "each row of logits has its use");
         let vocabulary = self.logits.len() / rows.len();
@@ -92,13 +94,13 @@ impl Workspace {
             // Each row is locked once, by the thread that has it.
             if let Ok(mut locked) = rows[i].lock() {
                 let (logits, row, sampled) = &mut *locked;
-                *sampled = Some(match row {
+                let choice = AssertUnwindSafe(|| match row {
                     Row::Choose(sampler, position) => sampler.sample(logits, *position),
                     Row::Known(token, most) => Sampled { token: *token, logprob: Some(logprob(logits, *token, *most)) },
                 });
+                *sampled = catch_unwind(choice).ok();
             }
         });
-        // A row without a token panicked, and the run with it.
-        rows.into_iter().filter_map(|row| row.into_inner().ok().and_then(|row| row.2)).collect()
+        rows.into_iter().map(|row| row.into_inner().ok().and_then(|row| row.2)).collect()
     }
 }

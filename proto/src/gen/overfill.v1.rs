@@ -109,80 +109,6 @@ pub struct Token {
     #[prost(message, optional, tag = "3")]
     pub logprob: ::core::option::Option<TokenLogprob>,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct StatusRequest {}
-/// A pair that a node serves.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct ServedPair {
-    /// its name
-    #[prost(string, tag = "1")]
-    pub model: ::prost::alloc::string::String,
-    #[prost(string, tag = "2")]
-    pub fingerprint: ::prost::alloc::string::String,
-}
-/// What a node holds at this moment.
-///
-/// `WatchStatus` of both kinds of node streams it: the first at once, then each change, at most one every 50 ms, and where
-/// nothing changes one a second, so that silence means that the node or the way to it is lost. The stream ends when the
-/// node drains; its last message says so.
-#[derive(Clone, PartialEq, ::prost::Message)]
-pub struct NodeStatus {
-    #[prost(string, tag = "1")]
-    pub node_id: ::prost::alloc::string::String,
-    #[prost(enumeration = "Phase", tag = "3")]
-    pub phase: i32,
-    /// all that are held: queued, waiting for KV, running
-    #[prost(uint32, tag = "4")]
-    pub sequences: u32,
-    /// of these, computing
-    #[prost(uint32, tag = "5")]
-    pub running: u32,
-    /// blocks of the KV pool
-    #[prost(uint64, tag = "6")]
-    pub blocks_total: u64,
-    #[prost(uint64, tag = "7")]
-    pub blocks_held: u64,
-    #[prost(uint64, tag = "8")]
-    pub blocks_free: u64,
-    /// token positions in a block
-    #[prost(uint32, tag = "9")]
-    pub block_tokens: u32,
-    /// tokens, prompt and answer together
-    #[prost(uint32, tag = "11")]
-    pub max_context: u32,
-    /// prompt tokens that were looked up in the prefix cache
-    #[prost(uint64, tag = "12")]
-    pub prefix_queries: u64,
-    /// of these, found
-    #[prost(uint64, tag = "13")]
-    pub prefix_hits: u64,
-    /// sequences that lost their blocks to older ones
-    #[prost(uint64, tag = "14")]
-    pub preempted: u64,
-    /// most sequences that are held; another one is refused
-    #[prost(uint32, tag = "15")]
-    pub sequences_most: u32,
-    /// prefill: tokens of the prompts held that are not read yet
-    #[prost(uint64, tag = "16")]
-    pub unread_tokens: u64,
-    /// prefill: unread tokens that keep it busy for a moment; more would wait here, out of turn; 0: any number
-    #[prost(uint64, tag = "22")]
-    pub unread_tokens_most: u64,
-    /// decode: blocks that the sequences held may come to need in all
-    #[prost(uint64, tag = "17")]
-    pub blocks_promised: u64,
-    /// decode: most that are promised; a sequence that needs more is refused
-    #[prost(uint64, tag = "18")]
-    pub blocks_promised_most: u64,
-    /// blocks whose content is kept for prompts that begin alike
-    #[prost(uint64, tag = "19")]
-    pub prefix_blocks: u64,
-    /// most of them; 0 where none are kept
-    #[prost(uint64, tag = "20")]
-    pub prefix_blocks_most: u64,
-    #[prost(message, repeated, tag = "21")]
-    pub pairs: ::prost::alloc::vec::Vec<ServedPair>,
-}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum FinishReason {
@@ -251,39 +177,9 @@ impl Quality {
         }
     }
 }
-/// Where a node stands in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
-#[repr(i32)]
-pub enum Phase {
-    Unspecified = 0,
-    Starting = 1,
-    Ready = 2,
-    Draining = 3,
-}
-impl Phase {
-    /// String value of the enum field names used in the ProtoBuf definition.
-    ///
-    /// The values are not transformed in any way and thus are considered stable
-    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
-    pub fn as_str_name(&self) -> &'static str {
-        match self {
-            Self::Unspecified => "PHASE_UNSPECIFIED",
-            Self::Starting => "PHASE_STARTING",
-            Self::Ready => "PHASE_READY",
-            Self::Draining => "PHASE_DRAINING",
-        }
-    }
-    /// Creates an enum from field names used in the ProtoBuf definition.
-    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
-        match value {
-            "PHASE_UNSPECIFIED" => Some(Self::Unspecified),
-            "PHASE_STARTING" => Some(Self::Starting),
-            "PHASE_READY" => Some(Self::Ready),
-            "PHASE_DRAINING" => Some(Self::Draining),
-            _ => None,
-        }
-    }
-}
+/// Reserves KV blocks for the prompt, or is refused at once (RESOURCE_EXHAUSTED); then waits for the KV cache from a prefill node
+/// (or reads the prompt, if `alone`) and tells tokens, from index 1 (or 0) or after those that were written. Where an older
+/// sequence comes to need its blocks it ends as `preempted`. When the call is cancelled the sequence ends and its blocks are free.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeRequest {
     /// of the pair; another one is refused
@@ -308,6 +204,9 @@ pub struct DecodeRequest {
     /// No handoff comes: the decode model reads the prompt itself and writes the whole answer.
     #[prost(bool, tag = "8")]
     pub alone: bool,
+    /// How much speaks against the prompt: engines that died under it. Beyond a bound it is refused, and others like it.
+    #[prost(uint32, tag = "10")]
+    pub suspicion: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeEvent {
@@ -464,7 +363,7 @@ pub mod decode_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
-    /// The decode node: holds the decode model, writes answers.
+    /// What prefill nodes ask of a decode node.
     #[derive(Debug, Clone)]
     pub struct DecodeClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -545,36 +444,7 @@ pub mod decode_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache from a prefill node
-        /// (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where an older
-        /// sequence comes to need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
-        /// When the stream is dropped the sequence ends and its blocks are free.
-        /// For tools that ask one thing: a router has many such calls on one stream (calls.proto).
-        pub async fn generate(
-            &mut self,
-            request: impl tonic::IntoRequest<super::DecodeRequest>,
-        ) -> std::result::Result<
-            tonic::Response<tonic::codec::Streaming<super::DecodeEvent>>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/overfill.v1.Decode/Generate",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("overfill.v1.Decode", "Generate"));
-            self.inner.server_streaming(req, path, codec).await
-        }
-        /// From a prefill node: the KV cache of one prompt. Answers when the last frame is verified, or with the first error.
+        /// The KV cache of one prompt. Answers when the last frame is verified, or with the first error.
         pub async fn push_kv(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::KvFrame>,
@@ -595,50 +465,6 @@ pub mod decode_client {
             req.extensions_mut().insert(GrpcMethod::new("overfill.v1.Decode", "PushKv"));
             self.inner.client_streaming(req, path, codec).await
         }
-        pub async fn status(
-            &mut self,
-            request: impl tonic::IntoRequest<super::StatusRequest>,
-        ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/overfill.v1.Decode/Status",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut().insert(GrpcMethod::new("overfill.v1.Decode", "Status"));
-            self.inner.unary(req, path, codec).await
-        }
-        pub async fn watch_status(
-            &mut self,
-            request: impl tonic::IntoRequest<super::StatusRequest>,
-        ) -> std::result::Result<
-            tonic::Response<tonic::codec::Streaming<super::NodeStatus>>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/overfill.v1.Decode/WatchStatus",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("overfill.v1.Decode", "WatchStatus"));
-            self.inner.server_streaming(req, path, codec).await
-        }
     }
 }
 /// Generated server implementations.
@@ -654,45 +480,13 @@ pub mod decode_server {
     /// Generated trait containing gRPC methods that should be implemented for use with DecodeServer.
     #[async_trait]
     pub trait Decode: std::marker::Send + std::marker::Sync + 'static {
-        /// Server streaming response type for the Generate method.
-        type GenerateStream: tonic::codegen::tokio_stream::Stream<
-                Item = std::result::Result<super::DecodeEvent, tonic::Status>,
-            >
-            + std::marker::Send
-            + 'static;
-        /// Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache from a prefill node
-        /// (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where an older
-        /// sequence comes to need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
-        /// When the stream is dropped the sequence ends and its blocks are free.
-        /// For tools that ask one thing: a router has many such calls on one stream (calls.proto).
-        async fn generate(
-            &self,
-            request: tonic::Request<super::DecodeRequest>,
-        ) -> std::result::Result<tonic::Response<Self::GenerateStream>, tonic::Status>;
-        /// From a prefill node: the KV cache of one prompt. Answers when the last frame is verified, or with the first error.
+        /// The KV cache of one prompt. Answers when the last frame is verified, or with the first error.
         async fn push_kv(
             &self,
             request: tonic::Request<tonic::Streaming<super::KvFrame>>,
         ) -> std::result::Result<tonic::Response<super::PushSummary>, tonic::Status>;
-        async fn status(
-            &self,
-            request: tonic::Request<super::StatusRequest>,
-        ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status>;
-        /// Server streaming response type for the WatchStatus method.
-        type WatchStatusStream: tonic::codegen::tokio_stream::Stream<
-                Item = std::result::Result<super::NodeStatus, tonic::Status>,
-            >
-            + std::marker::Send
-            + 'static;
-        async fn watch_status(
-            &self,
-            request: tonic::Request<super::StatusRequest>,
-        ) -> std::result::Result<
-            tonic::Response<Self::WatchStatusStream>,
-            tonic::Status,
-        >;
     }
-    /// The decode node: holds the decode model, writes answers.
+    /// What prefill nodes ask of a decode node.
     #[derive(Debug)]
     pub struct DecodeServer<T> {
         inner: Arc<T>,
@@ -769,52 +563,6 @@ pub mod decode_server {
         }
         fn call(&mut self, req: http::Request<B>) -> Self::Future {
             match req.uri().path() {
-                "/overfill.v1.Decode/Generate" => {
-                    #[allow(non_camel_case_types)]
-                    struct GenerateSvc<T: Decode>(pub Arc<T>);
-                    impl<
-                        T: Decode,
-                    > tonic::server::ServerStreamingService<super::DecodeRequest>
-                    for GenerateSvc<T> {
-                        type Response = super::DecodeEvent;
-                        type ResponseStream = T::GenerateStream;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::ResponseStream>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::DecodeRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Decode>::generate(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = GenerateSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.server_streaming(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
                 "/overfill.v1.Decode/PushKv" => {
                     #[allow(non_camel_case_types)]
                     struct PushKvSvc<T: Decode>(pub Arc<T>);
@@ -854,95 +602,6 @@ pub mod decode_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.client_streaming(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/overfill.v1.Decode/Status" => {
-                    #[allow(non_camel_case_types)]
-                    struct StatusSvc<T: Decode>(pub Arc<T>);
-                    impl<T: Decode> tonic::server::UnaryService<super::StatusRequest>
-                    for StatusSvc<T> {
-                        type Response = super::NodeStatus;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::StatusRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Decode>::status(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = StatusSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/overfill.v1.Decode/WatchStatus" => {
-                    #[allow(non_camel_case_types)]
-                    struct WatchStatusSvc<T: Decode>(pub Arc<T>);
-                    impl<
-                        T: Decode,
-                    > tonic::server::ServerStreamingService<super::StatusRequest>
-                    for WatchStatusSvc<T> {
-                        type Response = super::NodeStatus;
-                        type ResponseStream = T::WatchStatusStream;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::ResponseStream>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::StatusRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Decode>::watch_status(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = WatchStatusSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
@@ -987,6 +646,8 @@ pub mod decode_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+/// Reads the prompt, pushes its KV cache to the decode node if a handoff is named, and answers with the first token, drawn from
+/// the full model's own logits.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PrefillRequest {
     /// of the pair; another one is refused
@@ -1007,6 +668,9 @@ pub struct PrefillRequest {
     /// The full model writes the whole answer, here.
     #[prost(bool, tag = "7")]
     pub alone: bool,
+    /// as DecodeRequest.suspicion
+    #[prost(uint32, tag = "10")]
+    pub suspicion: u32,
     /// With `alone`: tokens of the answer that it wrote before, here or elsewhere. It reads them and goes on after the last.
     #[prost(uint32, repeated, tag = "8")]
     pub written: ::prost::alloc::vec::Vec<u32>,
@@ -1081,468 +745,6 @@ pub struct HandoffDone {
     #[prost(uint64, tag = "4")]
     pub transfer_us: u64,
 }
-/// Generated client implementations.
-pub mod prefill_client {
-    #![allow(
-        unused_variables,
-        dead_code,
-        missing_docs,
-        clippy::wildcard_imports,
-        clippy::let_unit_value,
-    )]
-    use tonic::codegen::*;
-    use tonic::codegen::http::Uri;
-    /// The prefill node: holds the full model, reads prompts.
-    #[derive(Debug, Clone)]
-    pub struct PrefillClient<T> {
-        inner: tonic::client::Grpc<T>,
-    }
-    impl PrefillClient<tonic::transport::Channel> {
-        /// Attempt to create a new client by connecting to a given endpoint.
-        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
-        where
-            D: TryInto<tonic::transport::Endpoint>,
-            D::Error: Into<StdError>,
-        {
-            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
-            Ok(Self::new(conn))
-        }
-    }
-    impl<T> PrefillClient<T>
-    where
-        T: tonic::client::GrpcService<tonic::body::Body>,
-        T::Error: Into<StdError>,
-        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
-        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
-    {
-        pub fn new(inner: T) -> Self {
-            let inner = tonic::client::Grpc::new(inner);
-            Self { inner }
-        }
-        pub fn with_origin(inner: T, origin: Uri) -> Self {
-            let inner = tonic::client::Grpc::with_origin(inner, origin);
-            Self { inner }
-        }
-        pub fn with_interceptor<F>(
-            inner: T,
-            interceptor: F,
-        ) -> PrefillClient<InterceptedService<T, F>>
-        where
-            F: tonic::service::Interceptor,
-            T::ResponseBody: Default,
-            T: tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-                Response = http::Response<
-                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
-                >,
-            >,
-            <T as tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
-        {
-            PrefillClient::new(InterceptedService::new(inner, interceptor))
-        }
-        /// Compress requests with the given encoding.
-        ///
-        /// This requires the server to support it otherwise it might respond with an
-        /// error.
-        #[must_use]
-        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.inner = self.inner.send_compressed(encoding);
-            self
-        }
-        /// Enable decompressing responses.
-        #[must_use]
-        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.inner = self.inner.accept_compressed(encoding);
-            self
-        }
-        /// Limits the maximum size of a decoded message.
-        ///
-        /// Default: `4MB`
-        #[must_use]
-        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
-            self.inner = self.inner.max_decoding_message_size(limit);
-            self
-        }
-        /// Limits the maximum size of an encoded message.
-        ///
-        /// Default: `usize::MAX`
-        #[must_use]
-        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
-            self.inner = self.inner.max_encoding_message_size(limit);
-            self
-        }
-        /// Reads the prompt, pushes its KV cache to the decode node if a handoff is named,
-        /// and answers with the first token, drawn from the full model's own logits.
-        /// For tools that ask one thing: a router has many such calls on one stream (calls.proto).
-        pub async fn prefill(
-            &mut self,
-            request: impl tonic::IntoRequest<super::PrefillRequest>,
-        ) -> std::result::Result<
-            tonic::Response<tonic::codec::Streaming<super::PrefillEvent>>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/overfill.v1.Prefill/Prefill",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("overfill.v1.Prefill", "Prefill"));
-            self.inner.server_streaming(req, path, codec).await
-        }
-        pub async fn status(
-            &mut self,
-            request: impl tonic::IntoRequest<super::StatusRequest>,
-        ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/overfill.v1.Prefill/Status",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("overfill.v1.Prefill", "Status"));
-            self.inner.unary(req, path, codec).await
-        }
-        pub async fn watch_status(
-            &mut self,
-            request: impl tonic::IntoRequest<super::StatusRequest>,
-        ) -> std::result::Result<
-            tonic::Response<tonic::codec::Streaming<super::NodeStatus>>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/overfill.v1.Prefill/WatchStatus",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("overfill.v1.Prefill", "WatchStatus"));
-            self.inner.server_streaming(req, path, codec).await
-        }
-    }
-}
-/// Generated server implementations.
-pub mod prefill_server {
-    #![allow(
-        unused_variables,
-        dead_code,
-        missing_docs,
-        clippy::wildcard_imports,
-        clippy::let_unit_value,
-    )]
-    use tonic::codegen::*;
-    /// Generated trait containing gRPC methods that should be implemented for use with PrefillServer.
-    #[async_trait]
-    pub trait Prefill: std::marker::Send + std::marker::Sync + 'static {
-        /// Server streaming response type for the Prefill method.
-        type PrefillStream: tonic::codegen::tokio_stream::Stream<
-                Item = std::result::Result<super::PrefillEvent, tonic::Status>,
-            >
-            + std::marker::Send
-            + 'static;
-        /// Reads the prompt, pushes its KV cache to the decode node if a handoff is named,
-        /// and answers with the first token, drawn from the full model's own logits.
-        /// For tools that ask one thing: a router has many such calls on one stream (calls.proto).
-        async fn prefill(
-            &self,
-            request: tonic::Request<super::PrefillRequest>,
-        ) -> std::result::Result<tonic::Response<Self::PrefillStream>, tonic::Status>;
-        async fn status(
-            &self,
-            request: tonic::Request<super::StatusRequest>,
-        ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status>;
-        /// Server streaming response type for the WatchStatus method.
-        type WatchStatusStream: tonic::codegen::tokio_stream::Stream<
-                Item = std::result::Result<super::NodeStatus, tonic::Status>,
-            >
-            + std::marker::Send
-            + 'static;
-        async fn watch_status(
-            &self,
-            request: tonic::Request<super::StatusRequest>,
-        ) -> std::result::Result<
-            tonic::Response<Self::WatchStatusStream>,
-            tonic::Status,
-        >;
-    }
-    /// The prefill node: holds the full model, reads prompts.
-    #[derive(Debug)]
-    pub struct PrefillServer<T> {
-        inner: Arc<T>,
-        accept_compression_encodings: EnabledCompressionEncodings,
-        send_compression_encodings: EnabledCompressionEncodings,
-        max_decoding_message_size: Option<usize>,
-        max_encoding_message_size: Option<usize>,
-    }
-    impl<T> PrefillServer<T> {
-        pub fn new(inner: T) -> Self {
-            Self::from_arc(Arc::new(inner))
-        }
-        pub fn from_arc(inner: Arc<T>) -> Self {
-            Self {
-                inner,
-                accept_compression_encodings: Default::default(),
-                send_compression_encodings: Default::default(),
-                max_decoding_message_size: None,
-                max_encoding_message_size: None,
-            }
-        }
-        pub fn with_interceptor<F>(
-            inner: T,
-            interceptor: F,
-        ) -> InterceptedService<Self, F>
-        where
-            F: tonic::service::Interceptor,
-        {
-            InterceptedService::new(Self::new(inner), interceptor)
-        }
-        /// Enable decompressing requests with the given encoding.
-        #[must_use]
-        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.accept_compression_encodings.enable(encoding);
-            self
-        }
-        /// Compress responses with the given encoding, if the client supports it.
-        #[must_use]
-        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.send_compression_encodings.enable(encoding);
-            self
-        }
-        /// Limits the maximum size of a decoded message.
-        ///
-        /// Default: `4MB`
-        #[must_use]
-        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
-            self.max_decoding_message_size = Some(limit);
-            self
-        }
-        /// Limits the maximum size of an encoded message.
-        ///
-        /// Default: `usize::MAX`
-        #[must_use]
-        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
-            self.max_encoding_message_size = Some(limit);
-            self
-        }
-    }
-    impl<T, B> tonic::codegen::Service<http::Request<B>> for PrefillServer<T>
-    where
-        T: Prefill,
-        B: Body + std::marker::Send + 'static,
-        B::Error: Into<StdError> + std::marker::Send + 'static,
-    {
-        type Response = http::Response<tonic::body::Body>;
-        type Error = std::convert::Infallible;
-        type Future = BoxFuture<Self::Response, Self::Error>;
-        fn poll_ready(
-            &mut self,
-            _cx: &mut Context<'_>,
-        ) -> Poll<std::result::Result<(), Self::Error>> {
-            Poll::Ready(Ok(()))
-        }
-        fn call(&mut self, req: http::Request<B>) -> Self::Future {
-            match req.uri().path() {
-                "/overfill.v1.Prefill/Prefill" => {
-                    #[allow(non_camel_case_types)]
-                    struct PrefillSvc<T: Prefill>(pub Arc<T>);
-                    impl<
-                        T: Prefill,
-                    > tonic::server::ServerStreamingService<super::PrefillRequest>
-                    for PrefillSvc<T> {
-                        type Response = super::PrefillEvent;
-                        type ResponseStream = T::PrefillStream;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::ResponseStream>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::PrefillRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Prefill>::prefill(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = PrefillSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.server_streaming(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/overfill.v1.Prefill/Status" => {
-                    #[allow(non_camel_case_types)]
-                    struct StatusSvc<T: Prefill>(pub Arc<T>);
-                    impl<T: Prefill> tonic::server::UnaryService<super::StatusRequest>
-                    for StatusSvc<T> {
-                        type Response = super::NodeStatus;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::StatusRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Prefill>::status(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = StatusSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/overfill.v1.Prefill/WatchStatus" => {
-                    #[allow(non_camel_case_types)]
-                    struct WatchStatusSvc<T: Prefill>(pub Arc<T>);
-                    impl<
-                        T: Prefill,
-                    > tonic::server::ServerStreamingService<super::StatusRequest>
-                    for WatchStatusSvc<T> {
-                        type Response = super::NodeStatus;
-                        type ResponseStream = T::WatchStatusStream;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::ResponseStream>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::StatusRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Prefill>::watch_status(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = WatchStatusSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.server_streaming(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                _ => {
-                    Box::pin(async move {
-                        let mut response = http::Response::new(
-                            tonic::body::Body::default(),
-                        );
-                        let headers = response.headers_mut();
-                        headers
-                            .insert(
-                                tonic::Status::GRPC_STATUS,
-                                (tonic::Code::Unimplemented as i32).into(),
-                            );
-                        headers
-                            .insert(
-                                http::header::CONTENT_TYPE,
-                                tonic::metadata::GRPC_CONTENT_TYPE,
-                            );
-                        Ok(response)
-                    })
-                }
-            }
-        }
-    }
-    impl<T> Clone for PrefillServer<T> {
-        fn clone(&self) -> Self {
-            let inner = self.inner.clone();
-            Self {
-                inner,
-                accept_compression_encodings: self.accept_compression_encodings,
-                send_compression_encodings: self.send_compression_encodings,
-                max_decoding_message_size: self.max_decoding_message_size,
-                max_encoding_message_size: self.max_encoding_message_size,
-            }
-        }
-    }
-    /// Generated gRPC service name
-    pub const SERVICE_NAME: &str = "overfill.v1.Prefill";
-    impl<T> tonic::server::NamedService for PrefillServer<T> {
-        const NAME: &'static str = SERVICE_NAME;
-    }
-}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Call {
     /// Chosen by the caller; not used before on this stream.
@@ -1560,10 +762,10 @@ pub struct Call {
 pub mod call {
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum What {
-        /// as Prefill.Prefill
+        /// of a prefill node; answered by PrefillEvents
         #[prost(message, tag = "2")]
         Prefill(super::PrefillRequest),
-        /// as Decode.Generate
+        /// of a decode node; answered by DecodeEvents
         #[prost(message, tag = "3")]
         Decode(super::DecodeRequest),
         /// no more of this call is wanted: what it holds is freed
@@ -1615,9 +817,194 @@ pub struct Ended {
     pub message: ::prost::alloc::string::String,
     #[prost(uint64, optional, tag = "3")]
     pub retry_after_ms: ::core::option::Option<u64>,
+    #[prost(enumeration = "Retry", tag = "4")]
+    pub retry: i32,
+    #[prost(enumeration = "Blame", tag = "5")]
+    pub blame: i32,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StatusRequest {}
+/// A pair that a node serves.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServedPair {
+    /// its name
+    #[prost(string, tag = "1")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub fingerprint: ::prost::alloc::string::String,
+}
+/// What a node holds at this moment.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NodeStatus {
+    #[prost(string, tag = "1")]
+    pub node_id: ::prost::alloc::string::String,
+    #[prost(enumeration = "Phase", tag = "3")]
+    pub phase: i32,
+    /// all that are held: queued, waiting for KV, running
+    #[prost(uint32, tag = "4")]
+    pub sequences: u32,
+    /// of these, computing
+    #[prost(uint32, tag = "5")]
+    pub running: u32,
+    /// blocks of the KV pool
+    #[prost(uint64, tag = "6")]
+    pub blocks_total: u64,
+    #[prost(uint64, tag = "7")]
+    pub blocks_held: u64,
+    #[prost(uint64, tag = "8")]
+    pub blocks_free: u64,
+    /// token positions in a block
+    #[prost(uint32, tag = "9")]
+    pub block_tokens: u32,
+    /// tokens, prompt and answer together
+    #[prost(uint32, tag = "11")]
+    pub max_context: u32,
+    /// prompt tokens that were looked up in the prefix cache
+    #[prost(uint64, tag = "12")]
+    pub prefix_queries: u64,
+    /// of these, found
+    #[prost(uint64, tag = "13")]
+    pub prefix_hits: u64,
+    /// sequences that lost their blocks to older ones
+    #[prost(uint64, tag = "14")]
+    pub preempted: u64,
+    /// most sequences that are held; another one is refused
+    #[prost(uint32, tag = "15")]
+    pub sequences_most: u32,
+    /// prefill: tokens of the prompts held that are not read yet
+    #[prost(uint64, tag = "16")]
+    pub unread_tokens: u64,
+    /// prefill: unread tokens that keep it busy for a moment; more would wait here, out of turn; 0: any number
+    #[prost(uint64, tag = "22")]
+    pub unread_tokens_most: u64,
+    /// decode: blocks that the sequences held may come to need in all
+    #[prost(uint64, tag = "17")]
+    pub blocks_promised: u64,
+    /// decode: most that are promised; a sequence that needs more is refused
+    #[prost(uint64, tag = "18")]
+    pub blocks_promised_most: u64,
+    /// blocks whose content is kept for prompts that begin alike
+    #[prost(uint64, tag = "19")]
+    pub prefix_blocks: u64,
+    /// most of them; 0 where none are kept
+    #[prost(uint64, tag = "20")]
+    pub prefix_blocks_most: u64,
+    #[prost(message, repeated, tag = "21")]
+    pub pairs: ::prost::alloc::vec::Vec<ServedPair>,
+    /// digests of prompts under which engines died, which this node refuses
+    #[prost(bytes = "bytes", repeated, tag = "23")]
+    pub refused_prompts: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+}
+/// What another attempt may do. Pushes have it as the metadata `overfill-retry`, by its name in lower case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Retry {
+    Unspecified = 0,
+    /// it would end the same way
+    Never = 1,
+    /// it may succeed on another node, at once
+    Elsewhere = 2,
+    /// it may succeed here, later: there was no room
+    Later = 3,
+}
+impl Retry {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "RETRY_UNSPECIFIED",
+            Self::Never => "RETRY_NEVER",
+            Self::Elsewhere => "RETRY_ELSEWHERE",
+            Self::Later => "RETRY_LATER",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "RETRY_UNSPECIFIED" => Some(Self::Unspecified),
+            "RETRY_NEVER" => Some(Self::Never),
+            "RETRY_ELSEWHERE" => Some(Self::Elsewhere),
+            "RETRY_LATER" => Some(Self::Later),
+            _ => None,
+        }
+    }
+}
+/// Who is to blame. Pushes have it as the metadata `overfill-blame`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Blame {
+    Unspecified = 0,
+    Request = 1,
+    /// the one that says so
+    Node = 2,
+    /// a connection, or a peer of which nothing more is known
+    Way = 3,
+}
+impl Blame {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "BLAME_UNSPECIFIED",
+            Self::Request => "BLAME_REQUEST",
+            Self::Node => "BLAME_NODE",
+            Self::Way => "BLAME_WAY",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "BLAME_UNSPECIFIED" => Some(Self::Unspecified),
+            "BLAME_REQUEST" => Some(Self::Request),
+            "BLAME_NODE" => Some(Self::Node),
+            "BLAME_WAY" => Some(Self::Way),
+            _ => None,
+        }
+    }
+}
+/// Where a node stands in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Phase {
+    Unspecified = 0,
+    Starting = 1,
+    Ready = 2,
+    Draining = 3,
+    /// a part of it died or hangs: it ends its sequences and itself
+    Failed = 4,
+}
+impl Phase {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "PHASE_UNSPECIFIED",
+            Self::Starting => "PHASE_STARTING",
+            Self::Ready => "PHASE_READY",
+            Self::Draining => "PHASE_DRAINING",
+            Self::Failed => "PHASE_FAILED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "PHASE_UNSPECIFIED" => Some(Self::Unspecified),
+            "PHASE_STARTING" => Some(Self::Starting),
+            "PHASE_READY" => Some(Self::Ready),
+            "PHASE_DRAINING" => Some(Self::Draining),
+            "PHASE_FAILED" => Some(Self::Failed),
+            _ => None,
+        }
+    }
 }
 /// Generated client implementations.
-pub mod calls_client {
+pub mod node_client {
     #![allow(
         unused_variables,
         dead_code,
@@ -1627,13 +1014,12 @@ pub mod calls_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
-    /// How a router asks a node: all its requests are calls on one stream that stays open. A stream for each would cost both sides
-    /// more than all else that a short request does there.
+    /// What nodes of both kinds do for a router.
     #[derive(Debug, Clone)]
-    pub struct CallsClient<T> {
+    pub struct NodeClient<T> {
         inner: tonic::client::Grpc<T>,
     }
-    impl CallsClient<tonic::transport::Channel> {
+    impl NodeClient<tonic::transport::Channel> {
         /// Attempt to create a new client by connecting to a given endpoint.
         pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
         where
@@ -1644,7 +1030,7 @@ pub mod calls_client {
             Ok(Self::new(conn))
         }
     }
-    impl<T> CallsClient<T>
+    impl<T> NodeClient<T>
     where
         T: tonic::client::GrpcService<tonic::body::Body>,
         T::Error: Into<StdError>,
@@ -1662,7 +1048,7 @@ pub mod calls_client {
         pub fn with_interceptor<F>(
             inner: T,
             interceptor: F,
-        ) -> CallsClient<InterceptedService<T, F>>
+        ) -> NodeClient<InterceptedService<T, F>>
         where
             F: tonic::service::Interceptor,
             T::ResponseBody: Default,
@@ -1676,7 +1062,7 @@ pub mod calls_client {
                 http::Request<tonic::body::Body>,
             >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
         {
-            CallsClient::new(InterceptedService::new(inner, interceptor))
+            NodeClient::new(InterceptedService::new(inner, interceptor))
         }
         /// Compress requests with the given encoding.
         ///
@@ -1709,9 +1095,10 @@ pub mod calls_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Replies of one call come in order, those of different calls as they are ready. When the stream ends, every call on it does,
-        /// and what it held is free.
-        pub async fn open(
+        /// All requests of a router to a node are calls on one stream that stays open: a stream for each would cost both sides more
+        /// than all else that a short request does there. Replies of one call come in order, those of different calls as they are
+        /// ready. When the stream ends, every call on it does, and what it held is free.
+        pub async fn calls(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::Call>,
         ) -> std::result::Result<
@@ -1727,15 +1114,59 @@ pub mod calls_client {
                     )
                 })?;
             let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static("/overfill.v1.Calls/Open");
+            let path = http::uri::PathAndQuery::from_static("/overfill.v1.Node/Calls");
             let mut req = request.into_streaming_request();
-            req.extensions_mut().insert(GrpcMethod::new("overfill.v1.Calls", "Open"));
+            req.extensions_mut().insert(GrpcMethod::new("overfill.v1.Node", "Calls"));
             self.inner.streaming(req, path, codec).await
+        }
+        pub async fn status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StatusRequest>,
+        ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/overfill.v1.Node/Status");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("overfill.v1.Node", "Status"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The status as a stream: the first at once, then each change, at most one every 50 ms, and where nothing changes one a
+        /// second, so that silence means that the node or the way to it is lost. It ends when the node drains; its last message says so.
+        pub async fn watch_status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::NodeStatus>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/overfill.v1.Node/WatchStatus",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("overfill.v1.Node", "WatchStatus"));
+            self.inner.server_streaming(req, path, codec).await
         }
     }
 }
 /// Generated server implementations.
-pub mod calls_server {
+pub mod node_server {
     #![allow(
         unused_variables,
         dead_code,
@@ -1744,33 +1175,52 @@ pub mod calls_server {
         clippy::let_unit_value,
     )]
     use tonic::codegen::*;
-    /// Generated trait containing gRPC methods that should be implemented for use with CallsServer.
+    /// Generated trait containing gRPC methods that should be implemented for use with NodeServer.
     #[async_trait]
-    pub trait Calls: std::marker::Send + std::marker::Sync + 'static {
-        /// Server streaming response type for the Open method.
-        type OpenStream: tonic::codegen::tokio_stream::Stream<
+    pub trait Node: std::marker::Send + std::marker::Sync + 'static {
+        /// Server streaming response type for the Calls method.
+        type CallsStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::Reply, tonic::Status>,
             >
             + std::marker::Send
             + 'static;
-        /// Replies of one call come in order, those of different calls as they are ready. When the stream ends, every call on it does,
-        /// and what it held is free.
-        async fn open(
+        /// All requests of a router to a node are calls on one stream that stays open: a stream for each would cost both sides more
+        /// than all else that a short request does there. Replies of one call come in order, those of different calls as they are
+        /// ready. When the stream ends, every call on it does, and what it held is free.
+        async fn calls(
             &self,
             request: tonic::Request<tonic::Streaming<super::Call>>,
-        ) -> std::result::Result<tonic::Response<Self::OpenStream>, tonic::Status>;
+        ) -> std::result::Result<tonic::Response<Self::CallsStream>, tonic::Status>;
+        async fn status(
+            &self,
+            request: tonic::Request<super::StatusRequest>,
+        ) -> std::result::Result<tonic::Response<super::NodeStatus>, tonic::Status>;
+        /// Server streaming response type for the WatchStatus method.
+        type WatchStatusStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::NodeStatus, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The status as a stream: the first at once, then each change, at most one every 50 ms, and where nothing changes one a
+        /// second, so that silence means that the node or the way to it is lost. It ends when the node drains; its last message says so.
+        async fn watch_status(
+            &self,
+            request: tonic::Request<super::StatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::WatchStatusStream>,
+            tonic::Status,
+        >;
     }
-    /// How a router asks a node: all its requests are calls on one stream that stays open. A stream for each would cost both sides
-    /// more than all else that a short request does there.
+    /// What nodes of both kinds do for a router.
     #[derive(Debug)]
-    pub struct CallsServer<T> {
+    pub struct NodeServer<T> {
         inner: Arc<T>,
         accept_compression_encodings: EnabledCompressionEncodings,
         send_compression_encodings: EnabledCompressionEncodings,
         max_decoding_message_size: Option<usize>,
         max_encoding_message_size: Option<usize>,
     }
-    impl<T> CallsServer<T> {
+    impl<T> NodeServer<T> {
         pub fn new(inner: T) -> Self {
             Self::from_arc(Arc::new(inner))
         }
@@ -1821,9 +1271,9 @@ pub mod calls_server {
             self
         }
     }
-    impl<T, B> tonic::codegen::Service<http::Request<B>> for CallsServer<T>
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for NodeServer<T>
     where
-        T: Calls,
+        T: Node,
         B: Body + std::marker::Send + 'static,
         B::Error: Into<StdError> + std::marker::Send + 'static,
     {
@@ -1838,13 +1288,13 @@ pub mod calls_server {
         }
         fn call(&mut self, req: http::Request<B>) -> Self::Future {
             match req.uri().path() {
-                "/overfill.v1.Calls/Open" => {
+                "/overfill.v1.Node/Calls" => {
                     #[allow(non_camel_case_types)]
-                    struct OpenSvc<T: Calls>(pub Arc<T>);
-                    impl<T: Calls> tonic::server::StreamingService<super::Call>
-                    for OpenSvc<T> {
+                    struct CallsSvc<T: Node>(pub Arc<T>);
+                    impl<T: Node> tonic::server::StreamingService<super::Call>
+                    for CallsSvc<T> {
                         type Response = super::Reply;
-                        type ResponseStream = T::OpenStream;
+                        type ResponseStream = T::CallsStream;
                         type Future = BoxFuture<
                             tonic::Response<Self::ResponseStream>,
                             tonic::Status,
@@ -1855,7 +1305,7 @@ pub mod calls_server {
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
                             let fut = async move {
-                                <T as Calls>::open(&inner, request).await
+                                <T as Node>::calls(&inner, request).await
                             };
                             Box::pin(fut)
                         }
@@ -1866,7 +1316,7 @@ pub mod calls_server {
                     let max_encoding_message_size = self.max_encoding_message_size;
                     let inner = self.inner.clone();
                     let fut = async move {
-                        let method = OpenSvc(inner);
+                        let method = CallsSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
@@ -1878,6 +1328,95 @@ pub mod calls_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/overfill.v1.Node/Status" => {
+                    #[allow(non_camel_case_types)]
+                    struct StatusSvc<T: Node>(pub Arc<T>);
+                    impl<T: Node> tonic::server::UnaryService<super::StatusRequest>
+                    for StatusSvc<T> {
+                        type Response = super::NodeStatus;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Node>::status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = StatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/overfill.v1.Node/WatchStatus" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchStatusSvc<T: Node>(pub Arc<T>);
+                    impl<
+                        T: Node,
+                    > tonic::server::ServerStreamingService<super::StatusRequest>
+                    for WatchStatusSvc<T> {
+                        type Response = super::NodeStatus;
+                        type ResponseStream = T::WatchStatusStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Node>::watch_status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchStatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
@@ -1904,7 +1443,7 @@ pub mod calls_server {
             }
         }
     }
-    impl<T> Clone for CallsServer<T> {
+    impl<T> Clone for NodeServer<T> {
         fn clone(&self) -> Self {
             let inner = self.inner.clone();
             Self {
@@ -1917,8 +1456,8 @@ pub mod calls_server {
         }
     }
     /// Generated gRPC service name
-    pub const SERVICE_NAME: &str = "overfill.v1.Calls";
-    impl<T> tonic::server::NamedService for CallsServer<T> {
+    pub const SERVICE_NAME: &str = "overfill.v1.Node";
+    impl<T> tonic::server::NamedService for NodeServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

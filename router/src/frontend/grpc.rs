@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use overfill_lifecycle::deadline::timeout_of;
 use overfill_proto::v1::inference_server::Inference;
 use overfill_proto::v1::{
     Delta, Finished, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse, Model, Started, TokenLogprob, generate_event,
@@ -11,6 +10,7 @@ use overfill_proto::v1::{
 };
 use overfill_proto::{convert, status};
 use overfill_text::Chat;
+use overfill_transport::deadline::timeout_of;
 use overfill_types::{Code, Quality, ServiceError};
 use serde_json::json;
 use tokio_stream::wrappers::ReceiverStream;

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use overfill_lifecycle::Trace;
-use overfill_lifecycle::deadline::timeout_of;
 use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceService;
 use overfill_proto::kserve::infer_parameter::ParameterChoice;
 use overfill_proto::kserve::model_infer_request::InferInputTensor;
@@ -21,6 +20,7 @@ use overfill_proto::kserve::{
     ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
 use overfill_proto::status;
+use overfill_transport::deadline::timeout_of;
 use overfill_types::{Code, Quality, ServiceError};
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
@@ -115,7 +115,8 @@ impl GrpcInferenceService for KserveService {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
-        let until = timeout_of(request.metadata().as_ref()).map(|timeout| Instant::now() + timeout);
+        // One that is too far away to be told is none.
+        let until = timeout_of(request.metadata().as_ref()).and_then(|timeout| Instant::now().checked_add(timeout));
         let client = client_of(&request).map_err(|e| status::to_status(&e))?;
         let (headers, _, mut requests) = request.into_parts();
         let (sender, responses) = mpsc::channel(RESPONSES);

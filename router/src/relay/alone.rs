@@ -7,7 +7,7 @@ use overfill_proto::v1::{DecodeEvent, PrefillEvent, Token, decode_event, prefill
 use overfill_types::{Endpoint, FinishReason, Role};
 
 use crate::pairing::Chosen;
-use crate::relay::driver::Driver;
+use crate::relay::driver::{DECODE, Driver, PREFILL};
 use crate::relay::flow::Failure;
 
 impl Driver {
@@ -23,10 +23,9 @@ impl Driver {
     }
 
     async fn full_alone(&mut self, chosen: &Chosen, node: &Endpoint) -> Result<(), Failure> {
-        const KIND: &str = "prefill node";
         let mut events = self.prefill(node, None).await?;
         loop {
-            let event = events.message().await.map_err(|e| Failure::of(&e, KIND, &node.id))?;
+            let event = events.message().await.map_err(|e| Failure::of(e, PREFILL, &node.id))?;
             let token = match event {
                 Some(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) }) => {
                     chosen.read();
@@ -42,7 +41,7 @@ impl Driver {
                 }
                 _ => None,
             };
-            let Some(token) = token else { return Err(Failure::broken(KIND, &node.id)) };
+            let Some(token) = token else { return Err(Failure::broken(PREFILL, &node.id)) };
             if self.wrote(token).await? {
                 return Ok(());
             }
@@ -50,10 +49,9 @@ impl Driver {
     }
 
     async fn decode_alone(&mut self, node: &Endpoint, epoch: u64) -> Result<(), Failure> {
-        const KIND: &str = "decode node";
         let mut events = self.reserve(node, epoch).await?.events;
         loop {
-            match events.message().await.map_err(|e| Failure::of(&e, KIND, &node.id))? {
+            match events.message().await.map_err(|e| Failure::of(e, DECODE, &node.id))? {
                 Some(DecodeEvent { event: Some(decode_event::Event::Token(token)) }) => {
                     if self.flow.written().is_empty() {
                         self.begin(0, Vec::new()).await;
@@ -66,7 +64,7 @@ impl Driver {
                     self.finish(convert::finish(finished.reason()).unwrap_or(FinishReason::Length)).await;
                     return Ok(());
                 }
-                _ => return Err(Failure::broken(KIND, &node.id)),
+                _ => return Err(Failure::broken(DECODE, &node.id)),
             }
         }
     }

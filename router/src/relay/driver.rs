@@ -8,21 +8,24 @@ use overfill_proto::v1::{
     self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, call, decode_event, prefill_event, said,
 };
 use overfill_schedule::{Order, Ticket};
-use overfill_types::{Code, Endpoint, FinishReason, Quality, Role, ServiceError};
+use overfill_transport::calls::CallEvents;
+use overfill_types::{Blame, Code, Endpoint, FinishReason, NodeId, Quality, Retry, Role, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
-use tonic::Status;
 use tracing::{Instrument, Span, debug_span};
 
 use crate::Router;
 use crate::admission::ValidRequest;
-use crate::calls::Events;
 use crate::metrics::Observed;
 use crate::pairing::{Both, Chosen, NoPair, Nodes};
-use crate::relay::flow::{Blame, Failure, Flow};
+use crate::relay::flow::{Failure, Flow};
 use crate::relay::text::Text;
 use crate::relay::{End, Event, Read};
 
+/// What the two kinds of node are called in errors.
+pub(super) const PREFILL: &str = "prefill node";
+/// See [`PREFILL`].
+pub(super) const DECODE: &str = "decode node";
 /// How long the other node gets to say what it knows when one has failed, so that the more telling error is given.
 const SECOND_OPINION: Duration = Duration::from_millis(100);
 
@@ -64,6 +67,9 @@ impl Driver {
     /// The answer ends with an error.
     pub(super) fn failed(&mut self, error: &ServiceError) {
         self.observed.failed(error);
+        if error.code == Code::Quarantined {
+            self.router.metrics.quarantined(&self.request.prompt);
+        }
     }
 
     /// Makes attempts until the answer is whole.
@@ -71,6 +77,7 @@ impl Driver {
     /// # Errors
     /// Why it will not be.
     pub(super) async fn run(&mut self) -> Result<(), ServiceError> {
+        self.router.retries.request();
         loop {
             let chosen = self.choose().instrument(debug_span!("choose")).await?;
             self.observed.chosen();
@@ -86,17 +93,22 @@ impl Driver {
                 }
             };
             let Err(failure) = attempt.instrument(span).await else { return Ok(()) };
-            if let Blame::Lost(node) = &failure.blame {
+            let Failure { error, suspect, .. } = &failure;
+            if let Some(node) = suspect {
                 self.router.pairing.suspect(node);
             }
-            let Failure { error, .. } = &failure;
             tracing::info!(request = %self.request.id, epoch, written = self.flow.written().len(), code = %error.code, %error, "attempt failed");
             self.flow.set_patient(Instant::now() < self.patience);
-            let code = error.code;
+            let (code, retry) = (error.code, error.retry);
+            self.router.suspicions.failed(&self.request.prompt, code, self.flow.progressed());
             let goes_on = self.flow.failed(failure);
             self.observed.attempt_failed(code, goes_on.is_ok());
             goes_on?;
             self.observed.waits();
+            // Who waits for room adds no load.
+            if retry == Retry::Elsewhere && self.router.retries.retry().await {
+                self.observed.retry_waited();
+            }
         }
     }
 
@@ -187,8 +199,9 @@ impl Driver {
         let mut prefill = self.prefill(&both.prefill, handoff).await?;
         // Tokens of the decode node that came before the first one, over the other connection.
         let mut early: Vec<DecodeEvent> = Vec::new();
-        let mut begun = false;
-        // Until the handoff is done: nothing that happens to the prefill node matters then.
+        // The answer's first token is known; of one that is resumed it is from the start.
+        let mut begun = !self.flow.written().is_empty();
+        // Until the handoff is proved: nothing that happens to the prefill node matters then.
         let mut reading = true;
         loop {
             tokio::select! {
@@ -197,7 +210,7 @@ impl Driver {
                         begun = true;
                         chosen.read();
                         drop(std::mem::replace(&mut stage, debug_span!("decode")));
-                        let Some(token) = first.token else { return Err(Failure::broken("prefill node", &both.prefill.id)) };
+                        let Some(token) = first.token else { return Err(Failure::broken(PREFILL, &both.prefill.id)) };
                         if self.flow.first(&token).map_err(Failure::of_request)? {
                             self.begin(first.cached_tokens, first.prompt_logprobs).await;
                             if self.pass_on(token).await {
@@ -213,28 +226,44 @@ impl Driver {
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::HandoffDone(_)) })) => reading = false,
                     Ok(Some(_)) => {}
                     Ok(None) if begun && decode.is_some() => reading = false,
-                    Ok(None) => return Err(Failure::broken("prefill node", &both.prefill.id)),
-                    Err(error) => return Err(prefill_failed(both, &error, decode.as_mut().map(|d| &mut d.events)).await),
+                    Ok(None) => return Err(Failure::broken(PREFILL, &both.prefill.id)),
+                    Err(error) => {
+                        let failure = Failure::of(error, PREFILL, &both.prefill.id);
+                        let Some(decode) = &mut decode else { return Err(failure) };
+                        return Err(judged(failure, &mut decode.events, DECODE, &both.decode.id).await);
+                    }
                 },
                 event = next(&mut decode), if decode.is_some() => match event {
-                    Ok(Some(event)) if begun => if self.decoded(event).await? {
-                        return Ok(());
-                    },
+                    Ok(Some(event)) if begun => {
+                        // A token of the decode model's: its KV cache is whole, so the prompt was read.
+                        if reading && matches!(event.event, Some(decode_event::Event::Token(_))) {
+                            reading = false;
+                            chosen.read();
+                        }
+                        if self.decoded(event).await? {
+                            return Ok(());
+                        }
+                    }
                     Ok(Some(event)) => early.push(event),
                     // All of it came before the first token did.
                     Ok(None) if matches!(early.last(), Some(DecodeEvent { event: Some(decode_event::Event::Finished(_)) })) => decode = None,
-                    Ok(None) => return Err(Failure::broken("decode node", &both.decode.id)),
-                    Err(error) => return Err(decode_failed(both, &error, &mut prefill).await),
+                    Ok(None) => return Err(Failure::broken(DECODE, &both.decode.id)),
+                    Err(error) => {
+                        let failure = Failure::of(error, DECODE, &both.decode.id);
+                        return Err(judged(failure, &mut prefill, PREFILL, &both.prefill.id).await);
+                    }
                 },
+                // Both have said all that they will, and the answer is not whole.
+                else => return Err(Failure::broken(PREFILL, &both.prefill.id)),
             }
         }
     }
 
     /// A call to a node, which is a part of the stage that is under way; it is there when the node has taken it on.
-    async fn call<E: TryFrom<said::What>>(&self, kind: &str, node: &Endpoint, what: call::What) -> Result<Events<E>, Failure> {
-        let calls = self.router.peers.calls(node).map_err(Failure::of_request)?;
+    async fn call<E: TryFrom<said::What>>(&self, kind: &str, node: &Endpoint, what: call::What) -> Result<CallEvents<E>, Failure> {
+        let calls = self.router.peers.calls(&node.address).map_err(|e| Failure::of(e, kind, &node.id))?;
         let events = calls.begin(what, self.request.stop.max_tokens, self.request.trace.headers(&Span::current())).await;
-        events.accepted().await.map_err(|e| Failure::of(&e, kind, &node.id))
+        events.accepted().await.map_err(|e| Failure::of(e, kind, &node.id))
     }
 
     /// Asks the decode node for a reservation.
@@ -248,20 +277,21 @@ impl Driver {
             stop: Some(convert::stop_to_wire(&self.request.stop)),
             written: self.flow.written().to_vec(),
             alone: self.request.quality == Quality::Decode,
+            suspicion: self.router.suspicions.of(&self.request.prompt),
         };
         let asked = Instant::now();
-        let mut events = self.call("decode node", node, call::What::Decode(request)).await?;
-        match events.message().await.map_err(|e| Failure::of(&e, "decode node", &node.id))? {
+        let mut events = self.call(DECODE, node, call::What::Decode(request)).await?;
+        match events.message().await.map_err(|e| Failure::of(e, DECODE, &node.id))? {
             Some(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }) => {
                 self.observed.reserved(asked);
                 Ok(Reserved { ticket: reserved.ticket, held_tokens: reserved.held_tokens, events })
             }
-            _ => Err(Failure::broken("decode node", &node.id)),
+            _ => Err(Failure::broken(DECODE, &node.id)),
         }
     }
 
     /// Asks the prefill node to read the prompt, and to write the answer where the full model writes it.
-    pub(super) async fn prefill(&self, node: &Endpoint, handoff: Option<v1::Handoff>) -> Result<Events<PrefillEvent>, Failure> {
+    pub(super) async fn prefill(&self, node: &Endpoint, handoff: Option<v1::Handoff>) -> Result<CallEvents<PrefillEvent>, Failure> {
         let alone = self.request.quality == Quality::Full;
         let mut sampling = convert::sampling_to_wire(&self.request.sampling);
         // The client has them by now.
@@ -275,8 +305,9 @@ impl Driver {
             handoff,
             alone,
             written: if alone { self.flow.written().to_vec() } else { Vec::new() },
+            suspicion: self.router.suspicions.of(&self.request.prompt),
         };
-        self.call("prefill node", node, call::What::Prefill(request)).await
+        self.call(PREFILL, node, call::What::Prefill(request)).await
     }
 
     /// The prompt was read.
@@ -335,6 +366,7 @@ impl Driver {
     /// The end. The nodes that are named are those that finished the answer.
     async fn end(&mut self, reason: FinishReason, matched_stop: Option<String>) {
         self.observed.finished(reason);
+        self.router.suspicions.answered(&self.request.prompt);
         let completion_tokens = self.flow.written().len();
         // Before the client knows, so that it finds its place free.
         self.request.place = None;
@@ -351,35 +383,19 @@ impl Driver {
     }
 }
 
-/// The prefill node failed: what does the decode node say?
-async fn prefill_failed(chosen: &Both, error: &Status, decode: Option<&mut Events<DecodeEvent>>) -> Failure {
-    let failure = Failure::of(error, "prefill node", &chosen.prefill.id);
-    let Some(events) = decode.filter(|_| !matches!(failure.blame, Blame::Lost(_))) else { return failure };
-    if let Some(error) = last_word(events).await {
-        let decode = Failure::of(&error, "decode node", &chosen.decode.id);
-        if decode.may_pass() {
-            return decode;
-        }
-    }
-    // The prefill node could not reach the decode node: that one is the suspect.
-    let blame = if failure.error.code == Code::Unavailable { Blame::Lost(chosen.decode.id.clone()) } else { failure.blame };
-    Failure { blame, ..failure }
-}
-
-/// The decode node failed: what does the prefill node say?
-async fn decode_failed(chosen: &Both, error: &Status, prefill: &mut Events<PrefillEvent>) -> Failure {
-    let failure = Failure::of(error, "decode node", &chosen.decode.id);
-    if matches!(failure.blame, Blame::Lost(_)) || failure.error.code == Code::Preempted {
+/// A failure of one node, which may only be the first to notice that the way to its peer is broken: what does the peer say?
+async fn judged<T: TryFrom<said::What>>(failure: Failure, events: &mut CallEvents<T>, kind: &str, peer: &NodeId) -> Failure {
+    if !failure.is_of_way() {
         return failure;
     }
-    match last_word(prefill).await.map(|error| Failure::of(&error, "prefill node", &chosen.prefill.id)) {
-        Some(prefill) if matches!(prefill.blame, Blame::Lost(_)) => prefill,
-        _ => failure,
+    match last_word(events).await {
+        Some(error) if error.blame != Blame::Way => Failure::of(error, kind, peer),
+        _ => failure.of_way_to(peer),
     }
 }
 
 /// The error that a stream ends with, if it does soon.
-async fn last_word<T: TryFrom<said::What>>(events: &mut Events<T>) -> Option<Status> {
+async fn last_word<T: TryFrom<said::What>>(events: &mut CallEvents<T>) -> Option<ServiceError> {
     let asked = async {
         loop {
             match events.message().await {
@@ -397,10 +413,10 @@ pub(super) struct Reserved {
     ticket: String,
     /// Tokens of the prompt that the decode node holds already.
     held_tokens: u32,
-    pub(super) events: Events<DecodeEvent>,
+    pub(super) events: CallEvents<DecodeEvent>,
 }
 
-async fn next(decode: &mut Option<Reserved>) -> Result<Option<DecodeEvent>, Status> {
+async fn next(decode: &mut Option<Reserved>) -> Result<Option<DecodeEvent>, ServiceError> {
     match decode {
         Some(decode) => decode.events.message().await,
         None => std::future::pending().await,

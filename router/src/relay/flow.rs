@@ -1,17 +1,21 @@
 //! What was written of an answer, and what a failure means for it. Pure: no I/O, no clock.
 //!
+//! An error carries its decision: whether another attempt may help, and who is to blame. Here it is decided whether this
+//! answer makes that attempt.
+//!
 //! **Invariants:** each token goes out once, in order. An answer goes on after a failure only where it becomes the same one:
-//! on nodes of the same pair, after the same tokens. Attempts that bring nothing end.
+//! on nodes of the same pair, after the same tokens. Attempts that bring nothing end, and so do those of one request in all.
 
 use std::time::Duration;
 
-use overfill_proto::status;
 use overfill_proto::v1::Token;
-use overfill_types::{Code, NodeId, ServiceError};
-use tonic::Status;
+use overfill_types::{Blame, Code, NodeId, Retry, ServiceError};
 
 /// Attempts in a row that bring no token: the first and two more.
-const ATTEMPTS: u32 = 3;
+const FRUITLESS: u32 = 3;
+/// Attempts of one request that fail for another reason than want of room: a prompt that ends every node which it meets, after a
+/// token on each, is not to meet them all.
+const IN_ALL: u32 = 8;
 /// The first pause before nodes that failed are asked again; each that follows without a token is twice as long.
 const PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause: what waits for room is to notice soon that there is some.
@@ -19,55 +23,47 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(800);
 
 /// A failed attempt.
 #[derive(Debug)]
-pub(crate) struct Failure {
-    pub(crate) error: ServiceError,
-    pub(crate) blame: Blame,
-}
-
-/// What a failed attempt says of its nodes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Blame {
-    /// This node is gone.
-    Lost(NodeId),
-    /// This node lives and does not go on: it has no room, or drains.
-    Refused(NodeId),
-    /// No node is to blame, or another one would do the same.
-    Request,
+pub(super) struct Failure {
+    pub(super) error: ServiceError,
+    /// Nodes that others are asked before, in the next attempt.
+    pub(super) shunned: Vec<NodeId>,
+    /// A node that others are asked before by all requests, for a while.
+    pub(super) suspect: Option<NodeId>,
 }
 
 impl Failure {
     /// Another attempt would end like this one.
-    pub(crate) fn of_request(error: ServiceError) -> Self {
-        Self { error, blame: Blame::Request }
+    pub(super) fn of_request(error: ServiceError) -> Self {
+        Self { error: ServiceError { retry: Retry::Never, ..error }, shunned: Vec::new(), suspect: None }
     }
 
-    /// What a node's status tells. A status that was made here says that the node is gone, and so does a stream that was reset.
-    pub(crate) fn of(status: &Status, kind: &str, node: &NodeId) -> Self {
-        use std::error::Error;
-        let mut error = status::from_status(status, &format!("the {kind}"));
-        if status.source().is_some() || error.code == Code::Cancelled {
-            let message = format!("the {kind} {node} was lost: {}; send the request again", error.message);
-            return Self { error: ServiceError::new(Code::Unavailable, message), blame: Blame::Lost(node.clone()) };
+    /// What a node says, or what is said of one whose call broke.
+    pub(super) fn of(error: ServiceError, kind: &str, node: &NodeId) -> Self {
+        if error.retry == Retry::Never {
+            return Self::of_request(error);
         }
-        let blame = match error.code {
-            Code::ResourceExhausted | Code::Unavailable | Code::Preempted => Blame::Refused(node.clone()),
-            _ => Blame::Request,
+        let message = match error.code {
+            Code::Preempted => format!("the {kind} {node} had no room to go on: send the request again, later"),
+            _ => format!("{kind} {node}: {}; send the request again", error.message),
         };
-        if error.code == Code::Preempted {
-            error.message = format!("the {kind} {node} had no room to go on: send the request again, later");
-        }
-        Self { error, blame }
+        let suspect = (error.retry == Retry::Elsewhere && error.blame == Blame::Node).then(|| node.clone());
+        Self { error: ServiceError { message, ..error }, shunned: vec![node.clone()], suspect }
     }
 
-    /// A node that ended its stream in the middle.
-    pub(crate) fn broken(kind: &str, node: &NodeId) -> Self {
-        let message = format!("the {kind} {node} broke off in the middle of the answer: send the request again");
-        Self { error: ServiceError::new(Code::Unavailable, message), blame: Blame::Lost(node.clone()) }
+    /// A node that ended its call in the middle.
+    pub(super) fn broken(kind: &str, node: &NodeId) -> Self {
+        Self::of(ServiceError::of_node(Code::Unavailable, "it broke off in the middle of the answer"), kind, node)
     }
 
-    /// Whether another attempt may end otherwise.
-    pub(crate) fn may_pass(&self) -> bool {
-        self.blame != Blame::Request
+    /// What a node says of the way to its `peer`, of which nothing better is known than that it is at the way's other end.
+    pub(super) fn of_way_to(self, peer: &NodeId) -> Self {
+        let shunned = [self.shunned, vec![peer.clone()]].concat();
+        Self { shunned, suspect: Some(peer.clone()), ..self }
+    }
+
+    /// Whether it is of the way between two nodes.
+    pub(super) fn is_of_way(&self) -> bool {
+        self.error.retry == Retry::Elsewhere && self.error.blame == Blame::Way
     }
 }
 
@@ -85,8 +81,10 @@ pub(super) struct Flow {
     patient: bool,
     /// Nodes that failed since the last token, or since they were forgiven.
     failed: Vec<NodeId>,
-    /// Attempts since the last token that counted.
+    /// Attempts since the last token that failed, but for those that want of room is waited out of.
     fruitless: u32,
+    /// All such attempts.
+    in_all: u32,
     pauses: u32,
     /// Why the last attempt failed.
     last: Option<ServiceError>,
@@ -101,6 +99,11 @@ impl Flow {
     /// Nodes that are not asked where there are others.
     pub(super) fn failed_nodes(&self) -> &[NodeId] {
         &self.failed
+    }
+
+    /// Whether this attempt has brought a token.
+    pub(super) fn progressed(&self) -> bool {
+        self.written.len() > self.before
     }
 
     /// Whether a node has taken the request on.
@@ -155,22 +158,26 @@ impl Flow {
     /// # Errors
     /// Where there is to be no other.
     pub(super) fn failed(&mut self, failure: Failure) -> Result<(), ServiceError> {
-        let Failure { error, blame } = failure;
-        let progress = self.written.len() > self.before;
-        if progress {
+        let Failure { error, shunned, .. } = failure;
+        if self.progressed() {
             self.failed.clear();
             (self.fruitless, self.pauses) = (0, 0);
+        } else {
+            self.fruitless += 1;
         }
         self.accepted |= !self.written.is_empty() || error.code == Code::Preempted;
-        // Older sequences end some time: then there is room.
-        let waits = (self.accepted || self.patient) && matches!(error.code, Code::Preempted | Code::ResourceExhausted);
-        match blame {
-            Blame::Lost(node) | Blame::Refused(node) => self.failed.push(node),
-            Blame::Request => return Err(error),
+        match error.retry {
+            Retry::Never => return Err(error),
+            // Older sequences end some time: then there is room.
+            Retry::Later if self.accepted || self.patient => self.fruitless = self.fruitless.saturating_sub(1),
+            Retry::Later | Retry::Elsewhere => {
+                self.in_all += 1;
+                if self.fruitless >= FRUITLESS || self.in_all >= IN_ALL {
+                    return Err(error);
+                }
+            }
         }
-        if !progress && !waits {
-            self.count(&error)?;
-        }
+        self.failed.extend(shunned);
         self.last = Some(error);
         Ok(())
     }
@@ -180,10 +187,8 @@ impl Flow {
     /// # Errors
     /// Where that is not to be waited out: nothing has gone out, or it was waited out in vain.
     pub(super) fn nobody(&mut self, error: ServiceError) -> Result<(), ServiceError> {
-        if self.written.is_empty() {
-            return Err(error);
-        }
-        self.count(&error)
+        self.fruitless += 1;
+        if self.written.is_empty() || self.fruitless >= FRUITLESS { Err(error) } else { Ok(()) }
     }
 
     /// Only nodes that failed are there to ask. Gives how long to wait before they are; they are forgiven then.
@@ -191,18 +196,13 @@ impl Flow {
     /// # Errors
     /// Where that is no use: they have refused a request that nobody has taken on and that has no time to wait.
     pub(super) fn pause(&mut self) -> Result<Duration, ServiceError> {
-        if let Some(error) = self.last.take_if(|e| e.code == Code::ResourceExhausted && !self.accepted && !self.patient) {
+        if let Some(error) = self.last.take_if(|e| e.retry == Retry::Later && !self.accepted && !self.patient) {
             return Err(error);
         }
         self.failed.clear();
         let pause = PAUSE * 2u32.pow(self.pauses.min(10));
         self.pauses += 1;
         Ok(pause.min(LONGEST_PAUSE))
-    }
-
-    fn count(&mut self, error: &ServiceError) -> Result<(), ServiceError> {
-        self.fruitless += 1;
-        if self.fruitless < ATTEMPTS { Ok(()) } else { Err(error.clone()) }
     }
 }
 
@@ -214,16 +214,12 @@ mod tests {
         Token { id, index, logprob: None }
     }
 
-    fn failure(code: Code, blame: Blame) -> Failure {
-        Failure { error: ServiceError::new(code, code.as_str()), blame }
-    }
-
     fn lost(node: &str) -> Failure {
-        failure(Code::Unavailable, Blame::Lost(NodeId::new(node)))
+        Failure::of(ServiceError::of_node(Code::Unavailable, "gone"), "decode node", &NodeId::new(node))
     }
 
     fn refused(code: Code) -> Failure {
-        failure(code, Blame::Refused(NodeId::new("d")))
+        Failure::of(ServiceError::no_room(code, "full"), "decode node", &NodeId::new("d"))
     }
 
     /// An answer of which one token has gone out.
@@ -249,20 +245,25 @@ mod tests {
     }
 
     #[test]
-    fn attempts_that_bring_tokens_do_not_count() {
+    fn attempts_that_bring_tokens_do_not_count_in_a_row_but_in_all() {
         let mut flow = begun();
-        for index in 1..20 {
+        for index in 1..IN_ALL {
             flow.next(&token(index, 1)).unwrap();
             flow.failed(lost("d")).unwrap();
             assert_eq!(flow.failed_nodes(), [NodeId::new("d")]);
             flow.attempt();
         }
-        for node in ["a", "b"] {
+        flow.next(&token(IN_ALL, 1)).unwrap();
+        assert_eq!(flow.failed(lost("d")).unwrap_err().code, Code::Unavailable, "it brought a token to each node, and ended it");
+
+        let mut flow = begun();
+        flow.next(&token(1, 1)).unwrap();
+        for node in ["a", "b", "c"] {
             flow.failed(lost(node)).unwrap();
             flow.attempt();
         }
         assert_eq!(flow.failed_nodes().len(), 3);
-        assert_eq!(flow.failed(lost("c")).unwrap_err().code, Code::Unavailable);
+        assert_eq!(flow.failed(lost("d")).unwrap_err().code, Code::Unavailable);
     }
 
     #[test]
@@ -299,16 +300,32 @@ mod tests {
     }
 
     #[test]
-    fn what_would_come_again_ends_the_answer() {
-        for code in [Code::InvalidArgument, Code::Internal, Code::DataLoss, Code::Mismatch, Code::DeadlineExceeded] {
-            let failure = Failure::of(&status::to_status(&ServiceError::new(code, "why")), "decode node", &NodeId::new("d"));
-            assert!(!failure.may_pass());
-            assert_eq!(begun().failed(failure).unwrap_err(), ServiceError::new(code, "why"));
+    fn the_error_says_what_becomes_of_the_answer() {
+        let node = NodeId::new("d");
+        for code in Code::ALL {
+            for blame in Blame::ALL {
+                let of = |retry| Failure::of(ServiceError { retry, blame, ..ServiceError::new(code, "why") }, "decode node", &node);
+                let never = begun().failed(of(Retry::Never)).unwrap_err();
+                assert_eq!((never.code, never.message.as_str()), (code, "why"));
+                let mut flow = begun();
+                flow.failed(of(Retry::Elsewhere)).unwrap();
+                assert_eq!(flow.failed_nodes(), [node.clone()]);
+                // Who wants room, or had a bad request, is not left alone by others for it.
+                assert_eq!(of(Retry::Elsewhere).suspect.is_some(), blame == Blame::Node);
+                assert!(of(Retry::Later).suspect.is_none() && begun().failed(of(Retry::Later)).is_ok());
+            }
         }
-        for code in [Code::Unavailable, Code::ResourceExhausted, Code::Preempted, Code::Cancelled] {
-            let failure = Failure::of(&status::to_status(&ServiceError::new(code, "why")), "decode node", &NodeId::new("d"));
-            assert!(failure.may_pass() && begun().failed(failure).is_ok());
-        }
+    }
+
+    #[test]
+    fn a_broken_way_is_tried_without_both_its_ends() {
+        let broken = Failure::of(ServiceError::of_way(Code::DataLoss, "checksum"), "prefill node", &NodeId::new("p"));
+        assert!(broken.is_of_way() && broken.suspect.is_none());
+        let broken = broken.of_way_to(&NodeId::new("d"));
+        assert_eq!((broken.suspect.as_ref(), broken.shunned.len()), (Some(&NodeId::new("d")), 2));
+        let mut flow = begun();
+        flow.failed(broken).unwrap();
+        assert_eq!(flow.failed_nodes(), [NodeId::new("p"), NodeId::new("d")]);
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! One request's way through the cluster: both nodes are asked, their tokens become text, whatever fails is told once.
 //!
-//! `flow` knows what was written and what a failure means, without I/O; `driver` asks the nodes (`alone` where one model writes all of an answer); `text` turns tokens into text.
+//! `flow` knows what was written and what a failure means, without I/O; `driver` asks the nodes (`alone` where one model writes
+//! all of an answer); `text` turns tokens into text; `budget` bounds further attempts over all requests.
 //! An attempt that fails is followed by another one, which goes on after the last token: the client sees one answer.
 //! Dropping the answer drops both nodes' streams, which ends everything there.
 
 mod alone;
+mod budget;
 mod driver;
 mod flow;
 mod text;
@@ -13,16 +15,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use overfill_proto::v1::{ServedBy, Token, TokenLogprob};
-use overfill_types::{Code, FinishReason, ServiceError};
+use overfill_types::{Blame, Code, FinishReason, Retry, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
 use crate::Router;
 use crate::admission::ValidRequest;
+pub(crate) use crate::relay::budget::RetryBudget;
 use crate::relay::driver::Driver;
-#[cfg(test)]
-pub(crate) use crate::relay::flow::{Blame, Failure};
 
 /// Events that wait for a slow client; what its nodes say then waits with their calls ([`crate::calls`]), which have room for it.
 const EVENTS: usize = 64;
@@ -61,12 +62,14 @@ pub(crate) struct End {
 /// An answer as it comes.
 pub(crate) type Answer = mpsc::Receiver<Result<Event, ServiceError>>;
 
-/// Nodes that have no room make a full cluster: what the client may do about it is wait.
-fn full(error: ServiceError) -> ServiceError {
-    match error.code {
-        Code::ResourceExhausted => ServiceError::new(Code::Unavailable, error.message).retry_after(Duration::from_secs(1)),
-        _ => error,
+/// What a client is told of what its nodes could not do: that it may try again. What is wrong between our own processes has
+/// codes that it could take for a fault of its request.
+fn told(error: ServiceError) -> ServiceError {
+    let keeps = matches!(error.code, Code::Internal | Code::Mismatch);
+    if error.retry == Retry::Never || error.blame != Blame::Request && keeps {
+        return error;
     }
+    ServiceError::new(Code::Unavailable, error.message).retry_after(error.retry_after.unwrap_or(Duration::from_secs(1)))
 }
 
 /// Starts a request. It ends when the answer is dropped.
@@ -86,7 +89,7 @@ pub(crate) fn start(router: Arc<Router>, request: ValidRequest) -> Answer {
                 Err(ServiceError::new(Code::DeadlineExceeded, "the request's time ran out: ask for fewer tokens, or give it a longer deadline"))
             }
         };
-        let ended = ended.map_err(full).inspect_err(|error| driver.failed(error));
+        let ended = ended.map_err(told).inspect_err(|error| driver.failed(error));
         // Before the client knows, so that it finds its place free.
         drop(driver);
         if let Err(error) = ended {

@@ -3,9 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::{DecodeRequest, StopTokens};
 use overfill_tests::cluster::{Builder, Cluster, request, tokens};
+use overfill_tests::nodes;
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::{Role, SamplingParams};
 use serde_json::{Value, json};
@@ -70,7 +70,7 @@ async fn who_would_wait_too_long_is_refused() {
         stop: Some(StopTokens { max_tokens: 10, ..Default::default() }),
         ..Default::default()
     };
-    let held = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap().generate(held).await.unwrap();
+    let held = nodes::decode(&node, held).await.unwrap();
     // The router is told of it by then.
     tokio::time::sleep(Duration::from_millis(300)).await;
     let begun = Instant::now();

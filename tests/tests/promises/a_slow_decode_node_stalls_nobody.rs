@@ -4,24 +4,24 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use overfill_kv::{Assembler, Expected, RowsHeader, prompt_digest};
-use overfill_lifecycle::Drain;
-use overfill_lifecycle::calls::{Answering, CallsService, Events};
-use overfill_proto::v1::calls_server::CallsServer;
+use overfill_kv::{Assembler, Expected, RowsHeader};
 use overfill_proto::v1::decode_server::{Decode, DecodeServer};
-use overfill_proto::v1::prefill_client::PrefillClient;
+use overfill_proto::v1::node_server::NodeServer;
 use overfill_proto::v1::{
-    DecodeEvent, DecodeRequest, FirstToken, Handoff, HandoffDone, KvFrame, NodeStatus, PrefillEvent, PrefillRequest, PushSummary, Reserved,
-    Sampling, StatusRequest, StopTokens, call, decode_event, kv_frame, prefill_event,
+    DecodeEvent, FirstToken, Handoff, HandoffDone, KvFrame, NodeStatus, PrefillEvent, PrefillRequest, PushSummary, Reserved, Sampling,
+    StopTokens, call, decode_event, kv_frame, prefill_event,
 };
-use overfill_tests::cluster::{Builder, Cluster, request, status, tokens};
+use overfill_tests::cluster::{Builder, Cluster, request, tokens};
+use overfill_tests::nodes::{self, status};
 use overfill_tests::processes::eventually;
 use overfill_tests::tiny::{self, Kind};
-use overfill_types::{Epoch, Fingerprint, KvGeometry, NodeId, NodeInfo, Role, SamplingParams, Ticket, WireFormat};
+use overfill_transport::calls::{CallEvents, EventReceiver, NodeService, Serving, Signals};
+use overfill_types::prompt_digest;
+use overfill_types::{Epoch, Fingerprint, KvGeometry, NodeId, NodeInfo, Role, SamplingParams, ServiceError, Ticket, WireFormat};
 use tokio::sync::{Semaphore, mpsc};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::metadata::MetadataMap;
+use tonic::codegen::http::HeaderMap;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -57,14 +57,14 @@ impl Stub {
             .initial_stream_window_size(65_535)
             .initial_connection_window_size(65_535)
             .add_service(DecodeServer::new(stub.clone()).max_decoding_message_size(overfill_proto::MAX_MESSAGE))
-            .add_service(CallsServer::new(CallsService::new(Arc::new(stub.clone()), Drain::new())))
+            .add_service(NodeServer::new(NodeService::new(Arc::new(stub.clone()), Signals::default())))
             .serve_with_incoming(TcpListenerStream::new(listener));
         Served { stub, address, _server: AbortOnDropHandle::new(tokio::spawn(async move { server.await.unwrap() })) }
     }
 }
 
 /// A reservation, and then silence until the router goes.
-fn reserved(epoch: u64) -> Events<DecodeEvent> {
+fn reserved(epoch: u64) -> EventReceiver<DecodeEvent> {
     let (events, answer) = mpsc::channel(1);
     let reserved = Reserved { ticket: "ticket".into(), epoch, expires_in_ms: 60_000, held_tokens: 0 };
     events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) })).unwrap();
@@ -72,23 +72,21 @@ fn reserved(epoch: u64) -> Events<DecodeEvent> {
     answer
 }
 
-impl Answering for Stub {
+impl Serving for Stub {
     type Event = DecodeEvent;
 
-    async fn begin(&self, what: call::What, _: MetadataMap) -> Result<Events<DecodeEvent>, Status> {
-        let call::What::Decode(request) = what else { return Err(Status::unimplemented("a decode node")) };
+    async fn begin(&self, what: call::What, _: HeaderMap) -> Result<EventReceiver<DecodeEvent>, ServiceError> {
+        let call::What::Decode(request) = what else { return Err(ServiceError::of_node(overfill_types::Code::Unimplemented, "a stub")) };
         Ok(reserved(request.epoch))
+    }
+
+    fn status(&self) -> NodeStatus {
+        NodeStatus::default()
     }
 }
 
 #[tonic::async_trait]
 impl Decode for Stub {
-    type GenerateStream = ReceiverStream<Result<DecodeEvent, Status>>;
-
-    async fn generate(&self, request: Request<DecodeRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        Ok(Response::new(ReceiverStream::new(reserved(request.into_inner().epoch))))
-    }
-
     async fn push_kv(&self, request: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
         let mut frames = request.into_inner();
         let mut summary = PushSummary::default();
@@ -105,20 +103,10 @@ impl Decode for Stub {
             self.taken.lock().unwrap().push(frame);
         }
     }
-
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
-        Err(Status::unimplemented("a stub"))
-    }
-
-    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
-
-    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
-        Err(Status::unimplemented("a stub"))
-    }
 }
 
 /// Asks the prefill node itself, as a router would, for a handoff to `address`.
-async fn prefill(cluster: &Cluster, address: &str, prompt: &[u32], held_tokens: usize) -> Result<Streaming<PrefillEvent>, Status> {
+async fn prefill(cluster: &Cluster, address: &str, prompt: &[u32], held_tokens: usize) -> Result<CallEvents<PrefillEvent>, ServiceError> {
     let node = cluster.nodes(Role::Prefill).remove(0);
     let request = PrefillRequest {
         fingerprint: node.pairs[0].fingerprint.to_string(),
@@ -129,17 +117,17 @@ async fn prefill(cluster: &Cluster, address: &str, prompt: &[u32], held_tokens: 
         handoff: Some(Handoff { address: address.to_owned(), ticket: "ticket".into(), epoch: 1, held_tokens: held_tokens as u32 }),
         ..PrefillRequest::default()
     };
-    Ok(PrefillClient::connect(format!("http://{}", node.address)).await.unwrap().prefill(request).await?.into_inner())
+    nodes::prefill(&node, request).await
 }
 
-async fn first_token(events: &mut Streaming<PrefillEvent>) -> u32 {
+async fn first_token(events: &mut CallEvents<PrefillEvent>) -> u32 {
     match events.message().await.unwrap().unwrap().event {
         Some(prefill_event::Event::FirstToken(FirstToken { token: Some(token), finish: 0, .. })) => token.id,
         other => panic!("{other:?}"),
     }
 }
 
-async fn done(events: &mut Streaming<PrefillEvent>) -> HandoffDone {
+async fn done(events: &mut CallEvents<PrefillEvent>) -> HandoffDone {
     match events.message().await.unwrap().unwrap().event {
         Some(prefill_event::Event::HandoffDone(done)) => done,
         other => panic!("{other:?}"),
@@ -265,8 +253,8 @@ async fn a_refusal_is_told_as_it_was_said() {
                 Err(error) => break error,
             }
         };
-        assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
-        assert!(error.message().contains("no more of this"), "{error}");
+        assert_eq!(error.code, overfill_types::Code::ResourceExhausted, "{error}");
+        assert!(error.message.contains("no more of this"), "{error}");
         cluster.nothing_is_held(SECOND).await;
     }
 }
@@ -288,8 +276,8 @@ async fn what_the_decode_node_holds_is_not_sent() {
         assert_eq!(first, *whole_first);
         assert!(rows.iter().zip(whole.iter()).all(|(rows, whole)| rows[..] == whole[held..]), "{held} held");
     }
-    let error = prefill(&cluster, "127.0.0.1:1", &prompt, 1001).await.unwrap_err();
-    assert_eq!(error.code(), Code::InvalidArgument);
-    assert!(error.message().contains("1001"), "{error}");
+    let error = prefill(&cluster, "127.0.0.1:1", &prompt, 1001).await.err().unwrap();
+    assert_eq!(error.code, overfill_types::Code::InvalidArgument);
+    assert!(error.message.contains("1001"), "{error}");
     cluster.nothing_is_held(SECOND).await;
 }

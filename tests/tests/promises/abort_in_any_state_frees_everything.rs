@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::{DecodeRequest, StopTokens, decode_event, generate_event};
 use overfill_tests::cluster::{Builder, request};
+use overfill_tests::nodes;
 use overfill_tests::tiny::{self, Kind};
-use overfill_types::{Role, SamplingParams};
+use overfill_types::{Code, Retry, Role, SamplingParams};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -70,7 +70,7 @@ async fn waiting_for_the_full_models_blocks() {
         .collect();
     let prefill = cluster.nodes(Role::Prefill).remove(0);
     overfill_tests::processes::eventually(SECOND * 5, "one runs and many wait", || async {
-        let status = overfill_tests::cluster::status(&prefill).await;
+        let status = overfill_tests::nodes::status(&prefill).await;
         status.sequences > 10 && status.running == 1
     })
     .await;
@@ -100,7 +100,6 @@ async fn a_reservation_whose_cache_never_comes_runs_out() {
     let pair = tiny::pair(Kind::Identity, 3);
     let cluster = Builder::new(&pair.dir).decode_flags(&["--reservation-timeout", "1"]).start().await;
     let node = cluster.nodes(Role::Decode).remove(0);
-    let mut decode = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
     let request = DecodeRequest {
         fingerprint: node.pairs[0].fingerprint.to_string(),
         request_id: "r".into(),
@@ -110,10 +109,10 @@ async fn a_reservation_whose_cache_never_comes_runs_out() {
         stop: Some(StopTokens { max_tokens: 10, ..Default::default() }),
         ..DecodeRequest::default()
     };
-    let mut events = decode.generate(request).await.unwrap().into_inner();
+    let mut events = nodes::decode(&node, request).await.unwrap();
     assert!(matches!(events.message().await.unwrap().unwrap().event, Some(decode_event::Event::Reserved(_))));
     assert_eq!(cluster.statuses().await.iter().map(|s| s.blocks_held).sum::<u64>(), 1);
     let error = events.message().await.unwrap_err();
-    assert_eq!(error.code(), tonic::Code::DeadlineExceeded);
+    assert_eq!((error.code, error.retry), (Code::Unavailable, Retry::Elsewhere), "not the client's deadline: {error}");
     cluster.nothing_is_held(SECOND).await;
 }

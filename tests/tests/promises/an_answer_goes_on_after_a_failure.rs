@@ -8,17 +8,16 @@ use overfill_lifecycle::Drain;
 use overfill_model::solo::Solo;
 use overfill_model::{Device, Pool};
 use overfill_proto::convert;
-use overfill_proto::status::from_status;
-use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::inference_client::InferenceClient;
-use overfill_proto::v1::prefill_client::PrefillClient;
 use overfill_proto::v1::{DecodeEvent, DecodeRequest, Handoff, PrefillRequest, decode_event, generate_event};
-use overfill_tests::cluster::{Builder, Cluster, request, status, tokens};
+use overfill_tests::cluster::{Builder, Cluster, request, tokens};
+use overfill_tests::nodes::{self, status};
 use overfill_tests::processes::eventually;
 use overfill_tests::tiny::{self, Kind, TinyPair};
+use overfill_transport::calls::CallEvents;
 use overfill_types::{Code, Role, SamplingParams, ServiceError, StopConditions};
+use tonic::Status;
 use tonic::transport::Channel;
-use tonic::{Status, Streaming};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -151,7 +150,7 @@ struct Attempt {
 }
 
 impl Attempt {
-    async fn reserve(&self, cluster: &Cluster) -> Result<(Handoff, Streaming<DecodeEvent>), Status> {
+    async fn reserve(&self, cluster: &Cluster) -> Result<(Handoff, CallEvents<DecodeEvent>), ServiceError> {
         let node = cluster.nodes(Role::Decode).remove(0);
         let request = DecodeRequest {
             fingerprint: node.pairs[0].fingerprint.to_string(),
@@ -163,8 +162,7 @@ impl Attempt {
             written: self.written.clone(),
             ..DecodeRequest::default()
         };
-        let mut client = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
-        let mut events = client.generate(request).await?.into_inner();
+        let mut events = nodes::decode(&node, request).await?;
         match events.message().await?.unwrap().event {
             Some(decode_event::Event::Reserved(r)) => {
                 let handoff = Handoff { address: node.address, ticket: r.ticket, epoch: 1, held_tokens: r.held_tokens };
@@ -176,8 +174,7 @@ impl Attempt {
 
     /// The tokens that the decode node writes.
     async fn write(&self, cluster: &Cluster) -> Result<Vec<u32>, ServiceError> {
-        let told = |status: Status| from_status(&status, "node");
-        let (handoff, mut events) = self.reserve(cluster).await.map_err(told)?;
+        let (handoff, mut events) = self.reserve(cluster).await?;
         let node = cluster.nodes(Role::Prefill).remove(0);
         let request = PrefillRequest {
             fingerprint: node.pairs[0].fingerprint.to_string(),
@@ -188,10 +185,9 @@ impl Attempt {
             handoff: Some(handoff),
             ..PrefillRequest::default()
         };
-        let mut client = PrefillClient::connect(format!("http://{}", node.address)).await.unwrap();
-        let _prefill = client.prefill(request).await.map_err(told)?;
+        let _prefill = nodes::prefill(&node, request).await?;
         let mut ids = Vec::new();
-        while let Some(event) = events.message().await.map_err(told)? {
+        while let Some(event) = events.message().await? {
             match event.event.unwrap() {
                 decode_event::Event::Token(token) => {
                     assert_eq!(token.index as usize, self.written.len().max(1) + ids.len());
@@ -283,7 +279,7 @@ async fn a_long_answer_holds_what_it_has_come_to_need() {
     let second = attempt("b").reserve(&cluster).await.unwrap();
     assert_eq!(held().await, 6);
     let error = attempt("c").reserve(&cluster).await.err().unwrap();
-    assert!(error.code() == tonic::Code::ResourceExhausted && error.message().contains("191 KV blocks may be needed"), "{error}");
+    assert!(error.code == Code::ResourceExhausted && error.message.contains("191 KV blocks may be needed"), "{error}");
     drop((first, second));
     cluster.nothing_is_held(SECOND).await;
 

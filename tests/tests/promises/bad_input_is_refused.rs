@@ -1,17 +1,20 @@
 //! Whatever is wrong gets its code and a sentence that says what; the next request is served as before.
 
-use overfill_kv::{HandoffDigest, RowsHeader, prompt_digest};
+use overfill_kv::{HandoffDigest, RowsHeader};
+use overfill_proto::status::grpc_code;
 use overfill_proto::v1::decode_client::DecodeClient;
-use overfill_proto::v1::prefill_client::PrefillClient;
 use overfill_proto::v1::{
     DecodeEvent, DecodeRequest, KvCommit, KvDtype, KvFrame, KvRows, PrefillRequest, PushSummary, Sampling, StopTokens, decode_event,
     kv_frame,
 };
 use overfill_tests::cluster::{Builder, Cluster, request, tokens};
+use overfill_tests::nodes;
 use overfill_tests::tiny::{self, Kind};
-use overfill_types::{Endpoint, Epoch, Fingerprint, Role, SamplingParams, Ticket};
+use overfill_transport::calls::CallEvents;
+use overfill_types::prompt_digest;
+use overfill_types::{Endpoint, Epoch, Fingerprint, Retry, Role, SamplingParams, ServiceError, Ticket};
 use serde_json::{Value, json};
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 
 async fn post(cluster: &Cluster, path: &str, body: impl Into<reqwest::Body>) -> (u16, Value) {
     let sent = reqwest::Client::new().post(format!("{}{path}", cluster.http)).body(body).send().await.unwrap();
@@ -126,14 +129,13 @@ async fn grpc() {
 struct Reserved {
     node: Endpoint,
     ticket: Ticket,
-    events: Streaming<DecodeEvent>,
+    events: CallEvents<DecodeEvent>,
 }
 
 const PROMPT: [u32; 3] = [1, 2, 3];
 
-async fn reserve(cluster: &Cluster, request_id: &str, epoch: u64) -> Result<Reserved, Status> {
+async fn reserve(cluster: &Cluster, request_id: &str, epoch: u64) -> Result<Reserved, ServiceError> {
     let node = cluster.nodes(Role::Decode).remove(0);
-    let mut client = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
     let request = DecodeRequest {
         fingerprint: node.pairs[0].fingerprint.to_string(),
         request_id: request_id.into(),
@@ -143,7 +145,7 @@ async fn reserve(cluster: &Cluster, request_id: &str, epoch: u64) -> Result<Rese
         stop: Some(StopTokens { max_tokens: 4, ignore_eos: true, ..Default::default() }),
         ..DecodeRequest::default()
     };
-    let mut events = client.generate(request).await?.into_inner();
+    let mut events = nodes::decode(&node, request).await?;
     match events.message().await?.unwrap().event {
         Some(decode_event::Event::Reserved(reserved)) => Ok(Reserved { node, ticket: Ticket::new(reserved.ticket), events }),
         other => panic!("{other:?}"),
@@ -241,7 +243,7 @@ async fn kv_frames() {
         // Frames that name no claimable reservation leave it as it is; all others end it, and no token is ever written.
         if !matches!(code, Code::FailedPrecondition | Code::Aborted | Code::NotFound) {
             let told = reserved.events.message().await.unwrap_err();
-            assert_eq!(told.code(), code, "{name}: {told}");
+            assert_eq!((grpc_code(told.code), told.retry), (code, Retry::Elsewhere), "{name}: {told}");
         }
         drop(reserved);
         cluster.nothing_is_held(std::time::Duration::from_secs(1)).await;
@@ -265,21 +267,20 @@ async fn attempts_and_pairs() {
     let cluster = Builder::new(&pair.dir).start().await;
     let mut first = reserve(&cluster, "same", 1).await.unwrap();
     let error = reserve(&cluster, "same", 1).await.err().unwrap();
-    assert_eq!(error.code(), Code::Aborted, "{error}");
+    assert_eq!(error.code, overfill_types::Code::Stale, "{error}");
     let second = reserve(&cluster, "same", 2).await.unwrap();
     let told = first.events.message().await.unwrap_err();
-    assert_eq!(told.code(), Code::Aborted, "the older attempt is ended: {told}");
+    assert_eq!(told.code, overfill_types::Code::Stale, "the older attempt is ended: {told}");
     drop(second);
 
     let other = Fingerprint::new("0".repeat(64)).to_string();
     let stop = Some(StopTokens { max_tokens: 1, ..Default::default() });
     let node = cluster.nodes(Role::Prefill).remove(0);
-    let mut prefill = PrefillClient::connect(format!("http://{}", node.address)).await.unwrap();
     let asked = PrefillRequest { fingerprint: other, prompt: PROMPT.to_vec(), stop, ..Default::default() };
-    let error = prefill.prefill(asked).await.unwrap_err();
-    assert_eq!(error.code(), Code::FailedPrecondition);
+    let error = nodes::prefill(&node, asked).await.err().unwrap();
+    assert_eq!(error.code, overfill_types::Code::Mismatch);
     assert!(
-        error.message().contains("000000000000") && error.message().contains(node.pairs[0].fingerprint.short()),
+        error.message.contains("000000000000") && error.message.contains(node.pairs[0].fingerprint.short()),
         "names both sides: {error}"
     );
 }

@@ -45,7 +45,7 @@ async fn of_the_same_prompt_and_of_a_chats_next_turns() {
                 "{kind:?}, {} tokens",
                 prompt.len()
             );
-            let status = overfill_tests::cluster::status(&decode).await;
+            let status = overfill_tests::nodes::status(&decode).await;
             assert_eq!(status.prefix_hits - hits, found, "{kind:?}, {} tokens", prompt.len());
             hits = status.prefix_hits;
         }
@@ -65,7 +65,7 @@ async fn of_a_prompt_of_whole_blocks() {
         asked.ignore_eos = true;
         assert_eq!(tokens(cluster.client().await, asked).await.unwrap(), expected);
     }
-    let status = overfill_tests::cluster::status(&decode).await;
+    let status = overfill_tests::nodes::status(&decode).await;
     assert_eq!((status.prefix_queries, status.prefix_hits), (3 * 64, 2 * 64));
     cluster.nothing_is_held(Duration::from_secs(1)).await;
 }

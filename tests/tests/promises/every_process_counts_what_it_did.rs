@@ -6,10 +6,11 @@ use overfill_kv::RowsHeader;
 use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::{DecodeRequest, KvDtype, KvFrame, KvRows, Sampling, StopTokens, decode_event, kv_frame};
 use overfill_tests::cluster::{Builder, Cluster, request, tokens};
+use overfill_tests::nodes;
 use overfill_tests::processes::eventually;
 use overfill_tests::scrape::Scrape;
 use overfill_tests::tiny::{self, Kind};
-use overfill_types::{Epoch, Role, SamplingParams, Ticket};
+use overfill_types::{Epoch, Retry, Role, SamplingParams, Ticket};
 use tonic::Code;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -200,7 +201,6 @@ async fn what_goes_wrong_is_counted() {
     let pair = tiny::pair(Kind::Identity, 3);
     let cluster = Builder::new(&pair.dir).decode_flags(&["--reservation-timeout", "1"]).start().await;
     let node = cluster.nodes(Role::Decode).remove(0);
-    let mut client = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
     let prompt = tiny::prompt(4, 1);
     let ask = |fingerprint: &str, request: &str| DecodeRequest {
         fingerprint: fingerprint.into(),
@@ -209,13 +209,12 @@ async fn what_goes_wrong_is_counted() {
         prompt: prompt.clone(),
         sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),
         stop: Some(StopTokens { max_tokens: 4, ignore_eos: true, ..Default::default() }),
-        written: vec![],
-        alone: false,
+        ..DecodeRequest::default()
     };
     // Another pair.
-    client.generate(ask("another", "a")).await.unwrap_err();
+    assert!(nodes::decode(&node, ask("another", "a")).await.is_err());
     // A byte that was changed on the way.
-    let mut events = client.generate(ask(node.pairs[0].fingerprint.as_str(), "b")).await.unwrap().into_inner();
+    let mut events = nodes::decode(&node, ask(node.pairs[0].fingerprint.as_str(), "b")).await.unwrap();
     let Some(decode_event::Event::Reserved(reserved)) = events.message().await.unwrap().unwrap().event else { panic!() };
     let ticket = Ticket::new(reserved.ticket);
     let mut payload = vec![0u8; prompt.len() * tiny::FULL.kv_heads * 8 * 4];
@@ -231,12 +230,14 @@ async fn what_goes_wrong_is_counted() {
         index: 0,
         body: Some(kv_frame::Body::Rows(rows)),
     };
+    let mut client = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
     assert_eq!(client.push_kv(tokio_stream::iter([frame])).await.unwrap_err().code(), Code::DataLoss);
     events.message().await.unwrap_err();
     // No frame at all.
-    let mut events = client.generate(ask(node.pairs[0].fingerprint.as_str(), "c")).await.unwrap().into_inner();
+    let mut events = nodes::decode(&node, ask(node.pairs[0].fingerprint.as_str(), "c")).await.unwrap();
     events.message().await.unwrap();
-    assert_eq!(events.message().await.unwrap_err().code(), Code::DeadlineExceeded);
+    let expired = events.message().await.unwrap_err();
+    assert_eq!((expired.code, expired.retry), (overfill_types::Code::Unavailable, Retry::Elsewhere), "{expired}");
     // A client that goes away.
     let mut long = request(&tiny::prompt(20, 1), &SamplingParams::greedy(), 4000);
     long.ignore_eos = true;

@@ -1,6 +1,7 @@
 //! End-to-end tests: a file is a promise. All are one executable, since each that is linked costs more than what is in it.
 
 mod a_full_cluster_is_shared;
+mod a_lost_engine_loses_no_answer;
 mod a_slow_decode_node_stalls_nobody;
 mod abort_in_any_state_frees_everything;
 mod an_answer_goes_on_after_a_failure;

@@ -1,8 +1,8 @@
 //! A prefill node serves short prompts beside long ones, and lets nobody wait for ever.
 
-use overfill_proto::v1::prefill_client::PrefillClient;
 use overfill_proto::v1::{PrefillRequest, Sampling, StopTokens};
-use overfill_tests::cluster::{Builder, Cluster, status};
+use overfill_tests::cluster::{Builder, Cluster};
+use overfill_tests::nodes::{self, status};
 use overfill_tests::processes::eventually;
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::Role;
@@ -24,8 +24,7 @@ fn read(cluster: &Cluster, name: &'static str, prompt: Vec<u32>, ended: &mpsc::S
             stop: Some(StopTokens { max_tokens: 1, ..Default::default() }),
             ..PrefillRequest::default()
         };
-        let mut client = PrefillClient::connect(format!("http://{}", node.address)).await.unwrap();
-        let mut events = client.prefill(request).await.unwrap().into_inner();
+        let mut events = nodes::prefill(&node, request).await.unwrap();
         events.message().await.unwrap().unwrap();
         ended.send(name).await.unwrap();
     }))

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use overfill_model::solo::Solo;
 use overfill_model::{Device, Pool};
-use overfill_tests::cluster::{Builder, Cluster, request, status, tokens};
+use overfill_tests::cluster::{Builder, Cluster, request, tokens};
+use overfill_tests::nodes::status;
 use overfill_tests::tiny::{self, Kind, TinyPair};
 use overfill_types::{Role, SamplingParams, StopConditions};
 

@@ -13,27 +13,31 @@ use anyhow::{Context, bail};
 use clap::Args;
 use overfill_cluster::Discovery;
 use overfill_decode_node::DecodeConfig;
-use overfill_kv::{HandoffDigest, RowsHeader, prompt_digest, wire};
-use overfill_lifecycle::{Drain, NodeArgs, grpc};
+use overfill_kv::{HandoffDigest, RowsHeader, wire};
+use overfill_lifecycle::{Drain, TraceHeaders};
 use overfill_model::Pair;
+use overfill_node::NodeArgs;
 use overfill_prefill_node::PrefillConfig;
-use overfill_proto::v1::decode_client::DecodeClient;
-use overfill_proto::v1::prefill_client::PrefillClient;
+use overfill_proto::convert;
+use overfill_proto::v1::node_client::NodeClient;
 use overfill_proto::v1::{
-    DecodeEvent, DecodeRequest, Handoff, HandoffDone, KvCommit, KvFrame, KvRows, PrefillRequest, Reserved, Sampling, StatusRequest,
-    StopTokens, decode_event, kv_frame, prefill_event,
+    DecodeEvent, DecodeRequest, Handoff, HandoffDone, KvCommit, KvFrame, KvRows, PrefillEvent, PrefillRequest, Reserved, Sampling,
+    StatusRequest, StopTokens, call, decode_event, kv_frame, prefill_event, said,
 };
-use overfill_proto::{MAX_MESSAGE, convert};
+use overfill_transport::Peers;
+use overfill_transport::calls::CallEvents;
+use overfill_transport::push::Pushes;
+use overfill_types::prompt_digest;
 use overfill_types::{Epoch, PairManifest, Ticket};
 use serde_json::json;
-use tonic::Streaming;
-use tonic::transport::Channel;
 
 use crate::bench::spread::Spread;
 use crate::{Home, PairArgs};
 
 /// How long the nodes may take to load the pair.
 const LOADING: Duration = Duration::from_secs(120);
+/// Events that a call tells of at most.
+const EVENTS: usize = 16;
 
 #[derive(Args)]
 pub(crate) struct HandoffArgs {
@@ -90,6 +94,8 @@ async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Dr
         block_tokens: 16,
         max_context: None,
         drain_timeout: 10,
+        step_timeout: 30.0,
+        fault: Vec::new(),
     };
     let prefill = PrefillConfig {
         pair: vec![dir.clone()],
@@ -115,20 +121,15 @@ async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Dr
     let discovery = Discovery::memory();
     let prefill = overfill_prefill_node::run(prefill, for_prefill, discovery.clone(), end.clone());
     let decode = overfill_decode_node::run(decode, for_decode, discovery, end);
-    let bench = Bench {
-        prefill: PrefillClient::new(grpc::channel(&addresses[0])?),
-        decode: DecodeClient::new(grpc::channel(&addresses[1])?).max_encoding_message_size(MAX_MESSAGE),
-        decode_address: addresses[1].clone(),
-        manifest,
-        requests: 0,
-    };
+    let bench = Bench { addresses, peers: Peers::default(), pushes: Pushes::default(), manifest, requests: 0 };
     Ok((bench, Box::pin(prefill), Box::pin(decode)))
 }
 
 struct Bench {
-    prefill: PrefillClient<Channel>,
-    decode: DecodeClient<Channel>,
-    decode_address: String,
+    /// Of the prefill and of the decode node.
+    addresses: [String; 2],
+    peers: Peers,
+    pushes: Pushes,
     manifest: PairManifest,
     /// Requests so far: each has a prompt of its own, so that no prefix is held.
     requests: usize,
@@ -176,13 +177,16 @@ impl Bench {
 
     /// Waits until both nodes answer.
     async fn loaded(&self) -> anyhow::Result<()> {
-        let (mut prefill, mut decode) = (self.prefill.clone(), self.decode.clone());
-        let both = async {
-            while prefill.status(StatusRequest {}).await.is_err() || decode.status(StatusRequest {}).await.is_err() {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        };
-        tokio::time::timeout(LOADING, both).await.context("the nodes did not load the pair in time")
+        for address in &self.addresses {
+            let mut node = NodeClient::new(self.peers.channel(address)?);
+            let answers = async {
+                while node.status(StatusRequest {}).await.is_err() {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            };
+            tokio::time::timeout(LOADING, answers).await.context("the nodes did not load the pair in time")?;
+        }
+        Ok(())
     }
 
     fn prompt(&mut self, tokens: usize) -> Vec<u32> {
@@ -190,7 +194,12 @@ impl Bench {
         (0..tokens).map(|i| ((7919 * (i + 1) + 31 * self.requests) % self.manifest.vocab_size()) as u32).collect()
     }
 
-    async fn reserve(&mut self, prompt: &[u32]) -> anyhow::Result<(Reserved, Streaming<DecodeEvent>)> {
+    async fn call<E: TryFrom<said::What>>(&self, address: &str, what: call::What) -> anyhow::Result<CallEvents<E>> {
+        let events = self.peers.calls(address)?.begin(what, EVENTS, TraceHeaders::default()).await;
+        Ok(events.accepted().await?)
+    }
+
+    async fn reserve(&mut self, prompt: &[u32]) -> anyhow::Result<(Reserved, CallEvents<DecodeEvent>)> {
         let request = DecodeRequest {
             fingerprint: self.manifest.fingerprint.to_string(),
             request_id: format!("bench-{}", self.requests),
@@ -200,7 +209,7 @@ impl Bench {
             stop: Some(stop()),
             ..DecodeRequest::default()
         };
-        let mut events = self.decode.generate(request).await?.into_inner();
+        let mut events = self.call(&self.addresses[1], call::What::Decode(request)).await?;
         match events.message().await? {
             Some(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }) => Ok((reserved, events)),
             _ => bail!("the decode node broke off before it reserved"),
@@ -218,14 +227,14 @@ impl Bench {
             sampling: Some(greedy()),
             stop: Some(stop()),
             handoff: Some(Handoff {
-                address: self.decode_address.clone(),
+                address: self.addresses[1].clone(),
                 ticket: reserved.ticket,
                 epoch: 1,
                 held_tokens: reserved.held_tokens,
             }),
             ..PrefillRequest::default()
         };
-        let mut events = self.prefill.prefill(request).await?.into_inner();
+        let mut events: CallEvents<PrefillEvent> = self.call(&self.addresses[0], call::What::Prefill(request)).await?;
         let mut done = None;
         while let Some(event) = events.message().await? {
             if let Some(prefill_event::Event::HandoffDone(it)) = event.event {
@@ -284,7 +293,7 @@ impl Bench {
         let Prepared { mut rows, commit, mut written } = prepared;
         rows.push(commit);
         let begun = Instant::now();
-        self.decode.push_kv(tokio_stream::iter(rows)).await?;
+        self.pushes.push(&self.addresses[1], tokio_stream::iter(rows), TraceHeaders::default()).await?;
         let took = begun.elapsed();
         while written.message().await?.is_some() {}
         Ok(took)
@@ -295,7 +304,7 @@ impl Bench {
 struct Prepared {
     rows: Vec<KvFrame>,
     commit: KvFrame,
-    written: Streaming<DecodeEvent>,
+    written: CallEvents<DecodeEvent>,
 }
 
 fn payload(frame: &KvFrame) -> usize {

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use overfill_lifecycle::grpc;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::{GenerateRequest, Sampling, TokenIds, generate_event, generate_request};
+use overfill_transport::connection;
 use serde_json::json;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
@@ -63,7 +63,7 @@ struct Shared {
 pub(crate) fn run(args: &ItlArgs) -> anyhow::Result<()> {
     tokio::runtime::Runtime::new()?.block_on(async {
         let shared = Arc::new(Shared {
-            client: InferenceClient::new(grpc::channel(&args.router)?),
+            client: InferenceClient::new(connection::connect(&args.router)?),
             phase: AtomicU8::new(Phase::Warming as u8),
             prompts: AtomicUsize::new(0),
             vocabulary: args.vocabulary,

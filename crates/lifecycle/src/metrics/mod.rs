@@ -23,7 +23,6 @@ use axum::routing::get;
 use prometheus::core::Collector;
 use prometheus::{HistogramOpts, Opts, TextEncoder};
 use tokio::net::TcpListener;
-use tokio_util::task::AbortOnDropHandle;
 
 pub use prometheus::{Error, Histogram, IntCounter, IntCounterVec, IntGauge};
 
@@ -150,19 +149,16 @@ impl Registry {
         }
     }
 
-    /// Answers scrapes at `/metrics` until `end`, or until the handle is dropped.
-    pub fn serve(&self, listener: TcpListener, end: Drain) -> AbortOnDropHandle<()> {
-        let registry = self.clone();
-        let app = Router::new().route("/metrics", get(move || async move { registry.respond() }));
-        AbortOnDropHandle::new(tokio::spawn(async move {
-            let serving = axum::serve(listener, app);
-            tokio::select! {
-                served = serving => if let Err(error) = served {
-                    tracing::error!(%error, "metrics are not served any more");
-                },
-                () = end.signaled() => {}
-            }
-        }))
+    /// Answers scrapes at `/metrics` until `end`.
+    ///
+    /// # Errors
+    /// Where the socket fails.
+    pub async fn serve(self, listener: TcpListener, end: Drain) -> std::io::Result<()> {
+        let app = Router::new().route("/metrics", get(move || async move { self.respond() }));
+        tokio::select! {
+            served = axum::serve(listener, app) => served,
+            () = end.signaled() => Ok(()),
+        }
     }
 }
 
@@ -180,20 +176,6 @@ impl Counting {
 impl Drop for Counting {
     fn drop(&mut self) {
         self.0.dec();
-    }
-}
-
-/// The sockets of a node.
-pub struct NodeListeners {
-    /// gRPC.
-    pub grpc: TcpListener,
-    /// Where it answers scrapes, if it does.
-    pub metrics: Option<TcpListener>,
-}
-
-impl From<TcpListener> for NodeListeners {
-    fn from(grpc: TcpListener) -> Self {
-        Self { grpc, metrics: None }
     }
 }
 

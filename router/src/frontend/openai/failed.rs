@@ -59,11 +59,11 @@ impl IntoResponse for Failed {
 
 fn status_of(code: Code) -> StatusCode {
     match code {
-        Code::InvalidArgument => StatusCode::BAD_REQUEST,
+        Code::InvalidArgument | Code::Quarantined => StatusCode::BAD_REQUEST,
         Code::NotFound => StatusCode::NOT_FOUND,
         Code::Unauthenticated => StatusCode::UNAUTHORIZED,
         Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
-        Code::Unavailable | Code::Preempted => StatusCode::SERVICE_UNAVAILABLE,
+        Code::Unavailable | Code::NodeLost | Code::EngineLost | Code::Preempted => StatusCode::SERVICE_UNAVAILABLE,
         Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
         Code::Unimplemented => StatusCode::NOT_IMPLEMENTED,
         Code::Mismatch | Code::Stale | Code::DataLoss => StatusCode::BAD_GATEWAY,

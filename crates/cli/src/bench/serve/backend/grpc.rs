@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use overfill_lifecycle::grpc;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::{Chat, ChatMessage, GenerateRequest, ListModelsRequest, Sampling, TokenIds, generate_event, generate_request};
+use overfill_transport::connection;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue, MetadataMap};
 use tonic::transport::Channel;
 
@@ -27,7 +27,8 @@ pub(super) struct Grpc {
 
 impl Grpc {
     pub(super) fn new(address: &str, headers: Vec<(String, String)>, sampling: Sampling, ignore_eos: bool) -> anyhow::Result<Self> {
-        let client = || anyhow::Ok(InferenceClient::new(grpc::channel(address).with_context(|| format!("'{address}' is no host:port"))?));
+        let client =
+            || anyhow::Ok(InferenceClient::new(connection::connect(address).with_context(|| format!("'{address}' is no host:port"))?));
         let mut metadata = MetadataMap::new();
         for (name, value) in headers {
             let fit = (AsciiMetadataKey::from_bytes(name.to_lowercase().as_bytes()), AsciiMetadataValue::try_from(&value));

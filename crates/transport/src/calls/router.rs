@@ -1,4 +1,4 @@
-//! The router's side of the stream on which it asks a node (`calls.proto`): one stream carries all requests to it.
+//! The router's half of the stream of calls (`node.proto`): one stream carries all requests to a node.
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
@@ -6,17 +6,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use overfill_lifecycle::TraceHeaders;
-use overfill_proto::v1::calls_client::CallsClient;
+use overfill_proto::v1::node_client::NodeClient;
 use overfill_proto::v1::{Call, Cancel, Reply, Said, call, said};
-use overfill_proto::{check_length, status};
+use overfill_proto::{MAX_MESSAGE, check_length, status};
+use overfill_types::{Blame, Code, ServiceError};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Channel;
-use tonic::{Request, Status};
+use tonic::Request;
 
-/// What a call is told that the node has ended with all others. A call with this code counts as one to a node that was lost.
-const OVER: &str = "it has ended all calls";
+use tonic::transport::Channel;
 
 /// Calls on their way to a node that does not take them as fast; then those that begin wait.
 const ASKED: usize = 256;
@@ -25,7 +24,7 @@ const SPARE: usize = 8;
 
 /// A stream to one node. Clones share it; it is closed when the last of them and of its calls has gone.
 #[derive(Clone)]
-pub(crate) struct Calls {
+pub struct Calls {
     asked: mpsc::Sender<Call>,
     open: Arc<Open>,
 }
@@ -38,7 +37,7 @@ struct Open {
 
 /// Where replies to a call go. It has room for all that a node may say of it, so that a slow client holds up no other.
 struct Replies {
-    to: mpsc::Sender<Result<Vec<Said>, Status>>,
+    to: mpsc::Sender<Result<Vec<Said>, ServiceError>>,
     /// How much more the node may say.
     left: usize,
 }
@@ -54,33 +53,34 @@ impl Replies {
 
 impl Calls {
     /// Over `channel`, which may still have to connect: calls that are begun before wait for it.
-    pub(crate) fn open(channel: Channel) -> Self {
+    pub fn open(channel: Channel) -> Self {
         let (asked, asks) = mpsc::channel(ASKED);
         let open = Arc::new(Open { ids: AtomicU64::new(1), calls: Mutex::new(Some(HashMap::new())) });
         let shared = open.clone();
         // Ends with the stream: when the node ends it or is lost, or when nobody is left to ask.
         tokio::spawn(async move {
-            let Err(status) = shared.run(channel, asks).await;
-            shared.over(&status);
+            let Err(error) = shared.run(channel, asks).await;
+            shared.over(&error);
         });
         Self { asked, open }
     }
 
     /// Whether the stream has ended: calls take a new one.
-    pub(crate) fn are_over(&self) -> bool {
+    pub fn are_over(&self) -> bool {
         self.open.with(|_| ()).is_none()
     }
 
     /// Begins a call that writes `tokens` tokens at most. `trace` places it in one.
-    pub(crate) async fn begin<E>(&self, what: call::What, tokens: usize, trace: TraceHeaders) -> Events<E> {
+    pub async fn begin<E>(&self, what: call::What, tokens: usize, trace: TraceHeaders) -> CallEvents<E> {
         let left = tokens + SPARE;
         let (to, replies) = mpsc::channel(left);
         let id = self.open.ids.fetch_add(1, Ordering::Relaxed);
-        let events = Events { id, calls: self.clone(), replies, said: Vec::new().into_iter(), ended: false, of: PhantomData };
+        let events =
+            CallEvents { id, calls: self.clone(), replies, said: Vec::new().into_iter(), accepted: false, ended: false, of: PhantomData };
         let TraceHeaders { traceparent, tracestate } = trace;
         let call = Call { id, what: Some(what), traceparent, tracestate };
         if let Err(error) = check_length(&call) {
-            let _ = to.try_send(Err(status::to_status(&error)));
+            let _ = to.try_send(Err(error));
             return events;
         }
         // Where the stream has ended the sender goes, which tells the call.
@@ -99,10 +99,12 @@ impl Open {
     }
 
     /// Passes on calls and replies until one side is gone.
-    async fn run(&self, channel: Channel, asks: mpsc::Receiver<Call>) -> Result<std::convert::Infallible, Status> {
-        let mut client = CallsClient::new(channel).max_decoding_message_size(overfill_proto::MAX_MESSAGE);
-        let mut replies = client.open(Request::new(ReceiverStream::new(asks))).await?.into_inner();
-        while let Some(Reply { id, said }) = replies.message().await? {
+    async fn run(&self, channel: Channel, asks: mpsc::Receiver<Call>) -> Result<std::convert::Infallible, ServiceError> {
+        let mut client = NodeClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        // From here a connection that breaks cannot be told from a node that does.
+        let broken = |status| ServiceError { blame: Blame::Node, ..status::from_status(&status, "it") };
+        let mut replies = client.calls(Request::new(ReceiverStream::new(asks))).await.map_err(broken)?.into_inner();
+        while let Some(Reply { id, said }) = replies.message().await.map_err(broken)? {
             let last = said.iter().any(|said| matches!(said.what, Some(said::What::Ended(_))));
             self.with(|calls| {
                 // Not there: its reader has gone, and the node is told.
@@ -112,37 +114,52 @@ impl Open {
                 }
             });
         }
-        Err(Status::cancelled(OVER))
+        Err(over())
     }
 
-    fn over(&self, status: &Status) {
+    fn over(&self, error: &ServiceError) {
         let calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner).take();
         for replies in calls.into_iter().flat_map(HashMap::into_values) {
-            let _ = replies.to.try_send(Err(status.clone()));
+            let _ = replies.to.try_send(Err(error.clone()));
         }
     }
 }
 
+/// What a call is told that the node has ended with all others.
+fn over() -> ServiceError {
+    ServiceError::of_node(Code::Unavailable, "it has ended all calls")
+}
+
+/// A node that does not keep to the protocol.
+fn foreign(what: &str) -> ServiceError {
+    ServiceError::of_node(Code::Internal, format!("the node {what}: is it of another version?"))
+}
+
 /// What a node says of one call, as it comes. Dropping it cancels the call.
-pub(crate) struct Events<E> {
+pub struct CallEvents<E> {
     id: u64,
     calls: Calls,
-    replies: mpsc::Receiver<Result<Vec<Said>, Status>>,
+    replies: mpsc::Receiver<Result<Vec<Said>, ServiceError>>,
     /// What is left of the reply that came last.
     said: std::vec::IntoIter<Said>,
+    /// The node has taken it on.
+    accepted: bool,
     ended: bool,
     of: PhantomData<fn() -> E>,
 }
 
-impl<E: TryFrom<said::What>> Events<E> {
+impl<E: TryFrom<said::What>> CallEvents<E> {
     /// Waits until the node has taken on the call.
     ///
     /// # Errors
     /// Why it has not.
-    pub(crate) async fn accepted(mut self) -> Result<Self, Status> {
+    pub async fn accepted(mut self) -> Result<Self, ServiceError> {
         match self.next().await? {
-            Some(said::What::Accepted(_)) => Ok(self),
-            _ => Err(Status::internal("the node began with something else than that it accepts the call: is it of another version?")),
+            Some(said::What::Accepted(_)) => {
+                self.accepted = true;
+                Ok(self)
+            }
+            _ => Err(foreign("began with something else than that it accepts the call")),
         }
     }
 
@@ -150,13 +167,12 @@ impl<E: TryFrom<said::What>> Events<E> {
     ///
     /// # Errors
     /// What ended the call.
-    pub(crate) async fn message(&mut self) -> Result<Option<E>, Status> {
+    pub async fn message(&mut self) -> Result<Option<E>, ServiceError> {
         let Some(what) = self.next().await? else { return Ok(None) };
-        let unknown = |_| Status::internal("the node answered something else than what it was asked: is it of another version?");
-        E::try_from(what).map(Some).map_err(unknown)
+        E::try_from(what).map(Some).map_err(|_| foreign("answered something else than what it was asked"))
     }
 
-    async fn next(&mut self) -> Result<Option<said::What>, Status> {
+    async fn next(&mut self) -> Result<Option<said::What>, ServiceError> {
         while !self.ended {
             match self.said.next() {
                 Some(Said { what: Some(said::What::Ended(ended)) }) => {
@@ -168,22 +184,22 @@ impl<E: TryFrom<said::What>> Events<E> {
                 Some(Said { what: None }) => {}
                 None => match self.replies.recv().await {
                     Some(Ok(said)) => self.said = said.into_iter(),
-                    Some(Err(status)) => {
-                        self.ended = true;
-                        return Err(status);
-                    }
-                    None => {
-                        self.ended = true;
-                        return Err(Status::cancelled(OVER));
-                    }
+                    Some(Err(error)) => return Err(self.broken(error)),
+                    None => return Err(self.broken(over())),
                 },
             }
         }
         Ok(None)
     }
+
+    /// The end of a call whose stream broke: of one that was taken on something is known, that it was lost at work.
+    fn broken(&mut self, error: ServiceError) -> ServiceError {
+        self.ended = true;
+        if self.accepted { ServiceError { code: Code::NodeLost, ..error } } else { error }
+    }
 }
 
-impl<E> Drop for Events<E> {
+impl<E> Drop for CallEvents<E> {
     fn drop(&mut self) {
         // Not there: its end is known, if not here.
         if self.ended || self.calls.open.with(|calls| calls.remove(&self.id)).flatten().is_none() {
@@ -202,19 +218,19 @@ impl<E> Drop for Events<E> {
 mod tests {
     use std::time::Duration;
 
-    use overfill_lifecycle::calls::{Answering, CallsService, Events as Told};
-    use overfill_lifecycle::{Drain, grpc};
-    use overfill_proto::v1::calls_server::CallsServer;
-    use overfill_proto::v1::{DecodeEvent, DecodeRequest, Reserved, decode_event};
-    use overfill_types::{Code, Endpoint, NodeId, Role};
+    use axum::http::HeaderMap;
+    use overfill_lifecycle::Drain;
+    use overfill_proto::v1::node_server::NodeServer;
+    use overfill_proto::v1::{DecodeEvent, DecodeRequest, NodeStatus, Reserved, decode_event};
+    use overfill_types::Retry;
     use tokio::net::TcpListener;
     use tokio::runtime::{Builder, Runtime};
-    use tonic::metadata::MetadataMap;
     use tonic::service::Routes;
 
     use super::*;
+    use crate::calls::{EventReceiver, NodeService, Serving, Signals};
     use crate::peers::Peers;
-    use crate::relay::{Blame, Failure};
+    use crate::server::serve;
 
     /// The epoch at which a node's events are longer than a message may be.
     const LONG: u64 = 1000;
@@ -227,11 +243,11 @@ mod tests {
     /// Writes as many events as the epoch says, then waits or ends; holds a clone as long as the call lives.
     struct Node(Arc<()>);
 
-    impl Answering for Node {
+    impl Serving for Node {
         type Event = DecodeEvent;
 
-        async fn begin(&self, what: call::What, _: MetadataMap) -> Result<Told<DecodeEvent>, Status> {
-            let call::What::Decode(request) = what else { return Err(Status::unimplemented("a decode node")) };
+        async fn begin(&self, what: call::What, _: HeaderMap) -> Result<EventReceiver<DecodeEvent>, ServiceError> {
+            let call::What::Decode(request) = what else { return Err(ServiceError::of_node(Code::Unimplemented, "a decode node")) };
             let (sender, events) = mpsc::channel(1);
             let held = self.0.clone();
             tokio::spawn(async move {
@@ -244,6 +260,10 @@ mod tests {
                 drop(held);
             });
             Ok(events)
+        }
+
+        fn status(&self) -> NodeStatus {
+            NodeStatus::default()
         }
     }
 
@@ -258,8 +278,11 @@ mod tests {
             listener.set_nonblocking(true).unwrap();
             let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
             let (held, end) = (Arc::new(()), Drain::new());
-            let routes = Routes::new(CallsServer::new(CallsService::new(Arc::new(Node(held.clone())), end.clone())));
-            runtime.spawn(async move { grpc::serve(TcpListener::from_std(listener).unwrap(), routes, end).await });
+            let routes = Routes::new(NodeServer::new(NodeService::new(
+                Arc::new(Node(held.clone())),
+                Signals { end: end.clone(), ..Signals::default() },
+            )));
+            runtime.spawn(async move { serve(TcpListener::from_std(listener).unwrap(), routes, end).await });
             Self { held, runtime: Some(runtime) }
         }
 
@@ -282,19 +305,18 @@ mod tests {
         }
     }
 
-    fn started() -> (Server, Endpoint) {
+    fn started() -> (Server, String) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let node = Endpoint { id: NodeId::new("d"), role: Role::Decode, address, pairs: vec![], max_context: 0 };
-        (Server::start(listener), node)
+        (Server::start(listener), address)
     }
 
-    async fn begin(calls: &Calls, events: u64, held: bool) -> Events<DecodeEvent> {
+    async fn begin(calls: &Calls, events: u64, held: bool) -> CallEvents<DecodeEvent> {
         let request = DecodeRequest { epoch: events, alone: held, ..DecodeRequest::default() };
         calls.begin(call::What::Decode(request), 100, TraceHeaders::default()).await
     }
 
-    async fn count(mut events: Events<DecodeEvent>) -> Result<u64, Status> {
+    async fn count(mut events: CallEvents<DecodeEvent>) -> Result<u64, ServiceError> {
         let mut count = 0;
         while events.message().await?.is_some() {
             count += 1;
@@ -303,7 +325,7 @@ mod tests {
         Ok(count)
     }
 
-    async fn begin_many(calls: &Calls, n: usize) -> Vec<Events<DecodeEvent>> {
+    async fn begin_many(calls: &Calls, n: usize) -> Vec<CallEvents<DecodeEvent>> {
         let mut begun = Vec::new();
         for _ in 0..n {
             begun.push(begin(calls, 0, true).await);
@@ -317,8 +339,8 @@ mod tests {
 
     #[tokio::test]
     async fn calls_on_one_stream_do_not_wait_for_each_other() {
-        let (server, node) = started();
-        let calls = Peers::default().calls(&node).unwrap();
+        let (server, address) = started();
+        let calls = Peers::default().calls(&address).unwrap();
         let unread = begin(&calls, 100, true).await.accepted().await.unwrap();
         let others = (0..100).map(|n| {
             let calls = calls.clone();
@@ -335,8 +357,8 @@ mod tests {
 
     #[tokio::test]
     async fn dropped_calls_hold_nothing_however_far_they_came() {
-        let (server, node) = started();
-        let calls = Peers::default().calls(&node).unwrap();
+        let (server, address) = started();
+        let calls = Peers::default().calls(&address).unwrap();
         for _ in 0..20 {
             drop(begin(&calls, 3, true).await);
             drop(begin(&calls, 3, true).await.accepted().await.unwrap());
@@ -351,39 +373,38 @@ mod tests {
 
     #[tokio::test]
     async fn a_lost_node_fails_its_calls_and_is_asked_again_when_it_is_back() {
-        let (server, node) = started();
+        let (server, address) = started();
         let peers = Peers::default();
-        let calls = peers.calls(&node).unwrap();
+        let calls = peers.calls(&address).unwrap();
         let mut begun = Vec::new();
         for call in begin_many(&calls, 10).await {
             begun.push(call.accepted().await.unwrap());
         }
         drop(server);
-        let lost =
-            |status: &Status| assert_eq!(Failure::of(status, "decode node", &node.id).blame, Blame::Lost(node.id.clone()), "{status}");
+        let lost = |error: &ServiceError| assert_eq!((error.retry, error.blame), (Retry::Elsewhere, Blame::Node), "{error}");
         for call in begun {
             lost(&count(call).await.unwrap_err());
         }
         lost(&count(begin(&calls, 1, false).await).await.unwrap_err());
         // Nobody listens, and then somebody does.
-        lost(&count(begin(&peers.calls(&node).unwrap(), 1, false).await).await.unwrap_err());
-        let server = Server::start(std::net::TcpListener::bind(&node.address).unwrap());
-        assert_eq!(count(begin(&peers.calls(&node).unwrap(), 7, false).await.accepted().await.unwrap()).await.unwrap(), 7);
+        lost(&count(begin(&peers.calls(&address).unwrap(), 1, false).await).await.unwrap_err());
+        let server = Server::start(std::net::TcpListener::bind(&address).unwrap());
+        assert_eq!(count(begin(&peers.calls(&address).unwrap(), 7, false).await.accepted().await.unwrap()).await.unwrap(), 7);
         server.freed(0).await;
     }
 
     #[tokio::test]
     async fn what_is_too_long_for_a_message_fails_alone() {
-        let (server, node) = started();
-        let calls = Peers::default().calls(&node).unwrap();
+        let (server, address) = started();
+        let calls = Peers::default().calls(&address).unwrap();
         let other = begin(&calls, 1, true).await.accepted().await.unwrap();
         let long = "x".repeat(overfill_proto::MAX_MESSAGE);
         let asked = DecodeRequest { request_id: long, ..DecodeRequest::default() };
-        let asked: Events<DecodeEvent> = calls.begin(call::What::Decode(asked), 1, TraceHeaders::default()).await;
+        let asked: CallEvents<DecodeEvent> = calls.begin(call::What::Decode(asked), 1, TraceHeaders::default()).await;
         let told = begin(&calls, LONG, false).await.accepted().await.unwrap();
         for (failed, kind) in [(asked.accepted().await.err(), "router"), (count(told).await.err(), "node")] {
-            let failure = Failure::of(&failed.unwrap(), "decode node", &node.id);
-            assert_eq!((failure.error.code, failure.blame), (Code::InvalidArgument, Blame::Request), "by the {kind}");
+            let error = failed.unwrap();
+            assert_eq!((error.code, error.retry), (Code::InvalidArgument, Retry::Never), "by the {kind}");
         }
         server.freed(1).await;
         drop(other);
@@ -392,8 +413,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_node_that_says_more_than_it_was_asked_is_not_believed() {
-        let (server, node) = started();
-        let calls = Peers::default().calls(&node).unwrap();
+        let (server, address) = started();
+        let calls = Peers::default().calls(&address).unwrap();
         let events = begin(&calls, 200, false).await.accepted().await.unwrap();
         server.freed(0).await;
         while under_way(&calls) != Some(0) {

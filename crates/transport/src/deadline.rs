@@ -22,6 +22,9 @@ pub fn timeout_of(headers: &HeaderMap) -> Option<Duration> {
 /// The `grpc-timeout` header: up to eight digits and a unit (gRPC over HTTP/2).
 fn parse_timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.len() > 8 {
+        return None;
+    }
     let n: u64 = digits.parse().ok()?;
     Some(match unit {
         "H" => Duration::from_secs(n.saturating_mul(3600)),
@@ -95,6 +98,8 @@ mod tests {
     fn deadlines_have_units() {
         assert_eq!(parse_timeout("250m"), Some(Duration::from_millis(250)));
         assert_eq!(parse_timeout("3S"), Some(Duration::from_secs(3)));
+        assert_eq!(parse_timeout("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        assert_eq!(parse_timeout("18446744073709551615S"), None);
         assert_eq!(parse_timeout(""), None);
         assert_eq!(parse_timeout("S"), None);
         assert_eq!(parse_timeout("1€"), None);

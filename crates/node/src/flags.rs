@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::Args;
+use overfill_lifecycle::flags::{parse_bytes, parse_seconds};
 use tokio::net::TcpListener;
 
-use crate::metrics::NodeListeners;
+use crate::faults::Fault;
 
 /// What a node holds, where it listens, and what it may use.
 #[derive(Args, Clone, Debug)]
@@ -38,6 +39,13 @@ pub struct NodeArgs {
     /// Seconds that running sequences get to finish after SIGTERM
     #[arg(long, env = "OVERFILL_DRAIN_TIMEOUT", default_value_t = 60)]
     pub drain_timeout: u64,
+    /// Seconds without a step of the engine, while there is work, after which the node gives itself up: its sequences go on
+    /// elsewhere, and it exits
+    #[arg(long, env = "OVERFILL_STEP_TIMEOUT", default_value_t = 30.0, value_parser = parse_step_timeout)]
+    pub step_timeout: f64,
+    /// Faults that tests ask for: see [`Fault`].
+    #[arg(long, hide = true)]
+    pub fault: Vec<Fault>,
 }
 
 impl NodeArgs {
@@ -79,6 +87,11 @@ impl NodeArgs {
         Ok(NodeListeners { grpc: at(grpc).await?, metrics })
     }
 
+    /// How long the engine may take for a step.
+    pub fn step_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.step_timeout)
+    }
+
     /// How long running sequences get at a drain.
     pub fn drain_timeout(&self) -> Duration {
         Duration::from_secs(self.drain_timeout)
@@ -101,44 +114,22 @@ fn parse_block_tokens(text: &str) -> Result<u32, String> {
     }
 }
 
-/// `1500`, `64K`, `512M`, `4G` (powers of 1024) as a number of bytes.
-///
-/// # Errors
-/// A sentence that says what is understood.
-pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let (digits, unit) = match text.trim_end_matches(['B', 'b', 'i']).char_indices().last() {
-        Some((at, 'k' | 'K')) => (&text[..at], 1 << 10),
-        Some((at, 'm' | 'M')) => (&text[..at], 1 << 20),
-        Some((at, 'g' | 'G')) => (&text[..at], 1 << 30),
-        _ => (text, 1),
-    };
-    let number: u64 =
-        digits.parse().map_err(|_| format!("'{text}' is no size: write a number of bytes, or one with K, M or G behind it"))?;
-    number.checked_mul(unit).filter(|bytes| *bytes > 0).ok_or_else(|| format!("'{text}' is no size that memory can have"))
+/// Seconds of a step.
+fn parse_step_timeout(text: &str) -> Result<f64, String> {
+    parse_seconds(text)
+        .and_then(|seconds| if seconds >= 0.1 { Ok(seconds) } else { Err(format!("'{text}' is too short for a step: 0.1 s is the least")) })
 }
 
-/// A number of seconds, at most a day.
-///
-/// # Errors
-/// A sentence that says what is understood.
-pub fn parse_seconds(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(seconds) if (0.0..=86_400.0).contains(&seconds) => Ok(seconds),
-        _ => Err(format!("'{text}' is no number of seconds from 0 to 86400")),
-    }
+/// The sockets of a node.
+pub struct NodeListeners {
+    /// gRPC.
+    pub grpc: TcpListener,
+    /// Where it answers scrapes, if it does.
+    pub metrics: Option<TcpListener>,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_understood() {
-        for (text, bytes) in [("1500", 1500), ("64K", 64 << 10), ("512m", 512 << 20), ("4G", 4 << 30), ("2GiB", 2 << 30)] {
-            assert_eq!(parse_bytes(text), Ok(bytes));
-        }
-        for text in ["", "G", "-1", "1.5G", "0", "99999999999G"] {
-            assert!(parse_bytes(text).is_err(), "{text}");
-        }
+impl From<TcpListener> for NodeListeners {
+    fn from(grpc: TcpListener) -> Self {
+        Self { grpc, metrics: None }
     }
 }

@@ -1,22 +1,49 @@
-//! A node's status as a stream: the first at once, then each change, and a heartbeat.
+//! A node's status as a stream, both halves: the first at once, then each change, and a heartbeat.
+//!
+//! A stream that breaks or falls silent is begun anew after a pause that grows: its reader goes by what it knows until then.
 
 use std::time::Duration;
 
+use overfill_lifecycle::Drain;
+use overfill_proto::v1::node_client::NodeClient;
+use overfill_proto::v1::{NodeStatus, StatusRequest};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use crate::drain::Drain;
+use crate::peers::Peers;
 
 /// How often a status is looked at: what it tells is at most this old, and one reader costs a node twenty looks a second.
 pub const INTERVAL: Duration = Duration::from_millis(50);
 /// Longest silence of a stream whose node lives.
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Silence after which a stream is given up.
+const SILENCE: Duration = HEARTBEAT.saturating_mul(3);
+/// Pauses before a stream is begun anew: the first, and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// Streams what `status` gives (it is told whether the node drains) until the reader goes or `drain` is given; the last
-/// message is of a node that drains. Must be called inside a tokio runtime.
-pub fn watched<S>(drain: Drain, status: impl Fn(bool) -> S + Send + 'static) -> ReceiverStream<Result<S, Status>>
+/// Tells `told` what the node at `address` says of itself, as long as it runs. Never ends.
+pub async fn follow(peers: &Peers, address: &str, told: impl Fn(NodeStatus)) {
+    let mut pause = PAUSES.0;
+    loop {
+        let opening = async { NodeClient::new(peers.channel(address).ok()?).watch_status(StatusRequest {}).await.ok() };
+        if let Ok(Some(stream)) = timeout(SILENCE, opening).await {
+            let mut stream = stream.into_inner();
+            while let Ok(Ok(Some(status))) = timeout(SILENCE, stream.message()).await {
+                told(status);
+                pause = PAUSES.0;
+            }
+        }
+        // Of different length, so that routers do not come all at once.
+        sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        pause = (pause * 2).min(PAUSES.1);
+    }
+}
+
+/// Streams what `status` gives until the reader goes or `drain` is given; the last message is of a node that drains. Must be
+/// called inside a tokio runtime.
+pub(crate) fn watched<S>(drain: Drain, status: impl Fn() -> S + Send + 'static) -> ReceiverStream<Result<S, Status>>
 where
     S: PartialEq + Clone + Send + 'static,
 {
@@ -34,7 +61,7 @@ where
                 () = sender.closed() => return,
             }
             let draining = drain.draining();
-            let now = status(draining);
+            let now = status();
             let due = last.as_ref().is_none_or(|(sent, at)| *sent != now || at.elapsed() >= HEARTBEAT);
             if due && sender.send(Ok(now.clone())).await.is_err() || draining {
                 return;
@@ -59,8 +86,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn changes_are_told_soon_and_silence_never_lasts() {
         let (drain, value) = (Drain::new(), Arc::new(AtomicU32::new(0)));
-        let shared = value.clone();
-        let mut stream = watched(drain.clone(), move |draining| (draining, shared.load(Ordering::Relaxed)));
+        let (shared, drains) = (value.clone(), drain.clone());
+        let mut stream = watched(drain.clone(), move || (drains.draining(), shared.load(Ordering::Relaxed)));
         assert_eq!(stream.next().await.unwrap().unwrap(), (false, 0));
         let begun = Instant::now();
         assert_eq!(stream.next().await.unwrap().unwrap(), (false, 0), "a heartbeat");
@@ -80,7 +107,7 @@ mod tests {
     async fn it_ends_with_its_reader() {
         let read = Arc::new(());
         let held = read.clone();
-        drop(watched(Drain::new(), move |_| Arc::strong_count(&held)));
+        drop(watched(Drain::new(), move || Arc::strong_count(&held)));
         tokio::time::sleep(INTERVAL * 2).await;
         assert_eq!(Arc::strong_count(&read), 1);
     }

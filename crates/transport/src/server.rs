@@ -1,9 +1,8 @@
-//! What every gRPC server of ours has: windows, health, reflection, and an end.
+//! What every gRPC server of ours has: windows, health, reflection, deadlines, and an end.
 
 use std::time::Duration;
 
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioIo;
+use overfill_lifecycle::Drain;
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 use tonic::service::Routes;
@@ -11,24 +10,13 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
-use tower::ServiceExt;
 
+use crate::connection::{CONNECTION_WINDOW, PROBE, STREAM_WINDOW};
 use crate::deadline::DeadlineLayer;
-use crate::drain::Drain;
 use crate::gathering::Gathering;
 
-/// Bytes in flight on one stream and on one connection. HTTP/2's defaults (64 KiB) make a KV push five times slower
-/// (measured on loopback). Two frames of a push fill a link of 10 Gbit/s over a millisecond; more only lies in memory
-/// where the receiver is slower than the sender.
-pub const STREAM_WINDOW: u32 = 2 << 20;
-/// See [`STREAM_WINDOW`].
-pub const CONNECTION_WINDOW: u32 = 4 << 20;
 /// Largest HTTP/2 frame that is taken. With HTTP/2's default of 16 KiB a push of 35 MB took 1.4 to 2.3 times as long (`overfill bench handoff`).
 pub const HTTP2_FRAME: u32 = 1 << 20;
-/// How often an HTTP/2 connection is probed, and how long an answer may take: a peer that hangs is noticed in seconds.
-pub const PROBE: Duration = Duration::from_secs(5);
-/// How long a peer may take to accept a connection.
-pub const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// The health service's name for "this process lives", for liveness probes: serving until the process ends.
 pub const LIVE: &str = "live";
 /// How long connections get to close once everything is finished.
@@ -85,21 +73,4 @@ pub async fn serve(listener: TcpListener, routes: Routes, end: Drain) -> Result<
         served = server => served,
         () = async { end.signaled().await; tokio::time::sleep(CLOSING_LIMIT).await } => Ok(()),
     }
-}
-
-/// A channel to a peer at `host:port`, made on first use and again after a failure.
-///
-/// # Errors
-/// Where `address` is none.
-pub fn channel(address: &str) -> Result<tonic::transport::Channel, tonic::transport::Error> {
-    let mut connector = HttpConnector::new();
-    connector.set_nodelay(true);
-    let gathering = connector.map_response(|connected| TokioIo::new(Gathering::new(connected.into_inner())));
-    Ok(tonic::transport::Endpoint::from_shared(format!("http://{address}"))?
-        .connect_timeout(CONNECT_LIMIT)
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .http2_keep_alive_interval(PROBE)
-        .keep_alive_timeout(PROBE)
-        .connect_with_connector_lazy(gathering))
 }

@@ -1,14 +1,13 @@
-//! Why a prefill node could not run.
+//! Why a node could not run.
 
-/// A prefill node that could not start, or broke.
+use overfill_lifecycle::PartEnded;
+
+/// A node that could not start, or broke.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The pair cannot be loaded.
     #[error("the pair cannot be loaded")]
     Model(#[from] overfill_model::ModelError),
-    /// The transport failed.
-    #[error("the gRPC server failed")]
-    Transport(#[from] tonic::transport::Error),
     /// The reflection service could not be made.
     #[error("the gRPC descriptors are malformed")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -18,10 +17,10 @@ pub enum RunError {
     /// The system refused a thread or a socket's address.
     #[error("the system refused a thread or an address")]
     System(#[from] std::io::Error),
-    /// A task panicked.
-    #[error("a task panicked")]
-    Task(#[from] tokio::task::JoinError),
-    /// The engine's thread panicked.
-    #[error("the engine panicked")]
-    Engine,
+    /// A task that loads the pair panicked.
+    #[error("loading the pair panicked")]
+    Loading(#[from] tokio::task::JoinError),
+    /// A part of the node ended unasked, so the node did.
+    #[error("this node cannot go on")]
+    Part(#[from] PartEnded),
 }

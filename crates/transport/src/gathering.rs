@@ -16,7 +16,7 @@ const GATHERED: usize = 16 << 10;
 
 /// A connection whose small writes go out when it is flushed, which waits for what else is ready.
 #[derive(Debug)]
-pub struct Gathering<T> {
+pub(crate) struct Gathering<T> {
     inner: T,
     /// Written by the caller, and not yet to `inner`: what comes after `sent`.
     gathered: Vec<u8>,
@@ -27,7 +27,7 @@ pub struct Gathering<T> {
 
 impl<T: AsyncWrite + Unpin> Gathering<T> {
     /// Over `inner`.
-    pub fn new(inner: T) -> Self {
+    pub(crate) fn new(inner: T) -> Self {
         Self { inner, gathered: Vec::new(), sent: 0, waited: false }
     }
 

@@ -1,81 +1,124 @@
-//! A node's side of the stream on which a router asks it (`calls.proto`): each call runs as a task of its own.
+//! A node's half of the stream of calls (`node.proto`): each call runs as a task of its own. And its status, with it.
 
 use std::sync::Arc;
 
 use axum::http::HeaderMap;
-use overfill_proto::v1::calls_server::Calls;
-use overfill_proto::v1::{Accepted, Call, Ended, Reply, Said, call, said};
+use overfill_lifecycle::{Drain, TraceHeaders};
+use overfill_proto::v1::node_server::Node;
+use overfill_proto::v1::{Accepted, Call, Ended, NodeStatus, Phase, Reply, Said, StatusRequest, call, said};
 use overfill_proto::{check_length, status};
+use overfill_types::{Code, ServiceError};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::task::JoinMap;
-use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::drain::Drain;
-use crate::trace::TraceHeaders;
+use crate::fault::Fault;
+use crate::status::watched;
 
 /// Replies that wait for a slow router; then calls wait, each with what its own channel holds.
 const REPLIES: usize = 256;
 /// Bytes of events that go out in one reply, unless one alone has more.
 const REPLY_BYTES: usize = 64 << 10;
 
-/// What carries out a node's calls.
-pub trait Answering: Send + Sync + 'static {
+/// What a node does for a router.
+pub trait Serving: Send + Sync + 'static {
     /// What a call tells of.
     type Event: Into<Said> + Send + 'static;
 
-    /// Begins a call. It ends when its receiver is dropped, and all that it holds is free then.
+    /// Begins a call, whose trace `headers` name. It ends when its receiver is dropped, and all that it holds is free then.
     ///
     /// # Errors
     /// Where the node does not take it on.
-    fn begin(&self, what: call::What, headers: MetadataMap) -> impl Future<Output = Result<Events<Self::Event>, Status>> + Send;
+    fn begin(&self, what: call::What, headers: HeaderMap) -> impl Future<Output = Result<EventReceiver<Self::Event>, ServiceError>> + Send;
+
+    /// What the node holds now.
+    fn status(&self) -> NodeStatus;
 }
 
 /// What a call tells of, and perhaps the error that ends it.
-pub type Events<E> = mpsc::Receiver<Result<E, Status>>;
+pub type EventReceiver<E> = mpsc::Receiver<Result<E, ServiceError>>;
+
+/// Where a call's events are told.
+pub type EventSender<E> = mpsc::Sender<Result<E, ServiceError>>;
 
 /// The headers that a call would have had as a request of its own.
-fn headers(call: &mut Call) -> MetadataMap {
+fn headers(call: &mut Call) -> HeaderMap {
     let [traceparent, tracestate] = [&mut call.traceparent, &mut call.tracestate].map(std::mem::take);
     let mut headers = HeaderMap::new();
     TraceHeaders { traceparent, tracestate }.add_to(&mut headers);
-    MetadataMap::from_headers(headers)
+    headers
 }
 
-/// The service of a node: its calls are over when `end` is given and the last has ended.
-pub struct CallsService<A> {
-    answering: Arc<A>,
-    end: Drain,
+/// The service of a node.
+pub struct NodeService<S> {
+    serving: Arc<S>,
+    signals: Signals,
 }
 
-impl<A: Answering> CallsService<A> {
-    /// Of calls that `answering` carries out.
-    pub fn new(answering: Arc<A>, end: Drain) -> Self {
-        Self { answering, end }
+/// What a node's service goes by.
+#[derive(Clone, Default)]
+pub struct Signals {
+    /// The node takes nothing new: the streams of its status end with it.
+    pub drain: Drain,
+    /// The node can go on no more: every call ends with it.
+    pub fault: Fault,
+    /// Calls are over when it is given and the last has ended.
+    pub end: Drain,
+}
+
+impl Signals {
+    /// Where the node stands in its life.
+    pub fn phase(&self) -> Phase {
+        match () {
+            () if self.fault.told().is_some() => Phase::Failed,
+            () if self.drain.draining() => Phase::Draining,
+            () => Phase::Ready,
+        }
+    }
+}
+
+impl<S: Serving> NodeService<S> {
+    /// Of calls that `serving` carries out.
+    pub fn new(serving: Arc<S>, signals: Signals) -> Self {
+        Self { serving, signals }
     }
 }
 
 #[tonic::async_trait]
-impl<A: Answering> Calls for CallsService<A> {
-    type OpenStream = ReceiverStream<Result<Reply, Status>>;
+impl<S: Serving> Node for NodeService<S> {
+    type CallsStream = ReceiverStream<Result<Reply, Status>>;
 
-    async fn open(&self, calls: Request<Streaming<Call>>) -> Result<Response<Self::OpenStream>, Status> {
+    async fn calls(&self, calls: Request<Streaming<Call>>) -> Result<Response<Self::CallsStream>, Status> {
+        if let Some(error) = self.signals.fault.told() {
+            return Err(status::to_peer(&error));
+        }
         let (replies, stream) = mpsc::channel(REPLIES);
         // Owned by the stream: it ends when the router has gone.
-        tokio::spawn(carry_out(self.answering.clone(), calls.into_inner(), replies, self.end.clone()));
+        tokio::spawn(carry_out(self.serving.clone(), calls.into_inner(), replies, self.signals.clone()));
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<NodeStatus>, Status> {
+        Ok(Response::new(self.serving.status()))
+    }
+
+    type WatchStatusStream = ReceiverStream<Result<NodeStatus, Status>>;
+
+    async fn watch_status(&self, _: Request<StatusRequest>) -> Result<Response<Self::WatchStatusStream>, Status> {
+        let serving = self.serving.clone();
+        Ok(Response::new(watched(self.signals.drain.clone(), move || serving.status())))
     }
 }
 
 /// Takes calls until there will be no more, and sees them to their end. Calls are broken off when nobody reads replies.
-async fn carry_out<A: Answering>(
-    answering: Arc<A>,
+async fn carry_out<S: Serving>(
+    serving: Arc<S>,
     mut calls: impl Stream<Item = Result<Call, Status>> + Unpin,
     replies: mpsc::Sender<Result<Reply, Status>>,
-    end: Drain,
+    Signals { fault, end, .. }: Signals,
 ) {
     // Dropping it aborts what runs.
     let mut running: JoinMap<u64, ()> = JoinMap::new();
@@ -86,25 +129,36 @@ async fn carry_out<A: Answering>(
                 Some(Ok(Call { id, what: Some(call::What::Cancel(_)), .. })) => {
                     running.abort(&id);
                 }
-                Some(Ok(call)) => running.spawn(call.id, carry_out_one(answering.clone(), call, replies.clone())),
+                Some(Ok(call)) => running.spawn(call.id, carry_out_one(serving.clone(), call, replies.clone())),
                 // The router wants no more calls, or has gone; the replies tell which.
                 Some(Err(_)) | None => open = false,
             },
             ended = running.join_next(), if !running.is_empty() => if let Some((id, Err(error))) = ended && error.is_panic() {
-                let ended = Ended { code: "internal".into(), message: "the node failed at this call".into(), retry_after_ms: None };
-                tell(&replies, id, vec![said::What::Ended(ended).into()]).await;
+                let failed = ServiceError::of_node(Code::Internal, "the node failed at this call; send the request again");
+                tell(&replies, id, vec![said::What::Ended(status::to_ended(failed)).into()]).await;
             },
             () = end.signaled(), if open => open = false,
+            error = fault.happened() => {
+                let calls: Vec<u64> = running.keys().copied().collect();
+                drop(running);
+                for id in calls {
+                    tell(&replies, id, vec![said::What::Ended(status::to_ended(error.clone())).into()]).await;
+                }
+                return;
+            }
             () = replies.closed() => return,
         }
     }
 }
 
-async fn carry_out_one<A: Answering>(answering: Arc<A>, mut call: Call, replies: mpsc::Sender<Result<Reply, Status>>) {
+async fn carry_out_one<S: Serving>(serving: Arc<S>, mut call: Call, replies: mpsc::Sender<Result<Reply, Status>>) {
     let (id, headers) = (call.id, headers(&mut call));
     let begun = match call.what.take() {
-        Some(what) => answering.begin(what, headers).await,
-        None => Err(Status::unimplemented("the call is of a kind that this node does not know: is it of another version?")),
+        Some(what) => serving.begin(what, headers).await,
+        None => {
+            let message = "the call is of a kind that this node does not know: is it of another version?";
+            Err(ServiceError::of_node(Code::Unimplemented, message))
+        }
     };
     let mut said = Vec::new();
     let ended = match begun {
@@ -112,7 +166,7 @@ async fn carry_out_one<A: Answering>(answering: Arc<A>, mut call: Call, replies:
             said.push(said::What::Accepted(Accepted {}).into());
             tell_events(events, id, &mut said, &replies).await
         }
-        Err(status) => status::to_ended(&status),
+        Err(error) => status::to_ended(error),
     };
     said.push(said::What::Ended(ended).into());
     tell(&replies, id, said).await;
@@ -120,7 +174,7 @@ async fn carry_out_one<A: Answering>(answering: Arc<A>, mut call: Call, replies:
 
 /// Tells what is ready together, and the rest as it comes. Leaves in `said` what the end should go with.
 async fn tell_events<E: Into<Said>>(
-    mut events: Events<E>,
+    mut events: EventReceiver<E>,
     id: u64,
     said: &mut Vec<Said>,
     replies: &mpsc::Sender<Result<Reply, Status>>,
@@ -143,7 +197,7 @@ async fn tell_events<E: Into<Said>>(
                 let event = event.into();
                 let length = match check_length(&event) {
                     Ok(length) => length,
-                    Err(error) => return status::to_ended(&status::to_status(&error)),
+                    Err(error) => return status::to_ended(error),
                 };
                 if bytes + length > REPLY_BYTES && !said.is_empty() {
                     tell(replies, id, std::mem::take(said)).await;
@@ -152,7 +206,7 @@ async fn tell_events<E: Into<Said>>(
                 bytes += length;
                 said.push(event);
             }
-            Some(Err(status)) => return status::to_ended(&status),
+            Some(Err(error)) => return status::to_ended(error),
             None => return Ended::default(),
         }
     }
@@ -172,13 +226,13 @@ mod tests {
     use super::*;
 
     /// Holds a call of the decode model until it is dropped, writes its request's id as many times as its epoch says, then waits or ends.
-    struct Node(Arc<()>);
+    struct Held(Arc<()>);
 
-    impl Answering for Node {
+    impl Serving for Held {
         type Event = DecodeEvent;
 
-        async fn begin(&self, what: call::What, headers: MetadataMap) -> Result<Events<DecodeEvent>, Status> {
-            let call::What::Decode(request) = what else { return Err(Status::unimplemented("a decode node")) };
+        async fn begin(&self, what: call::What, headers: HeaderMap) -> Result<EventReceiver<DecodeEvent>, ServiceError> {
+            let call::What::Decode(request) = what else { return Err(ServiceError::of_node(Code::Unimplemented, "a decode node")) };
             assert_eq!((headers.len(), headers.get("traceparent").unwrap().as_bytes()), (1, &b"00-a-b-01"[..]));
             assert_ne!(request.request_id, "panic");
             let (sender, events) = mpsc::channel(4);
@@ -189,12 +243,16 @@ mod tests {
                 }
                 match request.request_id.as_str() {
                     "hold" => sender.closed().await,
-                    "fail" => drop(sender.send(Err(Status::data_loss("why"))).await),
+                    "fail" => drop(sender.send(Err(ServiceError::of_way(Code::DataLoss, "why"))).await),
                     _ => {}
                 }
                 drop(held);
             });
             Ok(events)
+        }
+
+        fn status(&self) -> NodeStatus {
+            NodeStatus::default()
         }
     }
 
@@ -205,10 +263,10 @@ mod tests {
 
     type Replies = mpsc::Receiver<Result<Reply, Status>>;
 
-    fn open() -> (mpsc::Sender<Result<Call, Status>>, Replies, Arc<()>, Drain) {
-        let ((calls, asked), (told, replies), held, end) = (mpsc::channel(64), mpsc::channel(2), Arc::new(()), Drain::new());
-        tokio::spawn(carry_out(Arc::new(Node(held.clone())), ReceiverStream::new(asked), told, end.clone()));
-        (calls, replies, held, end)
+    fn open() -> (mpsc::Sender<Result<Call, Status>>, Replies, Arc<()>, Signals) {
+        let ((calls, asked), (told, replies), held, signals) = (mpsc::channel(64), mpsc::channel(2), Arc::new(()), Signals::default());
+        tokio::spawn(carry_out(Arc::new(Held(held.clone())), ReceiverStream::new(asked), told, signals.clone()));
+        (calls, replies, held, signals)
     }
 
     /// All that is told of a call up to its end: how many events, and the end.
@@ -281,11 +339,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_node_that_fails_tells_all_its_calls_and_takes_no_more() {
+        let (calls, mut replies, held, signals) = open();
+        for id in 0..20 {
+            calls.try_send(Ok(decode(id, "hold", 0))).unwrap();
+            assert!(matches!(replies.recv().await.unwrap().unwrap().said[0].what, Some(said::What::Accepted(_))));
+        }
+        let lost = ServiceError::of_node(Code::EngineLost, "the engine hangs");
+        signals.fault.tell(lost.clone());
+        let mut told = Vec::new();
+        while let Some(reply) = replies.recv().await {
+            let Reply { id, said } = reply.unwrap();
+            assert!(matches!(&said[0].what, Some(said::What::Ended(ended)) if *ended == status::to_ended(lost.clone())));
+            told.push(id);
+        }
+        told.sort_unstable();
+        assert_eq!(told, (0..20).collect::<Vec<_>>());
+        freed(&held, 1).await;
+    }
+
+    #[tokio::test]
     async fn at_the_end_calls_are_finished_and_none_is_taken() {
-        let (calls, mut replies, held, end) = open();
+        let (calls, mut replies, held, signals) = open();
         calls.try_send(Ok(decode(1, "write", 9))).unwrap();
         assert!(matches!(replies.recv().await.unwrap().unwrap().said[0].what, Some(said::What::Accepted(_))));
-        end.start();
+        signals.end.start();
         while let Some(reply) = replies.recv().await {
             assert_eq!(reply.unwrap().id, 1);
         }

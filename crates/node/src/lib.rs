@@ -1,0 +1,17 @@
+//! What both kinds of node have: flags and sockets, the sign of life of an engine, and their own life from ready to ended.
+
+mod error;
+pub mod faults;
+mod flags;
+mod life;
+mod pulse;
+mod refusals;
+mod streak;
+
+pub use error::RunError;
+pub use faults::Faults;
+pub use flags::{ListenError, NodeArgs, NodeListeners};
+pub use life::Life;
+pub use pulse::Pulse;
+pub use refusals::Refusals;
+pub use streak::Streak;

@@ -1,0 +1,93 @@
+//! A node's life once it is loaded: ready when its engine is, known until it drains or fails, and ended.
+//!
+//! **Invariant:** a node that cannot go on does not look as if it could. When a part of it ends unasked, or its engine does no
+//! step, it has told its calls (so that they go on elsewhere), is unready and withdrawn, and ends with an error, so that what
+//! supervises it starts another.
+
+use std::time::Duration;
+
+use overfill_cluster::Discovery;
+use overfill_lifecycle::{PartEnded, Parts};
+use overfill_transport::calls::Signals;
+use overfill_transport::server::{self, Health};
+use overfill_types::{Code, NodeInfo, ServiceError};
+use tokio::net::TcpListener;
+use tokio::time::{sleep, timeout};
+use tonic::service::Routes;
+
+use crate::pulse::Pulse;
+
+/// How often it is looked whether all sequences are finished.
+const LOOK: Duration = Duration::from_millis(10);
+/// How long parts get to end at the end.
+const ENDING: Duration = Duration::from_secs(5);
+/// How long a node that cannot go on takes to say so.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// What a node consists of, and how it is known.
+pub struct Life<H> {
+    /// Its engine, and what else was begun already.
+    pub parts: Parts,
+    /// Of its engine.
+    pub pulse: Pulse,
+    /// How long its engine may take for a step.
+    pub step_timeout: Duration,
+    /// What it serves, and where.
+    pub server: (TcpListener, Routes),
+    /// Of its server.
+    pub health: Health,
+    /// Where it is to be found.
+    pub discovery: Discovery,
+    /// As what.
+    pub info: NodeInfo,
+    /// What its calls go by.
+    pub signals: Signals,
+    /// How many sequences it holds.
+    pub held: H,
+    /// How long they get to finish at a drain.
+    pub drain_timeout: Duration,
+}
+
+impl<H: Fn() -> usize> Life<H> {
+    /// Serves until the node is drained.
+    ///
+    /// # Errors
+    /// Where a part of it ended before, or its engine hangs.
+    pub async fn run(self) -> Result<(), PartEnded> {
+        let Self { mut parts, pulse, step_timeout, server: (listener, routes), health, discovery, info, signals, held, drain_timeout } =
+            self;
+        parts.task("watchdog of the engine", pulse.clone().watch(step_timeout, signals.end.clone()));
+        tokio::select! {
+            () = pulse.begun() => {}
+            ended = parts.until(&signals.drain) => return ended,
+        }
+        parts.task("gRPC server", server::serve(listener, routes, signals.end.clone()));
+        health.set_ready(true).await;
+        let mut registration = discovery.register(info);
+        let lived = tokio::select! {
+            lived = parts.until(&signals.drain) => lived,
+            () = registration.lost() => Err(PartEnded::of("registration")),
+        };
+        health.set_ready(false).await;
+        let Err(ended) = lived else {
+            registration.withdraw().await;
+            let finished = async {
+                while held() > 0 {
+                    sleep(LOOK).await;
+                }
+            };
+            if timeout(drain_timeout, finished).await.is_err() {
+                tracing::warn!(sequences = held(), "drain limit reached: the rest is broken off");
+            }
+            signals.end.start();
+            return parts.finish(ENDING).await;
+        };
+        tracing::error!(error = ended.to_string(), cause = ended.cause(), sequences = held(), "this node cannot go on: it ends");
+        signals.fault.tell(ServiceError::of_node(Code::EngineLost, format!("{ended}: this node can not go on")));
+        // What hangs is not waited for.
+        let last_words = async { tokio::join!(registration.withdraw(), sleep(LAST_WORDS)) };
+        let _ = timeout(2 * LAST_WORDS, last_words).await;
+        signals.end.start();
+        Err(ended)
+    }
+}

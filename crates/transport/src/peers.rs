@@ -1,0 +1,58 @@
+//! Connections to nodes that are kept, one for each address.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use overfill_types::ServiceError;
+use tonic::transport::Channel;
+
+use crate::calls::Calls;
+use crate::connection::connect;
+
+/// Addresses that are remembered; beyond it all are forgotten and made anew when needed.
+const MOST: usize = 4096;
+
+/// What a router has open to nodes.
+#[derive(Default)]
+pub struct Peers {
+    peers: Mutex<HashMap<String, Peer>>,
+}
+
+struct Peer {
+    channel: Channel,
+    calls: Option<Calls>,
+}
+
+impl Peers {
+    /// The connection to the node at `address` (`host:port`); it is made on first use.
+    ///
+    /// # Errors
+    /// Where that is no address.
+    pub fn channel(&self, address: &str) -> Result<Channel, ServiceError> {
+        self.with(address, |peer| peer.channel.clone())
+    }
+
+    /// The stream of all calls to the node at `address`, which is opened on first use.
+    ///
+    /// # Errors
+    /// Where that is no address.
+    pub fn calls(&self, address: &str) -> Result<Calls, ServiceError> {
+        self.with(address, |peer| {
+            let calls = peer.calls.take().filter(|calls| !calls.are_over());
+            peer.calls.insert(calls.unwrap_or_else(|| Calls::open(peer.channel.clone()))).clone()
+        })
+    }
+
+    fn with<T>(&self, address: &str, act: impl FnOnce(&mut Peer) -> T) -> Result<T, ServiceError> {
+        // A map of handles is whole whatever panicked beside it.
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(peer) = peers.get_mut(address) {
+            return Ok(act(peer));
+        }
+        let channel = connect(address)?;
+        if peers.len() >= MOST {
+            peers.clear();
+        }
+        Ok(act(peers.entry(address.to_owned()).or_insert(Peer { channel, calls: None })))
+    }
+}
