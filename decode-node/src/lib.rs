@@ -43,6 +43,9 @@ pub use crate::error::RunError;
 /// Where the pair cannot be loaded or the transport fails.
 pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
     let NodeListeners { grpc: listener, metrics: scraped } = listeners.into();
+    let listening = listener.local_addr()?;
+    // Before anything is loaded: a flag that is missing is told at once.
+    let address = if discovery.registers() { Some(config.node.advertised(listening)?) } else { None };
     let node = config.node.clone();
     let id = NodeId::new(format!("decode-{}", uuid::Uuid::new_v4()));
     let placement = Placement { cpus: node.cpus.clone(), nice: config.nice };
@@ -92,23 +95,19 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
         .add_service(CallsServer::new(CallsService::new(service, end.clone())).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
 
-    let address = listener.local_addr()?;
-    let info = NodeInfo {
-        id,
-        role: Role::Decode,
-        address: config.node.advertised(address),
-        pairs: vec![pair.clone()],
-        max_context: limits.max_context,
-    };
-    tracing::info!(%address, node = %info.id, pair = pair.fingerprint.short(), model = %pair.model, blocks, threads = config.node.threads(), "decode node ready");
+    tracing::info!(address = %listening, node = %id, pair = pair.fingerprint.short(), model = %pair.model, blocks, threads = config.node.threads(), "decode node ready");
     let serving = tokio::spawn(grpc::serve(listener, routes, end.clone()));
     let serving = tokio_util::task::AbortOnDropHandle::new(serving);
     health.set_ready(true).await;
-    let registration = discovery.register(info);
+    let registration = address.map(|address| {
+        discovery.register(NodeInfo { id, role: Role::Decode, address, pairs: vec![pair], max_context: limits.max_context })
+    });
 
     drain.signaled().await;
     health.set_ready(false).await;
-    registration.withdraw().await;
+    if let Some(registration) = registration {
+        registration.withdraw().await;
+    }
     let finished = async {
         while admission.sequences() > 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -48,6 +48,9 @@ pub use crate::error::RunError;
 /// Where the pair cannot be loaded or the transport fails.
 pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
     let NodeListeners { grpc: listener, metrics: scraped } = listeners.into();
+    let listening = listener.local_addr()?;
+    // Before anything is loaded: a flag that is missing is told at once.
+    let address = if discovery.registers() { Some(config.node.advertised(listening)?) } else { None };
     let node = config.node.clone();
     let id = NodeId::new(format!("prefill-{}", uuid::Uuid::new_v4()));
     let placement = Placement { cpus: node.cpus.clone(), nice: config.nice };
@@ -103,19 +106,20 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
         .add_service(CallsServer::new(CallsService::new(service, end.clone())).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = grpc::with_health(routes, DESCRIPTORS).await?;
 
-    let address = listener.local_addr()?;
-    let info = NodeInfo { id, role: Role::Prefill, address: config.node.advertised(address), pairs, max_context: limits.max_context };
-    for pair in &info.pairs {
+    for pair in &pairs {
         tracing::info!(model = %pair.model, pair = pair.fingerprint.short(), "prefills for");
     }
-    tracing::info!(%address, node = %info.id, blocks, threads = config.node.threads(), "prefill node ready");
+    tracing::info!(address = %listening, node = %id, blocks, threads = config.node.threads(), "prefill node ready");
     let serving = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(grpc::serve(listener, routes, end.clone())));
     health.set_ready(true).await;
-    let registration = discovery.register(info);
+    let registration =
+        address.map(|address| discovery.register(NodeInfo { id, role: Role::Prefill, address, pairs, max_context: limits.max_context }));
 
     drain.signaled().await;
     health.set_ready(false).await;
-    registration.withdraw().await;
+    if let Some(registration) = registration {
+        registration.withdraw().await;
+    }
     let held = || counts.held.load(Ordering::Acquire);
     let finished = async {
         while held() > 0 {

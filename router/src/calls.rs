@@ -284,7 +284,7 @@ mod tests {
 
     fn started() -> (Server, Endpoint) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
+        let address = listener.local_addr().unwrap().to_string().parse().unwrap();
         let node = Endpoint { id: NodeId::new("d"), role: Role::Decode, address, pairs: vec![], max_context: 0 };
         (Server::start(listener), node)
     }
@@ -367,7 +367,7 @@ mod tests {
         lost(&count(begin(&calls, 1, false).await).await.unwrap_err());
         // Nobody listens, and then somebody does.
         lost(&count(begin(&peers.calls(&node).unwrap(), 1, false).await).await.unwrap_err());
-        let server = Server::start(std::net::TcpListener::bind(&node.address).unwrap());
+        let server = Server::start(std::net::TcpListener::bind(node.address.as_str()).unwrap());
         assert_eq!(count(begin(&peers.calls(&node).unwrap(), 7, false).await.accepted().await.unwrap()).await.unwrap(), 7);
         server.freed(0).await;
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use overfill_lifecycle::grpc;
-use overfill_types::{Code, Endpoint, ServiceError};
+use overfill_types::{Code, Endpoint, PeerAddress, ServiceError};
 use tonic::transport::Channel;
 
 use crate::calls::Calls;
@@ -14,7 +14,7 @@ const MOST: usize = 4096;
 
 #[derive(Default)]
 pub(crate) struct Peers {
-    peers: Mutex<HashMap<String, Peer>>,
+    peers: Mutex<HashMap<PeerAddress, Peer>>,
 }
 
 struct Peer {
@@ -48,7 +48,7 @@ impl Peers {
         if let Some(peer) = peers.get_mut(&node.address) {
             return Ok(act(peer));
         }
-        let channel = grpc::channel(&node.address)
+        let channel = grpc::channel(node.address.as_str())
             .map_err(|_| ServiceError::new(Code::Internal, format!("{} registered '{}', which is no address", node.id, node.address)))?;
         if peers.len() >= MOST {
             peers.clear();

@@ -212,7 +212,7 @@ fn router(pair: &str, address: &str, prefill: &str, decode: &str) {
     cli.runtime().unwrap().block_on(async {
         let listener = TcpListener::bind(address).await.unwrap();
         let listeners = overfill_router::Listeners { http: TcpListener::bind("127.0.0.1:0").await.unwrap(), grpc: listener };
-        let discovery = Discovery::fixed(vec![prefill.to_owned()], vec![decode.to_owned()]);
+        let discovery = Discovery::fixed(vec![prefill.parse().unwrap()], vec![decode.parse().unwrap()]);
         let config = overfill_router::RouterConfig::new(cli.pair, cli.bounds);
         overfill_router::run(config, listeners, discovery, Drain::new()).await.unwrap();
     });

@@ -1,5 +1,6 @@
 //! How a process starts, is observed, drains and stops.
 
+pub mod advertise;
 pub mod calls;
 pub mod deadline;
 pub mod drain;
@@ -11,6 +12,7 @@ pub mod status;
 pub mod telemetry;
 pub mod trace;
 
+pub use advertise::AdvertiseError;
 pub use drain::Drain;
 pub use metrics::NodeListeners;
 pub use node_args::NodeArgs;

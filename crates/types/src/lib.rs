@@ -3,6 +3,7 @@
 //! Every file is one entry of `docs/GLOSSARY.md`.
 //! Nothing here does I/O, spawns a task or knows a transport, so every other crate may depend on it.
 
+pub mod address;
 pub mod error;
 pub mod id;
 pub mod kv;
@@ -12,6 +13,7 @@ pub mod pair;
 pub mod quality;
 pub mod sampling;
 
+pub use address::{AddressError, PeerAddress};
 pub use error::{Code, ServiceError};
 pub use id::{Epoch, Fingerprint, NodeId, RequestId, Ticket};
 pub use kv::{KvFormat, KvFormats, KvGeometry, KvTransform, PruneStrategy, WireFormat};

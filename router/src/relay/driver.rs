@@ -178,7 +178,7 @@ impl Driver {
             _ => Some(self.reserve(&both.decode, epoch).instrument(debug_span!("reserve", otel.kind = "client")).await?),
         };
         let handoff = decode.as_ref().map(|d| v1::Handoff {
-            address: both.decode.address.clone(),
+            address: both.decode.address.to_string(),
             ticket: d.ticket.clone(),
             epoch,
             held_tokens: d.held_tokens,
