@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: tiny random pairs, clusters in this process and of real processes, clients.
 
 pub mod cluster;
+pub mod process_cluster;
 pub mod processes;
 pub mod scrape;
 pub mod tiny;
