@@ -43,6 +43,9 @@ pub use overfill_node::RunError;
 /// Where the pair cannot be loaded, or where a part of the node ended or hangs.
 pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
     let NodeListeners { grpc: listener, metrics: scraped } = listeners.into();
+    let listening = listener.local_addr()?;
+    // Before anything is loaded: a flag that is missing is told at once.
+    let address = if discovery.registers() { Some(config.node.advertised(listening)?) } else { None };
     let node = config.node.clone();
     let id = NodeId::new(format!("decode-{}", uuid::Uuid::new_v4()));
     let placement = Placement { cpus: node.cpus.clone(), nice: config.nice };
@@ -97,14 +100,9 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
         .add_service(NodeServer::new(NodeService::new(service, signals.clone())).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = server::with_health(routes, DESCRIPTORS).await?;
 
-    let address = listener.local_addr()?;
-    let info = NodeInfo {
-        id,
-        role: Role::Decode,
-        address: config.node.advertised(address),
-        pairs: vec![pair.clone()],
-        max_context: limits.max_context,
-    };
+    tracing::info!(address = %listening, node = %id, pair = pair.fingerprint.short(), model = %pair.model, blocks, threads = config.node.threads(), "decode node ready");
+    let max_context = limits.max_context;
+    let info = address.map(|address| NodeInfo { id, role: Role::Decode, address, pairs: vec![pair], max_context });
     let life = Life {
         parts,
         pulse,
@@ -117,6 +115,5 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
         held: move || admission.sequences(),
         drain_timeout: config.node.drain_timeout(),
     };
-    tracing::info!(%address, node = %life.info.id, pair = pair.fingerprint.short(), model = %pair.model, blocks, threads = config.node.threads(), "decode node ready");
     Ok(life.run().await?)
 }

@@ -8,7 +8,7 @@ use overfill_guide::Guides;
 use overfill_lifecycle::Trace;
 use overfill_node::Refusals;
 use overfill_proto::v1::decode_server::Decode;
-use overfill_proto::v1::{DecodeEvent, DecodeRequest, KvFrame, NodeStatus, PushSummary, Reserved, call, decode_event};
+use overfill_proto::v1::{self, DecodeEvent, DecodeRequest, KvFrame, NodeStatus, PushSummary, Reserved, call, decode_event};
 use overfill_proto::{convert, status};
 use overfill_transport::calls::{EventReceiver, Serving, Signals};
 use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServedPair, ServiceError};
@@ -106,6 +106,7 @@ impl Serving for DecodeService {
         let (pool, prefixes, held) = (admission.pool(), admission.prefixes(), admission.held());
         NodeStatus {
             node_id: id.to_string(),
+            role: v1::Role::Decode.into(),
             phase: self.signals.phase().into(),
             sequences: held.sequences as u32,
             sequences_most: held.sequences_most as u32,

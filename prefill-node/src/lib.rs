@@ -47,6 +47,9 @@ pub use overfill_node::RunError;
 /// Where the pair cannot be loaded, or where a part of the node ended or hangs.
 pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
     let NodeListeners { grpc: listener, metrics: scraped } = listeners.into();
+    let listening = listener.local_addr()?;
+    // Before anything is loaded: a flag that is missing is told at once.
+    let address = if discovery.registers() { Some(config.node.advertised(listening)?) } else { None };
     let node = config.node.clone();
     let id = NodeId::new(format!("prefill-{}", uuid::Uuid::new_v4()));
     let placement = Placement { cpus: node.cpus.clone(), nice: config.nice };
@@ -116,12 +119,12 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
     let routes = Routes::new(NodeServer::new(service).max_decoding_message_size(MAX_MESSAGE));
     let (routes, health) = server::with_health(routes, DESCRIPTORS).await?;
 
-    let address = listener.local_addr()?;
-    let info = NodeInfo { id, role: Role::Prefill, address: config.node.advertised(address), pairs, max_context: limits.max_context };
-    for pair in &info.pairs {
+    for pair in &pairs {
         tracing::info!(model = %pair.model, pair = pair.fingerprint.short(), "prefills for");
     }
-    tracing::info!(%address, node = %info.id, blocks, threads = config.node.threads(), "prefill node ready");
+    tracing::info!(address = %listening, node = %id, blocks, threads = config.node.threads(), "prefill node ready");
+    let max_context = limits.max_context;
+    let info = address.map(|address| NodeInfo { id, role: Role::Prefill, address, pairs, max_context });
     let life = Life {
         parts,
         pulse,

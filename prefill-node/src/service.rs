@@ -11,7 +11,7 @@ use overfill_lifecycle::Trace;
 use overfill_model::Sampler;
 use overfill_node::Refusals;
 use overfill_proto::convert;
-use overfill_proto::v1::{HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, call, prefill_event};
+use overfill_proto::v1::{self, HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, call, prefill_event};
 use overfill_transport::calls::{EventReceiver, Serving, Signals};
 use overfill_transport::push::Pushes;
 use overfill_types::{Code, Epoch, Fingerprint, Limits, NodeId, ServiceError, Ticket};
@@ -189,6 +189,7 @@ impl Served {
         let Self { id, offers, limits, pool, .. } = self;
         NodeStatus {
             node_id: id.to_string(),
+            role: v1::Role::Prefill.into(),
             phase: phase.into(),
             sequences: counts.held.load(Ordering::Acquire) as u32,
             sequences_most: self.max_queue as u32,

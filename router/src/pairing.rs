@@ -272,7 +272,7 @@ mod tests {
         let node = |id: &str, role| Endpoint {
             id: NodeId::new(id),
             role,
-            address: "127.0.0.1:1".into(),
+            address: "127.0.0.1:1".parse().unwrap(),
             pairs: vec![ServedPair { model: "m".into(), fingerprint: Fingerprint::new("ours") }],
             max_context: 10,
         };

@@ -30,7 +30,7 @@ pub(crate) async fn follow(router: Arc<Router>) {
             let stream = || {
                 let (router, node) = (router.clone(), node.clone());
                 AbortOnDropHandle::new(tokio::spawn(async move {
-                    status::follow(&router.peers, &node.address, |told| {
+                    status::follow(&router.peers, node.address.as_str(), |told| {
                         router.suspicions.told(told.refused_prompts.iter().map(|prompt| &prompt[..]));
                         router.pairing.told(&node.id, report(&told));
                     })

@@ -141,8 +141,9 @@ impl Decode for Stub {
 }
 
 async fn stubs(fingerprint: &str, prefill: &str, decode: &str) {
-    let stub = |id: &str| {
+    let stub = |id: &str, role: v1::Role| {
         Stub(NodeStatus {
+            role: role.into(),
             node_id: id.into(),
             phase: v1::Phase::Ready.into(),
             max_context: 4096,
@@ -154,9 +155,12 @@ async fn stubs(fingerprint: &str, prefill: &str, decode: &str) {
             ..Default::default()
         })
     };
-    let node = |id| NodeServer::new(NodeService::new(Arc::new(stub(id)), Signals::default()));
-    let prefill = serve(prefill, Routes::new(node("prefill-stub")));
-    let decode = serve(decode, Routes::new(node("decode-stub")).add_service(DecodeServer::new(stub("decode-stub"))));
+    let node = |id, role| NodeServer::new(NodeService::new(Arc::new(stub(id, role)), Signals::default()));
+    let prefill = serve(prefill, Routes::new(node("prefill-stub", v1::Role::Prefill)));
+    let decode = serve(
+        decode,
+        Routes::new(node("decode-stub", v1::Role::Decode)).add_service(DecodeServer::new(stub("decode-stub", v1::Role::Decode))),
+    );
     tokio::join!(prefill, decode);
 }
 
@@ -177,7 +181,7 @@ fn router(pair: &str, address: &str, prefill: &str, decode: &str) {
     cli.runtime().unwrap().block_on(async {
         let listener = TcpListener::bind(address).await.unwrap();
         let listeners = overfill_router::Listeners { http: TcpListener::bind("127.0.0.1:0").await.unwrap(), grpc: listener };
-        let discovery = Discovery::fixed(vec![prefill.to_owned()], vec![decode.to_owned()]);
+        let discovery = Discovery::fixed(vec![prefill.parse().unwrap()], vec![decode.parse().unwrap()]);
         let config = overfill_router::RouterConfig::new(cli.pair, cli.bounds);
         overfill_router::run(config, listeners, discovery, Drain::new()).await.unwrap();
     });

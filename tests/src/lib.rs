@@ -2,6 +2,7 @@
 
 pub mod cluster;
 pub mod nodes;
+pub mod process_cluster;
 pub mod processes;
 pub mod scrape;
 pub mod tiny;

@@ -27,7 +27,7 @@ pub async fn decode(node: &Endpoint, request: DecodeRequest) -> Result<CallEvent
 }
 
 async fn call<E: TryFrom<said::What>>(node: &Endpoint, what: call::What) -> Result<CallEvents<E>, ServiceError> {
-    let calls = Peers::default().calls(&node.address)?;
+    let calls = Peers::default().calls(node.address.as_str())?;
     calls.begin(what, MOST, TraceHeaders::default()).await.accepted().await
 }
 

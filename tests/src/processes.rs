@@ -58,17 +58,17 @@ impl Process {
         self.child.wait().unwrap();
     }
 
-    /// Whether it has ended.
-    pub fn has_ended(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_some()
+    /// Its exit code, if it has ended: `None` in it where a signal ended it.
+    pub fn ended(&mut self) -> Option<Option<i32>> {
+        self.child.try_wait().unwrap().map(|status| status.code())
     }
 
     /// Waits for its end, at most `limit`; gives the exit code.
     pub fn wait(&mut self, limit: Duration) -> Option<i32> {
         let until = Instant::now() + limit;
         loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code();
+            if let Some(code) = self.ended() {
+                return code;
             }
             assert!(Instant::now() < until, "{} did not end within {limit:?}", self.name);
             std::thread::sleep(Duration::from_millis(10));

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
+use overfill_types::{AddressError, PeerAddress};
 
 use crate::discovery::Discovery;
 use crate::etcd::EtcdSettings;
@@ -12,8 +13,8 @@ use crate::etcd::EtcdSettings;
 #[command(next_help_heading = "Discovery")]
 pub struct DiscoveryArgs {
     /// etcd's members, host:port, separated by commas. It may come up later
-    #[arg(long, env = "OVERFILL_ETCD", value_delimiter = ',', conflicts_with_all = ["prefill_nodes", "decode_nodes"])]
-    pub etcd: Vec<String>,
+    #[arg(long, env = "OVERFILL_ETCD", value_delimiter = ',', value_parser = parse_endpoint, conflicts_with_all = ["prefill_nodes", "decode_nodes"])]
+    pub etcd: Vec<PeerAddress>,
     /// Name of this cluster in etcd; nodes of other clusters are not seen
     #[arg(long, env = "OVERFILL_CLUSTER", default_value = "default")]
     pub cluster: String,
@@ -22,15 +23,15 @@ pub struct DiscoveryArgs {
     pub lease_ttl: u64,
     /// Without etcd: the prefill nodes, host:port, separated by commas
     #[arg(long, env = "OVERFILL_PREFILL_NODES", value_delimiter = ',')]
-    pub prefill_nodes: Vec<String>,
+    pub prefill_nodes: Vec<PeerAddress>,
     /// Without etcd: the decode nodes, host:port, separated by commas
     #[arg(long, env = "OVERFILL_DECODE_NODES", value_delimiter = ',')]
-    pub decode_nodes: Vec<String>,
+    pub decode_nodes: Vec<PeerAddress>,
 }
 
 impl DiscoveryArgs {
     /// The source that the flags name: etcd, else the fixed list (which for a node may be empty: it is on the router's).
-    /// Must be called inside a tokio runtime. Nothing needs to be up yet.
+    /// Nothing needs to be up yet.
     pub fn connect(&self) -> Discovery {
         if self.etcd.is_empty() {
             return Discovery::fixed(self.prefill_nodes.clone(), self.decode_nodes.clone());
@@ -41,4 +42,9 @@ impl DiscoveryArgs {
             lease_ttl: Duration::from_secs(self.lease_ttl),
         })
     }
+}
+
+/// `host:port` of a member of etcd, or the same as etcd's own tools write it: `http://host:port`.
+fn parse_endpoint(text: &str) -> Result<PeerAddress, AddressError> {
+    text.strip_prefix("http://").unwrap_or(text).parse()
 }

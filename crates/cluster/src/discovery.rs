@@ -1,18 +1,18 @@
 //! One small interface over the three sources.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use overfill_types::NodeInfo;
+use overfill_types::{NodeInfo, PeerAddress};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::etcd::{Etcd, EtcdSettings};
-use crate::memory::Memory;
+use crate::fixed::Addresses;
 use crate::snapshot::Snapshot;
-use crate::{etcd, fixed};
+use crate::{etcd, fixed, memory};
 
 /// How long a withdrawal may take before the lease's end has to do.
 const WITHDRAWAL_LIMIT: Duration = Duration::from_secs(3);
@@ -20,52 +20,65 @@ const WITHDRAWAL_LIMIT: Duration = Duration::from_secs(3);
 /// Where nodes register and are found: etcd, a fixed list, or this process. Clones share it.
 #[derive(Clone)]
 pub struct Discovery {
-    view: watch::Receiver<Arc<Snapshot>>,
+    view: watch::Sender<Arc<Snapshot>>,
     source: Source,
-    /// Keeps the view current; ends with the last clone.
-    _follower: Option<Arc<AbortOnDropHandle<()>>>,
+    /// Keeps the view current, from when it is first asked for; ends with the last clone. A node asks for none.
+    follower: Arc<OnceLock<Option<AbortOnDropHandle<()>>>>,
 }
 
 #[derive(Clone)]
 enum Source {
-    Memory(Memory),
-    Fixed,
+    Memory,
+    Fixed(Addresses),
     Etcd(Arc<Etcd>),
 }
 
 impl Discovery {
+    fn new(source: Source) -> Self {
+        Self { view: watch::Sender::default(), source, follower: Arc::default() }
+    }
+
     /// Within this process.
     pub fn memory() -> Self {
-        let (memory, view) = Memory::new();
-        Self { view, source: Source::Memory(memory), _follower: None }
+        Self::new(Source::Memory)
     }
 
-    /// Nodes at known addresses (`host:port`); those that say they are ready are listed. Must be called inside a tokio runtime.
-    pub fn fixed(prefill: Vec<String>, decode: Vec<String>) -> Self {
-        let (sender, view) = watch::channel(Arc::default());
-        let follower = tokio::spawn(fixed::follow(prefill, decode, sender));
-        Self { view, source: Source::Fixed, _follower: Some(Arc::new(AbortOnDropHandle::new(follower))) }
+    /// Nodes at known addresses; those that say they are ready are listed.
+    pub fn fixed(prefill: Vec<PeerAddress>, decode: Vec<PeerAddress>) -> Self {
+        Self::new(Source::Fixed(Addresses { prefill, decode }))
     }
 
-    /// An etcd cluster, which need not be there yet. Must be called inside a tokio runtime.
+    /// An etcd cluster, which need not be there yet.
     pub fn etcd(settings: EtcdSettings) -> Self {
-        let (sender, view) = watch::channel(Arc::default());
-        let etcd = Arc::new(Etcd::new(settings));
-        let follower = tokio::spawn(etcd::follow(etcd.clone(), sender));
-        Self { view, source: Source::Etcd(etcd), _follower: Some(Arc::new(AbortOnDropHandle::new(follower))) }
+        Self::new(Source::Etcd(Arc::new(Etcd::new(settings))))
     }
 
-    /// The current view, and every later one. Keeps the last view while the source is away.
+    /// The current view, and every later one. While the source is away it keeps those nodes that answer.
+    /// Must be called inside a tokio runtime.
     pub fn watch(&self) -> watch::Receiver<Arc<Snapshot>> {
-        self.view.clone()
+        self.follower.get_or_init(|| {
+            let view = self.view.clone();
+            let following = match &self.source {
+                Source::Memory => return None,
+                Source::Fixed(addresses) => tokio::spawn(fixed::follow(addresses.clone(), view)),
+                Source::Etcd(etcd) => tokio::spawn(etcd::follow(etcd.clone(), view)),
+            };
+            Some(AbortOnDropHandle::new(following))
+        });
+        self.view.subscribe()
     }
 
     /// Whether etcd answers, where nodes are found there: then the view is current.
     pub fn etcd_connected(&self) -> Option<bool> {
         match &self.source {
             Source::Etcd(etcd) => Some(etcd.connected()),
-            Source::Memory(_) | Source::Fixed => None,
+            Source::Memory | Source::Fixed(_) => None,
         }
+    }
+
+    /// Whether nodes register here, and so need an address to register.
+    pub fn registers(&self) -> bool {
+        !matches!(self.source, Source::Fixed(_))
     }
 
     /// Lists a node as ready until the registration is withdrawn or dropped. Returns at once: if the source is away,
@@ -73,8 +86,8 @@ impl Discovery {
     pub fn register(&self, node: NodeInfo) -> Registration {
         let stop = CancellationToken::new();
         let task = match &self.source {
-            Source::Fixed => None,
-            Source::Memory(memory) => Some(tokio::spawn(memory.clone().hold(node, stop.clone()))),
+            Source::Fixed(_) => None,
+            Source::Memory => Some(tokio::spawn(memory::hold(self.view.clone(), node, stop.clone()))),
             Source::Etcd(etcd) => Some(tokio::spawn(etcd::hold(etcd.clone(), node, stop.clone()))),
         };
         Registration { stop, task }

@@ -1,13 +1,15 @@
 //! How nodes find each other: registration and a watched, cached view. The only home of etcd.
 //!
-//! **Invariant:** nobody asks the source on the way of a request; whoever picks a node reads the last view. While the
-//! source is away, that view stays.
+//! **Invariants:** nobody asks the source on the way of a request; whoever picks a node reads the last view. A node that
+//! answers its status is in the view whatever the source says, and one that neither is listed nor answers is not.
 
 pub mod args;
 mod discovery;
 mod etcd;
 mod fixed;
+mod membership;
 mod memory;
+mod probe;
 mod snapshot;
 
 pub use args::DiscoveryArgs;

@@ -8,24 +8,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::snapshot::Snapshot;
 
-#[derive(Clone)]
-pub(crate) struct Memory {
-    view: Arc<watch::Sender<Arc<Snapshot>>>,
-}
-
-impl Memory {
-    pub(crate) fn new() -> (Self, watch::Receiver<Arc<Snapshot>>) {
-        let (sender, receiver) = watch::channel(Arc::default());
-        (Self { view: Arc::new(sender) }, receiver)
-    }
-
-    /// Lists the node until `stop`.
-    pub(crate) async fn hold(self, node: NodeInfo, stop: CancellationToken) {
-        let id = node.id.clone();
-        self.view.send_modify(|view| *view = Arc::new(Snapshot::new(view.nodes.iter().cloned().chain([node]))));
-        stop.cancelled().await;
-        self.view.send_modify(|view| *view = Arc::new(Snapshot::new(view.nodes.iter().filter(|n| n.id != id).cloned())));
-    }
+/// Lists the node until `stop`.
+pub(crate) async fn hold(view: watch::Sender<Arc<Snapshot>>, node: NodeInfo, stop: CancellationToken) {
+    let id = node.id.clone();
+    view.send_modify(|view| *view = Arc::new(Snapshot::new(view.nodes.iter().cloned().chain([node]))));
+    stop.cancelled().await;
+    view.send_modify(|view| *view = Arc::new(Snapshot::new(view.nodes.iter().filter(|n| n.id != id).cloned())));
 }
 
 #[cfg(test)]
@@ -41,7 +29,7 @@ mod tests {
         let node = |id: &str, role| overfill_types::NodeInfo {
             id: NodeId::new(id),
             role,
-            address: "127.0.0.1:1".into(),
+            address: "127.0.0.1:1".parse().unwrap(),
             pairs: vec![ServedPair { model: "m".into(), fingerprint: Fingerprint::new("f") }],
             max_context: 8,
         };

@@ -2,9 +2,14 @@
 
 use overfill_lifecycle::PartEnded;
 
+use crate::advertise::AdvertiseError;
+
 /// A node that could not start, or broke.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
+    /// There is no one address to tell peers.
+    #[error("the node has no address to register")]
+    Advertise(#[from] AdvertiseError),
     /// The pair cannot be loaded.
     #[error("the pair cannot be loaded")]
     Model(#[from] overfill_model::ModelError),

@@ -5,16 +5,19 @@ use std::time::Duration;
 
 use clap::Args;
 use overfill_lifecycle::flags::{parse_bytes, parse_seconds};
+use overfill_types::PeerAddress;
 use tokio::net::TcpListener;
 
+use crate::advertise::{self, AdvertiseError};
 use crate::faults::Fault;
 
 /// What a node holds, where it listens, and what it may use.
 #[derive(Args, Clone, Debug)]
 pub struct NodeArgs {
-    /// Where peers reach this node, host:port [default: the address that it listens on]
-    #[arg(long, env = "OVERFILL_ADVERTISE")]
-    pub advertise: Option<String>,
+    /// Where peers reach this node, HOST:PORT [default: the address that it listens on; if that is every address of the
+    /// machine, the one that is not loopback]
+    #[arg(long, env = "OVERFILL_ADVERTISE", value_name = "HOST:PORT")]
+    pub advertise: Option<PeerAddress>,
     /// Where it answers scrapes of Prometheus (HTTP, /metrics) [default: nowhere]
     #[arg(long, env = "OVERFILL_METRICS_LISTEN")]
     pub metrics_listen: Option<SocketAddr>,
@@ -69,9 +72,15 @@ impl NodeArgs {
         u32::try_from(self.kv_memory / block.max(1)).unwrap_or(u32::MAX).max(1)
     }
 
-    /// What peers are told.
-    pub fn advertised(&self, listening: SocketAddr) -> String {
-        self.advertise.clone().unwrap_or_else(|| listening.to_string())
+    /// Where peers are told that this node, which listens on `listening`, is reached.
+    ///
+    /// # Errors
+    /// Where the flag does not say it and the machine leaves a choice.
+    pub fn advertised(&self, listening: SocketAddr) -> Result<PeerAddress, AdvertiseError> {
+        match &self.advertise {
+            Some(address) => Ok(address.clone()),
+            None => advertise::reached_at(listening),
+        }
     }
 
     /// The node's sockets: `grpc`, and that of its metrics.

@@ -1,5 +1,6 @@
 //! What both kinds of node have: flags and sockets, the sign of life of an engine, and their own life from ready to ended.
 
+mod advertise;
 mod error;
 pub mod faults;
 mod flags;
@@ -8,6 +9,7 @@ mod pulse;
 mod refusals;
 mod streak;
 
+pub use advertise::AdvertiseError;
 pub use error::RunError;
 pub use faults::Faults;
 pub use flags::{ListenError, NodeArgs, NodeListeners};

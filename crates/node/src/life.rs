@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use overfill_cluster::Discovery;
+use overfill_cluster::{Discovery, Registration};
 use overfill_lifecycle::{PartEnded, Parts};
 use overfill_transport::calls::Signals;
 use overfill_transport::server::{self, Health};
@@ -38,8 +38,8 @@ pub struct Life<H> {
     pub health: Health,
     /// Where it is to be found.
     pub discovery: Discovery,
-    /// As what.
-    pub info: NodeInfo,
+    /// As what; `None` where nodes do not register.
+    pub info: Option<NodeInfo>,
     /// What its calls go by.
     pub signals: Signals,
     /// How many sequences it holds.
@@ -63,14 +63,20 @@ impl<H: Fn() -> usize> Life<H> {
         }
         parts.task("gRPC server", server::serve(listener, routes, signals.end.clone()));
         health.set_ready(true).await;
-        let mut registration = discovery.register(info);
+        let mut registration = info.map(|info| discovery.register(info));
+        let lost = async {
+            match &mut registration {
+                Some(registration) => registration.lost().await,
+                None => std::future::pending().await,
+            }
+        };
         let lived = tokio::select! {
             lived = parts.until(&signals.drain) => lived,
-            () = registration.lost() => Err(PartEnded::of("registration")),
+            () = lost => Err(PartEnded::of("registration")),
         };
         health.set_ready(false).await;
         let Err(ended) = lived else {
-            registration.withdraw().await;
+            withdraw(registration).await;
             let finished = async {
                 while held() > 0 {
                     sleep(LOOK).await;
@@ -85,9 +91,15 @@ impl<H: Fn() -> usize> Life<H> {
         tracing::error!(error = ended.to_string(), cause = ended.cause(), sequences = held(), "this node cannot go on: it ends");
         signals.fault.tell(ServiceError::of_node(Code::EngineLost, format!("{ended}: this node can not go on")));
         // What hangs is not waited for.
-        let last_words = async { tokio::join!(registration.withdraw(), sleep(LAST_WORDS)) };
+        let last_words = async { tokio::join!(withdraw(registration), sleep(LAST_WORDS)) };
         let _ = timeout(2 * LAST_WORDS, last_words).await;
         signals.end.start();
         Err(ended)
+    }
+}
+
+async fn withdraw(registration: Option<Registration>) {
+    if let Some(registration) = registration {
+        registration.withdraw().await;
     }
 }

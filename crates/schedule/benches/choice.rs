@@ -24,7 +24,7 @@ fn choice(c: &mut Criterion) {
         let node = |role, i| Endpoint {
             id: NodeId::new(format!("{role}-{i}")),
             role,
-            address: "127.0.0.1:1".into(),
+            address: "127.0.0.1:1".parse().unwrap(),
             pairs: vec![ServedPair { model: "m".into(), fingerprint: pair.clone() }],
             max_context: 8192,
         };

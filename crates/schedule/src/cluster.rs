@@ -240,7 +240,7 @@ mod tests {
 
     fn node(id: &str, role: Role) -> Endpoint {
         let pairs = vec![ServedPair { model: "m".into(), fingerprint: pair() }];
-        Endpoint { id: NodeId::new(id), role, address: "127.0.0.1:1".into(), pairs, max_context: 10 }
+        Endpoint { id: NodeId::new(id), role, address: "127.0.0.1:1".parse().unwrap(), pairs, max_context: 10 }
     }
 
     fn cluster(prefill: usize, decode: usize) -> (Cluster, Instant) {

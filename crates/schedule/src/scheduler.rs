@@ -229,7 +229,7 @@ mod tests {
         let node = |id: &str, role| Endpoint {
             id: NodeId::new(id),
             role,
-            address: "127.0.0.1:1".into(),
+            address: "127.0.0.1:1".parse().unwrap(),
             pairs: vec![ServedPair { model: "m".into(), fingerprint: pair() }],
             max_context: 100,
         };

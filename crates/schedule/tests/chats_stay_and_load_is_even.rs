@@ -38,7 +38,7 @@ fn simulate(seed: u64, chats: usize, turns: (usize, usize), system: u32) -> Outc
     let node = |role, i| Endpoint {
         id: NodeId::new(format!("{role}-{i}")),
         role,
-        address: "127.0.0.1:1".into(),
+        address: "127.0.0.1:1".parse().unwrap(),
         pairs: vec![ServedPair { model: "m".into(), fingerprint: pair.clone() }],
         max_context: 100_000,
     };

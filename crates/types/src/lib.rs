@@ -3,6 +3,7 @@
 //! Every file is one entry of `docs/GLOSSARY.md`.
 //! Nothing here does I/O, spawns a task or knows a transport, so every other crate may depend on it.
 
+pub mod address;
 pub mod error;
 pub mod id;
 pub mod kv;
@@ -14,6 +15,7 @@ pub mod quality;
 pub mod quarantine;
 pub mod sampling;
 
+pub use address::{AddressError, PeerAddress};
 pub use error::{Blame, Code, Retry, ServiceError};
 pub use id::{Epoch, Fingerprint, NodeId, RequestId, Ticket};
 pub use kv::{KvFormat, KvFormats, KvGeometry, KvTransform, PruneStrategy, WireFormat};

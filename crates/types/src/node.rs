@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::address::PeerAddress;
 use crate::id::{Fingerprint, NodeId};
 
 /// Which half of the pair a node holds.
@@ -32,8 +33,8 @@ pub struct NodeInfo {
     pub id: NodeId,
     /// Which half of the pair it holds.
     pub role: Role,
-    /// `host:port` where its peers reach its gRPC service.
-    pub address: String,
+    /// Where its peers reach its gRPC service.
+    pub address: PeerAddress,
     /// The pairs that it serves: one, or for a prefill node several that have its full model.
     pub pairs: Vec<ServedPair>,
     /// Longest sequence it takes, prompt and answer together, in tokens.

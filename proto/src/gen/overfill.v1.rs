@@ -891,6 +891,8 @@ pub struct NodeStatus {
     pub prefix_blocks_most: u64,
     #[prost(message, repeated, tag = "21")]
     pub pairs: ::prost::alloc::vec::Vec<ServedPair>,
+    #[prost(enumeration = "Role", tag = "24")]
+    pub role: i32,
     /// digests of prompts under which engines died, which this node refuses
     #[prost(bytes = "bytes", repeated, tag = "23")]
     pub refused_prompts: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
@@ -999,6 +1001,36 @@ impl Phase {
             "PHASE_READY" => Some(Self::Ready),
             "PHASE_DRAINING" => Some(Self::Draining),
             "PHASE_FAILED" => Some(Self::Failed),
+            _ => None,
+        }
+    }
+}
+/// Which half of the pair a node holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Role {
+    Unspecified = 0,
+    Prefill = 1,
+    Decode = 2,
+}
+impl Role {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "ROLE_UNSPECIFIED",
+            Self::Prefill => "ROLE_PREFILL",
+            Self::Decode => "ROLE_DECODE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ROLE_UNSPECIFIED" => Some(Self::Unspecified),
+            "ROLE_PREFILL" => Some(Self::Prefill),
+            "ROLE_DECODE" => Some(Self::Decode),
             _ => None,
         }
     }

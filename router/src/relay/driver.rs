@@ -190,7 +190,7 @@ impl Driver {
             _ => Some(self.reserve(&both.decode, epoch).instrument(debug_span!("reserve", otel.kind = "client")).await?),
         };
         let handoff = decode.as_ref().map(|d| v1::Handoff {
-            address: both.decode.address.clone(),
+            address: both.decode.address.to_string(),
             ticket: d.ticket.clone(),
             epoch,
             held_tokens: d.held_tokens,
@@ -261,7 +261,7 @@ impl Driver {
 
     /// A call to a node, which is a part of the stage that is under way; it is there when the node has taken it on.
     async fn call<E: TryFrom<said::What>>(&self, kind: &str, node: &Endpoint, what: call::What) -> Result<CallEvents<E>, Failure> {
-        let calls = self.router.peers.calls(&node.address).map_err(|e| Failure::of(e, kind, &node.id))?;
+        let calls = self.router.peers.calls(node.address.as_str()).map_err(|e| Failure::of(e, kind, &node.id))?;
         let events = calls.begin(what, self.request.stop.max_tokens, self.request.trace.headers(&Span::current())).await;
         events.accepted().await.map_err(|e| Failure::of(e, kind, &node.id))
     }

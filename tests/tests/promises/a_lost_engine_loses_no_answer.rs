@@ -93,7 +93,7 @@ async fn asked_until_it_ends(cluster: &Cluster, prompts: &[Vec<u32>], expected: 
         for (stream, expected) in streams.into_iter().zip(expected) {
             let answer = stream.await.unwrap();
             assert_eq!(answer.as_ref().map_err(ToString::to_string), Ok(expected), "not the answer that nothing disturbed");
-            if ended.is_none() && process.has_ended() {
+            if ended.is_none() && process.ended().is_some() {
                 ended = Some(Instant::now());
             }
         }

@@ -226,7 +226,7 @@ async fn a_deadline_ends_what_waits() {
     let cluster = Builder::new(&pair.dir).nodes(1, 0).router_flags(&["--request-timeout", "1"]).start().await;
     let prefill = cluster.nodes(Role::Prefill).remove(0);
     let slow = Stub::serve(3, None).await;
-    let node = NodeInfo { id: NodeId::new("slow"), role: Role::Decode, address: slow.address.clone(), ..prefill.clone() };
+    let node = NodeInfo { id: NodeId::new("slow"), role: Role::Decode, address: slow.address.parse().unwrap(), ..prefill.clone() };
     let _registration = cluster.discovery.register(node);
     let mut view = cluster.discovery.watch();
     tokio::time::timeout(SECOND, view.wait_for(|v| v.nodes.len() == 2)).await.unwrap().unwrap();
@@ -268,7 +268,7 @@ async fn what_the_decode_node_holds_is_not_sent() {
     // The first time all is computed, later nearly all is in the cache.
     for held in [0, 0, 17, 160, 992, 999, 1000] {
         let node = Stub::serve(Semaphore::MAX_PERMITS / 2, None).await;
-        let mut events = prefill(&cluster, &node.address, &prompt, held).await.unwrap();
+        let mut events = prefill(&cluster, node.address.as_str(), &prompt, held).await.unwrap();
         let first = first_token(&mut events).await;
         assert_eq!(done(&mut events).await.bytes as usize, (prompt.len() - held) * TOKEN_BYTES);
         let rows = assembled(&node.stub.taken.lock().unwrap(), &prompt, held, first);

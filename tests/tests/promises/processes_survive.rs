@@ -1,69 +1,18 @@
 //! Real processes and a real etcd: they start in any order, survive etcd's absence and each other's death, and stop cleanly.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_tests::cluster::{request, tokens};
-use overfill_tests::processes::{Etcd, Process, eventually, free_port};
+use overfill_tests::process_cluster::{PATIENCE, ProcessCluster};
+use overfill_tests::processes::{Process, eventually, free_port};
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::SamplingParams;
-use tonic::Status;
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A router and nodes of one pair, by way of etcd.
-struct Cluster {
-    etcd: Etcd,
-    router: Process,
-    prefill: Vec<Process>,
-    decode: Vec<Process>,
-    http: String,
-    grpc: String,
-}
-
-impl Cluster {
-    fn start(pair: &Path, prefill: usize, decode: usize) -> Self {
-        let etcd = Etcd::start();
-        let (http, grpc) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
-        let pair = pair.display().to_string();
-        let node = |name: &str| {
-            let flags = ["--pair", &pair, "--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M"];
-            Process::ours(name, &[&flags[..], &["--etcd", &etcd.address, "--cluster", "test", "--lease-ttl", "2"]].concat())
-        };
-        Self {
-            router: Process::ours(
-                "router",
-                &["--pair", &pair, "--http", &http, "--grpc", &grpc, "--etcd", &etcd.address, "--cluster", "test", "--lease-ttl", "2"],
-            ),
-            prefill: (0..prefill).map(|_| node("prefill-node")).collect(),
-            decode: (0..decode).map(|_| node("decode-node")).collect(),
-            http: format!("http://{http}"),
-            grpc: format!("http://{grpc}"),
-            etcd,
-        }
-    }
-
-    async fn ready(&self) -> bool {
-        reqwest::get(format!("{}/ready", self.http)).await.is_ok_and(|r| r.status().is_success())
-    }
-
-    async fn until_ready(&self) {
-        eventually(PATIENCE, "the cluster is ready", || self.ready()).await;
-    }
-
-    async fn answer(&self, prompt: &[u32], new: u32) -> Result<Vec<u32>, Status> {
-        let client = InferenceClient::connect(self.grpc.clone()).await.unwrap();
-        let mut request = request(prompt, &SamplingParams::greedy(), new);
-        request.ignore_eos = true;
-        tokens(client, request).await
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn etcd_may_go_and_come_back() {
     let pair = tiny::pair(Kind::Identity, 5);
-    let mut cluster = Cluster::start(&pair.dir, 2, 2);
+    let mut cluster = ProcessCluster::start(&pair.dir, 2, 2);
     cluster.until_ready().await;
     let prompt = tiny::prompt(50, 1);
     let expected = cluster.answer(&prompt, 20).await.unwrap();
@@ -77,8 +26,7 @@ async fn etcd_may_go_and_come_back() {
     // A node that comes now is found: leases and watches have recovered.
     cluster.decode.clear();
     eventually(PATIENCE, "dead decode nodes are given up", || async { !cluster.ready().await }).await;
-    let flags = ["--pair", &pair.dir.display().to_string(), "--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M"];
-    cluster.decode.push(Process::ours("decode-node", &[&flags[..], &["--etcd", &cluster.etcd.address, "--cluster", "test"]].concat()));
+    cluster.decode.push(cluster.node("decode-node"));
     cluster.until_ready().await;
     assert_eq!(cluster.answer(&prompt, 20).await.unwrap(), expected);
 }
@@ -86,7 +34,7 @@ async fn etcd_may_go_and_come_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_etcd_changes_nothing() {
     let pair = tiny::pair(Kind::Identity, 5);
-    let cluster = Cluster::start(&pair.dir, 1, 1);
+    let cluster = ProcessCluster::start(&pair.dir, 1, 1);
     cluster.until_ready().await;
     cluster.etcd.process().signal("STOP");
     for _ in 0..5 {
@@ -103,7 +51,7 @@ async fn a_silent_etcd_changes_nothing() {
 async fn a_node_that_dies_costs_no_answer_where_there_is_another() {
     let pair = tiny::pair(Kind::Identity, 5);
     for role in ["prefill", "decode"] {
-        let mut cluster = Cluster::start(&pair.dir, 2, 2);
+        let mut cluster = ProcessCluster::start(&pair.dir, 2, 2);
         cluster.until_ready().await;
         tokio::time::sleep(Duration::from_millis(500)).await;
         let mut undisturbed = Vec::new();
@@ -135,7 +83,7 @@ async fn a_node_that_dies_costs_no_answer_where_there_is_another() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_last_node_that_dies_ends_its_answers_with_one_clear_error() {
     let pair = tiny::pair(Kind::Identity, 5);
-    let mut cluster = Cluster::start(&pair.dir, 1, 1);
+    let mut cluster = ProcessCluster::start(&pair.dir, 1, 1);
     cluster.until_ready().await;
     let mut request = request(&tiny::prompt(100, 1), &SamplingParams::greedy(), 3000);
     request.ignore_eos = true;
@@ -160,7 +108,7 @@ async fn the_last_node_that_dies_ends_its_answers_with_one_clear_error() {
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_may_start_before_its_peers_and_stops_when_told() {
     let pair = tiny::pair(Kind::Identity, 5);
-    let mut cluster = Cluster::start(&pair.dir, 0, 0);
+    let mut cluster = ProcessCluster::start(&pair.dir, 0, 0);
     eventually(PATIENCE, "the router listens", || async { reqwest::get(format!("{}/live", cluster.http)).await.is_ok() }).await;
     let response = reqwest::get(format!("{}/health", cluster.http)).await.unwrap();
     assert_eq!(response.status(), 503);
@@ -170,11 +118,8 @@ async fn everything_may_start_before_its_peers_and_stops_when_told() {
     assert_eq!(refused.status(), 503);
     assert!(refused.headers().contains_key("retry-after"));
 
-    let dir = pair.dir.display().to_string();
-    for (name, nodes) in [("prefill-node", &mut cluster.prefill), ("decode-node", &mut cluster.decode)] {
-        let flags = ["--pair", &dir, "--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M", "--etcd", &cluster.etcd.address];
-        nodes.push(Process::ours(name, &[&flags[..], &["--cluster", "test"]].concat()));
-    }
+    cluster.prefill.push(cluster.node("prefill-node"));
+    cluster.decode.push(cluster.node("decode-node"));
     cluster.until_ready().await;
 
     // What runs is finished, then every process ends with 0.

@@ -1,0 +1,71 @@
+//! Asking a node for its status: whether a process answers at its address, which one, and whether it is ready.
+
+use std::error::Error;
+use std::io::ErrorKind;
+use std::time::Duration;
+
+use overfill_proto::v1::node_client::NodeClient;
+use overfill_proto::v1::{self, NodeStatus, StatusRequest};
+use overfill_types::{PeerAddress, Role};
+use tokio::time::timeout;
+use tonic::transport::Endpoint;
+
+/// Time for an answer, connecting included.
+const LIMIT: Duration = Duration::from_secs(1);
+
+/// Why there is no status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoStatus {
+    /// Nobody listens there.
+    Refused,
+    /// No answer in time, or one that no node of this role gives.
+    Silent,
+}
+
+/// What the node at `address` says of itself. The connection is a new one each time: whether one can be made is part of
+/// what is asked.
+pub(crate) async fn ask(role: Role, address: &PeerAddress) -> Result<NodeStatus, NoStatus> {
+    let role = match role {
+        Role::Prefill => v1::Role::Prefill,
+        Role::Decode => v1::Role::Decode,
+    };
+    match timeout(LIMIT, status(address)).await {
+        Ok(Ok(status)) if status.role() == role => Ok(status),
+        Ok(Ok(_)) => Err(NoStatus::Silent),
+        Ok(Err(error)) if refused(&*error) => Err(NoStatus::Refused),
+        Ok(Err(_)) | Err(_) => Err(NoStatus::Silent),
+    }
+}
+
+async fn status(address: &PeerAddress) -> Result<NodeStatus, Box<dyn Error + Send + Sync>> {
+    let channel = Endpoint::from_shared(format!("http://{address}"))?.connect().await?;
+    Ok(NodeClient::new(channel).status(StatusRequest {}).await?.into_inner())
+}
+
+/// Whether a refused connection is at the root of it.
+fn refused(error: &(dyn Error + 'static)) -> bool {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    causes.filter_map(|error| error.downcast_ref::<std::io::Error>()).any(|error| error.kind() == ErrorKind::ConnectionRefused)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_closed_port_is_told_from_silence() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address: PeerAddress = listener.local_addr().unwrap().to_string().parse().unwrap();
+        for role in [Role::Prefill, Role::Decode] {
+            let begun = Instant::now();
+            assert_eq!(ask(role, &address).await.unwrap_err(), NoStatus::Silent, "it is bound, and nobody accepts");
+            assert!(begun.elapsed() >= LIMIT);
+        }
+        drop(listener);
+        assert_eq!(ask(Role::Decode, &address).await.unwrap_err(), NoStatus::Refused);
+    }
+}
