@@ -8,13 +8,13 @@ use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 use overfill_compress::checkpoint::{Checkpoint, Format};
 use overfill_compress::export::{GgufFormats, Stored};
-use overfill_compress::net::Precision;
-use overfill_compress::train::{
-    AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainOptions, train,
-};
+use overfill_compress::product::Precision;
 use overfill_model::pair::weights_sha256;
 use overfill_model::{Device, Llama, LlamaConfig, Pair, Pool, Transform, Weights, Workspace};
 use overfill_text::ModelText;
+use overfill_train::{
+    AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainOptions, train,
+};
 use overfill_types::pair::WeightFormat;
 use overfill_types::{KvFormat, KvFormats, KvTransform, PruneStrategy, WireFormat};
 use serde_json::{Map, json};

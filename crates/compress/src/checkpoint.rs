@@ -349,7 +349,7 @@ impl Writer {
     }
 
     /// A tensor under its whole name.
-    pub(crate) fn tensor(&mut self, name: String, shape: Vec<usize>, numbers: &[f32]) -> Result<(), CompressError> {
+    pub fn tensor(&mut self, name: String, shape: Vec<usize>, numbers: &[f32]) -> Result<(), CompressError> {
         let bytes = self.format.bytes(numbers);
         if self.pending_bytes > 0 && self.pending_bytes + bytes.len() > self.shard_bytes {
             self.flush()?;

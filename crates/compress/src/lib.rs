@@ -1,4 +1,5 @@
-//! Making pairs: a full model is pruned to a decode model, which is trained to answer from the full model's KV cache.
+//! Making pairs: conversations, pruning a full model to a decode model, evaluating what came of it, exporting it. Training,
+//! which stands between pruning and evaluation, is a crate of its own above this one.
 //!
 //! No network, and nothing that serves: what this crate makes are checkpoints that every node can load.
 
@@ -12,11 +13,11 @@ pub mod export;
 #[cfg(test)]
 mod fixture;
 pub mod matrix;
-pub mod net;
+pub mod product;
 pub mod prune;
 mod read;
 pub mod score;
-pub mod train;
+pub mod vector;
 
 pub use answer::{Asked, Writing, answer};
 pub use data::{Conversation, Example};

@@ -9,7 +9,7 @@ use faer::{Accum, Mat, MatRef, Par, Side};
 use rayon::prelude::*;
 
 use crate::error::CompressError;
-use crate::net::{View, ViewMut, multiply};
+use crate::product::{Onto, View, ViewMut, multiply};
 
 /// A matrix of f32, rows one after the other.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,21 +90,21 @@ impl Matrix {
     /// `self · other`.
     pub fn times(&self, other: &Self) -> Self {
         let mut product = Self::zeros(self.rows, other.columns);
-        multiply(product.view_mut(), self.view(), other.view(), false);
+        multiply(product.view_mut(), self.view(), other.view(), Onto::Replace);
         product
     }
 
     /// `self · otherᵀ`: rows through a linear map `[out, in]`.
     pub fn through(&self, map: &Self) -> Self {
         let mut product = Self::zeros(self.rows, map.rows);
-        multiply(product.view_mut(), self.view(), map.view().transposed(), false);
+        multiply(product.view_mut(), self.view(), map.view().transposed(), Onto::Replace);
         product
     }
 
     /// `selfᵀ · other`.
     pub fn transposed_times(&self, other: &Self) -> Self {
         let mut product = Self::zeros(self.columns, other.columns);
-        multiply(product.view_mut(), self.view().transposed(), other.view(), false);
+        multiply(product.view_mut(), self.view().transposed(), other.view(), Onto::Replace);
         product
     }
 

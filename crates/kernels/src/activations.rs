@@ -7,7 +7,6 @@ use std::ops::Range;
 
 use crate::disjoint::Disjoint;
 use crate::pool::Pool;
-use crate::product::Matrix;
 use crate::simd::{Simd, dispatch};
 
 /// Inputs that share a scale.
@@ -22,14 +21,6 @@ pub struct Reads {
     pub(crate) exact: bool,
     /// As rounded integers: quantised matrices.
     pub(crate) rounded: bool,
-}
-
-impl Reads {
-    /// How these matrices do.
-    pub fn of(matrices: &[&Matrix]) -> Self {
-        let quantised = |m: &&Matrix| matches!(m, Matrix::Quantised(_));
-        Self { exact: !matrices.iter().all(quantised), rounded: matrices.iter().any(quantised) }
-    }
 }
 
 /// Rows `[rows, width]` that go into a product. Kept from step to step, so that a step allocates nothing.

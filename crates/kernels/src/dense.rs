@@ -12,8 +12,8 @@ use crate::activations::{Activations, BLOCK_ROWS};
 use crate::disjoint::Disjoint;
 use crate::number::{Bf16, F16, Number};
 use crate::pool::Pool;
-use crate::product::{PANEL, Target, even};
 use crate::simd::Simd;
+use crate::target::{PANEL, Target, even};
 
 /// Bytes of `x` that stay in the second-level cache while panels pass.
 const X_BLOCK: usize = 256 << 10;
@@ -107,7 +107,7 @@ impl DenseMatrix {
     /// The product's columns of `panels`.
     #[inline(always)]
     pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Target<'_>, panels: Range<usize>) {
-        assert!(x.width() == self.inputs && x.rows() == to.rows());
+        assert!(x.width() == self.inputs && x.rows() == to.rows);
         match &self.lines {
             Lines::F32(lines) => multiply(s, lines, x, to, panels),
             Lines::Bf16(lines) => multiply(s, lines, x, to, panels),
@@ -120,8 +120,8 @@ impl DenseMatrix {
 fn multiply<S: Simd, T: Number>(s: S, lines: &[Line<T>], x: &Activations, to: Target<'_>, panels: Range<usize>) {
     let inputs = x.width();
     let each = (X_BLOCK / 4 / inputs.max(1) / BLOCK_ROWS).max(1) * BLOCK_ROWS;
-    for first in (0..to.rows()).step_by(each) {
-        let blocks = (first..(first + each).min(to.rows())).step_by(BLOCK_ROWS);
+    for first in (0..to.rows).step_by(each) {
+        let blocks = (first..(first + each).min(to.rows)).step_by(BLOCK_ROWS);
         let mut panel = panels.start;
         while panel < panels.end {
             // Two vectors share the loads of `x`: two panels with sixteen lanes, both halves of one with eight.

@@ -123,9 +123,10 @@ mod tests {
     use crate::kv::{KvFormat, Run};
     use crate::lanes;
     use crate::pool::Pool;
+    use crate::product::products;
     use crate::product::tests::{matrices, noise, product};
-    use crate::product::{Into, products};
     use crate::rows::{rms_norm, rotate, swiglu};
+    use crate::target::Into;
 
     /// `run` gives the same bits between guards, on any vector unit, as it does without: and it lives.
     fn holds(run: impl Fn() -> Vec<f32> + Send + Sync) {

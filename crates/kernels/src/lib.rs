@@ -33,6 +33,7 @@ mod quantised;
 mod rows;
 mod segment;
 mod simd;
+mod target;
 
 pub use activations::{Activations, Reads};
 pub use attention::{AttentionScratch, paged_attention};
@@ -40,6 +41,7 @@ pub use dense::DenseMatrix;
 pub use ggml::BlockFormat;
 pub use kv::{BLOCK_MULTIPLE, KvFormat, KvLayer, KvShape, Run};
 pub use pool::{Placement, Pool};
-pub use product::{Into, Matrix, products};
+pub use product::{Matrix, products};
 pub use quantised::QuantisedMatrix;
 pub use rows::{rms_norm, rotate, swiglu};
+pub use target::Into;

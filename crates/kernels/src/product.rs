@@ -2,15 +2,14 @@
 
 use std::ops::Range;
 
-use crate::activations::Activations;
+use crate::activations::{Activations, Reads};
 use crate::dense::DenseMatrix;
 use crate::disjoint::Disjoint;
 use crate::pool::Pool;
 use crate::quantised::QuantisedMatrix;
 use crate::simd::{Simd, dispatch};
+use crate::target::{Into, PANEL, Target};
 
-/// Output columns that are computed together.
-pub(crate) const PANEL: usize = 16;
 /// Bytes of weights below which a part is not worth handing to another thread: about a microsecond's reading.
 const LEAST_BYTES: usize = 16 << 10;
 /// Parts of a thread, so that one that is held up by another process does not hold up all.
@@ -63,13 +62,12 @@ impl Matrix {
     }
 }
 
-/// What becomes of a product's numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Into {
-    /// They replace what was there.
-    Place,
-    /// They are added to what was there.
-    Sum,
+impl Reads {
+    /// How these matrices do.
+    pub fn of(matrices: &[&Matrix]) -> Self {
+        let quantised = |m: &&Matrix| matches!(m, Matrix::Quantised(_));
+        Self { exact: !matrices.iter().all(quantised), rounded: matrices.iter().any(quantised) }
+    }
 }
 
 /// The products of `x` with several matrices, side by side: `y` is `[rows, sum of outputs]`.
@@ -113,65 +111,11 @@ fn multiply<S: Simd>(s: S, matrix: &Matrix, x: &Activations, to: Target<'_>, pan
     }
 }
 
-/// Rows of the next tile, where `rows` are left and a tile has `most`: tiles of about one size, rather than a small one at the end.
-#[inline(always)]
-pub(crate) fn even(rows: usize, most: usize) -> usize {
-    rows.div_ceil(rows.div_ceil(most))
-}
-
-/// Where one matrix's product goes: columns of `y` from `column` on.
-#[derive(Clone, Copy)]
-pub(crate) struct Target<'a> {
-    y: Disjoint<'a, f32>,
-    rows: usize,
-    width: usize,
-    column: usize,
-    outputs: usize,
-    into: Into,
-}
-
-impl Target<'_> {
-    pub(crate) fn rows(self) -> usize {
-        self.rows
-    }
-
-    /// Writes a vector of `row` from output `output` on; what would lie beyond the last output is left out.
-    ///
-    /// # Safety
-    /// No other thread writes these places at the same time.
-    #[inline(always)]
-    pub(crate) unsafe fn write<S: Simd>(self, s: S, row: usize, output: usize, values: S::V) {
-        if output >= self.outputs {
-            return;
-        }
-        let count = S::LANES.min(self.outputs - output);
-        // SAFETY: the caller keeps other threads away.
-        let to = unsafe { self.y.part(row * self.width + self.column + output, count) };
-        if count == S::LANES {
-            let values = match self.into {
-                Into::Place => values,
-                // SAFETY: `to` has `LANES` values.
-                Into::Sum => s.add(unsafe { s.load(to.as_ptr()) }, values),
-            };
-            // SAFETY: as above.
-            unsafe { s.store(to.as_mut_ptr(), values) };
-        } else {
-            let mut line = [0.0f32; PANEL];
-            // SAFETY: sixteen values have room for a vector.
-            unsafe { s.store(line.as_mut_ptr(), values) };
-            for (to, value) in to.iter_mut().zip(line) {
-                *to = if self.into == Into::Sum { *to + value } else { value };
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::activations::Reads;
     use crate::activations::tests::{BOTH, EXACT};
     use crate::ggml::BlockFormat;
     use crate::ggml::tests::{FORMATS, blocks};

@@ -13,8 +13,8 @@ use crate::disjoint::Disjoint;
 use crate::ggml::BlockFormat;
 use crate::number::{F16, Number};
 use crate::pool::Pool;
-use crate::product::{PANEL, Target, even};
 use crate::simd::{LINE, Simd};
+use crate::target::{PANEL, Target, even};
 
 /// Bytes of rounded `x` that stay in the second-level cache while panels pass.
 const X_BLOCK: usize = 256 << 10;
@@ -163,15 +163,15 @@ impl QuantisedMatrix {
     /// The product's columns of `panels`.
     #[inline(always)]
     pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Target<'_>, panels: Range<usize>) {
-        assert!(x.width() == self.inputs && x.rows() == to.rows() && panels.end * PANEL < self.outputs + PANEL);
+        assert!(x.width() == self.inputs && x.rows() == to.rows && panels.end * PANEL < self.outputs + PANEL);
         let each = (X_BLOCK / self.inputs / BLOCK_ROWS).max(1) * BLOCK_ROWS;
-        for first in (0..to.rows()).step_by(each) {
-            let blocks = (first..(first + each).min(to.rows())).step_by(BLOCK_ROWS);
+        for first in (0..to.rows).step_by(each) {
+            let blocks = (first..(first + each).min(to.rows)).step_by(BLOCK_ROWS);
             let mut panel = panels.start;
             while panel < panels.end {
                 // With sixteen lanes there are registers for two panels, which share the loads of `x`. One row has next to none to
                 // share, and memory is read faster in one run than in two.
-                let two = S::LANES == 16 && to.rows() > 1 && panel + 1 < panels.end;
+                let two = S::LANES == 16 && to.rows > 1 && panel + 1 < panels.end;
                 for first in blocks.clone() {
                     let block = x.rounded(first);
                     let most = if two { 6 } else { 4 };

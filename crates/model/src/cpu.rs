@@ -13,11 +13,12 @@ use crate::cache::KvCache;
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gguf::block_format;
-use crate::llama::{OnLayer, Pass};
+use crate::pass::{OnLayer, Pass};
 use crate::profile::Part;
 use crate::rope::Frequencies;
 use crate::values;
-use crate::weights::{Weight, Weights};
+use crate::weight::Weight;
+use crate::weights::Weights;
 use crate::workspace::Workspace;
 
 /// A Llama's weights, packed for our kernels.

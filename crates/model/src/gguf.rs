@@ -12,7 +12,7 @@ use overfill_types::KvGeometry;
 
 use crate::config::{LlamaConfig, Rope, RopeScaling};
 use crate::error::ModelError;
-use crate::weights::Weight;
+use crate::weight::Weight;
 
 /// An opened GGUF file.
 pub struct GgufFile {

@@ -7,7 +7,6 @@ use std::path::Path;
 
 use candle_core::Device;
 use overfill_kernels::Pool;
-use overfill_kv::BlockId;
 use overfill_types::pair::WeightFormat;
 
 use crate::cache::KvCache;
@@ -15,33 +14,10 @@ use crate::config::LlamaConfig;
 use crate::cpu::CpuLlama;
 use crate::error::ModelError;
 use crate::gpu::GpuLlama;
+use crate::pass::{Chunk, OnLayer, Pass};
 use crate::rope::Frequencies;
 use crate::weights::Weights;
 use crate::workspace::Workspace;
-
-/// A run of one sequence's tokens that a forward pass reads: a piece of a prompt, or one token of a decode step.
-#[derive(Clone, Copy, Debug)]
-pub struct Chunk<'a> {
-    /// Token ids.
-    pub tokens: &'a [u32],
-    /// Position of the first of them; the cache holds everything before it.
-    pub start: usize,
-    /// Block table of the sequence; covers `start + tokens.len()` positions at least.
-    pub blocks: &'a [BlockId],
-    /// Whether the logits after the last token are wanted.
-    pub logits: bool,
-}
-
-/// What one forward pass reads, and after which of its tokens the logits are wanted: their numbers, ascending, counted over
-/// all chunks.
-#[derive(Clone, Copy)]
-pub(crate) struct Pass<'a> {
-    pub(crate) chunks: &'a [Chunk<'a>],
-    pub(crate) rows: &'a [usize],
-}
-
-/// Called with a layer's number as soon as its keys and values of all chunks lie in the cache.
-pub type OnLayer<'a> = &'a mut dyn FnMut(usize, &KvCache, &Pool) -> Result<(), ModelError>;
 
 /// A Llama-family model on one device.
 pub struct Llama {
@@ -184,6 +160,7 @@ impl Llama {
 
 #[cfg(test)]
 mod tests {
+    use overfill_kv::BlockId;
     use overfill_types::KvFormat;
 
     use super::*;

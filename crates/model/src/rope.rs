@@ -3,7 +3,7 @@
 use std::f64::consts::TAU;
 
 use crate::config::{Rope, RopeScaling};
-use crate::llama::Chunk;
+use crate::pass::Chunk;
 
 /// Frequencies of one model's rotary embedding, `[head_dim / 2]`.
 pub struct Frequencies(Vec<f32>);

@@ -9,8 +9,9 @@ use overfill_types::{FinishReason, KvFormats, Quality, SamplingParams, StopCondi
 
 use crate::cache::KvCache;
 use crate::error::ModelError;
-use crate::llama::{Chunk, Llama};
+use crate::llama::Llama;
 use crate::pair::Pair;
+use crate::pass::Chunk;
 use crate::sample::{Sampled, Sampler};
 use crate::transform::{Passage, Transform};
 use crate::workspace::Workspace;

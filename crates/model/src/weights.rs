@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use overfill_types::pair::WeightFormat;
 
@@ -11,14 +10,7 @@ use crate::error::ModelError;
 use crate::gguf::GgufFile;
 use crate::hugging_face::HuggingFaceFolder;
 use crate::values;
-
-/// One weight as it will be held.
-pub enum Weight {
-    /// f32, bf16 or f16.
-    Dense(Tensor),
-    /// Blocks of quantised values, shape `[out, in]`.
-    Quantised(QTensor),
-}
+use crate::weight::Weight;
 
 /// An opened checkpoint. Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`) whatever the file's are;
 /// query and key rows come in Hugging Face's order (halves, not interleaved) also from a GGUF file.

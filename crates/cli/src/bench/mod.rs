@@ -4,11 +4,10 @@ mod engine;
 mod handoff;
 mod itl;
 mod peaks;
-mod serve;
-mod spread;
 mod train;
 
 use clap::Subcommand;
+use overfill_load_tester::{LoadTestArgs, spread};
 
 use crate::Home;
 
@@ -21,7 +20,7 @@ pub(crate) enum BenchCommand {
     /// Inter-token latency of a running cluster, alone and while long prompts arrive
     Itl(itl::ItlArgs),
     /// A load on a running server, over HTTP or gRPC, as `vllm bench serve` puts it
-    Serve(Box<serve::ServeBenchArgs>),
+    Serve(Box<LoadTestArgs>),
     /// Training tokens per second, on random numbers
     Train(train::TrainArgs),
 }
@@ -31,7 +30,7 @@ pub(crate) fn run(what: BenchCommand, home: &Home) -> anyhow::Result<()> {
         BenchCommand::Engine(args) => engine::run(&args, home),
         BenchCommand::Handoff(args) => handoff::run(&args, home),
         BenchCommand::Itl(args) => itl::run(&args),
-        BenchCommand::Serve(args) => serve::run(&args),
+        BenchCommand::Serve(args) => overfill_load_tester::run(&args),
         BenchCommand::Train(args) => train::run(&args),
     }
 }

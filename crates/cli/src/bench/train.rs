@@ -4,11 +4,12 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
-use overfill_compress::net::{Batch, Context, KvRows, Mix, Net, Objective, Precision, Sequence, Shape, State, Target, Teacher};
-use overfill_compress::train::AdamOptions;
-use overfill_compress::train::adam::{Adam, norm};
+use overfill_compress::product::Precision;
 use overfill_model::LlamaConfig;
 use overfill_model::config::{Rope, RopeScaling};
+use overfill_train::AdamOptions;
+use overfill_train::adam::{Adam, norm};
+use overfill_train::net::{Batch, Context, KvRows, Mix, Net, Objective, Sequence, Shape, State, Target, Teacher};
 use overfill_types::KvGeometry;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;

@@ -4,6 +4,7 @@
 //! of blocks of 32 numbers; a width that is no multiple of that is padded with zeros, which changes no result (`pad`).
 
 mod pad;
+mod rounding;
 
 use std::path::Path;
 use std::str::FromStr;
@@ -17,8 +18,6 @@ use crate::checkpoint::{Checkpoint, Format, LayerWeights, Writer};
 use crate::error::CompressError;
 use crate::export::pad::Padding;
 use crate::matrix::Matrix;
-
-pub(crate) use pad::BLOCK;
 
 /// What the matrices of a GGUF file are stored as. All quantised ones have blocks of 32 numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,7 +69,7 @@ impl Stored {
     }
 
     /// Of which kind its blocks are, if rows are blocks.
-    pub(crate) fn blocks(self) -> Option<GgmlDType> {
+    fn blocks(self) -> Option<GgmlDType> {
         Some(self.0).filter(|dtype| !matches!(dtype, GgmlDType::F32 | GgmlDType::F16))
     }
 }
@@ -88,7 +87,7 @@ pub struct GgufFormats {
 
 impl GgufFormats {
     /// What the tensor of this name and number of dimensions is stored as; `None` for vectors.
-    pub(crate) fn of(&self, name: &str, dimensions: usize) -> Option<Stored> {
+    fn of(&self, name: &str, dimensions: usize) -> Option<Stored> {
         match name {
             _ if dimensions < 2 => None,
             "model.embed_tokens.weight" => Some(self.embedding),

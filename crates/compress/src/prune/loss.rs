@@ -7,11 +7,11 @@ use crate::calibrate::Sample;
 use crate::checkpoint::{Checkpoint, LayerWeights};
 use crate::error::CompressError;
 use crate::matrix::Matrix;
-use crate::net::{exp, max, sum, vectorised};
 use crate::prune::Progress;
 use crate::prune::kept::kv_columns;
 use crate::prune::statistics::embed;
 use crate::prune::stream::{Batch, Reads, Shape, activations, add_through, batches};
+use crate::vector::{exp, max, sum, vectorised};
 
 /// Rows of logits that are computed at once: 256 x 128,256 numbers are 131 MB.
 const LOGIT_ROWS: usize = 256;

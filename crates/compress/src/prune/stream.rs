@@ -13,7 +13,8 @@ use rayon::prelude::*;
 use crate::calibrate::Sample;
 use crate::checkpoint::LayerWeights;
 use crate::matrix::Matrix;
-use crate::net::{Onto, View, ViewMut, exp, max, multiply_here, sum, vectorised};
+use crate::product::{Onto, View, ViewMut, multiply_here};
+use crate::vector::{exp, max, sum, vectorised};
 
 /// Most tokens of a batch, unless one sample has more: bounds what a layer computes at once.
 const BATCH_TOKENS: usize = 4096;

@@ -5,7 +5,7 @@ use candle_nn::ops::softmax_last_dim;
 
 use crate::cache::{KvCache, KvTensors};
 use crate::error::ModelError;
-use crate::llama::Chunk;
+use crate::pass::Chunk;
 
 /// Puts the step's keys and values, `[tokens, kv_heads, head_dim]`, into one layer of the cache.
 pub(crate) fn append(cache: &mut KvCache, layer: usize, chunks: &[Chunk<'_>], k: &Tensor, v: &Tensor) -> Result<(), ModelError> {

@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Module, Tensor};
 use overfill_types::pair::WeightFormat;
 
 use crate::error::ModelError;
-use crate::weights::{Weight, Weights};
+use crate::weight::Weight;
+use crate::weights::Weights;
 
 /// A weight matrix `[out, in]`.
 #[derive(Clone)]

@@ -13,7 +13,7 @@ use crate::cache::KvCache;
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gpu::linear::{Linear, Matrix};
-use crate::llama::{Chunk, Pass};
+use crate::pass::{Chunk, Pass};
 use crate::rope::Frequencies;
 use crate::weights::Weights;
 
