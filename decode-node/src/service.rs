@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use overfill_guide::Guides;
 use overfill_lifecycle::calls::{Answering, Events};
@@ -57,6 +58,7 @@ impl DecodeService {
             fingerprint: Fingerprint::new(request.fingerprint),
             request: RequestId::new(request.request_id),
             epoch: Epoch(request.epoch),
+            arrived: arrived(request.age_us, Instant::now()),
             prompt: request.prompt,
             written: request.written,
             alone: request.alone,
@@ -142,6 +144,14 @@ impl Decode for DecodeService {
         let (id, pair, admission) = (self.id.clone(), self.pair.clone(), self.admission.clone());
         Ok(Response::new(watched(self.drain.clone(), move |draining| status_of(&id, &pair, &admission, draining))))
     }
+}
+
+/// When a request came that is so old, in microseconds. Clocks of two machines differ, so it is told as an age.
+fn arrived(age_us: u64, now: Instant) -> Instant {
+    // Older than this machine's clock reaches back is as old as can be told.
+    const OLDEST: Duration = Duration::from_secs(24 * 3600);
+    let age = Duration::from_micros(age_us).min(OLDEST);
+    now.checked_sub(age).unwrap_or(now)
 }
 
 fn status_of(id: &NodeId, pair: &ServedPair, admission: &Admission, draining: bool) -> NodeStatus {

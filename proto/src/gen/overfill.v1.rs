@@ -308,6 +308,10 @@ pub struct DecodeRequest {
     /// No handoff comes: the decode model reads the prompt itself and writes the whole answer.
     #[prost(bool, tag = "8")]
     pub alone: bool,
+    /// How long ago the request came to its router, in microseconds; the same request's later attempts are older. Where blocks are
+    /// wanting, the sequence whose request came last gives up its own.
+    #[prost(uint64, tag = "9")]
+    pub age_us: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeEvent {
@@ -546,8 +550,8 @@ pub mod decode_client {
             self
         }
         /// Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache from a prefill node
-        /// (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where an older
-        /// sequence comes to need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
+        /// (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where the
+        /// sequence of an older request comes to need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
         /// When the stream is dropped the sequence ends and its blocks are free.
         /// For tools that ask one thing: a router has many such calls on one stream (calls.proto).
         pub async fn generate(
@@ -661,8 +665,8 @@ pub mod decode_server {
             + std::marker::Send
             + 'static;
         /// Reserves KV blocks for the prompt, or refuses at once (RESOURCE_EXHAUSTED); then waits for the KV cache from a prefill node
-        /// (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where an older
-        /// sequence comes to need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
+        /// (or reads the prompt, if `alone`) and streams tokens, from index 1 (or 0) or after those that were written. Where the
+        /// sequence of an older request comes to need its blocks it ends with UNAVAILABLE and `overfill-code: preempted` in the trailers.
         /// When the stream is dropped the sequence ends and its blocks are free.
         /// For tools that ask one thing: a router has many such calls on one stream (calls.proto).
         async fn generate(

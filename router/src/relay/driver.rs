@@ -248,6 +248,7 @@ impl Driver {
             stop: Some(convert::stop_to_wire(&self.request.stop)),
             written: self.flow.written().to_vec(),
             alone: self.request.quality == Quality::Decode,
+            age_us: u64::try_from(self.request.arrived.elapsed().as_micros()).unwrap_or(u64::MAX),
         };
         let asked = Instant::now();
         let mut events = self.call("decode node", node, call::What::Decode(request)).await?;

@@ -209,8 +209,7 @@ async fn what_goes_wrong_is_counted() {
         prompt: prompt.clone(),
         sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),
         stop: Some(StopTokens { max_tokens: 4, ignore_eos: true, ..Default::default() }),
-        written: vec![],
-        alone: false,
+        ..Default::default()
     };
     // Another pair.
     client.generate(ask("another", "a")).await.unwrap_err();
