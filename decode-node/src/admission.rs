@@ -13,7 +13,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use overfill_kv::{BlockHash, BlockPool, Expected, Reservation, block_hashes};
 use overfill_types::prompt_digest;
@@ -29,6 +29,8 @@ pub(crate) struct Asked {
     pub(crate) fingerprint: Fingerprint,
     pub(crate) request: RequestId,
     pub(crate) epoch: Epoch,
+    /// When the request came to its router.
+    pub(crate) arrived: Instant,
     pub(crate) prompt: Vec<u32>,
     /// Tokens of the answer that were written before, elsewhere.
     pub(crate) written: Vec<u32>,
@@ -189,7 +191,8 @@ impl Admission {
         let held = Held { request: asked.request.clone(), expected, most, claimed: asked.alone, superseded: false };
         table.held.insert(ticket.clone(), held);
         table.admitted += 1;
-        Ok(Place { ticket, number: table.admitted, reservation, prompt_digest, names, admission: self.clone() })
+        let seniority = Seniority { arrived: asked.arrived, number: table.admitted };
+        Ok(Place { ticket, seniority, reservation, prompt_digest, names, admission: self.clone() })
     }
 
     /// Gives a ticket to the one push that may use it.
@@ -289,11 +292,19 @@ fn full<T>(message: String) -> Result<T, ServiceError> {
     Err(ServiceError::no_room(Code::ResourceExhausted, message))
 }
 
+/// A sequence's age among all of this node, the least is the oldest; no two are alike. It goes by when the request came to its
+/// router, so that a sequence that was preempted does not come again as the youngest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Seniority {
+    arrived: Instant,
+    /// Among all that were let in.
+    number: u64,
+}
+
 /// A sequence's place on this node: its ticket and its blocks. Dropping it gives both back.
 pub(crate) struct Place {
     pub(crate) ticket: Ticket,
-    /// Its number among all that were let in: a younger sequence has a greater one.
-    pub(crate) number: u64,
+    pub(crate) seniority: Seniority,
     pub(crate) reservation: Reservation,
     /// sha256 of the prompt's token ids.
     pub(crate) prompt_digest: [u8; 32],

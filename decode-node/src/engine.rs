@@ -8,7 +8,8 @@
 //! blame fails alone and the others write the same tokens. An engine that fails one sequence after the other is broken: it ends,
 //! and its node with it.
 //!
-//! **Invariants:** the oldest sequence is never preempted, so something always goes on. Running sequences wait for the rows of
+//! **Invariants:** the oldest sequence, by when its request came to its router, is never preempted, so something always goes on.
+//! Running sequences wait for the rows of
 //! others [`ROWS_TIME`] a step, and for one frame more at most.
 
 use std::collections::{HashMap, VecDeque};
@@ -25,6 +26,7 @@ use overfill_node::{Faults, Pulse, Streak};
 use overfill_types::{Code, ServiceError, Ticket, WireFormat};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use crate::admission::Seniority;
 use crate::metrics::Metrics;
 use crate::sequence::Sequence;
 
@@ -383,20 +385,20 @@ impl Loop {
     /// Takes the blocks that the next step writes to, for the oldest sequence first; where there is none, the youngest of all
     /// gives up its own. False where the only sequence finds none.
     fn make_room(&mut self, batch: &mut Vec<Sequence>) -> bool {
-        let mut numbers: Vec<u64> = batch.iter().map(|s| s.place.number).collect();
-        numbers.sort_unstable();
-        for number in numbers {
+        let mut ages: Vec<Seniority> = batch.iter().map(|s| s.place.seniority).collect();
+        ages.sort_unstable();
+        for age in ages {
             // It may have been the youngest.
-            while let Some(sequence) = batch.iter_mut().find(|s| s.place.number == number) {
+            while let Some(sequence) = batch.iter_mut().find(|s| s.place.seniority == age) {
                 if sequence.grow() {
                     break;
                 }
-                let all = || batch.iter().chain(&self.running).chain(self.waiting.values()).map(|s| s.place.number);
+                let all = || batch.iter().chain(&self.running).chain(self.waiting.values()).map(|s| s.place.seniority);
                 let (oldest, youngest) = (all().min(), all().max());
                 if oldest == youngest {
                     return false;
                 }
-                let youngest = |s: &mut Sequence| Some(s.place.number) == youngest;
+                let youngest = |s: &mut Sequence| Some(s.place.seniority) == youngest;
                 let preempted = batch.extract_if(.., youngest).chain(self.running.extract_if(.., youngest));
                 preempted.chain(self.waiting.extract_if(|_, s| youngest(s)).map(|(_, s)| s)).for_each(preempt);
             }

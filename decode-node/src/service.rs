@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use overfill_guide::Guides;
@@ -57,6 +58,7 @@ impl DecodeService {
             fingerprint: Fingerprint::new(request.fingerprint),
             request: RequestId::new(request.request_id),
             epoch: Epoch(request.epoch),
+            arrived: arrived(request.age_us, Instant::now()),
             prompt: request.prompt,
             written: request.written,
             alone: request.alone,
@@ -146,4 +148,12 @@ impl Decode for DecodeService {
             status::to_peer(&error)
         })
     }
+}
+
+/// When a request came that is so old, in microseconds. Clocks of two machines differ, so it is told as an age.
+fn arrived(age_us: u64, now: Instant) -> Instant {
+    // Older than this machine's clock reaches back is as old as can be told.
+    const OLDEST: Duration = Duration::from_secs(24 * 3600);
+    let age = Duration::from_micros(age_us).min(OLDEST);
+    now.checked_sub(age).unwrap_or(now)
 }

@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use overfill_cluster::Snapshot;
-use overfill_schedule::{Absent, Bounds, Cluster, One, Order, Pair, Refusal, Report, Scheduler, Submitted, Taken, Ticket, TooLarge, Turn};
+use overfill_schedule::{
+    Absent, Cluster, NodePair, One, Order, QueueLimits, QueueNumber, Refusal, Report, Scheduler, Submitted, Taken, TooLarge, Turn,
+};
 use overfill_types::{Code, Endpoint, Fingerprint, NodeId, PairManifest, Quality, Role, ServiceError};
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
@@ -15,7 +17,7 @@ use tokio::time::timeout;
 #[derive(Clone)]
 pub(crate) struct Pairing {
     shared: Arc<Mutex<Shared>>,
-    tickets: Arc<AtomicU64>,
+    numbers: Arc<AtomicU64>,
     /// For the names of prompts' blocks.
     seed: u64,
 }
@@ -23,7 +25,7 @@ pub(crate) struct Pairing {
 struct Shared {
     scheduler: Scheduler,
     view: watch::Receiver<Arc<Snapshot>>,
-    waiting: HashMap<Ticket, oneshot::Sender<Result<Chosen, NoPair>>>,
+    waiting: HashMap<QueueNumber, oneshot::Sender<Result<Chosen, NoPair>>>,
 }
 
 /// The nodes of one attempt. Dropping it tells that the attempt is over.
@@ -71,15 +73,15 @@ pub(crate) enum NoPair {
 impl Pairing {
     /// Of the nodes in `view`; at most `waiting` requests wait for room.
     pub(crate) fn new(view: watch::Receiver<Arc<Snapshot>>, waiting: usize) -> Self {
-        let mut scheduler = Scheduler::new(Cluster::new(rand::random()), Bounds { waiting });
+        let mut scheduler = Scheduler::new(Cluster::new(rand::random()), QueueLimits { waiting });
         scheduler.cluster_mut().update(&view.borrow().nodes, Instant::now());
         let shared = Shared { scheduler, view, waiting: HashMap::new() };
-        Self { shared: Arc::new(Mutex::new(shared)), tickets: Arc::default(), seed: rand::random() }
+        Self { shared: Arc::new(Mutex::new(shared)), numbers: Arc::default(), seed: rand::random() }
     }
 
-    /// A request's own ticket.
-    pub(crate) fn ticket(&self) -> Ticket {
-        Ticket(self.tickets.fetch_add(1, Ordering::Relaxed))
+    /// A request's own number: its age among all, over all of its attempts.
+    pub(crate) fn number(&self) -> QueueNumber {
+        QueueNumber(self.numbers.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Names of a prompt's blocks.
@@ -87,21 +89,22 @@ impl Pairing {
         overfill_schedule::keys(self.seed, prompt).into()
     }
 
-    /// Two nodes with room, in the request's turn; `again` where those of its turn had none after all.
+    /// Two nodes with room, in the request's turn; `again` where its turn brought nothing: then it is before those that have not
+    /// had theirs.
     ///
     /// # Errors
     /// See [`NoPair`].
-    pub(crate) async fn turn(&self, order: Order, ticket: Ticket, again: bool) -> Result<Chosen, NoPair> {
+    pub(crate) async fn turn(&self, order: Order, number: QueueNumber, again: bool) -> Result<Chosen, NoPair> {
         let now = Instant::now();
         let left = order.until.saturating_duration_since(now);
         let turn = {
             let mut shared = self.lock();
-            match shared.scheduler.submit(order, ticket, again, now) {
+            match shared.scheduler.submit(order, number, again, now) {
                 Submitted::Now(turn) => Err(turn),
                 Submitted::Refused(refusal) => return Err(NoPair::Refused(refused(refusal))),
                 Submitted::Waits => {
                     let (sender, turn) = oneshot::channel();
-                    shared.waiting.insert(ticket, sender);
+                    shared.waiting.insert(number, sender);
                     Ok(turn)
                 }
             }
@@ -110,7 +113,11 @@ impl Pairing {
             Ok(turn) => turn,
             Err(turn) => return self.given(turn),
         };
-        let _waiting = Waiting { pairing: self, ticket };
+        let _waiting = Waiting { pairing: self, number };
+        if again {
+            // What is held back may be so for those behind it.
+            self.serve();
+        }
         match timeout(left, turn).await {
             Ok(Ok(given)) => given,
             _ => {
@@ -129,9 +136,16 @@ impl Pairing {
         self.given(turn)
     }
 
+    /// An answer that is under way begins to look for nodes anew. Until what is given is dropped, nobody who waits or comes gets
+    /// the nodes that write it: it is older, and was taken on.
+    pub(crate) fn right_of_way(&self, order: &Order, number: QueueNumber) -> RightOfWay {
+        self.lock().scheduler.resumes(order, number);
+        RightOfWay { pairing: self.clone(), number }
+    }
+
     fn given(&self, turn: Turn) -> Result<Chosen, NoPair> {
         match turn {
-            Turn::Pair(Pair { prefill, decode, taken }) => Ok(self.chosen(Nodes::Both(Both { prefill, decode }), taken)),
+            Turn::Two(NodePair { prefill, decode, taken }) => Ok(self.chosen(Nodes::Both(Both { prefill, decode }), taken)),
             Turn::One(One { node, taken }) => Ok(self.chosen(Nodes::One(node), taken)),
             Turn::Absent(_) => Err(NoPair::Absent),
             Turn::TooLarge(TooLarge { role, tokens, largest }) => {
@@ -151,11 +165,8 @@ impl Pairing {
     pub(crate) fn serve(&self) {
         let turns: Vec<_> = {
             let mut shared = self.lock();
-            if shared.waiting.is_empty() {
-                return;
-            }
             let turns = shared.scheduler.turns(Instant::now());
-            turns.into_iter().filter_map(|(ticket, turn)| Some((shared.waiting.remove(&ticket)?, turn))).collect()
+            turns.into_iter().filter_map(|(number, turn)| Some((shared.waiting.remove(&number)?, turn))).collect()
         };
         for (waiting, turn) in turns {
             // One that has gone just now drops what it is given, which gives it back.
@@ -207,20 +218,33 @@ impl Pairing {
 /// A request that waits; dropping it gives up its place.
 struct Waiting<'a> {
     pairing: &'a Pairing,
-    ticket: Ticket,
+    number: QueueNumber,
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         let waiting = {
             let mut shared = self.pairing.lock();
-            shared.scheduler.cancel(self.ticket);
-            shared.waiting.remove(&self.ticket)
+            shared.scheduler.cancel(self.number);
+            shared.waiting.remove(&self.number)
         };
         // The one behind it may fit where it did not.
         if waiting.is_some() {
             self.pairing.serve();
         }
+    }
+}
+
+/// The right of way of an answer that looks for nodes; dropping it gives it up.
+pub(crate) struct RightOfWay {
+    pairing: Pairing,
+    number: QueueNumber,
+}
+
+impl Drop for RightOfWay {
+    fn drop(&mut self) {
+        self.pairing.lock().scheduler.resumed(self.number);
+        self.pairing.serve();
     }
 }
 
@@ -298,7 +322,7 @@ mod tests {
     }
 
     async fn turn(pairing: &Pairing, wait: Duration) -> Result<Chosen, NoPair> {
-        pairing.turn(order(wait), pairing.ticket(), false).await
+        pairing.turn(order(wait), pairing.number(), false).await
     }
 
     #[tokio::test]
@@ -315,6 +339,27 @@ mod tests {
         drop(first);
         assert!(second.await.unwrap());
         assert!(turn(&pairing, Duration::ZERO).await.is_ok(), "given back by the second");
+    }
+
+    #[tokio::test]
+    async fn an_answer_under_way_goes_before_who_waits() {
+        let (_view, pairing) = view();
+        let attempt = turn(&pairing, Duration::ZERO).await.ok().unwrap();
+        let waits = tokio::spawn({
+            let pairing = pairing.clone();
+            async move { turn(&pairing, Duration::from_secs(60)).await.is_ok() }
+        });
+        while pairing.lock().waiting.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let right_of_way = pairing.right_of_way(&order(Duration::ZERO), pairing.number());
+        drop(attempt);
+        assert_eq!(pairing.lock().waiting.len(), 1, "the room that it left is its own");
+        let next = pairing.at_once(&order(Duration::ZERO)).ok().unwrap();
+        drop(right_of_way);
+        assert_eq!(pairing.lock().waiting.len(), 1, "it has the room");
+        drop(next);
+        assert!(waits.await.unwrap());
     }
 
     #[tokio::test]

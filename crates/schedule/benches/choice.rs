@@ -40,7 +40,7 @@ fn choice(c: &mut Criterion) {
                 let keys = &chats[turn];
                 let (pair, quality, shunned) = (&pair, Quality::Overfill, &[][..]);
                 let ask = Ask { pair, quality, decodes: true, keys, prompt_tokens: 1030, answer_tokens: 100, shunned, with_room: true };
-                if let Choice::Pair(mut pair) = cluster.choose(black_box(&ask), now) {
+                if let Choice::Two(mut pair) = cluster.choose(black_box(&ask), now) {
                     cluster.read(&mut pair.taken);
                     cluster.release(pair.taken);
                 }

@@ -8,9 +8,10 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 
 use crate::choice::Ask;
-use crate::cluster::Pool;
+use crate::cluster::NodePool;
+use crate::needs::HeldBack;
 use crate::node::{Node, Room};
-use crate::prefix::{BLOCK, Matches};
+use crate::prefix_index::{BLOCK, Matches};
 
 /// Prefill nodes that are looked at beside those that hold most of the prompt; smaller pools are looked at whole.
 const LOOKED_AT: usize = 8;
@@ -29,6 +30,8 @@ const WORTH_IT: f64 = 512.0;
 pub(crate) struct View<'a> {
     pub(crate) nodes: &'a HashMap<u32, Node>,
     pub(crate) ask: &'a Ask<'a>,
+    /// Nodes of these have no room for who asks.
+    pub(crate) held_back: &'a HeldBack,
     pub(crate) now: Instant,
 }
 
@@ -65,7 +68,7 @@ impl Candidate {
 
 impl View<'_> {
     /// By what it holds of the prompt against what it has to read before.
-    pub(crate) fn prefill(&self, pool: &Pool, rng: &mut SmallRng) -> Option<Candidate> {
+    pub(crate) fn prefill(&self, pool: &NodePool, rng: &mut SmallRng) -> Option<Candidate> {
         let matches = pool.prefixes.matches(self.ask.keys);
         let mean = pool.lately.at(self.now) / pool.members.len() as f64;
         let look = |number: u32| {
@@ -74,6 +77,7 @@ impl View<'_> {
             let held = (matches.of(number) * BLOCK).min(self.ask.prompt_tokens.saturating_sub(1));
             let unread = self.ask.prompt_tokens - held;
             let (queue, room) = node.reading(self.ask.to_read().unwrap_or(0), unread, self.now);
+            let room = self.left_over(node, room);
             let lately = node.lately.at(self.now);
             let cost = queue + unread as f64 + lately * LATELY + (lately - mean).max(0.0);
             Some(Candidate { node: number, rank: self.rank(node, room), cost, held })
@@ -88,13 +92,19 @@ impl View<'_> {
     }
 
     /// By its room, of two that are drawn and those that hold the prompt already.
-    pub(crate) fn decode(&self, pool: &Pool, rng: &mut SmallRng) -> Option<Candidate> {
+    pub(crate) fn decode(&self, pool: &NodePool, rng: &mut SmallRng) -> Option<Candidate> {
         let takes_over = self.ask.decodes && self.ask.quality == Quality::Overfill;
         let matches = if takes_over { pool.prefixes.matches(self.ask.keys) } else { Matches::default() };
         let look = |number: u32| {
             let node = self.nodes.get(&number)?;
             let held = matches.of(number) * BLOCK;
-            let (fullness, room) = self.ask.to_write().map_or((0.0, Room::Now), |tokens| node.writing(tokens, held, self.now));
+            let (fullness, room) = match self.ask.to_write() {
+                Some(tokens) => {
+                    let (fullness, room) = node.writing(tokens, held, self.now);
+                    (fullness, self.left_over(node, room))
+                }
+                None => (0.0, Room::Now),
+            };
             let saved = AFFINITY * held as f64 / (held as f64 + WORTH_IT);
             Some(Candidate { node: number, rank: self.rank(node, room), cost: fullness - saved, held })
         };
@@ -111,6 +121,11 @@ impl View<'_> {
             _ => pool.members[rng.random_range(0..all)],
         });
         best(found.into_iter().chain(further.filter_map(look)))
+    }
+
+    /// The room that others leave.
+    fn left_over(&self, node: &Node, room: Room) -> Room {
+        if self.held_back.node(&node.endpoint) { room.max(Room::Later) } else { room }
     }
 
     fn rank(&self, node: &Node, room: Room) -> Rank {

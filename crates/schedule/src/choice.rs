@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use overfill_types::{Endpoint, Fingerprint, NodeId, Quality, Role};
 
+use crate::needs::Lacks;
 use crate::node::Work;
 
 /// What is asked of the nodes.
@@ -56,11 +57,11 @@ pub struct Absent {
 #[derive(Debug)]
 pub enum Choice {
     /// Two nodes.
-    Pair(Pair),
+    Two(NodePair),
     /// The one that is wanted.
     One(One),
-    /// None has room now.
-    Full,
+    /// None has room now that is not held back for others.
+    Full(Lacks),
     /// None will ever have room for this request.
     TooLarge(TooLarge),
     /// There are none.
@@ -80,7 +81,7 @@ pub struct TooLarge {
 
 /// A prefill and a decode node for one attempt.
 #[derive(Debug)]
-pub struct Pair {
+pub struct NodePair {
     /// Reads the prompt.
     pub prefill: Arc<Endpoint>,
     /// Writes the answer.

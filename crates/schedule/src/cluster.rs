@@ -1,6 +1,6 @@
 //! All nodes, and the choice of two.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,9 +9,10 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
 use crate::candidate::{Candidate, View};
-use crate::choice::{Absent, Ask, Choice, One, Pair, Taken, TooLarge};
+use crate::choice::{Absent, Ask, Choice, NodePair, One, Taken, TooLarge};
+use crate::needs::{HeldBack, Lacks, Needs};
 use crate::node::{Lately, Node, Report, Room, Work};
-use crate::prefix::Prefixes;
+use crate::prefix_index::PrefixIndex;
 
 /// How long a node that failed is left alone, if there is another.
 const SUSPICION: Duration = Duration::from_secs(3);
@@ -22,13 +23,15 @@ const REMEMBERED_OF_ONE: usize = 1 << 16;
 
 /// Nodes of one role and pair.
 #[derive(Debug)]
-pub(crate) struct Pool {
+pub(crate) struct NodePool {
     pub(crate) members: Vec<u32>,
-    pub(crate) prefixes: Prefixes,
+    pub(crate) prefixes: PrefixIndex,
     /// Tokens that all of them were given to read.
     pub(crate) lately: Lately,
     /// The longest sequence that all of them take.
     max_context: usize,
+    /// Pairs that they serve: pools of these have nodes in common.
+    pairs: HashSet<Fingerprint>,
 }
 
 /// What is known of all nodes.
@@ -36,8 +39,8 @@ pub(crate) struct Pool {
 pub struct Cluster {
     nodes: HashMap<u32, Node>,
     numbers: HashMap<NodeId, u32>,
-    prefill: HashMap<Fingerprint, Pool>,
-    decode: HashMap<Fingerprint, Pool>,
+    prefill: HashMap<Fingerprint, NodePool>,
+    decode: HashMap<Fingerprint, NodePool>,
     next: u32,
     rng: SmallRng,
 }
@@ -79,18 +82,26 @@ impl Cluster {
             self.next = self.next.wrapping_add(1);
             self.numbers.insert(endpoint.id.clone(), number);
             self.nodes.insert(number, Node::new(Arc::new(endpoint.clone()), now));
-            let pool = || Pool { members: Vec::new(), prefixes: Prefixes::default(), lately: Lately::new(now), max_context: 0 };
+            let pool = || NodePool {
+                members: Vec::new(),
+                prefixes: PrefixIndex::default(),
+                lately: Lately::new(now),
+                max_context: 0,
+                pairs: HashSet::new(),
+            };
             let pools = self.pools(endpoint.role);
             endpoint.pairs.iter().for_each(|pair| pools.entry(pair.fingerprint.clone()).or_insert_with(pool).members.push(number));
         }
         let Self { nodes, prefill, decode, .. } = self;
         for pool in prefill.values_mut().chain(decode.values_mut()) {
-            let longest = pool.members.iter().filter_map(|m| nodes.get(m)).map(|n| n.endpoint.max_context);
-            pool.max_context = longest.min().unwrap_or(0);
+            let members = || pool.members.iter().filter_map(|m| nodes.get(m)).map(|n| &n.endpoint);
+            let longest = members().map(|endpoint| endpoint.max_context).min().unwrap_or(0);
+            let pairs = members().flat_map(|endpoint| &endpoint.pairs).map(|pair| pair.fingerprint.clone()).collect();
+            (pool.max_context, pool.pairs) = (longest, pairs);
         }
     }
 
-    fn pools(&mut self, role: Role) -> &mut HashMap<Fingerprint, Pool> {
+    fn pools(&mut self, role: Role) -> &mut HashMap<Fingerprint, NodePool> {
         match role {
             Role::Prefill => &mut self.prefill,
             Role::Decode => &mut self.decode,
@@ -122,36 +133,51 @@ impl Cluster {
 
     /// The longest sequence that all of these nodes take, in tokens; `None` where there are none.
     pub fn max_context(&self, role: Role, fingerprint: &Fingerprint) -> Option<usize> {
-        let pools = match role {
-            Role::Prefill => &self.prefill,
-            Role::Decode => &self.decode,
-        };
-        pools.get(fingerprint).map(|pool| pool.max_context)
+        self.pool(role, fingerprint).map(|pool| pool.max_context)
+    }
+
+    /// Whether two requests need room in pools that have nodes in common.
+    pub(crate) fn rivals(&self, one: &Needs, other: &Needs) -> bool {
+        let shared = |role| other.roles().any(|o| o == role) && self.pool(role, &one.pair).is_some_and(|p| p.pairs.contains(&other.pair));
+        one.roles().any(shared)
+    }
+
+    fn pool(&self, role: Role, pair: &Fingerprint) -> Option<&NodePool> {
+        match role {
+            Role::Prefill => self.prefill.get(pair),
+            Role::Decode => self.decode.get(pair),
+        }
     }
 
     /// Chooses a prefill node by what it holds of the prompt against what it has to read before, and a decode node by its
     /// room, of two that are drawn and those that hold the prompt already. Both or none; or one, where one model writes alone.
     pub fn choose(&mut self, ask: &Ask<'_>, now: Instant) -> Choice {
+        self.choose_beside(ask, &HeldBack::default(), now)
+    }
+
+    /// The same, where nodes of some pools are held back for others and so have no room.
+    pub(crate) fn choose_beside(&mut self, ask: &Ask<'_>, held_back: &HeldBack, now: Instant) -> Choice {
         if let Some(absent) = self.absent(ask.pair, ask.quality) {
             return Choice::Absent(absent);
         }
         let (reads, writes) = (ask.quality != Quality::Decode, ask.quality != Quality::Full);
-        let view = View { nodes: &self.nodes, ask, now };
+        let view = View { nodes: &self.nodes, ask, held_back, now };
         let reader = self.prefill.get(ask.pair).filter(|_| reads).and_then(|pool| view.prefill(pool, &mut self.rng));
         let writer = self.decode.get(ask.pair).filter(|_| writes).and_then(|pool| view.decode(pool, &mut self.rng));
-        match reader.iter().chain(&writer).map(|candidate| candidate.rank.room).max() {
-            Some(Room::Later) if ask.with_room => return Choice::Full,
-            Some(Room::Never) if ask.with_room => return self.too_large(ask).map_or(Choice::Full, Choice::TooLarge),
-            _ => {}
+        let without = |candidate: Option<Candidate>| candidate.is_some_and(|candidate| candidate.rank.room >= Room::Later);
+        let lacks = Lacks { prefill: without(reader), decode: without(writer) };
+        if ask.with_room && lacks != Lacks::default() {
+            let never = reader.iter().chain(&writer).any(|candidate| candidate.rank.room == Room::Never);
+            return never.then(|| self.too_large(ask)).flatten().map_or(Choice::Full(lacks), Choice::TooLarge);
         }
         let reader = reader.and_then(|candidate| self.take_reader(ask, candidate, now));
         let writer = writer.and_then(|candidate| self.take_writer(ask, candidate.node));
         let part = |taken: &Option<(Arc<Endpoint>, u32, Work)>| taken.as_ref().map(|(_, node, work)| (*node, *work));
         let taken = Taken { reading: part(&reader), writing: part(&writer) };
         match (reader, writer) {
-            (Some((prefill, ..)), Some((decode, ..))) => Choice::Pair(Pair { prefill, decode, taken }),
+            (Some((prefill, ..)), Some((decode, ..))) => Choice::Two(NodePair { prefill, decode, taken }),
             (Some((node, ..)), None) | (None, Some((node, ..))) => Choice::One(One { node, taken }),
-            (None, None) => Choice::Full,
+            (None, None) => Choice::Absent(Absent { prefill: reads, decode: writes }),
         }
     }
 
@@ -267,9 +293,9 @@ mod tests {
         cluster.choose(&ask, now)
     }
 
-    fn chosen(cluster: &mut Cluster, tokens: &[u32], shunned: &[NodeId], now: Instant) -> Pair {
+    fn chosen(cluster: &mut Cluster, tokens: &[u32], shunned: &[NodeId], now: Instant) -> NodePair {
         match choose(cluster, tokens, shunned, now) {
-            Choice::Pair(pair) => pair,
+            Choice::Two(pair) => pair,
             other => panic!("{other:?}"),
         }
     }
@@ -292,6 +318,10 @@ mod tests {
     #[test]
     fn a_chat_stays_with_its_node_until_that_is_busy() {
         let (mut cluster, now) = cluster(4, 4);
+        let idle = Report { sequences_most: 64, block_tokens: 16, prefix_blocks_most: 1000, ..Report::default() };
+        for id in ["p0", "p1", "p2", "p3", "d0", "d1", "d2", "d3"] {
+            cluster.told(&NodeId::new(id), idle, now);
+        }
         let first = chosen(&mut cluster, &prompt(0, 400), &[], now);
         let (reader, writer) = (first.prefill.id.clone(), first.decode.id.clone());
         cluster.release(first.taken);
@@ -300,7 +330,7 @@ mod tests {
             assert_eq!((&next.prefill.id, &next.decode.id), (&reader, &writer));
             cluster.release(next.taken);
         }
-        let report = Report { unread_tokens: 10_000, sequences: 20, sequences_most: 64, ..Report::default() };
+        let report = Report { unread_tokens: 10_000, sequences: 20, ..idle };
         cluster.told(&reader, report, now);
         cluster.told(&writer, report, now);
         let moved = chosen(&mut cluster, &prompt(0, 700), &[], now);
@@ -326,6 +356,46 @@ mod tests {
         assert_eq!(chosen(&mut only, &prompt(0, 1), &[NodeId::new("p0")], now).decode.id.as_str(), "d0");
         let later = now + SUSPICION * 2;
         assert!((0..50).any(|i| chosen(&mut cluster, &prompt(i, 9), &[], later).decode.id.as_str() == "d1"));
+    }
+
+    #[test]
+    fn a_node_that_never_reported_comes_after_those_that_have_room_and_before_none() {
+        let (mut cluster, now) = cluster(3, 3);
+        let busy = Report { sequences: 3, sequences_most: 4, unread_tokens: 5000, block_tokens: 16, blocks: 100, ..Report::default() };
+        for id in ["p1", "d1"] {
+            cluster.told(&NodeId::new(id), busy, now);
+        }
+        let only = chosen(&mut cluster, &prompt(0, 40), &[], now);
+        assert_eq!((only.prefill.id.as_str(), only.decode.id.as_str()), ("p1", "d1"));
+        // Both are full with it.
+        for i in 1..20 {
+            let pair = chosen(&mut cluster, &prompt(i * 1000, 40), &[], now);
+            assert!(pair.prefill.id.as_str() != "p1" && pair.decode.id.as_str() != "d1");
+            cluster.release(pair.taken);
+        }
+        cluster.release(only.taken);
+    }
+
+    #[test]
+    fn pools_with_a_node_in_common_are_rivals() {
+        let (mut cluster, now) = (Cluster::new(1), Instant::now());
+        let of = |id, role, pairs: &[&str]| {
+            let pairs = pairs.iter().map(|p| ServedPair { model: (*p).into(), fingerprint: Fingerprint::new(*p) }).collect();
+            Endpoint { pairs, ..node(id, role) }
+        };
+        let nodes = [of("p0", Role::Prefill, &["a"]), of("p1", Role::Prefill, &["a", "b"]), of("p2", Role::Prefill, &["c"])];
+        cluster.update(&[&nodes[..], &[of("d0", Role::Decode, &["a"]), of("d1", Role::Decode, &["b"])]].concat(), now);
+        let needs = |pair: &str, quality| Needs::new(&Fingerprint::new(pair), quality, true);
+        for (one, other, rivals) in [
+            (needs("a", Quality::Overfill), needs("b", Quality::Full), true),
+            (needs("b", Quality::Overfill), needs("a", Quality::Overfill), true),
+            (needs("a", Quality::Decode), needs("b", Quality::Decode), false),
+            (needs("a", Quality::Decode), needs("a", Quality::Full), false),
+            (needs("a", Quality::Decode), needs("a", Quality::Overfill), true),
+            (needs("c", Quality::Full), needs("a", Quality::Full), false),
+        ] {
+            assert_eq!(cluster.rivals(&one, &other), rivals, "{one:?} {other:?}");
+        }
     }
 
     #[test]
@@ -400,7 +470,7 @@ mod tests {
         // Two are drawn, and six more: that it is found is likely, that a full one is taken impossible.
         let mut found = 0;
         for _ in 0..50 {
-            if let Choice::Pair(pair) = choose(&mut cluster, &prompt(0, 40), &[], now) {
+            if let Choice::Two(pair) = choose(&mut cluster, &prompt(0, 40), &[], now) {
                 assert_eq!(pair.decode.id.as_str(), "d9");
                 cluster.release(pair.taken);
                 found += 1;
@@ -408,7 +478,7 @@ mod tests {
         }
         assert!(found >= 25, "{found}");
         cluster.told(&NodeId::new("d9"), Report { promised: 97, ..free }, now);
-        assert!(matches!(choose(&mut cluster, &prompt(0, 40), &[], now), Choice::Full), "four blocks are needed, three are free");
+        assert!(matches!(choose(&mut cluster, &prompt(0, 40), &[], now), Choice::Full(_)), "four blocks are needed, three are free");
         let (mut small, now) = self::cluster(1, 1);
         small.told(&NodeId::new("d0"), Report { blocks: 3, ..free }, now);
         assert!(matches!(
@@ -424,13 +494,13 @@ mod tests {
         cluster.told(&NodeId::new("p0"), report, now);
         let mut first = chosen(&mut cluster, &prompt(0, 64), &[], now);
         let second = chosen(&mut cluster, &prompt(1000, 64), &[], now);
-        assert!(matches!(choose(&mut cluster, &prompt(2000, 64), &[], now), Choice::Full), "128 tokens lie ready");
+        assert!(matches!(choose(&mut cluster, &prompt(2000, 64), &[], now), Choice::Full(_)), "128 tokens lie ready");
         cluster.read(&mut first.taken);
         let third = chosen(&mut cluster, &prompt(2000, 64), &[], now);
         [first, second, third].into_iter().for_each(|pair| cluster.release(pair.taken));
 
         let long = chosen(&mut cluster, &prompt(0, 5000), &[], now);
-        assert!(matches!(choose(&mut cluster, &prompt(10_000, 5000), &[], now), Choice::Full));
+        assert!(matches!(choose(&mut cluster, &prompt(10_000, 5000), &[], now), Choice::Full(_)));
         let short = chosen(&mut cluster, &prompt(20_000, 64), &[], now);
         [long, short].into_iter().for_each(|pair| cluster.release(pair.taken));
         assert!(cluster.idle());
@@ -446,8 +516,8 @@ mod tests {
         }
         for _ in 0..50 {
             match choose(&mut cluster, &prompt(0, 40), &[], now) {
-                Choice::Full => {}
-                Choice::Pair(pair) => {
+                Choice::Full(_) => {}
+                Choice::Two(pair) => {
                     assert_eq!(pair.decode.id.as_str(), "d77");
                     cluster.release(pair.taken);
                 }
@@ -495,7 +565,7 @@ mod tests {
             let mut held: Vec<Taken> = Vec::new();
             for (what, which, length) in steps {
                 match what {
-                    0 | 1 => if let Choice::Pair(pair) = choose(&mut cluster, &prompt(which as u32 * 50, length), &[], now) {
+                    0 | 1 => if let Choice::Two(pair) = choose(&mut cluster, &prompt(which as u32 * 50, length), &[], now) {
                         prop_assert!(listed.iter().any(|n| n.id == pair.prefill.id) && listed.iter().any(|n| n.id == pair.decode.id));
                         held.push(pair.taken);
                     },

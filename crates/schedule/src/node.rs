@@ -80,6 +80,8 @@ impl Lately {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Room {
     Now,
+    /// It never said: it may have failed, or be full of others' work.
+    Unknown,
     Later,
     Never,
 }
@@ -125,7 +127,7 @@ impl Node {
     pub(crate) fn prefix_blocks_most(&self) -> Option<usize> {
         self.reported?;
         let tokens = self.report.prefix_blocks_most.saturating_mul(self.report.block_tokens);
-        Some(usize::try_from(tokens).unwrap_or(usize::MAX) / crate::prefix::BLOCK)
+        Some(usize::try_from(tokens).unwrap_or(usize::MAX) / crate::prefix_index::BLOCK)
     }
 
     /// What it said and what was begun since, or what this router has under way there if that is more, or all that is known.
@@ -161,6 +163,7 @@ impl Node {
             () if tokens > self.holds() => Room::Never,
             () if sequences_most > 0 && work.sequences as u64 >= sequences_most => Room::Later,
             () if unread_tokens_most > 0 && before >= unread_tokens_most => Room::Later,
+            () if self.reported.is_none() => Room::Unknown,
             () => Room::Now,
         };
         (work.tokens as f64, room)
@@ -172,7 +175,7 @@ impl Node {
         let Report { sequences_most, blocks, blocks_held, promised_most, block_tokens, .. } = self.report;
         let sequences = (work.sequences + 1) as f64;
         if self.reported.is_none() {
-            return (sequences / SEQUENCES, Room::Now);
+            return (sequences / SEQUENCES, Room::Unknown);
         }
         let in_blocks = |tokens: usize| (tokens as u64).div_ceil(block_tokens.max(1));
         let needed = in_blocks(tokens);

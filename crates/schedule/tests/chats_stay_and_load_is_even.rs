@@ -77,7 +77,7 @@ fn simulate(seed: u64, chats: usize, turns: (usize, usize), system: u32) -> Outc
         let prompt_tokens = chat.tokens.len();
         let (pair, quality, shunned) = (&pair, Quality::Overfill, &[][..]);
         let ask = Ask { pair, quality, decodes: true, keys: &names, prompt_tokens, answer_tokens: 100, shunned, with_room: true };
-        let Choice::Pair(chosen) = cluster.choose(&ask, now) else { panic!("nobody has room") };
+        let Choice::Two(chosen) = cluster.choose(&ask, now) else { panic!("nobody has room") };
         let name = chosen.prefill.id.to_string();
         let on_node = held.entry(name.clone()).or_default();
         let found = names.iter().take_while(|key| on_node.contains(key)).count() * BLOCK;

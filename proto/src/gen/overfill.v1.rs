@@ -207,6 +207,10 @@ pub struct DecodeRequest {
     /// How much speaks against the prompt: engines that died under it. Beyond a bound it is refused, and others like it.
     #[prost(uint32, tag = "10")]
     pub suspicion: u32,
+    /// How long ago the request came to its router, in microseconds; the same request's later attempts are older. Where blocks are
+    /// wanting, the sequence whose request came last gives up its own.
+    #[prost(uint64, tag = "9")]
+    pub age_us: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeEvent {

@@ -7,7 +7,7 @@ use overfill_proto::convert;
 use overfill_proto::v1::{
     self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, call, decode_event, prefill_event, said,
 };
-use overfill_schedule::{Order, Ticket};
+use overfill_schedule::{Order, QueueNumber};
 use overfill_transport::calls::CallEvents;
 use overfill_types::{Blame, Code, Endpoint, FinishReason, NodeId, Quality, Retry, Role, ServiceError};
 use tokio::sync::mpsc;
@@ -17,7 +17,7 @@ use tracing::{Instrument, Span, debug_span};
 use crate::Router;
 use crate::admission::ValidRequest;
 use crate::metrics::Observed;
-use crate::pairing::{Both, Chosen, NoPair, Nodes};
+use crate::pairing::{Both, Chosen, NoPair, Nodes, RightOfWay};
 use crate::relay::flow::{Failure, Flow};
 use crate::relay::text::Text;
 use crate::relay::{End, Event, Read};
@@ -38,7 +38,9 @@ pub(super) struct Driver {
     served_by: ServedBy,
     pub(super) observed: Observed,
     sender: mpsc::Sender<Result<Event, ServiceError>>,
-    ticket: Ticket,
+    number: QueueNumber,
+    /// While it looks for nodes after a failure.
+    right_of_way: Option<RightOfWay>,
     /// Until when it waits for room as long as no node has taken it on.
     patience: Instant,
     /// It had its turn.
@@ -49,7 +51,7 @@ impl Driver {
     pub(super) fn new(router: Arc<Router>, request: ValidRequest, sender: mpsc::Sender<Result<Event, ServiceError>>) -> Self {
         let observed = Observed::new(&router.metrics, request.counters.clone(), request.prompt.len(), request.arrived);
         let patience = (Instant::now() + router.config.queue_timeout).min(request.deadline);
-        let (text, ticket) = (Text::new(&request), router.pairing.ticket());
+        let (text, number) = (Text::new(&request), router.pairing.number());
         Self {
             text,
             flow: Flow::default(),
@@ -58,7 +60,8 @@ impl Driver {
             router,
             request,
             sender,
-            ticket,
+            number,
+            right_of_way: None,
             patience,
             served: false,
         }
@@ -80,6 +83,8 @@ impl Driver {
         self.router.retries.request();
         loop {
             let chosen = self.choose().instrument(debug_span!("choose")).await?;
+            // From here on its nodes are counted as taken.
+            self.right_of_way = None;
             self.observed.chosen();
             let epoch = self.flow.attempt();
             self.serve_by(&chosen.nodes);
@@ -104,6 +109,10 @@ impl Driver {
             let goes_on = self.flow.failed(failure);
             self.observed.attempt_failed(code, goes_on.is_ok());
             goes_on?;
+            if self.flow.accepted() {
+                // Before `chosen` gives back its room to those who wait.
+                self.right_of_way = Some(self.router.pairing.right_of_way(&self.order(), self.number));
+            }
             self.observed.waits();
             // Who waits for room adds no load.
             if retry == Retry::Elsewhere && self.router.retries.retry().await {
@@ -121,7 +130,7 @@ impl Driver {
             let chosen = if self.flow.accepted() {
                 self.router.pairing.at_once(&order)
             } else {
-                self.router.pairing.turn(order.clone(), self.ticket, std::mem::replace(&mut self.served, true)).await
+                self.router.pairing.turn(order.clone(), self.number, std::mem::replace(&mut self.served, true)).await
             };
             match chosen {
                 Ok(chosen) if !chosen.nodes.iter().any(|n| order.shunned.contains(&n.id)) => return Ok(chosen),
@@ -278,6 +287,7 @@ impl Driver {
             written: self.flow.written().to_vec(),
             alone: self.request.quality == Quality::Decode,
             suspicion: self.router.suspicions.of(&self.request.prompt),
+            age_us: u64::try_from(self.request.arrived.elapsed().as_micros()).unwrap_or(u64::MAX),
         };
         let asked = Instant::now();
         let mut events = self.call(DECODE, node, call::What::Decode(request)).await?;

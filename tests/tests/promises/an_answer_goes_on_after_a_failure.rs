@@ -111,6 +111,28 @@ async fn without_overcommit_nothing_is_preempted() {
     assert_eq!(eight_at_once(Kind::Identity, 1, "320K", "1").await, 0);
 }
 
+/// The node let it in last, as it does with a sequence that was preempted and comes again.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_the_request_that_came_first_although_its_sequence_came_last() {
+    let pair = tiny::pair(Kind::Identity, 21);
+    // 26 blocks: the one grows to 24 while the other holds 3.
+    let cluster = Builder::new(&pair.dir).decode_flags(&["--kv-memory", "320K", "--kv-overcommit", "4"]).start().await;
+    let attempt = |request_id: &str, age| Attempt {
+        request_id: request_id.into(),
+        prompt: tiny::prompt(47, 1),
+        sampling: SamplingParams::greedy(),
+        written: vec![],
+        max_tokens: 330,
+        age,
+    };
+    let (_, mut younger) = attempt("younger", Duration::from_secs(1)).reserve(&cluster).await.unwrap();
+    let written = attempt("older", Duration::from_secs(60)).write(&cluster).await.unwrap();
+    assert_eq!((written.len(), preempted(&cluster).await), (329, 1));
+    let error = younger.message().await.unwrap_err();
+    assert_eq!(error.code, Code::Preempted, "{error}");
+    cluster.nothing_is_held(SECOND).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn of_a_node_that_is_drained_and_does_not_wait() {
     let pair = tiny::pair(Kind::Identity, 21);
@@ -147,6 +169,8 @@ struct Attempt {
     sampling: SamplingParams,
     written: Vec<u32>,
     max_tokens: usize,
+    /// How long ago the request came to the router.
+    age: Duration,
 }
 
 impl Attempt {
@@ -160,6 +184,7 @@ impl Attempt {
             sampling: Some(convert::sampling_to_wire(&self.sampling)),
             stop: Some(convert::stop_to_wire(&stop(self.max_tokens))),
             written: self.written.clone(),
+            age_us: self.age.as_micros() as u64,
             ..DecodeRequest::default()
         };
         let mut events = nodes::decode(&node, request).await?;
@@ -219,6 +244,7 @@ async fn wherever_it_broke_off_and_in_any_company() {
                     sampling,
                     written: expected[..written].to_vec(),
                     max_tokens: 300,
+                    age: Duration::ZERO,
                 };
                 assert_eq!(attempt.write(&cluster).await.unwrap(), expected[written.max(1)..], "{kind:?} after {written} tokens");
             }
@@ -247,6 +273,7 @@ async fn and_not_where_it_would_be_another_one() {
         sampling: asked.1.clone(),
         written,
         max_tokens: 4,
+        age: Duration::ZERO,
     };
     let cases = [
         (vec![first; 4], Code::InvalidArgument, "nothing is left"),
@@ -272,6 +299,7 @@ async fn a_long_answer_holds_what_it_has_come_to_need() {
         sampling: SamplingParams::greedy(),
         written: vec![],
         max_tokens: 3000,
+        age: Duration::ZERO,
     };
     let held = || async { cluster.statuses().await.iter().map(|s| s.blocks_held).sum::<u64>() };
     let first = attempt("a").reserve(&cluster).await.unwrap();

@@ -44,7 +44,7 @@ struct Holders {
 
 /// What the nodes of one role and pair hold.
 #[derive(Debug, Default)]
-pub(crate) struct Prefixes {
+pub(crate) struct PrefixIndex {
     holders: HashedMap<Holders>,
     nodes: HashMap<u32, Recency>,
 }
@@ -69,7 +69,7 @@ impl Matches {
     }
 }
 
-impl Prefixes {
+impl PrefixIndex {
     /// Who holds what of a prompt's blocks.
     pub(crate) fn matches(&self, keys: &[u64]) -> Matches {
         let mut matches = Matches::default();
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn the_longest_beginning_is_found() {
-        let mut prefixes = Prefixes::default();
+        let mut prefixes = PrefixIndex::default();
         prefixes.touch(1, &[10, 11, 12], 100);
         prefixes.touch(2, &[10, 11], 100);
         prefixes.touch(3, &[20], 100);
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn what_many_hold_is_everywhere() {
-        let mut prefixes = Prefixes::default();
+        let mut prefixes = PrefixIndex::default();
         for node in 0..20 {
             prefixes.touch(node, &[1, 2, 100 + u64::from(node)], 100);
         }
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn the_end_of_what_was_used_longest_ago_goes_first() {
-        let mut prefixes = Prefixes::default();
+        let mut prefixes = PrefixIndex::default();
         prefixes.touch(1, &[1, 2, 3], 4);
         prefixes.touch(1, &[5, 6, 7], 4);
         assert_eq!((prefixes.matches(&[1, 2, 3]).of(1), prefixes.matches(&[5, 6, 7]).of(1)), (1, 3));
@@ -186,7 +186,7 @@ mod tests {
         /// The index and the nodes' sets say the same, whatever is touched and forgotten.
         #[test]
         fn nothing_is_left_behind(steps in proptest::collection::vec((0..12u32, 0..6u64, 1..9usize, 1..30usize), 1..80)) {
-            let mut prefixes = Prefixes::default();
+            let mut prefixes = PrefixIndex::default();
             for (node, family, length, most) in steps {
                 if length == 8 {
                     prefixes.forget(node);
