@@ -43,7 +43,7 @@ const REPLAY_TOKENS: usize = 64;
 const SWEEP: Duration = Duration::from_millis(20);
 
 /// What the engine is told.
-enum Command {
+pub(crate) enum Command {
     /// A sequence waits for its KV cache.
     Admit(Box<Sequence>),
     /// The next of its handoff.
@@ -52,8 +52,19 @@ enum Command {
     Fail(Ticket, ServiceError),
 }
 
+#[cfg(test)]
+impl Command {
+    /// The handoff that broke, and why.
+    pub(crate) fn failure(self) -> Option<(Ticket, ServiceError)> {
+        match self {
+            Self::Fail(ticket, error) => Some((ticket, error)),
+            Self::Admit(_) | Self::Handoff(..) => None,
+        }
+    }
+}
+
 /// What a handoff consists of; it is taken in order.
-enum Part {
+pub(crate) enum Part {
     Rows(Rows, OwnedSemaphorePermit),
     /// The handoff is whole. Answered when the sequence runs, or with why it does not.
     Start {
@@ -78,6 +89,12 @@ pub(crate) struct Commands {
 }
 
 impl Commands {
+    /// And the engine's end of it; `most` are on their way at a time.
+    pub(crate) fn bounded(most: usize) -> (Self, flume::Receiver<Command>) {
+        let (sender, commands) = flume::bounded(most);
+        (Self { sender, frames: Arc::new(Semaphore::new(FRAMES)) }, commands)
+    }
+
     /// A sequence waits for its KV cache.
     pub(crate) async fn admit(&self, sequence: Sequence) -> Result<(), ServiceError> {
         self.send(Command::Admit(Box::new(sequence))).await
@@ -136,13 +153,13 @@ pub(crate) struct Engine {
 impl Engine {
     /// Starts its thread as one of `parts`; it ends when `end` is given.
     pub(crate) fn start(self, parts: &mut Parts, end: Drain) -> std::io::Result<Commands> {
-        let (sender, commands) = flume::bounded(COMMANDS);
+        let (sender, commands) = Commands::bounded(COMMANDS);
         parts.thread("decode engine", move || {
             self.settings.placement.apply_to_caller();
             let (waiting, running, parts, failed_steps, failed_handoffs) = Default::default();
             Loop { engine: self, waiting, running, parts, failed_steps, failed_handoffs }.run(&commands, &end);
         })?;
-        Ok(Commands { sender, frames: Arc::new(Semaphore::new(FRAMES)) })
+        Ok(sender)
     }
 }
 

@@ -30,17 +30,12 @@ pub(crate) async fn receive(
     let begun = Instant::now();
     let (fingerprint, ticket, epoch) = names(&first);
     let expected = admission.claim(&fingerprint, &ticket, epoch)?;
-    let mut guard = Guard::new(ticket.clone(), commands.clone());
+    let guard = Guard::new(ticket.clone(), commands.clone());
     let taken = take(Assembler::new(expected), first, (commands, metrics), frames, patience).await;
-    match &taken {
-        // This future may be dropped while the engine has no room for the news: the guard tells it then.
-        Err(error) => {
-            guard.error = Some(error.clone());
-            commands.fail(ticket, error.clone()).await?;
-        }
-        Ok(_) => metrics.handoff_seconds.observe(begun.elapsed().as_secs_f64()),
+    if taken.is_ok() {
+        metrics.handoff_seconds.observe(begun.elapsed().as_secs_f64());
     }
-    guard.error = None;
+    guard.settle(taken.as_ref().err()).await?;
     taken
 }
 
@@ -124,6 +119,17 @@ impl Guard {
             ServiceError::of_way(Code::Unavailable, "the prefill node went away in the middle of the handoff; send the request again");
         Self { ticket, commands, error: Some(error) }
     }
+
+    /// The push is over. Where it `failed` the sequence is told; this may be dropped while the engine has no room for that, and the
+    /// sequence is told all the same.
+    async fn settle(mut self, failed: Option<&ServiceError>) -> Result<(), ServiceError> {
+        if let Some(error) = failed {
+            self.error = Some(error.clone());
+            self.commands.fail(self.ticket.clone(), error.clone()).await?;
+        }
+        self.error = None;
+        Ok(())
+    }
 }
 
 impl Drop for Guard {
@@ -132,5 +138,36 @@ impl Drop for Guard {
         let (commands, ticket) = (self.commands.clone(), self.ticket.clone());
         // Ends as soon as the engine takes the command, or is gone.
         tokio::spawn(async move { commands.fail(ticket, error).await });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_sequence_is_told_of_its_push_although_that_is_dropped_while_the_engine_is_busy() {
+        let (commands, engine) = Commands::bounded(1);
+        commands.fail(Ticket::new("other"), ServiceError::of_way(Code::DataLoss, "its own")).await.unwrap();
+        let failed = ServiceError::of_way(Code::DataLoss, "a checksum");
+        let guard = Guard::new(Ticket::new("ours"), commands);
+        // The engine takes nothing, and the connection breaks.
+        timeout(Duration::from_millis(20), guard.settle(Some(&failed))).await.unwrap_err();
+        let told = async || engine.recv_async().await.unwrap().failure().unwrap();
+        assert_eq!(told().await.0.as_str(), "other");
+        let (ticket, error) = timeout(Duration::from_secs(5), told()).await.unwrap();
+        assert_eq!((ticket.as_str(), error), ("ours", failed));
+    }
+
+    #[tokio::test]
+    async fn a_push_that_is_over_tells_its_sequence_once() {
+        let (commands, engine) = Commands::bounded(8);
+        Guard::new(Ticket::new("whole"), commands.clone()).settle(None).await.unwrap();
+        Guard::new(Ticket::new("failed"), commands.clone()).settle(Some(&ServiceError::of_way(Code::DataLoss, "why"))).await.unwrap();
+        drop(Guard::new(Ticket::new("dropped"), commands));
+        for name in ["failed", "dropped"] {
+            assert_eq!(engine.recv_async().await.unwrap().failure().unwrap().0.as_str(), name);
+        }
+        assert!(engine.recv_async().await.is_err(), "nothing else, and nobody is left to tell");
     }
 }

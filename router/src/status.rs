@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use overfill_proto::v1::NodeStatus;
+use overfill_proto::v1::{NodeStatus, Phase};
 use overfill_schedule::Report;
 use overfill_transport::status;
 use overfill_types::NodeId;
@@ -32,7 +32,11 @@ pub(crate) async fn follow(router: Arc<Router>) {
                 AbortOnDropHandle::new(tokio::spawn(async move {
                     status::follow(&router.peers, node.address.as_str(), |told| {
                         router.suspicions.told(told.refused_prompts.iter().map(|prompt| &prompt[..]));
-                        router.pairing.told(&node.id, report(&told));
+                        match told.phase() {
+                            Phase::Ready => router.pairing.told(&node.id, report(&told)),
+                            // It drains, or its engine has died: the view lets go of it any moment.
+                            _ => router.pairing.suspect(&node.id),
+                        }
                     })
                     .await;
                 }))

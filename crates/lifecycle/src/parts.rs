@@ -100,7 +100,7 @@ impl Parts {
     }
 
     /// The first part that ends, however it does.
-    async fn ended(&mut self) -> PartEnded {
+    pub async fn ended(&mut self) -> PartEnded {
         loop {
             match self.running.join_next().await {
                 Some(Ok(Ended { part, how })) => return PartEnded { part, cause: how.err() },

@@ -75,18 +75,27 @@ impl<H: Fn() -> usize> Life<H> {
             () = lost => Err(PartEnded::of("registration")),
         };
         health.set_ready(false).await;
-        let Err(ended) = lived else {
-            withdraw(registration).await;
-            let finished = async {
-                while held() > 0 {
-                    sleep(LOOK).await;
+        let ended = match lived {
+            Err(ended) => ended,
+            Ok(()) => {
+                withdraw(registration.take()).await;
+                let finished = async {
+                    while held() > 0 {
+                        sleep(LOOK).await;
+                    }
+                };
+                // What it has still to do needs all of its parts.
+                tokio::select! {
+                    finished = timeout(drain_timeout, finished) => {
+                        if finished.is_err() {
+                            tracing::warn!(sequences = held(), "drain limit reached: the rest is broken off");
+                        }
+                        signals.end.start();
+                        return parts.finish(ENDING).await;
+                    }
+                    ended = parts.ended() => ended,
                 }
-            };
-            if timeout(drain_timeout, finished).await.is_err() {
-                tracing::warn!(sequences = held(), "drain limit reached: the rest is broken off");
             }
-            signals.end.start();
-            return parts.finish(ENDING).await;
         };
         tracing::error!(error = ended.to_string(), cause = ended.cause(), sequences = held(), "this node cannot go on: it ends");
         signals.fault.tell(ServiceError::of_node(Code::EngineLost, format!("{ended}: this node can not go on")));

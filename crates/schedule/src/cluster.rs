@@ -374,6 +374,14 @@ mod tests {
             cluster.release(pair.taken);
         }
         cluster.release(only.taken);
+        // What a node said long ago is as good as nothing.
+        let later = now + Duration::from_secs(4);
+        for id in ["p2", "d2"] {
+            cluster.told(&NodeId::new(id), busy, later);
+        }
+        let only = chosen(&mut cluster, &prompt(0, 40), &[], later);
+        assert_eq!((only.prefill.id.as_str(), only.decode.id.as_str()), ("p2", "d2"));
+        cluster.release(only.taken);
     }
 
     #[test]

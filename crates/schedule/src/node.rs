@@ -80,7 +80,7 @@ impl Lately {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Room {
     Now,
-    /// It never said: it may have failed, or be full of others' work.
+    /// It has not said, never or not lately: it may have failed, or be full of others' work.
     Unknown,
     Later,
     Never,
@@ -130,10 +130,14 @@ impl Node {
         Some(usize::try_from(tokens).unwrap_or(usize::MAX) / crate::prefix_index::BLOCK)
     }
 
+    /// Whether it has said lately what it holds.
+    fn fresh(&self, now: Instant) -> bool {
+        self.reported.is_some_and(|at| now.saturating_duration_since(at) <= STALE)
+    }
+
     /// What it said and what was begun since, or what this router has under way there if that is more, or all that is known.
     fn work(&self, now: Instant) -> Work {
-        let fresh = self.reported.is_some_and(|at| now.saturating_duration_since(at) <= STALE);
-        if !fresh {
+        if !self.fresh(now) {
             return self.own;
         }
         let said = |reported: u64, since: i64, own: i64| i64::try_from(reported).unwrap_or(i64::MAX).saturating_add(since).max(own);
@@ -163,7 +167,7 @@ impl Node {
             () if tokens > self.holds() => Room::Never,
             () if sequences_most > 0 && work.sequences as u64 >= sequences_most => Room::Later,
             () if unread_tokens_most > 0 && before >= unread_tokens_most => Room::Later,
-            () if self.reported.is_none() => Room::Unknown,
+            () if !self.fresh(now) => Room::Unknown,
             () => Room::Now,
         };
         (work.tokens as f64, room)
@@ -188,6 +192,7 @@ impl Node {
             () if tokens > self.holds() => Room::Never,
             () if sequences_most > 0 && sequences > sequences_most as f64 => Room::Later,
             () if promised_most > 0 && promised > promised_most => Room::Later,
+            () if !self.fresh(now) => Room::Unknown,
             () => Room::Now,
         };
         (fullness, room)

@@ -58,7 +58,7 @@ impl Simulation {
             let served = |pair: char| ServedPair { model: pair.into(), fingerprint: Fingerprint::new(pair) };
             let role = if name.starts_with('p') { Role::Prefill } else { Role::Decode };
             let pairs = name.chars().skip(1).map(served).collect();
-            Endpoint { id: NodeId::new(*name), role, address: "127.0.0.1:1".into(), pairs, max_context: 1000 }
+            Endpoint { id: NodeId::new(*name), role, address: "127.0.0.1:1".parse().unwrap(), pairs, max_context: 1000 }
         };
         let mut cluster = Cluster::new(seed);
         cluster.update(&nodes.iter().map(endpoint).collect::<Vec<_>>(), now);

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use overfill_proto::v1::{ServedBy, Token, TokenLogprob};
-use overfill_types::{Blame, Code, FinishReason, Retry, ServiceError};
+use overfill_types::{Code, FinishReason, Retry, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
@@ -65,8 +65,7 @@ pub(crate) type Answer = mpsc::Receiver<Result<Event, ServiceError>>;
 /// What a client is told of what its nodes could not do: that it may try again. What is wrong between our own processes has
 /// codes that it could take for a fault of its request.
 fn told(error: ServiceError) -> ServiceError {
-    let keeps = matches!(error.code, Code::Internal | Code::Mismatch);
-    if error.retry == Retry::Never || error.blame != Blame::Request && keeps {
+    if error.retry == Retry::Never || matches!(error.code, Code::Internal | Code::Mismatch) {
         return error;
     }
     ServiceError::new(Code::Unavailable, error.message).retry_after(error.retry_after.unwrap_or(Duration::from_secs(1)))

@@ -10,6 +10,7 @@ mod clients_of_others_work_unchanged;
 mod decode_nodes_keep_what_prompts_share;
 mod discovery_recovers;
 mod every_process_counts_what_it_did;
+mod nodes_may_say_anything;
 mod one_trace_runs_through_all_processes;
 mod openai_clients_get_what_they_know;
 mod processes_survive;

@@ -239,3 +239,21 @@ async fn kserve_tells_what_there_is() {
     let error = client.model_infer(infer(&parameters, Some(true), false)).await.unwrap_err();
     assert!(error.message().contains("ModelStreamInfer"), "{error}");
 }
+
+/// Deadlines that no clock reaches: 580,000 million years, and ten thousand.
+#[tokio::test(flavor = "multi_thread")]
+async fn with_a_deadline_that_is_too_far_away_to_be_told() {
+    let pair = tiny::pair(Kind::Identity, 33);
+    let cluster = Builder::new(&pair.dir).start().await;
+    let mut kserve = GrpcInferenceServiceClient::connect(cluster.grpc.clone()).await.unwrap();
+    let parameters = asked(&json!({ "temperature": 0 }), json!({}));
+    for timeout in ["18446744073709551615S", "99999999H"] {
+        let mut stream = tonic::Request::new(tokio_stream::iter([infer(&parameters, Some(false), false)]));
+        stream.metadata_mut().insert("grpc-timeout", timeout.parse().unwrap());
+        let answer = kserve.model_stream_infer(stream).await.unwrap().into_inner().message().await.unwrap().unwrap();
+        assert!(answer.infer_response.is_some(), "{timeout}: {}", answer.error_message);
+        let mut one = tonic::Request::new(infer(&parameters, None, false));
+        one.metadata_mut().insert("grpc-timeout", timeout.parse().unwrap());
+        kserve.model_infer(one).await.unwrap();
+    }
+}
