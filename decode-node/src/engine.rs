@@ -337,12 +337,15 @@ impl Loop {
                 _ => counted.push((sequence, count)),
             }
         }
-        let (batch, counts) = counted.into_iter().unzip();
-        self.compute(batch, counts);
+        // All of them may have given up their blocks to older ones.
+        if !counted.is_empty() {
+            let (batch, counts) = counted.into_iter().unzip();
+            self.compute(batch, counts);
+        }
         self.engine.pulse.beat();
     }
 
-    /// The step of a batch, of each sequence over so many tokens. Where it fails, that of its halves: what it wrote to the cache
+    /// The step of a batch of at least one, of each sequence over so many tokens. Where it fails, that of its halves: what it wrote to the cache
     /// before is written again, the same.
     fn compute(&mut self, mut batch: Vec<Sequence>, mut counts: Vec<usize>) {
         let Engine { model, cache, workspace, metrics, faults, .. } = &mut self.engine;

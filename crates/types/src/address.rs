@@ -131,7 +131,7 @@ mod tests {
         for (text, why) in [
             ("", "port is missing"),
             ("node-1", "port is missing"),
-            ("[::1]", "IPv6"),
+            ("[::1]", "port is missing, or a bracket"),
             (":7001", "host is missing"),
             ("node-1:", "no number"),
             ("node-1:0", "port 0"),

@@ -255,7 +255,7 @@ async fn a_node_that_drains_is_left_out_while_it_finishes() {
     let discovery = Discovery::etcd(cluster.settings());
     let view = discovery.watch();
     until_seen(&view, 2).await;
-    let mut request = request(&tiny::prompt(100, 1), &SamplingParams::greedy(), 4000);
+    let mut request = request(&tiny::prompt(100, 1), &SamplingParams::greedy(), 3900);
     request.ignore_eos = true;
     let mut client = InferenceClient::connect(cluster.grpc.clone()).await.unwrap();
     let mut events = client.generate(request).await.unwrap().into_inner();
