@@ -13,13 +13,14 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_kv::{BlockHash, BlockPool, Expected, Reservation, block_hashes};
 use overfill_types::prompt_digest;
 use overfill_types::{
     Code, Epoch, Fingerprint, KvGeometry, Limits, PairManifest, RequestId, SamplingParams, ServiceError, StopConditions, Ticket, WireFormat,
 };
+use tokio::time::Instant;
 
 /// How many ended tickets are remembered, so that a late frame is told what happened.
 const REMEMBERED: usize = 1024;

@@ -1,4 +1,4 @@
-//! The engine: a thread of its own that owns the model, the KV cache and all sequences.
+//! The engine: it owns the model, the KV cache and all sequences. In a node it has a thread of its own; a simulation turns it.
 //!
 //! Between two steps it takes what came in (admissions, rows of KV, commits, failures) and lets go of what nobody waits for.
 //! A step is one forward pass of the decode model over one token of every running sequence, or over several of one whose
@@ -15,100 +15,28 @@
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bytes::Bytes;
 use overfill_kv::BlockId;
-use overfill_lifecycle::{Drain, Parts};
+use overfill_lifecycle::Drain;
 use overfill_model::cache::WireRows;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Workspace};
+use overfill_model::{Chunk, ModelError};
 use overfill_node::{Faults, Pulse, Streak};
 use overfill_types::{Code, ServiceError, Ticket, WireFormat};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::{Instant, timeout};
 
 use crate::admission::Seniority;
+use crate::commands::{Command, Part, Rows};
+use crate::compute::Compute;
 use crate::metrics::Metrics;
 use crate::sequence::Sequence;
 
-/// Commands on their way to the engine, which takes them all before each step. They are small, but for the rows.
-const COMMANDS: usize = 64;
-/// Frames that wait for the engine, of 4 MiB at most and 1 MiB as they are sent: enough that it never waits for the network
-/// between two, and little memory. Their senders wait.
-const FRAMES: usize = 8;
 /// How long rows are written between two steps: what a step is late by at most, but for one frame.
 const ROWS_TIME: Duration = Duration::from_millis(1);
 /// Most tokens that one step reads of prompts, and again of answers that are resumed: some two or three times what a step takes without.
 const REPLAY_TOKENS: usize = 64;
 /// How often an idle engine looks for sequences that nobody waits for, and whether it is to end.
 const SWEEP: Duration = Duration::from_millis(20);
-
-/// What the engine is told.
-enum Command {
-    /// A sequence waits for its KV cache.
-    Admit(Box<Sequence>),
-    /// The next of its handoff.
-    Handoff(Ticket, Part),
-    /// The handoff broke.
-    Fail(Ticket, ServiceError),
-}
-
-/// What a handoff consists of; it is taken in order.
-enum Part {
-    Rows(Rows, OwnedSemaphorePermit),
-    /// The handoff is whole. Answered when the sequence runs, or with why it does not.
-    Start {
-        first: u32,
-        answer: oneshot::Sender<Result<(), ServiceError>>,
-    },
-}
-
-/// Checked rows of one layer, `[tokens, kv_heads, head_dim]` each, as they came over the wire.
-pub(crate) struct Rows {
-    pub(crate) layer: usize,
-    pub(crate) start: usize,
-    pub(crate) k: Bytes,
-    pub(crate) v: Bytes,
-}
-
-/// The way to the engine. Each call waits until the engine has room for it; each error is that the node is stopping.
-#[derive(Clone)]
-pub(crate) struct Commands {
-    sender: flume::Sender<Command>,
-    frames: Arc<Semaphore>,
-}
-
-impl Commands {
-    /// A sequence waits for its KV cache.
-    pub(crate) async fn admit(&self, sequence: Sequence) -> Result<(), ServiceError> {
-        self.send(Command::Admit(Box::new(sequence))).await
-    }
-
-    /// A frame of its rows.
-    pub(crate) async fn rows(&self, ticket: Ticket, rows: Rows) -> Result<(), ServiceError> {
-        let permit = self.frames.clone().acquire_owned().await.map_err(|_| stopping())?;
-        self.send(Command::Handoff(ticket, Part::Rows(rows, permit))).await
-    }
-
-    /// The handoff is whole, the full model's first token is `first`. Returns when the sequence runs, or why it does not.
-    pub(crate) async fn start(&self, ticket: Ticket, first: u32) -> Result<(), ServiceError> {
-        let (answer, answered) = oneshot::channel();
-        self.send(Command::Handoff(ticket, Part::Start { first, answer })).await?;
-        answered.await.map_err(|_| stopping())?
-    }
-
-    /// The handoff broke.
-    pub(crate) async fn fail(&self, ticket: Ticket, error: ServiceError) -> Result<(), ServiceError> {
-        self.send(Command::Fail(ticket, error)).await
-    }
-
-    async fn send(&self, command: Command) -> Result<(), ServiceError> {
-        self.sender.send_async(command).await.map_err(|_| stopping())
-    }
-}
-
-fn stopping() -> ServiceError {
-    ServiceError::of_node(Code::Unavailable, "this decode node is stopping: try another")
-}
 
 pub(crate) struct Settings {
     /// Token ids that end an answer.
@@ -119,35 +47,16 @@ pub(crate) struct Settings {
     pub(crate) patience: Duration,
     /// How rows come over the wire.
     pub(crate) wire: WireFormat,
-    /// Of its thread.
-    pub(crate) placement: Placement,
 }
 
-pub(crate) struct Engine {
-    pub(crate) model: Llama,
-    pub(crate) cache: KvCache,
-    pub(crate) workspace: Workspace,
-    pub(crate) settings: Settings,
-    pub(crate) metrics: Arc<Metrics>,
-    pub(crate) pulse: Pulse,
-    pub(crate) faults: Faults,
-}
-
-impl Engine {
-    /// Starts its thread as one of `parts`; it ends when `end` is given.
-    pub(crate) fn start(self, parts: &mut Parts, end: Drain) -> std::io::Result<Commands> {
-        let (sender, commands) = flume::bounded(COMMANDS);
-        parts.thread("decode engine", move || {
-            self.settings.placement.apply_to_caller();
-            let (waiting, running, parts, failed_steps, failed_handoffs) = Default::default();
-            Loop { engine: self, waiting, running, parts, failed_steps, failed_handoffs }.run(&commands, &end);
-        })?;
-        Ok(Commands { sender, frames: Arc::new(Semaphore::new(FRAMES)) })
-    }
-}
-
-struct Loop {
-    engine: Engine,
+/// A decode node's engine, which `C` computes for.
+pub struct Engine<C> {
+    compute: C,
+    settings: Settings,
+    metrics: Arc<Metrics>,
+    pulse: Pulse,
+    faults: Faults,
+    commands: flume::Receiver<Command>,
     waiting: HashMap<Ticket, Sequence>,
     /// Those that wait longest for their turn first.
     running: Vec<Sequence>,
@@ -157,35 +66,80 @@ struct Loop {
     failed_handoffs: Streak,
 }
 
-impl Loop {
-    fn run(mut self, commands: &flume::Receiver<Command>, end: &Drain) {
+/// An engine that failed one sequence after the other: it is to blame, and its node is to end.
+#[derive(Debug, thiserror::Error)]
+#[error("one sequence failed after the other: the engine is broken")]
+pub struct Broken;
+
+impl<C: Compute> Engine<C> {
+    /// Without sequences; `pulse` beats with each turn.
+    pub(crate) fn new(
+        compute: C,
+        commands: flume::Receiver<Command>,
+        settings: Settings,
+        metrics: Arc<Metrics>,
+        (pulse, faults): (Pulse, Faults),
+    ) -> Self {
+        let (waiting, running, parts, failed_steps, failed_handoffs) = Default::default();
+        Self { compute, settings, metrics, pulse, faults, commands, waiting, running, parts, failed_steps, failed_handoffs }
+    }
+
+    /// Turns on the calling thread, which it keeps, until `end` is given, nobody can tell it anything more, or it is broken.
+    pub fn run(mut self, end: &Drain) {
         while !end.draining() {
-            self.engine.faults.at("turn");
-            if self.running.is_empty() && self.parts.is_empty() {
-                self.engine.pulse.beat();
-                match commands.recv_timeout(SWEEP) {
+            if self.is_idle() {
+                self.pulse.beat();
+                match self.commands.recv_timeout(SWEEP) {
                     Ok(command) => self.take(command),
                     Err(flume::RecvTimeoutError::Timeout) => {}
                     Err(flume::RecvTimeoutError::Disconnected) => return,
                 }
             }
-            let late = Instant::now() + ROWS_TIME;
-            loop {
-                // All of them: a permit for each frame bounds what waits in `parts`.
-                commands.try_iter().for_each(|command| self.take(command));
-                let Some((ticket, part)) = self.parts.pop_front() else { break };
-                self.go_on(&ticket, part);
-                if Instant::now() >= late {
-                    break;
-                }
-            }
-            self.sweep();
-            self.step();
-            if self.failed_steps.is_broken() || self.failed_handoffs.is_broken() {
-                tracing::error!("one sequence failed after the other: the engine is broken");
+            if let Err(broken) = self.turn() {
+                tracing::error!("{broken}");
                 return;
             }
         }
+    }
+
+    /// Whether a turn would do nothing until it is told something.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.parts.is_empty()
+    }
+
+    /// What [`Self::run`] does before a turn of an idle engine, for a task that turns it: waits until it is told something,
+    /// `limit` at most. False where nobody can tell it anything more.
+    pub async fn told(&mut self, limit: Duration) -> bool {
+        self.pulse.beat();
+        match timeout(limit, self.commands.recv_async()).await {
+            Ok(Ok(command)) => self.take(command),
+            Ok(Err(flume::RecvError::Disconnected)) => return false,
+            Err(_) => {}
+        }
+        true
+    }
+
+    /// One turn, which waits for nothing: takes what came, lets go of what nobody waits for, and does a step.
+    ///
+    /// # Errors
+    /// Where it is broken.
+    pub fn turn(&mut self) -> Result<(), Broken> {
+        self.faults.at("turn");
+        let late = Instant::now() + ROWS_TIME;
+        loop {
+            // All of them: a permit for each frame bounds what waits in `parts`.
+            while let Ok(command) = self.commands.try_recv() {
+                self.take(command);
+            }
+            let Some((ticket, part)) = self.parts.pop_front() else { break };
+            self.go_on(&ticket, part);
+            if Instant::now() >= late {
+                break;
+            }
+        }
+        self.sweep();
+        self.step();
+        if self.failed_steps.is_broken() || self.failed_handoffs.is_broken() { Err(Broken) } else { Ok(()) }
     }
 
     fn take(&mut self, command: Command) {
@@ -205,13 +159,13 @@ impl Loop {
                 // A sequence that is gone by now needs no rows.
                 let Some(sequence) = self.waiting.get_mut(ticket) else { return };
                 // Frames come: the sender lives. The same patience again.
-                sequence.until = Instant::now() + self.engine.settings.patience;
-                let Engine { cache, workspace, settings, faults, .. } = &mut self.engine;
+                sequence.until = Instant::now() + self.settings.patience;
+                let (compute, settings, faults) = (&mut self.compute, &self.settings, &self.faults);
                 let Rows { layer, start, k, v } = &rows;
                 let rows = WireRows { format: settings.wire, start: *start, k, v };
                 let written = caught("writing its KV cache", || {
                     faults.of("rows", || sequence.place.prompt_digest);
-                    cache.write_wire(workspace.pool(), *layer, blocks(sequence), rows)
+                    compute.write(*layer, blocks(sequence), rows)
                 });
                 match written {
                     Ok(()) => self.failed_handoffs.end(),
@@ -236,7 +190,7 @@ impl Loop {
                 format!("the reservation of {ticket} was given up before its KV cache was whole"),
             ));
         };
-        let Engine { settings, faults, .. } = &self.engine;
+        let (settings, faults) = (&self.settings, &self.faults);
         let begun = caught("beginning the answer", || {
             faults.of("begin", || sequence.place.prompt_digest);
             Ok(sequence.begin(first, &settings.eos))
@@ -267,8 +221,8 @@ impl Loop {
 
     /// Lets go of sequences whose reader has gone, whose reservation ran out, or that a newer attempt replaced.
     fn sweep(&mut self) {
-        self.engine.faults.at("sweep");
-        let metrics = self.engine.metrics.clone();
+        self.faults.at("sweep");
+        let metrics = self.metrics.clone();
         let dropped = self.running.extract_if(.., |s| s.abandoned()).count();
         metrics.dropped.inc_by(dropped as u64);
         let superseded: Vec<Sequence> = self.running.extract_if(.., |s| s.place.superseded()).collect();
@@ -300,7 +254,7 @@ impl Loop {
         if self.running.is_empty() {
             return;
         }
-        let size = self.running.len().min(self.engine.settings.max_batch as usize);
+        let size = self.running.len().min(self.settings.max_batch as usize);
         let mut batch: Vec<Sequence> = self.running.drain(..size).collect();
         if !self.make_room(&mut batch) {
             // A block that this sequence needs is in the hands of one that is not known here yet: its command is on its way.
@@ -322,15 +276,15 @@ impl Loop {
         }
         let (batch, counts) = counted.into_iter().unzip();
         self.compute(batch, counts);
-        self.engine.pulse.beat();
+        self.pulse.beat();
     }
 
     /// The step of a batch, of each sequence over so many tokens. Where it fails, that of its halves: what it wrote to the cache
     /// before is written again, the same.
     fn compute(&mut self, mut batch: Vec<Sequence>, mut counts: Vec<usize>) {
-        let Engine { model, cache, workspace, metrics, faults, .. } = &mut self.engine;
+        let (compute, metrics, faults) = (&mut self.compute, &self.metrics, &self.faults);
         let begun = Instant::now();
-        let error = match caught("the step", || forward(model, cache, workspace, faults, &batch, &counts)) {
+        let error = match caught("the step", || forward(compute, faults, &batch, &counts)) {
             Ok(()) => {
                 let now = Instant::now();
                 metrics.step_seconds.observe((now - begun).as_secs_f64());
@@ -356,10 +310,10 @@ impl Loop {
     /// After a step: the tokens of those that have read all that is written.
     fn write(&mut self, mut batch: Vec<Sequence>, counts: &[usize]) {
         self.failed_steps.end();
-        let Engine { workspace, settings, .. } = &mut self.engine;
+        let (compute, settings) = (&mut self.compute, &self.settings);
         let writing = batch.iter_mut().zip(counts).filter(|(s, count)| s.writes_after(**count));
         let samplers: Vec<_> = writing.map(|(s, _)| (s.next_position(), &mut s.sampler)).map(|(at, sampler)| (sampler, at)).collect();
-        let sampled = if samplers.is_empty() { Vec::new() } else { workspace.sample(samplers) };
+        let sampled = if samplers.is_empty() { Vec::new() } else { compute.choose(samplers) };
         let (mut sampled, now) = (sampled.into_iter(), Instant::now());
         for (mut sequence, &count) in batch.into_iter().zip(counts) {
             if !sequence.writes_after(count) {
@@ -408,21 +362,14 @@ impl Loop {
 }
 
 /// One forward pass over the next tokens of each sequence, so many. Changes no sequence.
-fn forward(
-    model: &Llama,
-    cache: &mut KvCache,
-    workspace: &mut Workspace,
-    faults: &Faults,
-    batch: &[Sequence],
-    counts: &[usize],
-) -> Result<(), ModelError> {
+fn forward(compute: &mut impl Compute, faults: &Faults, batch: &[Sequence], counts: &[usize]) -> Result<(), ModelError> {
     batch.iter().for_each(|sequence| faults.of("step", || sequence.place.prompt_digest));
     let chunk = |(s, count): (_, &usize)| {
         let s: &Sequence = s;
         Chunk { tokens: s.due(*count), start: s.cached, blocks: blocks(s), logits: s.writes_after(*count) }
     };
     let chunks: Vec<Chunk<'_>> = batch.iter().zip(counts).map(chunk).collect();
-    model.forward(&chunks, cache, workspace, &mut |_, _, _| Ok(())).map(|_| ())
+    compute.forward(&chunks)
 }
 
 /// What `work` gives; an error that names it where it fails or panics. It concerns one sequence, which may fare better elsewhere.

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use overfill_kv::FrameError;
 use overfill_lifecycle::metrics::{CacheConfig, Error, Histogram, IntCounter, IntCounterVec, Registry, buckets};
 use overfill_types::{Code, FinishReason, PairManifest, ServiceError};
+use tokio::time::Instant;
 
 use crate::admission::Admission;
 

@@ -1,16 +1,16 @@
 //! One push: frames come in, are checked, and go to the engine. Whatever breaks it ends the sequence that waits.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_kv::{Assembler, RowsHeader};
 use overfill_proto::v1::{KvFrame, PushSummary, kv_frame};
 use overfill_proto::{MAX_FRAME_PAYLOAD, convert, status};
 use overfill_types::{Code, Epoch, Fingerprint, ServiceError, Ticket};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tonic::Streaming;
 
 use crate::admission::Admission;
-use crate::engine::{Commands, Rows};
+use crate::commands::{Commands, Rows};
 use crate::metrics::Metrics;
 
 /// Takes one handoff.

@@ -1,7 +1,7 @@
 //! One sequence: what it holds, where it stands, and to whom it writes.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_guide::Matcher;
 use overfill_lifecycle::Trace;
@@ -10,6 +10,7 @@ use overfill_proto::convert;
 use overfill_proto::v1::{DecodeEvent, DecodeFinished, Token, decode_event};
 use overfill_transport::calls::EventSender;
 use overfill_types::{Code, FinishReason, ServiceError, StopConditions};
+use tokio::time::Instant;
 use tracing::{Span, debug_span};
 
 use crate::admission::{Asked, Place};

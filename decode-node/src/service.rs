@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use overfill_guide::Guides;
@@ -14,13 +14,14 @@ use overfill_proto::{convert, status};
 use overfill_transport::calls::{EventReceiver, Serving, Signals};
 use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServedPair, ServiceError};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tonic::codegen::http::HeaderMap;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::field::Empty;
 use tracing::{Instrument, info_span};
 
 use crate::admission::{Admission, Asked};
-use crate::engine::Commands;
+use crate::commands::Commands;
 use crate::metrics::Metrics;
 use crate::receiver;
 use crate::sequence::Sequence;

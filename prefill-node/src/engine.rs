@@ -1,4 +1,4 @@
-//! The engine: a thread of its own that owns the full model, its KV cache and all prompts.
+//! The engine: it owns the full model, its KV cache and all prompts. In a node it has a thread of its own; a simulation turns it.
 //!
 //! A step is one forward pass over chunks of several prompts. As soon as a layer's keys and values are computed they are
 //! transformed and handed to the prompts' pushes, while the next layer computes. A prompt that begins like an earlier one
@@ -14,24 +14,25 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_kv::{BlockHash, BlockId, BlockPool, Reservation};
-use overfill_lifecycle::{Drain, Parts, Trace};
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Row, Sampled, Sampler, Workspace};
+use overfill_lifecycle::{Drain, Trace};
+use overfill_model::{Chunk, ModelError, Row, Sampled, Sampler};
 use overfill_node::{Faults, Pulse, Streak};
 use overfill_proto::convert;
 use overfill_proto::v1::{FirstToken, PrefillEvent, PrefillFinished, Token, TokenLogprob, prefill_event};
 use overfill_transport::calls::EventSender;
 use overfill_types::prompt_digest;
 use overfill_types::{Code, ServiceError, StopConditions};
+use tokio::time::{Instant, timeout};
 use tracing::{Span, debug_span};
 
+use crate::compute::{CachedRows, Compute};
 use crate::handoff::Sender;
 use crate::metrics::Metrics;
 use crate::pace::Pace;
 use crate::queue::share;
-use crate::rows::Rows;
 use crate::{Counted, Counts};
 
 /// How often an idle engine looks for prompts that nobody waits for, and whether it is to end.
@@ -76,23 +77,31 @@ pub(crate) struct Settings {
     pub(crate) eos: Vec<u32>,
     /// Most tokens in one step.
     pub(crate) chunk_tokens: usize,
-    /// Of its thread.
-    pub(crate) placement: Placement,
 }
 
-pub(crate) struct Engine {
-    pub(crate) model: Llama,
-    pub(crate) cache: KvCache,
-    /// Of each pair.
-    pub(crate) rows: Vec<Rows>,
-    pub(crate) workspace: Workspace,
-    pub(crate) pool: BlockPool,
-    pub(crate) settings: Settings,
-    pub(crate) counts: Arc<Counts>,
-    pub(crate) metrics: Arc<Metrics>,
-    pub(crate) pulse: Pulse,
-    pub(crate) faults: Faults,
+/// A prefill node's engine, which `C` computes for.
+pub struct Engine<C> {
+    compute: C,
+    jobs: flume::Receiver<Job>,
+    pool: BlockPool,
+    pace: Pace,
+    settings: Settings,
+    counts: Arc<Counts>,
+    metrics: Arc<Metrics>,
+    pulse: Pulse,
+    faults: Faults,
+    waiting: VecDeque<Job>,
+    running: Vec<Running>,
+    /// Prompts that got blocks, ever.
+    let_in: u64,
+    failed_steps: Streak,
+    failed_handoffs: Streak,
 }
+
+/// An engine that failed one prompt after the other: it is to blame, and its node is to end.
+#[derive(Debug, thiserror::Error)]
+#[error("one prompt failed after the other: the engine is broken")]
+pub struct Broken;
 
 /// A prompt that has its blocks: it is being read, or was and its rows are on their way.
 struct Running {
@@ -125,65 +134,94 @@ struct Read {
     failed: Vec<(u64, ServiceError)>,
 }
 
-impl Engine {
-    /// Starts its thread as one of `parts`; it ends when `end` is given. At most `queue` jobs are on their way to it.
-    pub(crate) fn start(self, pace: Pace, queue: usize, parts: &mut Parts, end: Drain) -> std::io::Result<flume::Sender<Job>> {
-        let (sender, jobs) = flume::bounded(queue);
-        parts.thread("prefill engine", move || {
-            self.settings.placement.apply_to_caller();
-            let (waiting, running, failed_steps, failed_handoffs) = Default::default();
-            Loop { engine: self, waiting, running, pace, let_in: 0, failed_steps, failed_handoffs }.run(&jobs, &end);
-        })?;
-        Ok(sender)
+impl<C: Compute> Engine<C> {
+    /// Without prompts; `pulse` beats with each turn.
+    pub(crate) fn new(
+        compute: C,
+        jobs: flume::Receiver<Job>,
+        settings: Settings,
+        (pool, pace): (BlockPool, Pace),
+        (counts, metrics): (Arc<Counts>, Arc<Metrics>),
+        (pulse, faults): (Pulse, Faults),
+    ) -> Self {
+        let (waiting, running, let_in, failed_steps, failed_handoffs) = Default::default();
+        Self {
+            compute,
+            jobs,
+            pool,
+            pace,
+            settings,
+            counts,
+            metrics,
+            pulse,
+            faults,
+            waiting,
+            running,
+            let_in,
+            failed_steps,
+            failed_handoffs,
+        }
     }
-}
 
-struct Loop {
-    engine: Engine,
-    waiting: VecDeque<Job>,
-    running: Vec<Running>,
-    pace: Pace,
-    /// Prompts that got blocks, ever.
-    let_in: u64,
-    failed_steps: Streak,
-    failed_handoffs: Streak,
-}
-
-impl Loop {
-    fn run(mut self, jobs: &flume::Receiver<Job>, end: &Drain) {
+    /// Turns on the calling thread, which it keeps, until `end` is given, nobody can tell it anything more, or it is broken.
+    pub fn run(mut self, end: &Drain) {
         while !end.draining() {
-            self.engine.faults.at("turn");
-            if self.running.iter().all(|r| r.remaining() == 0) {
-                self.engine.pulse.beat();
-                match jobs.recv_timeout(if self.running.is_empty() { SWEEP } else { POLL }) {
+            if self.is_idle() {
+                self.pulse.beat();
+                match self.jobs.recv_timeout(if self.running.is_empty() { SWEEP } else { POLL }) {
                     Ok(job) => self.waiting.push_back(job),
                     Err(flume::RecvTimeoutError::Timeout) => {}
                     Err(flume::RecvTimeoutError::Disconnected) => return,
                 }
             }
-            while let Ok(job) = jobs.try_recv() {
-                self.waiting.push_back(job);
-            }
-            self.waiting.retain(|job| !job.abandoned());
-            self.running.retain(|r| !r.job.abandoned());
-            self.let_in();
-            let Counts { running, waiting, unread, .. } = &*self.engine.counts;
-            running.store(self.running.iter().filter(|r| r.remaining() > 0).count(), Ordering::Release);
-            waiting.store(self.waiting.len() + jobs.len(), Ordering::Release);
-            let left = self.running.iter().map(Running::remaining).chain(self.waiting.iter().map(|job| job.prompt.len()));
-            unread.store(left.sum(), Ordering::Release);
-            self.step();
-            self.send_owed();
-            if self.failed_steps.is_broken() || self.failed_handoffs.is_broken() {
-                tracing::error!("one prompt failed after the other: the engine is broken");
+            if let Err(broken) = self.turn() {
+                tracing::error!("{broken}");
                 return;
             }
         }
     }
 
+    /// Whether a turn would compute nothing until it is told something, or a push has room.
+    pub fn is_idle(&self) -> bool {
+        self.running.iter().all(|r| r.remaining() == 0)
+    }
+
+    /// What [`Self::run`] does before a turn of an idle engine, for a task that turns it: waits until it is told something,
+    /// `limit` at most. False where nobody can tell it anything more.
+    pub async fn told(&mut self, limit: Duration) -> bool {
+        self.pulse.beat();
+        match timeout(limit, self.jobs.recv_async()).await {
+            Ok(Ok(job)) => self.waiting.push_back(job),
+            Ok(Err(flume::RecvError::Disconnected)) => return false,
+            Err(_) => {}
+        }
+        true
+    }
+
+    /// One turn, which waits for nothing: takes what came, lets go of what nobody waits for, does a step, and sends what
+    /// pushes have room for.
+    ///
+    /// # Errors
+    /// Where it is broken.
+    pub fn turn(&mut self) -> Result<(), Broken> {
+        self.faults.at("turn");
+        self.waiting.extend(self.jobs.try_iter());
+        self.waiting.retain(|job| !job.abandoned());
+        self.running.retain(|r| !r.job.abandoned());
+        self.let_in();
+        let Counts { running, waiting, unread, .. } = &*self.counts;
+        running.store(self.running.iter().filter(|r| r.remaining() > 0).count(), Ordering::Release);
+        waiting.store(self.waiting.len() + self.jobs.len(), Ordering::Release);
+        let left = self.running.iter().map(Running::remaining).chain(self.waiting.iter().map(|job| job.prompt.len()));
+        unread.store(left.sum(), Ordering::Release);
+        self.step();
+        self.send_owed();
+        if self.failed_steps.is_broken() || self.failed_handoffs.is_broken() { Err(Broken) } else { Ok(()) }
+    }
+
     /// Gives blocks to those who waited longest; a prompt that does not fit yet is not overtaken, so it gets its turn.
     fn let_in(&mut self) {
-        let Engine { pool, counts, metrics, .. } = &self.engine;
+        let (pool, counts, metrics) = (&self.pool, &self.counts, &self.metrics);
         while let Some(job) = self.waiting.front() {
             let names = job.names.as_deref().unwrap_or_default();
             // At least the last token is read: its logits are wanted. Or all are, where those of all are.
@@ -212,27 +250,27 @@ impl Loop {
         if due.iter().all(|r| *r == 0) {
             return;
         }
-        for (running, given) in self.running.iter_mut().zip(share(&due, self.engine.settings.chunk_tokens)) {
+        for (running, given) in self.running.iter_mut().zip(share(&due, self.settings.chunk_tokens)) {
             running.given = given;
         }
         let readers: Vec<u64> = self.running.iter().filter(|r| r.given > 0).map(|r| r.number).collect();
         self.compute(&readers);
-        self.engine.pulse.beat();
+        self.pulse.beat();
     }
 
     /// The step of these prompts, over what each was given. Where it fails, that of their halves.
     fn compute(&mut self, readers: &[u64]) {
         let given: Vec<usize> = self.running.iter().map(|r| if readers.contains(&r.number) { r.given } else { 0 }).collect();
         let begun = Instant::now();
-        let error = match caught("the step", || read(&mut self.engine, &mut self.running, &given)) {
+        let error = match caught("the step", || read(&mut self.compute, &self.faults, &mut self.running, &given)) {
             Ok(read) => {
                 self.failed_steps.end();
-                let Metrics { step_seconds, step_tokens, .. } = &*self.engine.metrics;
+                let Metrics { step_seconds, step_tokens, .. } = &*self.metrics;
                 let (tokens, took) = (given.iter().sum::<usize>(), read.computed - begun);
                 step_seconds.observe(took.as_secs_f64());
                 step_tokens.inc_by(tokens as u64);
                 if let Some(most) = self.pace.after(tokens, took) {
-                    self.engine.counts.unread_most.store(most, Ordering::Release);
+                    self.counts.unread_most.store(most, Ordering::Release);
                 }
                 return self.advance(&given, read);
             }
@@ -261,7 +299,7 @@ impl Loop {
     /// read to their end.
     fn advance(&mut self, given: &[usize], read: Read) {
         let (mut given, mut tokens) = (given.iter(), read.tokens.into_iter());
-        let Engine { pool, settings, metrics, .. } = &self.engine;
+        let (pool, settings, metrics) = (&self.pool, &self.settings, &self.metrics);
         self.running.retain_mut(|running| {
             let given = given.next().copied().unwrap_or(0);
             let reported = running.reported(given);
@@ -286,7 +324,7 @@ impl Loop {
 
     /// Sends what pushes have room for; lets go of prompts whose rows are all sent.
     fn send_owed(&mut self) {
-        let Engine { cache, rows, workspace, faults, .. } = &mut self.engine;
+        let (mut cached, faults) = (self.compute.cached(), &self.faults);
         let failed = &mut self.failed_handoffs;
         self.running.retain_mut(|running| {
             let Running { job, reservation, .. } = running;
@@ -294,7 +332,7 @@ impl Loop {
             let (Some(handoff), blocks) = (handoff, reservation.blocks()) else { return true };
             let sent = caught(HANDING_OVER, || {
                 faults.of("rows", || prompt_digest(prompt));
-                handoff.fill(|piece| rows[*pair].bytes(cache, workspace.pool(), blocks, piece))
+                handoff.fill(|piece| cached.bytes(*pair, blocks, piece))
             });
             match sent {
                 Ok(complete) => {
@@ -334,7 +372,7 @@ fn panicked(what: &str) -> ServiceError {
 
 /// One forward pass over the given number of tokens of each prompt; every layer's rows leave as soon as they are there, and
 /// with them what else pushes have room for by now.
-fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result<Read, ModelError> {
+fn read(compute: &mut impl Compute, faults: &Faults, running: &mut [Running], given: &[usize]) -> Result<Read, ModelError> {
     /// One prompt's part in the step; without tokens if only its rows are on their way.
     struct Part<'a> {
         tokens: &'a [u32],
@@ -348,7 +386,6 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
         number: u64,
         prompt: &'a [u32],
     }
-    let Engine { model, cache, rows, workspace, faults, .. } = engine;
     let mut parts: Vec<Part<'_>> = Vec::with_capacity(running.len());
     let mut wanted: Vec<Row<'_>> = Vec::new();
     for (running, &given) in running.iter_mut().zip(given) {
@@ -380,14 +417,13 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
         .filter(|p| !p.tokens.is_empty())
         .map(|p| Chunk { tokens: p.tokens, start: p.start, blocks: p.blocks, logits: p.last })
         .collect();
-    model.forward_rows(&chunks, &rows_wanted, cache, workspace, &mut |layer, cache, pool| {
+    compute.forward(&chunks, &rows_wanted, &mut |layer, cached| {
         for Part { tokens, start, blocks, pair, handoff, number, prompt, .. } in &mut parts {
             let Some(sender) = handoff else { continue };
-            let rows = &mut rows[*pair];
             let sent = caught(HANDING_OVER, || {
                 faults.of("rows", || prompt_digest(prompt));
-                sender.available(rows.targets(layer), *start + tokens.len());
-                sender.fill(|piece| rows.bytes(cache, pool, blocks, piece))
+                sender.available(cached.targets(*pair, layer), *start + tokens.len());
+                sender.fill(|piece| cached.bytes(*pair, blocks, piece))
             });
             if let Err(error) = sent {
                 tracing::error!(%error, "handoff failed");
@@ -395,11 +431,10 @@ fn read(engine: &mut Engine, running: &mut [Running], given: &[usize]) -> Result
                 *handoff = None;
             }
         }
-        Ok(())
     })?;
     let computed = Instant::now();
     drop(chunks);
-    let tokens = if wanted.is_empty() { Vec::new() } else { workspace.tokens(wanted) };
+    let tokens = if wanted.is_empty() { Vec::new() } else { compute.tokens(wanted) };
     Ok(Read { tokens, computed, failed })
 }
 

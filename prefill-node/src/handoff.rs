@@ -6,8 +6,6 @@
 //! **Invariant:** the rows of each layer are sent in the order of their tokens, without a gap, each once, and only those
 //! that are computed and that the decode node does not hold. The commit comes after all of them.
 
-use std::time::Instant;
-
 use bytes::Bytes;
 use overfill_kv::{HandoffDigest, RowsHeader, wire};
 use overfill_model::ModelError;
@@ -16,6 +14,7 @@ use overfill_proto::{MAX_FRAME_PAYLOAD, convert};
 use overfill_types::prompt_digest;
 use overfill_types::{Epoch, Fingerprint, KvGeometry, Ticket, WireFormat};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::push::{Push, Times};

@@ -5,8 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use overfill_kv::BlockPool;
 use overfill_lifecycle::metrics::{CacheConfig, Error, Histogram, IntCounter, IntCounterVec, Registry, buckets};
-use overfill_model::Pair;
-use overfill_types::{Code, ServiceError};
+use overfill_types::{Code, PairManifest, ServiceError};
 
 use crate::Counts;
 
@@ -48,16 +47,16 @@ impl Metrics {
     /// # Errors
     /// Where two metrics have one name.
     pub(crate) fn new(
-        pairs: &[Pair],
+        manifests: &[PairManifest],
         pool: &BlockPool,
         counts: &Arc<Counts>,
         max_context: usize,
         prefix_caching: bool,
     ) -> Result<Self, Error> {
         // One engine reads for all of them.
-        let names: Vec<&str> = pairs.iter().map(|p| p.manifest.name.as_str()).collect();
+        let names: Vec<&str> = manifests.iter().map(|m| m.name.as_str()).collect();
         let registry = Registry::new("prefill", Some(&names.join(",")))?;
-        let dtype = pairs.first().map(|p| p.manifest.kv_formats.cache.to_string()).unwrap_or_default();
+        let dtype = manifests.first().map(|m| m.kv_formats.cache.to_string()).unwrap_or_default();
         let config = CacheConfig { block_tokens: pool.block_tokens(), blocks: pool.total(), dtype, prefix_caching };
         let of_pool = pool.clone();
         registry.cache(&config, move || of_pool.held())?;

@@ -68,14 +68,14 @@ pub(crate) fn rows(pairs: &[Pair], pool: &Pool) -> Result<Vec<Rows>, ModelError>
 }
 
 impl Offers {
-    pub(crate) fn new(pairs: &[Pair]) -> Self {
-        let full = pairs.first().map(|p| format!("{} {:?}", p.manifest.full.sha256, p.manifest.kv_formats.cache));
-        let offer = |pair: &Pair| Offer {
-            pair: ServedPair { model: pair.manifest.name.clone(), fingerprint: pair.manifest.fingerprint.clone() },
-            geometry: pair.manifest.decode.kv,
-            wire: pair.manifest.kv_formats.wire,
+    pub(crate) fn new(manifests: &[PairManifest]) -> Self {
+        let full = manifests.first().map(|m| format!("{} {:?}", m.full.sha256, m.kv_formats.cache));
+        let offer = |m: &PairManifest| Offer {
+            pair: ServedPair { model: m.name.clone(), fingerprint: m.fingerprint.clone() },
+            geometry: m.decode.kv,
+            wire: m.kv_formats.wire,
         };
-        Self { offers: pairs.iter().map(offer).collect(), full: Fingerprint::new(full.unwrap_or_default()) }
+        Self { offers: manifests.iter().map(offer).collect(), full: Fingerprint::new(full.unwrap_or_default()) }
     }
 
     /// The names under which peers know them.

@@ -1,12 +1,11 @@
 //! The task that carries one handoff's frames to its decode node.
 
-use std::time::Instant;
-
 use overfill_lifecycle::Trace;
 use overfill_proto::v1::{HandoffDone, KvFrame, kv_frame};
 use overfill_transport::push::Pushes;
 use overfill_types::{Code, ServiceError};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;

@@ -7,13 +7,13 @@ use overfill_types::{KvGeometry, WireFormat};
 
 /// Rows of one decode-model layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
+pub struct Piece {
     /// Layer of the decode model.
-    pub(crate) layer: usize,
+    pub layer: usize,
     /// Position of the first token.
-    pub(crate) start: usize,
+    pub start: usize,
     /// How many there are.
-    pub(crate) tokens: usize,
+    pub tokens: usize,
 }
 
 /// Makes rows of the full model's cache into rows of the decode model, as they travel.

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use bytes::Bytes;
 use overfill_guide::Guides;
@@ -16,6 +15,7 @@ use overfill_transport::calls::{EventReceiver, Serving, Signals};
 use overfill_transport::push::Pushes;
 use overfill_types::{Code, Epoch, Fingerprint, Limits, NodeId, ServiceError, Ticket};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tonic::codegen::http::HeaderMap;
 use tracing::{Instrument, debug_span, info_span};
 
@@ -40,6 +40,8 @@ pub(crate) struct Served {
     pub(crate) prefix_cache: bool,
     /// Compiles what answers have to look like.
     pub(crate) guides: Arc<Guides>,
+    /// To decode nodes.
+    pub(crate) pushes: Pushes,
 }
 
 pub(crate) struct PrefillService {
@@ -47,14 +49,13 @@ pub(crate) struct PrefillService {
     jobs: flume::Sender<Job>,
     counts: Arc<Counts>,
     metrics: Arc<Metrics>,
-    pushes: Pushes,
     signals: Signals,
     refusals: Refusals,
 }
 
 impl PrefillService {
     pub(crate) fn new(served: Served, jobs: flume::Sender<Job>, counts: Arc<Counts>, metrics: Arc<Metrics>, signals: Signals) -> Self {
-        Self { served, jobs, counts, metrics, pushes: Pushes::default(), signals, refusals: Refusals::default() }
+        Self { served, jobs, counts, metrics, signals, refusals: Refusals::default() }
     }
 
     async fn admit(&self, request: PrefillRequest, trace: Trace) -> Result<EventReceiver<PrefillEvent>, ServiceError> {
@@ -135,7 +136,7 @@ impl PrefillService {
         })?;
         if let Some(push) = push {
             // Owned by the answer: it ends when the router has gone, when the engine gave up, or when all is pushed.
-            let (metrics, pushes) = (self.metrics.clone(), self.pushes.clone());
+            let (metrics, pushes) = (self.metrics.clone(), self.served.pushes.clone());
             let span = trace.span().clone();
             let pushing = async move {
                 let _counted = counted;

@@ -37,7 +37,7 @@ impl Faults {
 
     /// A point of the engine's own work.
     pub fn at(&self, point: &str) {
-        self.of(point, || Vec::new());
+        self.of(point, Vec::new);
     }
 
     /// A point of the work on one prompt, whose digest `prompt` gives.

@@ -9,11 +9,9 @@ use std::time::Duration;
 use overfill_cluster::{Discovery, Registration};
 use overfill_lifecycle::{PartEnded, Parts};
 use overfill_transport::calls::Signals;
-use overfill_transport::server::{self, Health};
+use overfill_transport::server::Health;
 use overfill_types::{Code, NodeInfo, ServiceError};
-use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
-use tonic::service::Routes;
 
 use crate::pulse::Pulse;
 
@@ -25,15 +23,15 @@ const ENDING: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// What a node consists of, and how it is known.
-pub struct Life<H> {
+pub struct Life<S, H> {
     /// Its engine, and what else was begun already.
     pub parts: Parts,
     /// Of its engine.
     pub pulse: Pulse,
     /// How long its engine may take for a step.
     pub step_timeout: Duration,
-    /// What it serves, and where.
-    pub server: (TcpListener, Routes),
+    /// What serves its peers until its calls are to end; begun when the engine is ready.
+    pub server: S,
     /// Of its server.
     pub health: Health,
     /// Where it is to be found.
@@ -48,20 +46,24 @@ pub struct Life<H> {
     pub drain_timeout: Duration,
 }
 
-impl<H: Fn() -> usize> Life<H> {
+impl<S, E, H> Life<S, H>
+where
+    S: Future<Output = Result<(), E>> + Send + 'static,
+    E: std::error::Error + Send + Sync + 'static,
+    H: Fn() -> usize,
+{
     /// Serves until the node is drained.
     ///
     /// # Errors
     /// Where a part of it ended before, or its engine hangs.
     pub async fn run(self) -> Result<(), PartEnded> {
-        let Self { mut parts, pulse, step_timeout, server: (listener, routes), health, discovery, info, signals, held, drain_timeout } =
-            self;
+        let Self { mut parts, pulse, step_timeout, server, health, discovery, info, signals, held, drain_timeout } = self;
         parts.task("watchdog of the engine", pulse.clone().watch(step_timeout, signals.end.clone()));
         tokio::select! {
             () = pulse.begun() => {}
             ended = parts.until(&signals.drain) => return ended,
         }
-        parts.task("gRPC server", server::serve(listener, routes, signals.end.clone()));
+        parts.task("gRPC server", server);
         health.set_ready(true).await;
         let mut registration = info.map(|info| discovery.register(info));
         let lost = async {

@@ -1,9 +1,9 @@
 //! The prompts that a node refuses, since engines died under them.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use overfill_types::{PromptDigest, Quarantine, ServiceError};
+use tokio::time::Instant;
 
 /// What a node knows of prompts under which engines died.
 #[derive(Debug, Default)]
@@ -21,7 +21,7 @@ impl Refusals {
         }
         let digest = overfill_types::prompt_digest(prompt);
         if suspicion > 0 {
-            known.told(digest, suspicion, Instant::now());
+            known.told(digest, suspicion, Instant::now().into_std());
         }
         known.check(&digest)
     }

@@ -9,6 +9,7 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::HealthReporter;
 
 use crate::connection::{CONNECTION_WINDOW, PROBE, STREAM_WINDOW};
@@ -29,6 +30,14 @@ pub struct Health {
 }
 
 impl Health {
+    /// Not ready yet, and the service that tells it.
+    pub async fn new() -> (Self, HealthServer<impl tonic_health::pb::health_server::Health>) {
+        let (reporter, service) = tonic_health::server::health_reporter();
+        reporter.set_service_status("", ServingStatus::NotServing).await;
+        reporter.set_service_status(LIVE, ServingStatus::Serving).await;
+        (Self { reporter }, service)
+    }
+
     /// Says whether the server takes requests.
     pub async fn set_ready(&self, ready: bool) {
         let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
@@ -41,9 +50,7 @@ impl Health {
 /// # Errors
 /// Where the descriptors are malformed.
 pub async fn with_health(routes: Routes, descriptors: &'static [u8]) -> Result<(Routes, Health), tonic_reflection::server::Error> {
-    let (reporter, service) = tonic_health::server::health_reporter();
-    reporter.set_service_status("", ServingStatus::NotServing).await;
-    reporter.set_service_status(LIVE, ServingStatus::Serving).await;
+    let (health, service) = Health::new().await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(descriptors)
@@ -51,7 +58,7 @@ pub async fn with_health(routes: Routes, descriptors: &'static [u8]) -> Result<(
     };
     // Both versions: Python's and older clients ask for the first.
     let routes = routes.add_service(service).add_service(reflection().build_v1alpha()?).add_service(reflection().build_v1()?);
-    Ok((routes, Health { reporter }))
+    Ok((routes, health))
 }
 
 /// Serves until `end` is given and running calls are over, or a little longer at most.

@@ -1,0 +1,86 @@
+//! A decode node put together: all of it but its threads and its sockets, whatever computes for it.
+
+use std::sync::Arc;
+
+use overfill_kv::BlockPool;
+use overfill_lifecycle::metrics::Registry;
+use overfill_node::{Faults, Pulse, RunError};
+use overfill_proto::MAX_MESSAGE;
+use overfill_proto::v1::decode_server::DecodeServer;
+use overfill_proto::v1::node_server::NodeServer;
+use overfill_transport::calls::{NodeService, Signals};
+use overfill_types::{Limits, NodeId, NodeInfo, PeerAddress, Role, ServedPair};
+use tonic::service::Routes;
+
+use crate::admission::{Admission, Bounds};
+use crate::commands::Commands;
+use crate::compute::Compute;
+use crate::config::DecodeConfig;
+use crate::engine::{Engine, Settings};
+use crate::load::Loaded;
+use crate::metrics::Metrics;
+use crate::service::DecodeService;
+
+/// A decode node that only needs to be turned and asked.
+pub struct Assembled<C> {
+    /// What writes. It is turned by a thread of its own, or by a task.
+    pub engine: Engine<C>,
+    /// Beats with the engine's turns.
+    pub pulse: Pulse,
+    /// What it answers routers and prefill nodes.
+    pub routes: Routes,
+    /// The blocks of its cache.
+    pub blocks: BlockPool,
+    /// What it counts.
+    pub metrics: Registry,
+    id: NodeId,
+    pair: ServedPair,
+    admission: Arc<Admission>,
+}
+
+/// Puts a decode node together.
+///
+/// # Errors
+/// Where its metrics are malformed.
+pub fn assemble<C: Compute>(id: NodeId, config: &DecodeConfig, loaded: Loaded<C>, signals: &Signals) -> Result<Assembled<C>, RunError> {
+    let Loaded { manifest, compute, blocks, guides } = loaded;
+    let blocks = BlockPool::new(blocks, config.node.block_tokens as usize);
+    let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
+    let bounds = Bounds {
+        sequences: config.max_sequences as usize,
+        blocks: (blocks.total() as f64 * config.kv_overcommit) as usize,
+        reservation_timeout: config.reservation_timeout(),
+    };
+    let admission = Arc::new(Admission::new(&manifest, limits, blocks.clone(), bounds));
+    let metrics = Arc::new(Metrics::new(&manifest, &admission)?);
+    let settings = Settings {
+        eos: manifest.tokenizer.eos_token_ids.clone(),
+        max_batch: config.max_batch,
+        patience: config.reservation_timeout(),
+        wire: manifest.kv_formats.wire,
+    };
+    let (pulse, faults) = (Pulse::default(), Faults::new(config.node.fault.clone()));
+    let (commands, told) = Commands::new();
+    let engine = Engine::new(compute, told, settings, metrics.clone(), (pulse.clone(), faults));
+    let pair = ServedPair { model: manifest.name, fingerprint: manifest.fingerprint };
+    let registry = metrics.registry.clone();
+    let node = (id.clone(), pair.clone());
+    let service = Arc::new(DecodeService::new(node, admission.clone(), commands, guides, metrics, signals.clone()));
+    let routes = Routes::new(DecodeServer::from_arc(service.clone()).max_decoding_message_size(MAX_MESSAGE))
+        .add_service(NodeServer::new(NodeService::new(service, signals.clone())).max_decoding_message_size(MAX_MESSAGE));
+    Ok(Assembled { engine, pulse, routes, blocks, metrics: registry, id, pair, admission })
+}
+
+impl<C> Assembled<C> {
+    /// As what it is registered, where peers reach it at `address`.
+    pub fn info(&self, address: PeerAddress) -> NodeInfo {
+        let (id, pairs, max_context) = (self.id.clone(), vec![self.pair.clone()], self.admission.max_context());
+        NodeInfo { id, role: Role::Decode, address, pairs, max_context }
+    }
+
+    /// Says how many sequences it holds.
+    pub fn held(&self) -> impl Fn() -> usize + Clone + Send + Sync + 'static + use<C> {
+        let admission = self.admission.clone();
+        move || admission.sequences()
+    }
+}

@@ -1,0 +1,47 @@
+//! The pair of a decode node, as it is loaded.
+
+use std::sync::Arc;
+
+use overfill_guide::Guides;
+use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
+use overfill_node::RunError;
+use overfill_types::PairManifest;
+
+use crate::compute::DecodeModel;
+use crate::config::DecodeConfig;
+
+/// What a decode node serves, and what computes for it.
+pub struct Loaded<C> {
+    /// The pair's.
+    pub manifest: PairManifest,
+    /// Its decode model, with a cache of so many blocks.
+    pub compute: C,
+    /// Blocks of the cache.
+    pub blocks: u32,
+    /// Compiles what answers have to look like.
+    pub guides: Arc<Guides>,
+}
+
+/// Loads the decode model, on threads of `placement`.
+///
+/// # Errors
+/// Where the pair cannot be loaded.
+pub(crate) async fn load(config: &DecodeConfig, placement: &Placement) -> Result<Loaded<DecodeModel>, RunError> {
+    let (node, dir, placement) = (config.node.clone(), config.pair.clone(), placement.clone());
+    let loading = tokio::task::spawn_blocking(move || {
+        let pair = Pair::open(&dir)?;
+        let device = overfill_model::device::parse(&node.device)?;
+        let pool = Pool::placed(node.threads(), &placement)
+            .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
+        let model = pair.load_decode(&device, &pool)?;
+        let geometry = model.config().kv;
+        let formats = pair.manifest.kv_formats;
+        let blocks = node.blocks(cache::bytes_per_token(geometry, formats.cache));
+        let mut cache = KvCache::new(geometry, formats.cache, blocks as usize, node.block_tokens as usize, &device)?;
+        cache.claim(&pool);
+        let guides = Arc::new(Guides::open(&pair.dir, &pair.manifest));
+        let compute = DecodeModel { model, cache, workspace: Workspace::new(pool) };
+        Ok::<_, ModelError>(Loaded { manifest: pair.manifest, compute, blocks, guides })
+    });
+    Ok(loading.await??)
+}

@@ -1,0 +1,50 @@
+//! The pairs of a prefill node, as they are loaded.
+
+use std::sync::Arc;
+
+use overfill_guide::Guides;
+use overfill_model::{KvCache, ModelError, Placement, Pool, Workspace, cache};
+use overfill_node::RunError;
+use overfill_types::PairManifest;
+
+use crate::compute::FullModel;
+use crate::config::PrefillConfig;
+use crate::pairs;
+
+/// What a prefill node serves, and what computes for it.
+pub struct Loaded<C> {
+    /// Those of the pairs; at least one.
+    pub manifests: Vec<PairManifest>,
+    /// Their full model, with a cache of so many blocks.
+    pub compute: C,
+    /// Blocks of the cache.
+    pub blocks: u32,
+    /// Compiles what answers have to look like.
+    pub guides: Arc<Guides>,
+}
+
+/// Loads the full model, on threads of `placement`.
+///
+/// # Errors
+/// Where the pairs cannot be loaded, or do not have one full model.
+pub(crate) async fn load(config: &PrefillConfig, placement: &Placement) -> Result<Loaded<FullModel>, RunError> {
+    let (node, dirs, placement) = (config.node.clone(), config.pair.clone(), placement.clone());
+    let loading = tokio::task::spawn_blocking(move || {
+        let pairs = pairs::open(&dirs)?;
+        let Some(first) = pairs.first() else { return Err(ModelError::Mismatch("no pair is named: give at least one".into())) };
+        let device = overfill_model::device::parse(&node.device)?;
+        let pool = Pool::placed(node.threads(), &placement)
+            .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
+        let model = first.load_full(&device, &pool)?;
+        let rows = pairs::rows(&pairs, &pool)?;
+        let geometry = model.config().kv;
+        let format = first.manifest.kv_formats.cache;
+        let blocks = node.blocks(cache::bytes_per_token(geometry, format));
+        let mut cache = KvCache::new(geometry, format, blocks as usize, node.block_tokens as usize, &device)?;
+        cache.claim(&pool);
+        let guides = Arc::new(Guides::open(&first.dir, &first.manifest));
+        let compute = FullModel { model, cache, workspace: Workspace::new(pool), rows };
+        Ok::<_, ModelError>(Loaded { manifests: pairs.into_iter().map(|pair| pair.manifest).collect(), compute, blocks, guides })
+    });
+    Ok(loading.await??)
+}
