@@ -1,13 +1,14 @@
 //! From what a client asks to what the cluster can serve: token ids, bounds, a deadline, its place. Text ends here.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_lifecycle::Trace;
 use overfill_schedule::Share;
 use overfill_text::{Chat, StopMatcher, TextModel};
 use overfill_types::{Code, Limits, Quality, RequestId, SamplingParams, ServiceError, StopConditions};
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 use tracing::Instrument;
 
 use crate::Router;
@@ -102,7 +103,7 @@ impl Router {
             ServiceError::new(Code::Unavailable, message).retry_after(Duration::from_secs(1))
         })?;
         let mut allowances = client.begin(answers)?.into_iter();
-        let model = self.model(&asked.model)?;
+        let model = self.models.find(&asked.model)?;
         let counters = self.metrics.of(&model.manifest.name)?;
         asked.sampling.validate()?;
         let stop_strings = StopMatcher::new(asked.stop)?;
@@ -114,7 +115,7 @@ impl Router {
         }
         if let Some(guide) = &asked.sampling.guide {
             // The nodes compile it too; here a malformed one is told of before any node is asked.
-            self.guides(&model)?.compile_beside(guide).await?;
+            self.models.guides(&model)?.compile_beside(guide).await?;
         }
         let deadline = {
             let longest = Duration::from_secs(self.config.request_timeout);
@@ -182,23 +183,6 @@ impl Router {
     pub(crate) async fn admit_one(&self, client: &Arc<Client>, asked: Asked, trace: &Trace) -> Result<ValidRequest, ServiceError> {
         let first = self.admit(client, asked, trace).await?.into_iter().next();
         first.ok_or_else(|| ServiceError::new(Code::InvalidArgument, "the input is missing"))
-    }
-
-    /// The model of this name, or the only one where none is named.
-    ///
-    /// # Errors
-    /// [`Code::NotFound`] naming those that are here.
-    pub(crate) fn model(&self, name: &str) -> Result<Arc<TextModel>, ServiceError> {
-        let found = match self.models.as_slice() {
-            [only] if name.is_empty() => Some(only),
-            models => models.iter().find(|m| m.manifest.name == name),
-        };
-        found.cloned().ok_or_else(|| {
-            ServiceError::new(
-                Code::NotFound,
-                format!("model '{name}' is not served here: ask for one of {}", self.model_names().join(", ")),
-            )
-        })
     }
 }
 

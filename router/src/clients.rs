@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::http::{HeaderMap, header};
 use overfill_schedule::{Bucket, Share};
@@ -14,6 +14,7 @@ use overfill_types::{Code, ServiceError};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 
 /// The file of keys: JSON.
 #[derive(Debug, Deserialize)]
@@ -127,7 +128,7 @@ impl Clients {
 
 fn by_key(file: KeyFile) -> Result<HashMap<[u8; 32], Arc<Client>>, String> {
     let mut by_key = HashMap::new();
-    let now = Instant::now();
+    let now = Instant::now().into_std();
     for (number, entry) in file.clients.into_iter().enumerate() {
         let ClientEntry { name, keys, sha256, weight, class, max_concurrent, requests_per_second, tokens_per_second, burst_seconds } =
             entry;
@@ -202,7 +203,7 @@ impl Client {
 
     fn take(&self, bucket: &Option<Mutex<Bucket>>, amount: f64, what: &str) -> Result<(), ServiceError> {
         let Some(bucket) = bucket else { return Ok(()) };
-        let taken = bucket.lock().unwrap_or_else(PoisonError::into_inner).take(amount, Instant::now());
+        let taken = bucket.lock().unwrap_or_else(PoisonError::into_inner).take(amount, Instant::now().into_std());
         taken.map_err(|wait| {
             let message =
                 format!("Rate limit reached: client {} is over its {what} per second; try again in {:.1} s", self.name, wait.as_secs_f64());

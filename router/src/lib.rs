@@ -3,6 +3,8 @@
 //! A request comes in by gRPC or HTTP (`frontend`), becomes token ids within bounds (`admission`), gets a prefill and a decode
 //! node at once (`pairing`), and its tokens are relayed as they are written (`relay`).
 //!
+//! [`Router`] is all of this, [`run`] gives it sockets.
+//!
 //! **Invariant:** the router holds no model and no KV cache, and neither passes through it.
 
 mod admission;
@@ -11,26 +13,25 @@ pub mod config;
 mod error;
 pub mod frontend;
 mod metrics;
+mod models;
 mod pairing;
 mod relay;
 mod status;
 mod suspicions;
 mod tokenising;
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use overfill_cluster::{Discovery, Snapshot};
-use overfill_guide::Guides;
 use overfill_lifecycle::{Drain, Parts};
 use overfill_proto::DESCRIPTORS;
 use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceServiceServer;
 use overfill_proto::v1::inference_server::InferenceServer;
 use overfill_text::TextModel;
-use overfill_transport::Peers;
 use overfill_transport::server::{self, Health};
-use overfill_types::{Code, Fingerprint, Quality, ServiceError};
+use overfill_transport::{Connector, Peers};
+use overfill_types::Quality;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tonic::codec::CompressionEncoding;
@@ -42,6 +43,7 @@ pub use crate::error::RunError;
 use crate::frontend::grpc::InferenceService;
 use crate::frontend::kserve::KserveService;
 use crate::metrics::Metrics;
+pub use crate::models::Models;
 use crate::pairing::Pairing;
 use crate::relay::RetryBudget;
 use crate::suspicions::Suspicions;
@@ -50,12 +52,10 @@ use crate::tokenising::Tokenising;
 /// How long connections get to close once everything is finished.
 const CLOSING: Duration = Duration::from_secs(4);
 
-/// What all requests share.
-pub(crate) struct Router {
+/// A router without its sockets: what all requests share.
+pub struct Router {
     config: RouterConfig,
-    models: Vec<Arc<TextModel>>,
-    /// What compiles each model's guides.
-    guides: HashMap<Fingerprint, Arc<Guides>>,
+    models: Models,
     /// Seconds since 1970 at the start.
     started: u64,
     view: watch::Receiver<Arc<Snapshot>>,
@@ -86,62 +86,15 @@ pub struct Listeners {
 /// # Errors
 /// Where a pair cannot be opened or a transport fails.
 pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
-    let models = config.pair.iter().map(|dir| TextModel::open(dir).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
-    let guides = config.pair.iter().zip(&models).map(|(dir, model)| {
-        let manifest = &model.manifest;
-        (manifest.fingerprint.clone(), Arc::new(Guides::open(dir, manifest)))
-    });
-    let guides = guides.collect();
-    let most = config.max_requests as usize;
-    let mut names = HashSet::new();
-    if let Some(twice) = models.iter().map(|m| m.manifest.name.as_str()).find(|name| !names.insert(*name)) {
-        let message = format!("two of them are named '{twice}', and clients ask for a model by its name: give one of them another");
-        return Err(ServiceError::new(Code::InvalidArgument, message).into());
-    }
-    let metrics = Arc::new(Metrics::new(names)?);
-    let (of_metrics, seen) = (discovery.watch(), discovery.clone());
-    metrics.nodes(move |role| of_metrics.borrow().nodes.iter().filter(|n| n.role == role).count())?;
-    metrics.registry.etcd(move || seen.etcd_connected())?;
-    let suspicions = Arc::new(Suspicions::default());
-    let known = suspicions.clone();
-    metrics.quarantine(move || known.refused())?;
-    let clients = Arc::new(Clients::open(config.keys.as_deref())?);
-    let view = discovery.watch();
-    let router = Arc::new(Router {
-        models,
-        guides,
-        started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
-        pairing: Pairing::new(view.clone(), config.max_waiting),
-        view,
-        peers: Peers::default(),
-        retries: RetryBudget::default(),
-        suspicions,
-        tokenising: Tokenising::default(),
-        metrics,
-        clients,
-        places: Arc::new(Semaphore::new(most)),
-        // Those that will be refused are looked at too.
-        heads: Arc::new(Semaphore::new(2 * most)),
-        drain: drain.clone(),
-        config,
-    });
-    // Requests may be compressed; answers are a few bytes at a time, which compressing would only make dearer.
-    let inference = InferenceServer::new(InferenceService::new(router.clone()))
-        .max_decoding_message_size(router.config.max_body)
-        .accept_compressed(CompressionEncoding::Gzip)
-        .accept_compressed(CompressionEncoding::Zstd);
-    let kserve = GrpcInferenceServiceServer::new(KserveService::new(router.clone()))
-        .max_decoding_message_size(router.config.max_body)
-        .accept_compressed(CompressionEncoding::Gzip)
-        .accept_compressed(CompressionEncoding::Zstd);
-    let routes = frontend::stack(&router, Routes::new(inference).add_service(kserve).into_axum_router());
-    let (routes, health) = server::with_health(Routes::from(routes), DESCRIPTORS).await?;
-    tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.model_names(), "router ready");
+    let models = Models::open(&config.pair)?;
+    let router = Router::new(config, models, &discovery, Connector::default(), drain.clone())?;
+    let (routes, health) = server::with_health(Routes::from(router.grpc()), DESCRIPTORS).await?;
+    tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.models.names().collect::<Vec<_>>(), "router ready");
 
     let (mut parts, end) = (Parts::default(), Drain::new());
     parts.task("gRPC server", server::serve(listeners.grpc, routes, end.clone()));
-    parts.task("HTTP server", serve_http(listeners.http, frontend::http::app(router.clone()), end.clone()));
-    parts.task("followers of the nodes' status", ended_by(end.clone(), status::follow(router.clone())));
+    parts.task("HTTP server", serve_http(listeners.http, router.http(), end.clone()));
+    parts.task("followers of the nodes' status", ended_by(end.clone(), router.clone().follow()));
     parts.task("readiness", ended_by(end.clone(), tell_readiness(router.clone(), health.clone())));
 
     let served = parts.until(&drain).await;
@@ -151,9 +104,9 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
         tracing::error!(error = ended.to_string(), cause = ended.cause(), "this router cannot go on: it ends");
         return Err(ended.into());
     }
-    let finished = router.places.acquire_many(u32::try_from(most).unwrap_or(u32::MAX));
+    let finished = router.places.acquire_many(router.config.max_requests);
     if tokio::time::timeout(Duration::from_secs(router.config.drain_timeout), finished).await.is_err() {
-        tracing::warn!(requests = most - router.places.available_permits(), "drain limit reached: the rest is broken off");
+        tracing::warn!(requests = router.under_way(), "drain limit reached: the rest is broken off");
     }
     end.start();
     Ok(parts.finish(CLOSING).await?)
@@ -193,8 +146,74 @@ async fn tell_readiness(router: Arc<Router>, health: Health) {
 }
 
 impl Router {
-    fn model_names(&self) -> Vec<&str> {
-        self.models.iter().map(|m| m.manifest.name.as_str()).collect()
+    /// A router for `models`, whose nodes are those of `discovery` and are reached by `connector`. Must be called inside a tokio
+    /// runtime.
+    ///
+    /// # Errors
+    /// Where two metrics have one name, or the clients' keys cannot be read.
+    pub fn new(
+        config: RouterConfig,
+        models: Models,
+        discovery: &Discovery,
+        connector: Connector,
+        drain: Drain,
+    ) -> Result<Arc<Self>, RunError> {
+        let most = config.max_requests as usize;
+        let metrics = Arc::new(Metrics::new(models.names())?);
+        let (of_metrics, seen) = (discovery.watch(), discovery.clone());
+        metrics.nodes(move |role| of_metrics.borrow().nodes.iter().filter(|n| n.role == role).count())?;
+        metrics.registry.etcd(move || seen.etcd_connected())?;
+        let suspicions = Arc::new(Suspicions::default());
+        let known = suspicions.clone();
+        metrics.quarantine(move || known.refused())?;
+        let clients = Arc::new(Clients::open(config.keys.as_deref())?);
+        let view = discovery.watch();
+        Ok(Arc::new(Self {
+            models,
+            started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            pairing: Pairing::new(view.clone(), config.max_waiting),
+            view,
+            peers: Peers::new(connector),
+            retries: RetryBudget::default(),
+            suspicions,
+            tokenising: Tokenising::default(),
+            metrics,
+            clients,
+            places: Arc::new(Semaphore::new(most)),
+            // Those that will be refused are looked at too.
+            heads: Arc::new(Semaphore::new(2 * most)),
+            drain,
+            config,
+        }))
+    }
+
+    /// The door for gRPC: ours, and the KServe v2 protocol.
+    pub fn grpc(self: &Arc<Self>) -> axum::Router {
+        // Requests may be compressed; answers are a few bytes at a time, which compressing would only make dearer.
+        let inference = InferenceServer::new(InferenceService::new(self.clone()))
+            .max_decoding_message_size(self.config.max_body)
+            .accept_compressed(CompressionEncoding::Gzip)
+            .accept_compressed(CompressionEncoding::Zstd);
+        let kserve = GrpcInferenceServiceServer::new(KserveService::new(self.clone()))
+            .max_decoding_message_size(self.config.max_body)
+            .accept_compressed(CompressionEncoding::Gzip)
+            .accept_compressed(CompressionEncoding::Zstd);
+        frontend::stack(self, Routes::new(inference).add_service(kserve).into_axum_router())
+    }
+
+    /// The door for HTTP, which OpenAI's clients know.
+    pub fn http(self: &Arc<Self>) -> axum::Router {
+        frontend::http::app(self.clone())
+    }
+
+    /// Follows what the nodes say of themselves. Ends where the view of the nodes does.
+    pub async fn follow(self: Arc<Self>) {
+        status::follow(self).await;
+    }
+
+    /// Requests under way, those that wait for room on the nodes among them.
+    pub fn under_way(&self) -> usize {
+        self.config.max_requests as usize - self.places.available_permits()
     }
 
     /// Whether a prefill and a decode node of some pair are there.
@@ -207,15 +226,6 @@ impl Router {
         }
         let missing: Vec<String> = self.models.iter().map(|m| self.pairing.missing(&m.manifest, Quality::Overfill)).collect();
         if missing.iter().any(String::is_empty) { Ok(()) } else { Err(missing.join("; ")) }
-    }
-
-    /// What compiles a model's guides.
-    ///
-    /// # Errors
-    /// [`Code::Internal`] for a model that is not served here.
-    pub(crate) fn guides(&self, model: &TextModel) -> Result<Arc<Guides>, ServiceError> {
-        let guides = self.guides.get(&model.manifest.fingerprint).cloned();
-        guides.ok_or_else(|| ServiceError::new(Code::Internal, format!("model {} has no guides", model.manifest.name)))
     }
 
     /// Longest sequence that a model's nodes take now, in tokens.

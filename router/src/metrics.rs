@@ -4,11 +4,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use overfill_lifecycle::metrics::{Counting, Error, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, buckets};
 use overfill_types::prompt::short;
 use overfill_types::{Code, FinishReason, Role, ServiceError, prompt_digest};
+use tokio::time::Instant;
 
 /// Longest prompt and answer that histograms of tokens tell apart: what is longer is in the last bucket.
 const MOST_TOKENS: usize = 1 << 20;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_cluster::Snapshot;
 use overfill_schedule::{
@@ -11,7 +11,7 @@ use overfill_schedule::{
 };
 use overfill_types::{Code, Endpoint, Fingerprint, NodeId, PairManifest, Quality, Role, ServiceError};
 use tokio::sync::{oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 /// The scheduler, shared by all requests.
 #[derive(Clone)]
@@ -74,7 +74,7 @@ impl Pairing {
     /// Of the nodes in `view`; at most `waiting` requests wait for room.
     pub(crate) fn new(view: watch::Receiver<Arc<Snapshot>>, waiting: usize) -> Self {
         let mut scheduler = Scheduler::new(Cluster::new(rand::random()), QueueLimits { waiting });
-        scheduler.cluster_mut().update(&view.borrow().nodes, Instant::now());
+        scheduler.cluster_mut().update(&view.borrow().nodes, Instant::now().into_std());
         let shared = Shared { scheduler, view, waiting: HashMap::new() };
         Self { shared: Arc::new(Mutex::new(shared)), numbers: Arc::default(), seed: rand::random() }
     }
@@ -95,7 +95,7 @@ impl Pairing {
     /// # Errors
     /// See [`NoPair`].
     pub(crate) async fn turn(&self, order: Order, number: QueueNumber, again: bool) -> Result<Chosen, NoPair> {
-        let now = Instant::now();
+        let now = Instant::now().into_std();
         let left = order.until.saturating_duration_since(now);
         let turn = {
             let mut shared = self.lock();
@@ -132,7 +132,7 @@ impl Pairing {
     /// # Errors
     /// See [`NoPair`].
     pub(crate) fn at_once(&self, order: &Order) -> Result<Chosen, NoPair> {
-        let turn = self.lock().scheduler.at_once(order, Instant::now());
+        let turn = self.lock().scheduler.at_once(order, Instant::now().into_std());
         self.given(turn)
     }
 
@@ -165,7 +165,7 @@ impl Pairing {
     pub(crate) fn serve(&self) {
         let turns: Vec<_> = {
             let mut shared = self.lock();
-            let turns = shared.scheduler.turns(Instant::now());
+            let turns = shared.scheduler.turns(Instant::now().into_std());
             turns.into_iter().filter_map(|(number, turn)| Some((shared.waiting.remove(&number)?, turn))).collect()
         };
         for (waiting, turn) in turns {
@@ -176,14 +176,14 @@ impl Pairing {
 
     /// What a node says of itself.
     pub(crate) fn told(&self, node: &NodeId, report: Report) {
-        self.lock().scheduler.cluster_mut().told(node, report, Instant::now());
+        self.lock().scheduler.cluster_mut().told(node, report, Instant::now().into_std());
         self.serve();
     }
 
     /// Leaves a node alone for a while.
     pub(crate) fn suspect(&self, node: &NodeId) {
         tracing::warn!(%node, "node failed: left alone for a while");
-        self.lock().scheduler.cluster_mut().suspect(node, Instant::now());
+        self.lock().scheduler.cluster_mut().suspect(node, Instant::now().into_std());
     }
 
     /// Which half of a pair's nodes is missing of those that `quality` wants, as a sentence; empty if none is.
@@ -209,7 +209,7 @@ impl Pairing {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         if shared.view.has_changed().unwrap_or(false) {
             let Shared { scheduler, view, .. } = &mut *shared;
-            scheduler.cluster_mut().update(&view.borrow_and_update().nodes, Instant::now());
+            scheduler.cluster_mut().update(&view.borrow_and_update().nodes, Instant::now().into_std());
         }
         shared
     }
@@ -316,7 +316,7 @@ mod tests {
             answer_tokens: 4,
             share: Share { client: 0, weight: 1, class: 0 },
             priority: 0,
-            until: Instant::now() + wait,
+            until: Instant::now().into_std() + wait,
             shunned: vec![],
         }
     }

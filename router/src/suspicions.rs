@@ -1,10 +1,10 @@
 //! The prompts that this router refuses, since engines died under them: counted here, and told by nodes that other routers asked.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use overfill_types::quarantine::{DIED, LOST};
 use overfill_types::{Code, PromptDigest, Quarantine, ServiceError, prompt_digest};
+use tokio::time::Instant;
 
 /// What speaks against prompts, as far as this router knows.
 #[derive(Debug, Default)]
@@ -38,7 +38,7 @@ impl Suspicions {
         if progress {
             known.clear(&digest);
         }
-        known.suspect(digest, more, Instant::now());
+        known.suspect(digest, more, Instant::now().into_std());
     }
 
     /// A prompt was answered.
@@ -52,7 +52,7 @@ impl Suspicions {
     /// A node refuses these, whoever has told it.
     pub(crate) fn told<'a>(&self, refused: impl Iterator<Item = &'a [u8]>) {
         for prompt in refused.filter_map(|prompt| PromptDigest::try_from(prompt).ok()) {
-            self.lock().told(prompt, Quarantine::of_refused(), Instant::now());
+            self.lock().told(prompt, Quarantine::of_refused(), Instant::now().into_std());
         }
     }
 

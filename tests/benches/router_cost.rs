@@ -22,14 +22,14 @@ use overfill_tests::cluster::{request, tokens};
 use overfill_tests::processes::{Process, eventually, free_port};
 use overfill_tests::tiny::{self, Kind};
 use overfill_transport::calls::{EventReceiver, NodeService, Serving, Signals};
-use overfill_transport::{connection, server as transport};
+use overfill_transport::connection::{self, Channel};
+use overfill_transport::server as transport;
 use overfill_types::{SamplingParams, ServiceError};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::http::HeaderMap;
 use tonic::service::Routes;
-use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Tokens of the prompt.

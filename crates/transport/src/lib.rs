@@ -18,5 +18,6 @@ pub mod push;
 pub mod server;
 pub mod status;
 
+pub use connection::Connector;
 pub use fault::Fault;
 pub use peers::Peers;

@@ -4,10 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use overfill_types::ServiceError;
-use tonic::transport::Channel;
 
 use crate::calls::Calls;
-use crate::connection::connect;
+use crate::connection::{Channel, Connector};
 
 /// Addresses that are remembered; beyond it all are forgotten and made anew when needed.
 const MOST: usize = 4096;
@@ -15,6 +14,7 @@ const MOST: usize = 4096;
 /// What a router has open to nodes.
 #[derive(Default)]
 pub struct Peers {
+    connector: Connector,
     peers: Mutex<HashMap<String, Peer>>,
 }
 
@@ -24,6 +24,11 @@ struct Peer {
 }
 
 impl Peers {
+    /// Whose connections `connector` makes.
+    pub fn new(connector: Connector) -> Self {
+        Self { connector, peers: Mutex::default() }
+    }
+
     /// The connection to the node at `address` (`host:port`); it is made on first use.
     ///
     /// # Errors
@@ -49,7 +54,7 @@ impl Peers {
         if let Some(peer) = peers.get_mut(address) {
             return Ok(act(peer));
         }
-        let channel = connect(address)?;
+        let channel = self.connector.connect(address)?;
         if peers.len() >= MOST {
             peers.clear();
         }

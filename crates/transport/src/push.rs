@@ -7,18 +7,18 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_lifecycle::TraceHeaders;
 use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::{KvFrame, PushSummary};
 use overfill_proto::{MAX_MESSAGE, status};
 use overfill_types::ServiceError;
+use tokio::time::Instant;
 use tokio_stream::Stream;
 use tonic::Request;
-use tonic::transport::Channel;
 
-use crate::connection::connect;
+use crate::connection::{Channel, Connector};
 
 /// Connections to one decode node: as many as pushes that the network may have to carry at a time.
 const CONNECTIONS: usize = 4;
@@ -30,6 +30,7 @@ const KEPT: Duration = Duration::from_secs(300);
 /// The connections of one prefill node. Clones share them.
 #[derive(Clone, Default)]
 pub struct Pushes {
+    connector: Connector,
     nodes: Arc<Mutex<HashMap<String, Connections>>>,
 }
 
@@ -46,6 +47,11 @@ struct Connection {
 }
 
 impl Pushes {
+    /// Whose connections `connector` makes.
+    pub fn new(connector: Connector) -> Self {
+        Self { connector, nodes: Arc::default() }
+    }
+
     /// Pushes `frames` to the decode node at `address`; returns when it has verified them all.
     ///
     /// # Errors
@@ -70,16 +76,17 @@ impl Pushes {
     /// The connection to a node that carries the fewest pushes, and what counts one more on it.
     fn connection(&self, address: &str) -> Result<(Channel, Arc<()>), ServiceError> {
         let now = Instant::now();
+        let connect = || Ok(Connection { channel: self.connector.connect(address)?, carries: Arc::default() });
         let mut nodes = self.lock();
         let most = nodes.len() >= NODES && !nodes.contains_key(address);
         nodes.retain(|_, node| node.carries() || !most && now.duration_since(node.used) < KEPT);
         let node = match nodes.entry(address.to_owned()) {
             Entry::Occupied(node) => node.into_mut(),
-            Entry::Vacant(place) => place.insert(Connections { first: Connection::new(address)?, more: Vec::new(), used: now }),
+            Entry::Vacant(place) => place.insert(Connections { first: connect()?, more: Vec::new(), used: now }),
         };
         node.used = now;
         if node.more.len() + 1 < CONNECTIONS && node.all().all(|connection| connection.pushes() > 0) {
-            node.more.push(Connection::new(address)?);
+            node.more.push(connect()?);
         }
         let Connection { channel, carries } = node.least();
         Ok((channel.clone(), carries.clone()))
@@ -107,10 +114,6 @@ impl Connections {
 }
 
 impl Connection {
-    fn new(address: &str) -> Result<Self, ServiceError> {
-        Ok(Self { channel: connect(address)?, carries: Arc::default() })
-    }
-
     fn pushes(&self) -> usize {
         Arc::strong_count(&self.carries) - 1
     }

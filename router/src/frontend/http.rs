@@ -61,7 +61,7 @@ async fn models(State(router): State<Arc<Router>>) -> Json<Value> {
 }
 
 async fn model(State(router): State<Arc<Router>>, Path(name): Path<String>) -> Response {
-    match router.model(&name) {
+    match router.models.find(&name) {
         Ok(model) => Json(described(&router, &model)).into_response(),
         Err(error) => Failed::from(error).into_response(),
     }

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_lifecycle::Trace;
 use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceService;
@@ -24,6 +24,7 @@ use overfill_transport::deadline::timeout_of;
 use overfill_types::{Code, Quality, ServiceError};
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -66,7 +67,7 @@ impl GrpcInferenceService for KserveService {
 
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
         let ModelReadyRequest { name, version } = request.into_inner();
-        let model = self.router.model(&name).and_then(|model| of_version(model, &version)).map_err(|e| status::to_status(&e))?;
+        let model = self.router.models.find(&name).and_then(|model| of_version(model, &version)).map_err(|e| status::to_status(&e))?;
         let ready = self.router.pairing.missing(&model.manifest, Quality::Overfill).is_empty();
         Ok(Response::new(ModelReadyResponse { ready }))
     }
@@ -78,7 +79,7 @@ impl GrpcInferenceService for KserveService {
 
     async fn model_metadata(&self, request: Request<ModelMetadataRequest>) -> Result<Response<ModelMetadataResponse>, Status> {
         let ModelMetadataRequest { name, version } = request.into_inner();
-        let model = self.router.model(&name).and_then(|model| of_version(model, &version)).map_err(|e| status::to_status(&e))?;
+        let model = self.router.models.find(&name).and_then(|model| of_version(model, &version)).map_err(|e| status::to_status(&e))?;
         let tensor = |name: &str, datatype: &str| TensorMetadata { name: name.into(), datatype: datatype.into(), shape: vec![1] };
         Ok(Response::new(ModelMetadataResponse {
             name: model.manifest.name.clone(),

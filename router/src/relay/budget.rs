@@ -5,10 +5,10 @@
 //! its deadline comes first.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_schedule::Bucket;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 /// Retries that each request adds to the budget.
 const PER_REQUEST: f64 = 0.1;
@@ -24,7 +24,7 @@ pub(crate) struct RetryBudget {
 
 impl Default for RetryBudget {
     fn default() -> Self {
-        Self { left: Mutex::new(Bucket::new(FLOOR, SAVED, Instant::now())) }
+        Self { left: Mutex::new(Bucket::new(FLOOR, SAVED, Instant::now().into_std())) }
     }
 }
 
@@ -37,7 +37,7 @@ impl RetryBudget {
     /// Waits until there may be one more retry. True if it had to.
     pub(super) async fn retry(&self) -> bool {
         let mut waited = false;
-        while let Err(wait) = self.with(|left| left.take(1.0, Instant::now())) {
+        while let Err(wait) = self.with(|left| left.take(1.0, Instant::now().into_std())) {
             waited = true;
             // Longer by a part that differs, so that those who wait do not come together.
             sleep(wait.mul_f64(rand::random_range(1.0..2.0))).await;

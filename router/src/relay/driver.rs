@@ -1,7 +1,7 @@
 //! The I/O of one request: chooses nodes, asks them, and passes on what they write.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_proto::convert;
 use overfill_proto::v1::{
@@ -11,7 +11,7 @@ use overfill_schedule::{Order, QueueNumber};
 use overfill_transport::calls::CallEvents;
 use overfill_types::{Blame, Code, Endpoint, FinishReason, NodeId, Quality, Retry, Role, ServiceError};
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{Instrument, Span, debug_span};
 
 use crate::Router;
@@ -185,7 +185,7 @@ impl Driver {
             answer_tokens: stop.max_tokens,
             share: *share,
             priority: *priority,
-            until: self.patience,
+            until: self.patience.into_std(),
             shunned: Vec::new(),
         }
     }

@@ -309,7 +309,7 @@ mod tests {
                 assert_eq!((never.code, never.message.as_str()), (code, "why"));
                 let mut flow = begun();
                 flow.failed(of(Retry::Elsewhere)).unwrap();
-                assert_eq!(flow.failed_nodes(), [node.clone()]);
+                assert_eq!(flow.failed_nodes(), std::slice::from_ref(&node));
                 // Who wants room, or had a bad request, is not left alone by others for it.
                 assert_eq!(of(Retry::Elsewhere).suspect.is_some(), blame == Blame::Node);
                 assert!(of(Retry::Later).suspect.is_none() && begun().failed(of(Retry::Later)).is_ok());

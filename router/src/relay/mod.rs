@@ -12,12 +12,12 @@ mod flow;
 mod text;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use overfill_proto::v1::{ServedBy, Token, TokenLogprob};
 use overfill_types::{Code, FinishReason, Retry, ServiceError};
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
 use crate::Router;

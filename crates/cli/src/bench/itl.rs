@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::{GenerateRequest, Sampling, TokenIds, generate_event, generate_request};
-use overfill_transport::connection;
+use overfill_transport::connection::{self, Channel};
 use serde_json::json;
 use tokio::task::JoinSet;
-use tonic::transport::Channel;
 
 use crate::bench::spread::Spread;
 

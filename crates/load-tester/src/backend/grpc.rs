@@ -6,9 +6,8 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::{Chat, ChatMessage, GenerateRequest, ListModelsRequest, Sampling, TokenIds, generate_event, generate_request};
-use overfill_transport::connection;
+use overfill_transport::connection::{self, Channel};
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue, MetadataMap};
-use tonic::transport::Channel;
 
 use super::{Answer, Prompt};
 use crate::failure::{Failure, Kind};

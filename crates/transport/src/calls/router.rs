@@ -15,7 +15,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Request;
 
-use tonic::transport::Channel;
+use crate::connection::Channel;
 
 /// Calls on their way to a node that does not take them as fast; then those that begin wait.
 const ASKED: usize = 256;

@@ -83,7 +83,7 @@ async fn begin<R: OpenAiRequest>(
         id: format!("{}-{}", if R::SHAPE == Shape::Chat { "chatcmpl" } else { "cmpl" }, first.id),
         created: now(),
         model: first.model.clone(),
-        guides: router.guides(&first.model)?,
+        guides: router.models.guides(&first.model)?,
         token_ids,
         logprobs: first.sampling.logprobs.is_some(),
         echo: parsed.echo,

@@ -55,7 +55,7 @@ fn answered(answer: Result<Value, Failed>) -> Response {
 }
 
 async fn tokens(router: &Router, request: TokenizeRequest) -> Result<Value, ServiceError> {
-    let model = router.model(request.model.as_deref().unwrap_or_default())?;
+    let model = router.models.find(request.model.as_deref().unwrap_or_default())?;
     let (special, its) = (request.add_special_tokens.unwrap_or(true), model.clone());
     let tokens = match (request.prompt, request.messages) {
         (Some(prompt), None) => {
@@ -77,7 +77,7 @@ async fn tokens(router: &Router, request: TokenizeRequest) -> Result<Value, Serv
 }
 
 fn text(router: &Router, request: DetokenizeRequest) -> Result<Value, ServiceError> {
-    let model = router.model(request.model.as_deref().unwrap_or_default())?;
+    let model = router.models.find(request.model.as_deref().unwrap_or_default())?;
     if let Some(id) = request.tokens.iter().find(|&&id| id as usize >= model.manifest.vocab_size()) {
         let message = format!("tokens: {id} is out of range, the vocabulary has {} tokens", model.manifest.vocab_size());
         return Err(ServiceError::new(Code::InvalidArgument, message));

@@ -1,0 +1,71 @@
+//! The models that a router serves, as far as it has them: the text side of their pairs, and what compiles their guides.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use overfill_guide::Guides;
+use overfill_text::TextModel;
+use overfill_types::{Code, Fingerprint, ServiceError};
+
+/// The models of one router. Clones share what was opened.
+#[derive(Clone)]
+pub struct Models {
+    texts: Vec<Arc<TextModel>>,
+    guides: HashMap<Fingerprint, Arc<Guides>>,
+}
+
+impl Models {
+    /// Opens the pairs in these folders.
+    ///
+    /// # Errors
+    /// Where one cannot be opened, or two have one name ([`Code::InvalidArgument`]).
+    pub fn open(pairs: &[PathBuf]) -> Result<Self, ServiceError> {
+        let texts = pairs.iter().map(|dir| TextModel::open(dir).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+        let guides = pairs.iter().zip(&texts).map(|(dir, model)| {
+            let manifest = &model.manifest;
+            (manifest.fingerprint.clone(), Arc::new(Guides::open(dir, manifest)))
+        });
+        let models = Self { guides: guides.collect(), texts };
+        let mut names = HashSet::new();
+        if let Some(twice) = models.names().find(|name| !names.insert(*name)) {
+            let message = format!("two of them are named '{twice}', and clients ask for a model by its name: give one of them another");
+            return Err(ServiceError::new(Code::InvalidArgument, message));
+        }
+        Ok(models)
+    }
+
+    /// All of them.
+    pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = &Arc<TextModel>> {
+        self.texts.iter()
+    }
+
+    /// Their names, by which clients ask for them.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.texts.iter().map(|model| model.manifest.name.as_str())
+    }
+
+    /// The model of this name, or the only one where none is named.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`] naming those that are here.
+    pub(crate) fn find(&self, name: &str) -> Result<Arc<TextModel>, ServiceError> {
+        let found = match self.texts.as_slice() {
+            [only] if name.is_empty() => Some(only),
+            texts => texts.iter().find(|model| model.manifest.name == name),
+        };
+        found.cloned().ok_or_else(|| {
+            let here: Vec<&str> = self.names().collect();
+            ServiceError::new(Code::NotFound, format!("model '{name}' is not served here: ask for one of {}", here.join(", ")))
+        })
+    }
+
+    /// What compiles a model's guides.
+    ///
+    /// # Errors
+    /// [`Code::Internal`] for a model that is not served here.
+    pub(crate) fn guides(&self, model: &TextModel) -> Result<Arc<Guides>, ServiceError> {
+        let guides = self.guides.get(&model.manifest.fingerprint).cloned();
+        guides.ok_or_else(|| ServiceError::new(Code::Internal, format!("model {} has no guides", model.manifest.name)))
+    }
+}
