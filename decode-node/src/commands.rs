@@ -24,6 +24,17 @@ pub(crate) enum Command {
     Fail(Ticket, ServiceError),
 }
 
+#[cfg(test)]
+impl Command {
+    /// The handoff that broke, and why.
+    pub(crate) fn failure(self) -> Option<(Ticket, ServiceError)> {
+        match self {
+            Self::Fail(ticket, error) => Some((ticket, error)),
+            Self::Admit(_) | Self::Handoff(..) => None,
+        }
+    }
+}
+
 /// What a handoff consists of; it is taken in order.
 pub(crate) enum Part {
     Rows(Rows, OwnedSemaphorePermit),
@@ -52,7 +63,12 @@ pub(crate) struct Commands {
 impl Commands {
     /// Both ends of it.
     pub(crate) fn new() -> (Self, flume::Receiver<Command>) {
-        let (sender, commands) = flume::bounded(COMMANDS);
+        Self::bounded(COMMANDS)
+    }
+
+    /// The same, where `most` are on their way at a time.
+    pub(crate) fn bounded(most: usize) -> (Self, flume::Receiver<Command>) {
+        let (sender, commands) = flume::bounded(most);
         (Self { sender, frames: Arc::new(Semaphore::new(FRAMES)) }, commands)
     }
 

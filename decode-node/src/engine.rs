@@ -274,8 +274,11 @@ impl<C: Compute> Engine<C> {
                 _ => counted.push((sequence, count)),
             }
         }
-        let (batch, counts) = counted.into_iter().unzip();
-        self.compute(batch, counts);
+        // All of them may have given up their blocks to older ones.
+        if !counted.is_empty() {
+            let (batch, counts) = counted.into_iter().unzip();
+            self.compute(batch, counts);
+        }
         self.pulse.beat();
     }
 
