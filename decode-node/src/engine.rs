@@ -228,13 +228,15 @@ impl<C: Compute> Engine<C> {
         let superseded: Vec<Sequence> = self.running.extract_if(.., |s| s.place.superseded()).collect();
         superseded.into_iter().for_each(supersede);
         let now = Instant::now();
-        let over: Vec<Ticket> = self
+        let mut over: Vec<(Seniority, Ticket)> = self
             .waiting
             .iter()
             .filter(|(_, s)| s.abandoned() || s.place.superseded() || s.until <= now)
-            .map(|(ticket, _)| ticket.clone())
+            .map(|(ticket, s)| (s.place.seniority, ticket.clone()))
             .collect();
-        for ticket in over {
+        // The oldest first: a map's order is another in each process.
+        over.sort_unstable_by_key(|(age, _)| *age);
+        for (_, ticket) in over {
             let Some(sequence) = self.waiting.remove(&ticket) else { continue };
             if sequence.place.superseded() {
                 supersede(sequence);
