@@ -22,7 +22,6 @@ use overfill_tests::cluster::{request, tokens};
 use overfill_tests::processes::{Process, eventually, free_port};
 use overfill_tests::tiny::{self, Kind};
 use overfill_transport::calls::{EventReceiver, NodeService, Serving, Signals};
-use overfill_transport::connection::{self, Channel};
 use overfill_transport::server as transport;
 use overfill_types::{SamplingParams, ServiceError};
 use tokio::net::TcpListener;
@@ -30,6 +29,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::http::HeaderMap;
 use tonic::service::Routes;
+use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Response, Status, Streaming};
 
 /// Tokens of the prompt.
@@ -201,7 +201,7 @@ fn asked(most: u32) -> GenerateRequest {
 }
 
 fn connect(address: &str) -> InferenceClient<Channel> {
-    InferenceClient::new(connection::connect(address).unwrap())
+    InferenceClient::new(Endpoint::from_shared(format!("http://{address}")).unwrap().tcp_nodelay(true).connect_lazy())
 }
 
 /// Requests in a second, of many callers.
