@@ -1,0 +1,38 @@
+//! A request is tried no more often than the router allows itself: so many times without a token, and so many in all. Attempts
+//! that only want room are not bounded: they wait.
+
+use std::collections::BTreeMap;
+
+use overfill_proto::v1::Retry;
+
+use crate::tap::Asked;
+use crate::world::Outcome;
+
+/// Attempts in a row that bring nothing: the first of them may have brought the full model's token, which went out.
+const FRUITLESS: usize = 4;
+/// Attempts of one request in all.
+const IN_ALL: usize = 8;
+
+pub(super) fn check(outcome: &Outcome) -> Result<(), String> {
+    let mut of_request: BTreeMap<&str, Vec<&Asked>> = BTreeMap::new();
+    for asked in outcome.asked.iter().filter(|asked| !wants_room(asked)) {
+        of_request.entry(&asked.request).or_default().push(asked);
+    }
+    for (request, asked) in of_request {
+        // An attempt with two nodes asks the decode node first, and then the prefill node, if that has taken it on.
+        let decode: Vec<&&Asked> = asked.iter().filter(|asked| asked.epoch.is_some()).collect();
+        let attempts = if decode.is_empty() { asked.iter().collect() } else { decode };
+        let longest = attempts.split(|asked| asked.tokens > 0).map(<[_]>::len).max().unwrap_or(0);
+        if attempts.len() > IN_ALL || longest > FRUITLESS {
+            return Err(format!(
+                "{} attempts were made at request {request}, {longest} in a row without a token: {attempts:#?}",
+                attempts.len()
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn wants_room(asked: &Asked) -> bool {
+    asked.ended.as_ref().is_some_and(|ended| ended.retry() == Retry::Later && !ended.code.is_empty())
+}

@@ -1,0 +1,234 @@
+//! What happens in one simulation, drawn from its seed before anything runs: the cluster's shape, the requests, the faults.
+
+use std::time::Duration;
+
+use overfill_types::{Quality, Role};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+use crate::mangle::Mangling;
+
+/// Token positions in a block of every node's KV cache.
+pub const BLOCK: usize = 16;
+/// What is waited for after the last fault before a cluster counts as whole: connections that broke are noticed, streams of
+/// status begin anew, suspicions and what was shunned are forgotten.
+pub const RECOVERY: Duration = Duration::from_secs(15);
+
+/// A simulation.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// What else is drawn while it runs follows from it too.
+    pub seed: u64,
+    /// The nodes; the order is that of their addresses.
+    pub nodes: Vec<NodePlan>,
+    /// Answers that wait at most.
+    pub queue_timeout: Duration,
+    /// By the time at which they come.
+    pub requests: Vec<RequestPlan>,
+    /// By the time at which they happen.
+    pub faults: Vec<FaultPlan>,
+    /// What comes from then on is served as if nothing had been.
+    pub whole: Duration,
+}
+
+/// One node.
+#[derive(Clone, Debug)]
+pub struct NodePlan {
+    /// What it does.
+    pub role: Role,
+    /// Blocks of its KV cache.
+    pub blocks: usize,
+    /// How long one of its steps takes.
+    pub step: Duration,
+    /// How long it holds a reservation without a frame, where it decodes.
+    pub reservation: Duration,
+    /// Most tokens of one step, where it prefills.
+    pub chunk: usize,
+    /// How long its engine may take for a step.
+    pub step_timeout: Duration,
+}
+
+/// One request.
+#[derive(Clone, Debug)]
+pub struct RequestPlan {
+    /// When it comes.
+    pub at: Duration,
+    /// Whose it is.
+    pub client: usize,
+    /// Its token ids.
+    pub prompt: Vec<u32>,
+    /// Tokens that it asks for.
+    pub max_tokens: usize,
+    /// Which models write.
+    pub quality: Quality,
+    /// How long its client gives it.
+    pub timeout: Duration,
+    /// After how many tokens, or how long, its client goes away; `None` where it stays.
+    pub leaves: Option<Leaves>,
+}
+
+/// When a client goes away in the middle.
+#[derive(Clone, Copy, Debug)]
+pub enum Leaves {
+    /// So long after it asked.
+    After(Duration),
+    /// When it has so many tokens.
+    At(usize),
+}
+
+/// A fault.
+#[derive(Clone, Debug)]
+pub struct FaultPlan {
+    /// When it begins.
+    pub at: Duration,
+    /// How long it lasts.
+    pub lasts: Duration,
+    /// What it is.
+    pub what: Fault,
+}
+
+/// What may go wrong. Nodes go by their number, hosts too; the router is the host after the last node.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// A node's process dies; another one starts at its address when the fault is over.
+    Dies(usize),
+    /// A node's engine does no step any more. Its watchdog ends the node, and another one starts.
+    Hangs(usize),
+    /// A node drains, ends, and another one starts.
+    Drains(usize),
+    /// Nothing passes between two hosts.
+    Cut(usize, usize),
+    /// Everything between two hosts takes so much longer.
+    Slow(usize, usize, Duration),
+    /// Frames of KV caches are duplicated, changed, lost.
+    Mangles(Mangling),
+    /// etcd does not list a node, which lives.
+    Forgets(usize),
+}
+
+fn millis(random: &mut StdRng, range: std::ops::Range<u64>) -> Duration {
+    Duration::from_millis(random.random_range(range))
+}
+
+impl Plan {
+    /// What follows from a seed.
+    pub fn of(seed: u64) -> Self {
+        let random = &mut StdRng::seed_from_u64(seed);
+        let (prefill, decode) = (random.random_range(1..4), random.random_range(1..4));
+        let nodes: Vec<NodePlan> = std::iter::repeat_n(Role::Prefill, prefill)
+            .chain(std::iter::repeat_n(Role::Decode, decode))
+            .map(|role| NodePlan::of(role, random))
+            .collect();
+        let calm = random.random_ratio(1, 4);
+        let faults = if calm { Vec::new() } else { faults(nodes.len(), random) };
+        let few = random.random_ratio(1, 2);
+        let whole = faults.iter().map(|fault| fault.at + fault.lasts).max().unwrap_or_default() + RECOVERY;
+        let requests = requests(if few { 1..6 } else { 6..30 }, whole, random);
+        Self { seed, nodes, queue_timeout: Duration::from_secs(random.random_range(5..60)), requests, faults, whole }
+    }
+
+    /// The number of the router among the hosts.
+    pub fn router(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Whether anything goes wrong before `at`.
+    pub fn disturbed(&self, at: Duration) -> bool {
+        self.faults.iter().any(|fault| fault.at <= at)
+    }
+}
+
+impl NodePlan {
+    fn of(role: Role, random: &mut StdRng) -> Self {
+        Self {
+            role,
+            blocks: random.random_range(16..64),
+            step: millis(random, 1..40),
+            reservation: Duration::from_secs(random.random_range(1..8)),
+            chunk: *[16, 32, 64].choose(random).expect("there are some"),
+            step_timeout: Duration::from_secs(random.random_range(1..4)),
+        }
+    }
+}
+
+fn requests(how_many: std::ops::Range<usize>, whole: Duration, random: &mut StdRng) -> Vec<RequestPlan> {
+    // Prompts of a family begin alike.
+    let families: Vec<Vec<u32>> = (0..3).map(|_| tokens(random.random_range(0..80), random)).collect();
+    let burst = random.random_ratio(1, 3);
+    let mut requests: Vec<RequestPlan> = (0..random.random_range(how_many))
+        .map(|_| {
+            let at = if burst { millis(random, 0..100) } else { millis(random, 0..6_000) };
+            request(at, &families, random)
+        })
+        .collect();
+    // And some that come when all is well again.
+    for _ in 0..random.random_range(1..4) {
+        let at = whole + millis(random, 0..1000);
+        let late = request(at, &families, random);
+        requests.push(RequestPlan { timeout: Duration::from_secs(60), leaves: None, ..late });
+    }
+    requests.sort_by_key(|request| request.at);
+    requests
+}
+
+fn request(at: Duration, families: &[Vec<u32>], random: &mut StdRng) -> RequestPlan {
+    let mut prompt = families.choose(random).cloned().unwrap_or_default();
+    let own = random.random_range(1..60);
+    prompt.extend(tokens(own, random));
+    let leaves = match random.random_range(0..12) {
+        0 => Some(Leaves::After(millis(random, 0..2000))),
+        1 => Some(Leaves::At(random.random_range(1..20))),
+        _ => None,
+    };
+    RequestPlan {
+        at,
+        client: random.random_range(0..CLIENTS),
+        prompt,
+        max_tokens: random.random_range(1..40),
+        quality: *[Quality::Overfill, Quality::Overfill, Quality::Overfill, Quality::Overfill, Quality::Full, Quality::Decode]
+            .choose(random)
+            .expect("there are some"),
+        timeout: if random.random_ratio(1, 8) { millis(random, 50..3000) } else { millis(random, 20_000..40_000) },
+        leaves,
+    }
+}
+
+/// Clients that have keys.
+pub const CLIENTS: usize = 3;
+
+fn tokens(count: usize, random: &mut StdRng) -> Vec<u32> {
+    (0..count).map(|_| random.random_range(0..256)).collect()
+}
+
+fn faults(nodes: usize, random: &mut StdRng) -> Vec<FaultPlan> {
+    let mut faults: Vec<FaultPlan> = (0..random.random_range(1..6))
+        .map(|_| {
+            let at = millis(random, 0..5000);
+            let lasts = millis(random, 50..12_000);
+            let node = random.random_range(0..nodes);
+            let hosts = |random: &mut StdRng| (node, (node + random.random_range(1..nodes + 1)) % (nodes + 1));
+            let what = match random.random_range(0..10) {
+                0 | 1 => Fault::Dies(node),
+                2 => Fault::Hangs(node),
+                3 => Fault::Drains(node),
+                4 | 5 => {
+                    let (a, b) = hosts(random);
+                    Fault::Cut(a, b)
+                }
+                6 => {
+                    let (a, b) = hosts(random);
+                    Fault::Slow(a, b, millis(random, 1..400))
+                }
+                7 | 8 => {
+                    let mut chance = || if random.random_ratio(1, 2) { random.random_range(0.0..0.1) } else { 0.0 };
+                    Fault::Mangles(Mangling { duplicated: chance(), flipped: chance(), lost: chance(), swapped: chance() })
+                }
+                _ => Fault::Forgets(node),
+            };
+            FaultPlan { at, lasts, what }
+        })
+        .collect();
+    faults.sort_by_key(|fault| fault.at);
+    faults
+}
