@@ -8,8 +8,9 @@ use overfill_proto::v1::Retry;
 use crate::tap::Asked;
 use crate::world::Outcome;
 
-/// Attempts in a row that bring nothing: the first of them may have brought the full model's token, which went out.
-const FRUITLESS: usize = 4;
+/// Attempts in a row of which the decode node tells no token: two that bring nothing, one that brings the full model's, and
+/// three that bring nothing.
+const FRUITLESS: usize = 6;
 /// Attempts of one request in all.
 const IN_ALL: usize = 8;
 
