@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use overfill_proto::v1::{ServedBy, Token, TokenLogprob};
-use overfill_types::{Code, FinishReason, Retry, ServiceError};
+use overfill_types::{Blame, Code, FinishReason, Retry, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
@@ -63,9 +63,9 @@ pub(crate) struct End {
 pub(crate) type Answer = mpsc::Receiver<Result<Event, ServiceError>>;
 
 /// What a client is told of what its nodes could not do: that it may try again. What is wrong between our own processes has
-/// codes that it could take for a fault of its request.
+/// codes that it could take for a fault of its request, such as that of a frame whose bits were changed on the way.
 fn told(error: ServiceError) -> ServiceError {
-    if error.retry == Retry::Never || matches!(error.code, Code::Internal | Code::Mismatch) {
+    if error.retry == Retry::Never || matches!(error.code, Code::Internal | Code::Mismatch) && error.blame != Blame::Way {
         return error;
     }
     ServiceError::new(Code::Unavailable, error.message).retry_after(error.retry_after.unwrap_or(Duration::from_secs(1)))

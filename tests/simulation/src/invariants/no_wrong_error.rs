@@ -10,7 +10,6 @@ use crate::world::Outcome;
 pub(super) fn check(outcome: &Outcome) -> Result<(), String> {
     let plan = &outcome.plan;
     let deadly = plan.faults.iter().any(|fault| matches!(fault.what, Fault::Dies(_) | Fault::Hangs(_) | Fault::Cut(..)));
-    let mangled = plan.faults.iter().any(|fault| matches!(fault.what, Fault::Mangles(_)));
     for answer in &outcome.answers {
         let Ended::Failed(error) = &answer.ended else { continue };
         let request = &plan.requests[answer.number];
@@ -19,9 +18,6 @@ pub(super) fn check(outcome: &Outcome) -> Result<(), String> {
             Code::DeadlineExceeded => answer.took >= request.timeout,
             Code::Unavailable => disturbed || error.message.contains("the cluster is full"),
             Code::Quarantined => deadly,
-            // A bit that changed in a frame's fingerprint, or that no message is read of any more, is taken for another pair's or
-            // a foreign node's as long as no attempt brings a better word.
-            Code::Mismatch | Code::Internal => disturbed && mangled,
             _ => false,
         };
         if !reason {
