@@ -1,6 +1,6 @@
 //! Chats of many turns over four prefill nodes, in simulated time: what nodes hold is used again, and they share the work.
 
-#![allow(clippy::panic, reason = "a test ends where something is not as it should be")]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};

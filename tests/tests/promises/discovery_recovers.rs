@@ -28,7 +28,6 @@ fn settings(etcd: &Etcd, cluster: &str) -> EtcdSettings {
 }
 
 /// An entry without a node behind it: nobody listens at its address.
-
 fn node(id: &str) -> NodeInfo {
     NodeInfo {
         id: NodeId::new(id),
@@ -232,6 +231,7 @@ async fn a_node_that_is_killed_goes_though_etcd_cannot_tell() {
         let discovery = Discovery::etcd(cluster.settings());
         let view = discovery.watch();
         until_seen(&view, 3).await;
+        cluster.until_ready().await;
         befall(&mut cluster.etcd);
         cluster.decode.remove(0).kill();
         eventually(PATIENCE, &format!("etcd {name}: the dead node is given up"), || async { names(&view).len() == 2 }).await;

@@ -146,6 +146,16 @@ async fn goes_on_elsewhere(role: Role, quality: Quality) {
     };
     eventually(SECOND * 30, "the second node is listed", || async { cluster.nodes(role).len() == 2 }).await;
     let client = cluster.client().await;
+    // As long as a node has not said what it holds, one that has is asked first.
+    let mut unseen: Vec<String> = cluster.nodes(role).into_iter().map(|node| node.id.to_string()).collect();
+    let both_have_answered = async {
+        while !unseen.is_empty() {
+            let asked = asked(quality, &[7], &SamplingParams::greedy(), 1);
+            let by = answer(client.clone(), asked).await.unwrap().1.served_by.unwrap();
+            unseen.retain(|id| *id != by.prefill_node && *id != by.decode_node);
+        }
+    };
+    tokio::time::timeout(SECOND * 10, both_have_answered).await.unwrap();
     let answers: Vec<_> =
         requests.iter().map(|(prompt, sampling)| tokio::spawn(answer(client.clone(), asked(quality, prompt, sampling, 1200)))).collect();
     eventually(SECOND * 10, "both nodes write", || async {
