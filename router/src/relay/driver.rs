@@ -214,6 +214,28 @@ impl Driver {
         let mut reading = true;
         loop {
             tokio::select! {
+                // What the decode node has said already proves more than what the prefill node may fail at.
+                biased;
+                event = next(&mut decode), if decode.is_some() => match event {
+                    Ok(Some(event)) if begun => {
+                        // A token of the decode model's: its KV cache is whole, so the prompt was read.
+                        if reading && matches!(event.event, Some(decode_event::Event::Token(_))) {
+                            reading = false;
+                            chosen.read();
+                        }
+                        if self.decoded(event).await? {
+                            return Ok(());
+                        }
+                    }
+                    Ok(Some(event)) => early.push(event),
+                    // All of it came before the first token did.
+                    Ok(None) if matches!(early.last(), Some(DecodeEvent { event: Some(decode_event::Event::Finished(_)) })) => decode = None,
+                    Ok(None) => return Err(Failure::broken(DECODE, &both.decode.id)),
+                    Err(error) => {
+                        let failure = Failure::of(error, DECODE, &both.decode.id);
+                        return Err(judged(failure, &mut prefill, PREFILL, &both.prefill.id).await);
+                    }
+                },
                 event = prefill.message(), if reading => match event {
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) })) => {
                         begun = true;
@@ -240,26 +262,6 @@ impl Driver {
                         let failure = Failure::of(error, PREFILL, &both.prefill.id);
                         let Some(decode) = &mut decode else { return Err(failure) };
                         return Err(judged(failure, &mut decode.events, DECODE, &both.decode.id).await);
-                    }
-                },
-                event = next(&mut decode), if decode.is_some() => match event {
-                    Ok(Some(event)) if begun => {
-                        // A token of the decode model's: its KV cache is whole, so the prompt was read.
-                        if reading && matches!(event.event, Some(decode_event::Event::Token(_))) {
-                            reading = false;
-                            chosen.read();
-                        }
-                        if self.decoded(event).await? {
-                            return Ok(());
-                        }
-                    }
-                    Ok(Some(event)) => early.push(event),
-                    // All of it came before the first token did.
-                    Ok(None) if matches!(early.last(), Some(DecodeEvent { event: Some(decode_event::Event::Finished(_)) })) => decode = None,
-                    Ok(None) => return Err(Failure::broken(DECODE, &both.decode.id)),
-                    Err(error) => {
-                        let failure = Failure::of(error, DECODE, &both.decode.id);
-                        return Err(judged(failure, &mut prefill, PREFILL, &both.prefill.id).await);
                     }
                 },
                 // Both have said all that they will, and the answer is not whole.

@@ -1,7 +1,7 @@
 //! The network of one simulated cluster: hosts that listen, connections between them, and what happens to these.
 //!
 //! A connection is what gRPC makes of one in production: whoever holds a channel connects at its first call, and again after the
-//! connection broke. What a call says passes through a [`link`](crate::link) message by message. Between two hosts everything
+//! connection broke. What a call says passes through a `link` message by message. Between two hosts everything
 //! may be held up for a while (a *cut*: nobody is told of it, so connections break only when their probes are not answered),
 //! or be slow. A host that stops listening breaks its connections at once.
 

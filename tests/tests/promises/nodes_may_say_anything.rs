@@ -159,12 +159,10 @@ async fn a_token_of_the_decode_model_proves_the_handoff() {
     let stubs = stubs(
         |n, _| match n {
             0 => vec![first(), done()],
-            _ => vec![
-                prefill(prefill_event::Event::Token(token(99))),
-                prefill(prefill_event::Event::Token(token(99))),
-                prefill(prefill_event::Event::Token(token(99))),
-                Err(ServiceError::of_node(Code::EngineLost, "it hangs")),
-            ],
+            _ => {
+                let others = std::iter::repeat_with(|| prefill(prefill_event::Event::Token(token(99)))).take(6);
+                others.chain([Err(ServiceError::of_node(Code::EngineLost, "it hangs"))]).collect()
+            }
         },
         |n, asked| match n {
             0 => {
