@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use overfill_lifecycle::Drain;
 use overfill_proto::v1::decode_server::{Decode, DecodeServer};
 use overfill_proto::v1::node_server::NodeServer;
 use overfill_proto::v1::{
@@ -16,9 +17,9 @@ use overfill_transport::calls::{EventReceiver, NodeService, Serving, Signals};
 use overfill_types::{Blame, Code, Fingerprint, NodeId, NodeInfo, Role, SamplingParams, ServedPair, ServiceError};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::codegen::http::HeaderMap;
+use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
 /// What a stub says to its `n`th call, from 0; between two of them some time passes.
@@ -74,10 +75,9 @@ async fn stubs(prefill: Script, decode: Script) -> Stubs {
         let stub = Stub { script, calls: Arc::default() };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string().parse().unwrap();
-        let server = tonic::transport::Server::builder()
-            .add_service(NodeServer::new(NodeService::new(Arc::new(stub.clone()), Signals::default())))
-            .add_service(DecodeServer::new(stub.clone()))
-            .serve_with_incoming(TcpListenerStream::new(listener));
+        let routes = Routes::new(NodeServer::new(NodeService::new(Arc::new(stub.clone()), Signals::default())))
+            .add_service(DecodeServer::new(stub.clone()));
+        let server = overfill_transport::server::serve(listener, routes, Drain::new());
         servers.push(AbortOnDropHandle::new(tokio::spawn(async move { server.await.unwrap() })));
         let pairs = vec![ServedPair { model: "tiny".into(), fingerprint: Fingerprint::new(fingerprint.as_str()) }];
         let node = NodeInfo { id: NodeId::new(format!("{role}-stub")), role, address, pairs, max_context: 4096 };
@@ -132,6 +132,11 @@ fn finished() -> Result<Said, ServiceError> {
     decode(decode_event::Event::Finished(DecodeFinished { reason: FinishReason::Length.into() }))
 }
 
+/// What means nothing in the middle of an answer: time passes, so that the other node has said what it has to say before.
+fn later(asked: &call::What) -> impl Iterator<Item = Result<Said, ServiceError>> {
+    std::iter::repeat_with(|| reserved(asked)).take(5)
+}
+
 /// As it should be: of the tokens that are asked for, those that were not written yet.
 fn written(_: usize, asked: &call::What) -> Vec<Result<Said, ServiceError>> {
     let call::What::Decode(DecodeRequest { written, stop: Some(stop), .. }) = asked else { panic!("a decode stub") };
@@ -167,7 +172,7 @@ async fn a_token_of_the_decode_model_proves_the_handoff() {
         |n, asked| match n {
             0 => {
                 let lost = Err(ServiceError::of_node(Code::EngineLost, "it hangs"));
-                written(n, asked).into_iter().take(3).chain([lost]).collect()
+                written(n, asked).into_iter().take(3).chain(later(asked)).chain([lost]).collect()
             }
             _ => written(n, asked),
         },
@@ -227,7 +232,11 @@ async fn a_prompt_under_which_engines_died_is_refused_by_all() {
             match suspicion {
                 // As a node does that is told of two deaths.
                 6.. => vec![Err(ServiceError::new(Code::Quarantined, "engines died"))],
-                _ => vec![reserved(asked), Err(ServiceError::of_node(Code::EngineLost, "it died"))],
+                _ => [reserved(asked)]
+                    .into_iter()
+                    .chain(later(asked))
+                    .chain([Err(ServiceError::of_node(Code::EngineLost, "it died"))])
+                    .collect(),
             }
         },
     )
