@@ -26,7 +26,7 @@ pub struct Expected {
     pub prompt_tokens: usize,
     /// Tokens at its front whose rows are here already: they do not come again.
     pub held_tokens: usize,
-    /// [`crate::prompt_digest`] of the prompt.
+    /// [`overfill_types::prompt_digest`] of the prompt.
     pub prompt_digest: [u8; 32],
 }
 
