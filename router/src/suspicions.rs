@@ -16,14 +16,12 @@ impl Suspicions {
     /// # Errors
     /// [`Code::Quarantined`] where engines have died under it.
     pub(crate) fn check(&self, prompt: &[u32]) -> Result<(), ServiceError> {
-        let known = self.lock();
-        if known.is_empty() { Ok(()) } else { known.check(&prompt_digest(prompt)) }
+        self.digest(prompt).map_or(Ok(()), |digest| self.lock().check(&digest))
     }
 
     /// How much speaks against a prompt: for the nodes that are asked next.
     pub(crate) fn of(&self, prompt: &[u32]) -> u32 {
-        let known = self.lock();
-        if known.is_empty() { 0 } else { known.suspicion(&prompt_digest(prompt)) }
+        self.digest(prompt).map_or(0, |digest| self.lock().suspicion(&digest))
     }
 
     /// An attempt at a prompt failed; `progress` if it had brought tokens since the last that did.
@@ -33,7 +31,8 @@ impl Suspicions {
             Code::NodeLost => LOST,
             _ => return,
         };
-        let (mut known, digest) = (self.lock(), prompt_digest(prompt));
+        let digest = prompt_digest(prompt);
+        let mut known = self.lock();
         // What goes on between two deaths is not what they were of.
         if progress {
             known.clear(&digest);
@@ -43,9 +42,8 @@ impl Suspicions {
 
     /// A prompt was answered.
     pub(crate) fn answered(&self, prompt: &[u32]) {
-        let mut known = self.lock();
-        if !known.is_empty() {
-            known.clear(&prompt_digest(prompt));
+        if let Some(digest) = self.digest(prompt) {
+            self.lock().clear(&digest);
         }
     }
 
@@ -59,6 +57,12 @@ impl Suspicions {
     /// The prompts that are refused.
     pub(crate) fn refused(&self) -> usize {
         self.lock().refused().count()
+    }
+
+    /// A prompt's digest, where anything is known of any. It is made without the lock: that is every request's.
+    fn digest(&self, prompt: &[u32]) -> Option<PromptDigest> {
+        let nothing = self.lock().is_empty();
+        (!nothing).then(|| prompt_digest(prompt))
     }
 
     fn lock(&self) -> MutexGuard<'_, Quarantine> {

@@ -76,21 +76,26 @@ fn undisturbed(pair: &TinyPair, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
     prompts.iter().map(&mut answer).collect()
 }
 
+/// An answer under way.
+type Stream = tokio::task::JoinHandle<Result<Vec<u32>, tonic::Status>>;
+
+/// Asks the router at `grpc` for an answer to each prompt, all at once.
+fn asked_at_once(grpc: &str, prompts: &[Vec<u32>]) -> Vec<Stream> {
+    let ask = |prompt: &Vec<u32>| {
+        let (grpc, mut asked) = (grpc.to_owned(), request(prompt, &SamplingParams::greedy(), TOKENS as u32));
+        asked.ignore_eos = true;
+        tokio::spawn(async move { tokens(InferenceClient::connect(grpc).await.unwrap(), asked).await })
+    };
+    prompts.iter().map(ask).collect()
+}
+
 /// Asks until `process` has ended, with as many answers at a time as there are prompts; each is as expected. Gives when it ended.
 async fn asked_until_it_ends(cluster: &Cluster, prompts: &[Vec<u32>], expected: &[Vec<u32>], process: &mut Process) -> Instant {
     let until = Instant::now() + PATIENCE;
     let mut ended = None;
     while ended.is_none() {
         assert!(Instant::now() < until, "the node lives on");
-        let streams: Vec<_> = prompts
-            .iter()
-            .map(|prompt| {
-                let (grpc, mut asked) = (cluster.grpc.clone(), request(prompt, &SamplingParams::greedy(), TOKENS as u32));
-                asked.ignore_eos = true;
-                tokio::spawn(async move { tokens(InferenceClient::connect(grpc).await.unwrap(), asked).await })
-            })
-            .collect();
-        for (stream, expected) in streams.into_iter().zip(expected) {
+        for (stream, expected) in asked_at_once(&cluster.grpc, prompts).into_iter().zip(expected) {
             let answer = stream.await.unwrap();
             assert_eq!(answer.as_ref().map_err(ToString::to_string), Ok(expected), "not the answer that nothing disturbed");
             if ended.is_none() && process.ended().is_some() {
@@ -141,20 +146,12 @@ async fn one_bad_sequence_fails_alone() {
     let expected = undisturbed(&pair, &prompts);
     let digest: String = overfill_types::prompt_digest(&prompts[5]).iter().map(|byte| format!("{byte:02x}")).collect();
     for (role, point) in [("decode", "step"), ("decode", "rows"), ("decode", "begin"), ("prefill", "step"), ("prefill", "rows")] {
-        let (fault, bad) = (format!("{point}@{digest}=panic"), ["--fault"]);
-        let flags = [bad[0], &fault];
+        let fault = format!("{point}@{digest}=panic");
+        let flags = ["--fault", &fault];
         let builder = Builder::new(&pair.dir);
         let cluster = if role == "decode" { builder.decode_flags(&flags) } else { builder.prefill_flags(&flags) }.start().await;
         for _ in 0..3 {
-            let streams: Vec<_> = prompts
-                .iter()
-                .map(|prompt| {
-                    let (grpc, mut asked) = (cluster.grpc.clone(), request(prompt, &SamplingParams::greedy(), TOKENS as u32));
-                    asked.ignore_eos = true;
-                    tokio::spawn(async move { tokens(InferenceClient::connect(grpc).await.unwrap(), asked).await })
-                })
-                .collect();
-            for (i, (stream, expected)) in streams.into_iter().zip(&expected).enumerate() {
+            for (i, (stream, expected)) in asked_at_once(&cluster.grpc, &prompts).into_iter().zip(&expected).enumerate() {
                 match stream.await.unwrap() {
                     Ok(answer) => assert!(i != 5 && answer == *expected, "{role} {point}: {i}"),
                     Err(error) => assert!(i == 5 && error.code() == tonic::Code::Internal, "{role} {point}: {i}: {error}"),
