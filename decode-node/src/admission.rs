@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use overfill_kv::{BlockHash, BlockPool, Expected, Reservation, block_hashes};
+use overfill_kv::{BlockHash, BlockPool, Expected, ReservedBlocks, block_hashes};
 use overfill_types::prompt_digest;
 use overfill_types::{
     Code, Epoch, Fingerprint, KvGeometry, Limits, PairManifest, RequestId, SamplingParams, ServiceError, StopConditions, Ticket, WireFormat,
@@ -26,7 +26,7 @@ use tokio::time::Instant;
 const REMEMBERED: usize = 1024;
 
 /// What a request asks of this node, checked in form.
-pub(crate) struct Asked {
+pub(crate) struct SequenceRequest {
     pub(crate) fingerprint: Fingerprint,
     pub(crate) request: RequestId,
     pub(crate) epoch: Epoch,
@@ -47,7 +47,7 @@ pub(crate) struct Admission {
     wire: WireFormat,
     limits: Limits,
     pool: BlockPool,
-    bounds: Bounds,
+    bounds: SequenceBounds,
     table: Mutex<Table>,
     preempted: AtomicU64,
     prefixes: Prefixes,
@@ -63,7 +63,7 @@ pub(crate) struct Prefixes {
 }
 
 /// What bounds the sequences of this node.
-pub(crate) struct Bounds {
+pub(crate) struct SequenceBounds {
     /// Most sequences at a time.
     pub(crate) sequences: usize,
     /// Blocks that all of them together may come to need.
@@ -110,7 +110,7 @@ struct Held {
 }
 
 impl Admission {
-    pub(crate) fn new(manifest: &PairManifest, limits: Limits, pool: BlockPool, bounds: Bounds) -> Self {
+    pub(crate) fn new(manifest: &PairManifest, limits: Limits, pool: BlockPool, bounds: SequenceBounds) -> Self {
         Self {
             fingerprint: manifest.fingerprint.clone(),
             geometry: manifest.decode.kv,
@@ -129,7 +129,7 @@ impl Admission {
     /// # Errors
     /// [`Code::Mismatch`] for another pair, [`Code::InvalidArgument`], [`Code::Stale`] for an attempt that is not newer than the
     /// one that is held, [`Code::ResourceExhausted`].
-    pub(crate) fn admit(self: &Arc<Self>, asked: &Asked) -> Result<Place, ServiceError> {
+    pub(crate) fn admit(self: &Arc<Self>, asked: &SequenceRequest) -> Result<KvReservation, ServiceError> {
         self.check_pair(&asked.fingerprint)?;
         self.limits.check(&asked.prompt, &asked.stop)?;
         self.limits.check_sampling(&asked.sampling)?;
@@ -168,13 +168,13 @@ impl Admission {
             ));
         }
         let tokens = asked.prompt.len() + asked.written.len().max(1);
-        let reservation = self.pool.reserve(&names, tokens).or_else(|none| full(format!("{none}: try another node, or later")))?;
+        let blocks = self.pool.reserve(&names, tokens).or_else(|none| full(format!("{none}: try another node, or later")))?;
         // Each of the others will need a block some time: one that is taken now would be taken away again at once.
         let free = self.pool.free();
         if free < others {
             return full(format!("{free} KV blocks would be left for {others} sequences that grow: try another node, or later"));
         }
-        let held_tokens = reservation.shared_tokens();
+        let held_tokens = blocks.shared_tokens();
         self.prefixes.queries.fetch_add(asked.prompt.len() as u64, Ordering::Relaxed);
         self.prefixes.hits.fetch_add(held_tokens as u64, Ordering::Relaxed);
         let (ticket, prompt_digest) = (Ticket::new(uuid::Uuid::new_v4().to_string()), prompt_digest(&asked.prompt));
@@ -193,7 +193,7 @@ impl Admission {
         table.held.insert(ticket.clone(), held);
         table.admitted += 1;
         let seniority = Seniority { arrived: asked.arrived, number: table.admitted };
-        Ok(Place { ticket, seniority, reservation, prompt_digest, names, admission: self.clone() })
+        Ok(KvReservation { ticket, seniority, blocks, prompt_digest, names, admission: self.clone() })
     }
 
     /// Gives a ticket to the one push that may use it.
@@ -302,11 +302,11 @@ pub(crate) struct Seniority {
     number: u64,
 }
 
-/// A sequence's place on this node: its ticket and its blocks. Dropping it gives both back.
-pub(crate) struct Place {
+/// What a sequence holds on this node: its ticket and its blocks. Dropping it gives both back.
+pub(crate) struct KvReservation {
     pub(crate) ticket: Ticket,
     pub(crate) seniority: Seniority,
-    pub(crate) reservation: Reservation,
+    pub(crate) blocks: ReservedBlocks,
     /// sha256 of the prompt's token ids.
     pub(crate) prompt_digest: [u8; 32],
     /// Of the blocks that the prompt fills to their end.
@@ -314,7 +314,7 @@ pub(crate) struct Place {
     admission: Arc<Admission>,
 }
 
-impl Place {
+impl KvReservation {
     /// Whether a newer attempt has taken it.
     pub(crate) fn superseded(&self) -> bool {
         self.admission.superseded(&self.ticket)
@@ -322,7 +322,7 @@ impl Place {
 
     /// The whole handoff is in its blocks: those of the prompt are shared from now on with prompts that begin alike.
     pub(crate) fn keep(&self) {
-        self.reservation.keep(&self.names);
+        self.blocks.keep(&self.names);
     }
 
     /// Counts that it was taken away.
@@ -331,7 +331,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for KvReservation {
     fn drop(&mut self) {
         let mut table = self.admission.lock();
         table.held.remove(&self.ticket);

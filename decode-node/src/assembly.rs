@@ -12,7 +12,7 @@ use overfill_transport::calls::{NodeService, Signals};
 use overfill_types::{Limits, NodeId, NodeInfo, PeerAddress, Role, ServedPair};
 use tonic::service::Routes;
 
-use crate::admission::{Admission, Bounds};
+use crate::admission::{Admission, SequenceBounds};
 use crate::commands::Commands;
 use crate::compute::Compute;
 use crate::config::DecodeConfig;
@@ -46,7 +46,7 @@ pub fn assemble<C: Compute>(id: NodeId, config: &DecodeConfig, loaded: Loaded<C>
     let Loaded { manifest, compute, blocks, guides } = loaded;
     let blocks = BlockPool::new(blocks, config.node.block_tokens as usize);
     let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
-    let bounds = Bounds {
+    let bounds = SequenceBounds {
         sequences: config.max_sequences as usize,
         blocks: (blocks.total() as f64 * config.kv_overcommit) as usize,
         reservation_timeout: config.reservation_timeout(),

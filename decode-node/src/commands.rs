@@ -37,7 +37,7 @@ impl Command {
 
 /// What a handoff consists of; it is taken in order.
 pub(crate) enum Part {
-    Rows(Rows, OwnedSemaphorePermit),
+    Rows(LayerRows, OwnedSemaphorePermit),
     /// The handoff is whole. Answered when the sequence runs, or with why it does not.
     Start {
         first: u32,
@@ -46,7 +46,7 @@ pub(crate) enum Part {
 }
 
 /// Checked rows of one layer, `[tokens, kv_heads, head_dim]` each, as they came over the wire.
-pub(crate) struct Rows {
+pub(crate) struct LayerRows {
     pub(crate) layer: usize,
     pub(crate) start: usize,
     pub(crate) k: Bytes,
@@ -78,7 +78,7 @@ impl Commands {
     }
 
     /// A frame of its rows.
-    pub(crate) async fn rows(&self, ticket: Ticket, rows: Rows) -> Result<(), ServiceError> {
+    pub(crate) async fn rows(&self, ticket: Ticket, rows: LayerRows) -> Result<(), ServiceError> {
         let permit = self.frames.clone().acquire_owned().await.map_err(|_| stopping())?;
         self.send(Command::Handoff(ticket, Part::Rows(rows, permit))).await
     }

@@ -26,7 +26,7 @@ use overfill_types::{Code, ServiceError, Ticket, WireFormat};
 use tokio::time::{Instant, timeout};
 
 use crate::admission::Seniority;
-use crate::commands::{Command, Part, Rows};
+use crate::commands::{Command, LayerRows, Part};
 use crate::compute::Compute;
 use crate::metrics::Metrics;
 use crate::sequence::Sequence;
@@ -146,7 +146,7 @@ impl<C: Compute> Engine<C> {
         match command {
             Command::Admit(sequence) if sequence.alone => self.running.push(*sequence),
             Command::Admit(sequence) => {
-                self.waiting.insert(sequence.place.ticket.clone(), *sequence);
+                self.waiting.insert(sequence.reservation.ticket.clone(), *sequence);
             }
             Command::Handoff(ticket, part) => self.parts.push_back((ticket, part)),
             Command::Fail(ticket, error) => self.fail(&ticket, &error),
@@ -161,16 +161,16 @@ impl<C: Compute> Engine<C> {
                 // Frames come: the sender lives. The same patience again.
                 sequence.until = Instant::now() + self.settings.patience;
                 let (compute, settings, faults) = (&mut self.compute, &self.settings, &self.faults);
-                let Rows { layer, start, k, v } = &rows;
+                let LayerRows { layer, start, k, v } = &rows;
                 let rows = WireRows { format: settings.wire, start: *start, k, v };
                 let written = caught("writing its KV cache", || {
-                    faults.of("rows", || sequence.place.prompt_digest);
+                    faults.of("rows", || sequence.reservation.prompt_digest);
                     compute.write(*layer, blocks(sequence), rows)
                 });
                 match written {
                     Ok(()) => self.failed_handoffs.end(),
                     Err(error) => {
-                        self.failed_handoffs.failed(sequence.place.prompt_digest);
+                        self.failed_handoffs.failed(sequence.reservation.prompt_digest);
                         self.fail(ticket, &error);
                     }
                 }
@@ -192,16 +192,16 @@ impl<C: Compute> Engine<C> {
         };
         let (settings, faults) = (&self.settings, &self.faults);
         let begun = caught("beginning the answer", || {
-            faults.of("begin", || sequence.place.prompt_digest);
+            faults.of("begin", || sequence.reservation.prompt_digest);
             Ok(sequence.begin(first, &settings.eos))
         });
         match &begun {
             Ok(_) => self.failed_handoffs.end(),
-            Err(_) => self.failed_handoffs.failed(sequence.place.prompt_digest),
+            Err(_) => self.failed_handoffs.failed(sequence.reservation.prompt_digest),
         }
         match begun.flatten() {
             Ok(None) => {
-                sequence.place.keep();
+                sequence.reservation.keep();
                 self.running.push(sequence);
             }
             Ok(Some(reason)) => sequence.finish(reason),
@@ -225,20 +225,20 @@ impl<C: Compute> Engine<C> {
         let metrics = self.metrics.clone();
         let dropped = self.running.extract_if(.., |s| s.abandoned()).count();
         metrics.dropped.inc_by(dropped as u64);
-        let superseded: Vec<Sequence> = self.running.extract_if(.., |s| s.place.superseded()).collect();
+        let superseded: Vec<Sequence> = self.running.extract_if(.., |s| s.reservation.superseded()).collect();
         superseded.into_iter().for_each(supersede);
         let now = Instant::now();
         let mut over: Vec<(Seniority, Ticket)> = self
             .waiting
             .iter()
-            .filter(|(_, s)| s.abandoned() || s.place.superseded() || s.until <= now)
-            .map(|(ticket, s)| (s.place.seniority, ticket.clone()))
+            .filter(|(_, s)| s.abandoned() || s.reservation.superseded() || s.until <= now)
+            .map(|(ticket, s)| (s.reservation.seniority, ticket.clone()))
             .collect();
         // The oldest first: a map's order is another in each process.
         over.sort_unstable_by_key(|(age, _)| *age);
         for (_, ticket) in over {
             let Some(sequence) = self.waiting.remove(&ticket) else { continue };
-            if sequence.place.superseded() {
+            if sequence.reservation.superseded() {
                 supersede(sequence);
             } else if sequence.abandoned() {
                 metrics.dropped.inc();
@@ -301,7 +301,7 @@ impl<C: Compute> Engine<C> {
         if batch.len() == 1 {
             tracing::error!(%error, "a sequence failed its step");
             return batch.into_iter().for_each(|sequence| {
-                self.failed_steps.failed(sequence.place.prompt_digest);
+                self.failed_steps.failed(sequence.reservation.prompt_digest);
                 sequence.fail(&error);
             });
         }
@@ -344,20 +344,20 @@ impl<C: Compute> Engine<C> {
     /// Takes the blocks that the next step writes to, for the oldest sequence first; where there is none, the youngest of all
     /// gives up its own. False where the only sequence finds none.
     fn make_room(&mut self, batch: &mut Vec<Sequence>) -> bool {
-        let mut ages: Vec<Seniority> = batch.iter().map(|s| s.place.seniority).collect();
+        let mut ages: Vec<Seniority> = batch.iter().map(|s| s.reservation.seniority).collect();
         ages.sort_unstable();
         for age in ages {
             // It may have been the youngest.
-            while let Some(sequence) = batch.iter_mut().find(|s| s.place.seniority == age) {
+            while let Some(sequence) = batch.iter_mut().find(|s| s.reservation.seniority == age) {
                 if sequence.grow() {
                     break;
                 }
-                let all = || batch.iter().chain(&self.running).chain(self.waiting.values()).map(|s| s.place.seniority);
+                let all = || batch.iter().chain(&self.running).chain(self.waiting.values()).map(|s| s.reservation.seniority);
                 let (oldest, youngest) = (all().min(), all().max());
                 if oldest == youngest {
                     return false;
                 }
-                let youngest = |s: &mut Sequence| Some(s.place.seniority) == youngest;
+                let youngest = |s: &mut Sequence| Some(s.reservation.seniority) == youngest;
                 let preempted = batch.extract_if(.., youngest).chain(self.running.extract_if(.., youngest));
                 preempted.chain(self.waiting.extract_if(|_, s| youngest(s)).map(|(_, s)| s)).for_each(preempt);
             }
@@ -368,7 +368,7 @@ impl<C: Compute> Engine<C> {
 
 /// One forward pass over the next tokens of each sequence, so many. Changes no sequence.
 fn forward(compute: &mut impl Compute, faults: &Faults, batch: &[Sequence], counts: &[usize]) -> Result<(), ModelError> {
-    batch.iter().for_each(|sequence| faults.of("step", || sequence.place.prompt_digest));
+    batch.iter().for_each(|sequence| faults.of("step", || sequence.reservation.prompt_digest));
     let chunk = |(s, count): (_, &usize)| {
         let s: &Sequence = s;
         Chunk { tokens: s.due(*count), start: s.cached, blocks: blocks(s), logits: s.writes_after(*count) }
@@ -392,16 +392,16 @@ fn panicked(what: &str) -> ServiceError {
 }
 
 fn blocks(sequence: &Sequence) -> &[BlockId] {
-    sequence.place.reservation.blocks()
+    sequence.reservation.blocks.blocks()
 }
 
 fn preempt(sequence: Sequence) {
-    sequence.place.count_preempted();
-    let message = format!("the blocks of reservation {} went to an older sequence: go on later, or elsewhere", sequence.place.ticket);
+    sequence.reservation.count_preempted();
+    let message = format!("the blocks of reservation {} went to an older sequence: go on later, or elsewhere", sequence.reservation.ticket);
     sequence.fail(&ServiceError::no_room(Code::Preempted, message));
 }
 
 fn supersede(sequence: Sequence) {
-    let message = format!("a newer attempt at this request has replaced reservation {}", sequence.place.ticket);
+    let message = format!("a newer attempt at this request has replaced reservation {}", sequence.reservation.ticket);
     sequence.fail(&ServiceError::new(Code::Stale, message));
 }

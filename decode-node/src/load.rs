@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use overfill_guide::Guides;
-use overfill_model::{KvCache, ModelError, Pair, Placement, Pool, Workspace, cache};
+use overfill_model::{KvCache, ModelError, Pair, Placement, ThreadPool, Workspace, cache};
 use overfill_node::RunError;
 use overfill_types::PairManifest;
 
@@ -31,7 +31,7 @@ pub(crate) async fn load(config: &DecodeConfig, placement: &Placement) -> Result
     let loading = tokio::task::spawn_blocking(move || {
         let pair = Pair::open(&dir)?;
         let device = overfill_model::device::parse(&node.device)?;
-        let pool = Pool::placed(node.threads(), &placement)
+        let pool = ThreadPool::placed(node.threads(), &placement)
             .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
         let model = pair.load_decode(&device, &pool)?;
         let geometry = model.config().kv;

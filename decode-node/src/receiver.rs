@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use overfill_kv::{Assembler, RowsHeader};
 use overfill_proto::v1::{KvFrame, PushSummary, kv_frame};
-use overfill_proto::{MAX_FRAME_PAYLOAD, convert, status};
+use overfill_proto::{MAX_FRAME_PAYLOAD, convert, error};
 use overfill_types::{Code, Epoch, Fingerprint, ServiceError, Ticket};
 use tokio::time::{Instant, timeout};
 use tonic::Streaming;
 
 use crate::admission::Admission;
-use crate::commands::{Commands, Rows};
+use crate::commands::{Commands, LayerRows};
 use crate::metrics::Metrics;
 
 /// Takes one handoff.
@@ -70,7 +70,7 @@ async fn take(
                 summary.bytes += payload as u64;
                 metrics.frames_received.inc();
                 metrics.bytes_received.inc_by(payload as u64);
-                commands.rows(ticket, Rows { layer: layer as usize, start: start as usize, k: rows.k, v: rows.v }).await?;
+                commands.rows(ticket, LayerRows { layer: layer as usize, start: start as usize, k: rows.k, v: rows.v }).await?;
             }
             Some(kv_frame::Body::Commit(commit)) => {
                 assembler
@@ -98,7 +98,7 @@ async fn next(frames: &mut Streaming<KvFrame>, patience: Duration) -> Result<Opt
     match timeout(patience, frames.message()).await {
         Ok(Ok(frame)) => Ok(frame),
         Ok(Err(error)) => {
-            let error = status::from_status(&error, "the prefill node");
+            let error = error::from_status(&error, "the prefill node");
             Err(ServiceError::of_way(error.code, format!("the push broke off: {error}")))
         }
         Err(_) => Err(ServiceError::of_way(Code::Unavailable, format!("no frame came for {} s", patience.as_secs()))),

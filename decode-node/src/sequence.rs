@@ -13,11 +13,11 @@ use overfill_types::{Code, FinishReason, ServiceError, StopConditions};
 use tokio::time::Instant;
 use tracing::{Span, debug_span};
 
-use crate::admission::{Asked, Place};
+use crate::admission::{KvReservation, SequenceRequest};
 use crate::metrics::Metrics;
 
 pub(crate) struct Sequence {
-    pub(crate) place: Place,
+    pub(crate) reservation: KvReservation,
     prompt_tokens: usize,
     /// No handoff comes.
     pub(crate) alone: bool,
@@ -45,20 +45,20 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     pub(crate) fn new(
-        asked: Asked,
+        asked: SequenceRequest,
         guide: Option<Matcher>,
-        place: Place,
+        reservation: KvReservation,
         events: EventSender<DecodeEvent>,
         patience: Duration,
         (metrics, trace): (Arc<Metrics>, Trace),
     ) -> Self {
-        let Asked { prompt, written, alone, sampling, stop, .. } = asked;
+        let SequenceRequest { prompt, written, alone, sampling, stop, .. } = asked;
         let mut sampler = Sampler::new(sampling, &prompt).guided(guide);
         written.iter().for_each(|token| sampler.observe(*token));
         let (prompt_tokens, now) = (prompt.len(), Instant::now());
         let (cached, unread) = if alone { (0, [prompt, written].concat()) } else { (prompt_tokens, written) };
         Self {
-            place,
+            reservation,
             prompt_tokens,
             alone,
             cached,
@@ -106,7 +106,7 @@ impl Sequence {
 
     /// Takes the blocks that all tokens up to the last need; false where the pool has none.
     pub(crate) fn grow(&mut self) -> bool {
-        self.place.reservation.grow(self.cached + self.unread.len()).is_ok()
+        self.reservation.blocks.grow(self.cached + self.unread.len()).is_ok()
     }
 
     /// The tokens that the decode model reads next, of an answer that is resumed at most `replay`.
@@ -159,7 +159,7 @@ impl Sequence {
     pub(crate) fn fail(self, error: &ServiceError) {
         self.metrics.failed(error);
         let _in = self.trace.span().enter();
-        tracing::info!(ticket = %self.place.ticket, code = %error.code, %error, "sequence failed");
+        tracing::info!(ticket = %self.reservation.ticket, code = %error.code, %error, "sequence failed");
         self.send(Err(error.clone()));
     }
 

@@ -10,7 +10,7 @@ use overfill_lifecycle::Trace;
 use overfill_node::Refusals;
 use overfill_proto::v1::decode_server::Decode;
 use overfill_proto::v1::{self, DecodeEvent, DecodeRequest, KvFrame, NodeStatus, PushSummary, Reserved, call, decode_event};
-use overfill_proto::{convert, status};
+use overfill_proto::{convert, error};
 use overfill_transport::calls::{EventReceiver, Serving, Signals};
 use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServedPair, ServiceError};
 use tokio::sync::mpsc;
@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::field::Empty;
 use tracing::{Instrument, info_span};
 
-use crate::admission::{Admission, Asked};
+use crate::admission::{Admission, SequenceRequest};
 use crate::commands::Commands;
 use crate::metrics::Metrics;
 use crate::receiver;
@@ -55,7 +55,7 @@ impl DecodeService {
             return Err(ServiceError::of_node(Code::Unavailable, "this decode node is draining: try another"));
         }
         self.refusals.check(&request.prompt, request.suspicion)?;
-        let asked = Asked {
+        let asked = SequenceRequest {
             fingerprint: Fingerprint::new(request.fingerprint),
             request: RequestId::new(request.request_id),
             epoch: Epoch(request.epoch),
@@ -74,20 +74,20 @@ impl DecodeService {
             Some(guide) => Some(self.guides.compile_beside(guide).await?),
             None => None,
         };
-        let place = self.admission.admit(&asked)?;
+        let reservation = self.admission.admit(&asked)?;
         let patience = self.admission.reservation_timeout();
         // Room for the reservation, every token and the end.
         let (events, answer) = mpsc::channel(asked.stop.max_tokens + 2);
         let reserved = Reserved {
-            ticket: place.ticket.to_string(),
+            ticket: reservation.ticket.to_string(),
             epoch: asked.epoch.0,
-            held_tokens: place.reservation.shared_tokens() as u32,
+            held_tokens: reservation.blocks.shared_tokens() as u32,
             expires_in_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
         };
         // The channel is empty and its reader is here: it has room.
         let _ = events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }));
         self.metrics.reservations.inc();
-        self.commands.admit(Sequence::new(asked, guide, place, events, patience, (self.metrics.clone(), trace))).await?;
+        self.commands.admit(Sequence::new(asked, guide, reservation, events, patience, (self.metrics.clone(), trace))).await?;
         Ok(answer)
     }
 }
@@ -146,7 +146,7 @@ impl Decode for DecodeService {
         let _in = span.enter();
         summary.map(Response::new).map_err(|error| {
             tracing::info!(code = %error.code, %error, "push refused");
-            status::to_peer(&error)
+            error::to_peer(&error)
         })
     }
 }

@@ -5,9 +5,9 @@
 
 use bytes::Bytes;
 use overfill_kv::BlockId;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Row, Sampled, Workspace};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Row, Sampled, ThreadPool, Workspace};
 
-use crate::rows::{Piece, Rows};
+use crate::rows::{Piece, RowProjector};
 
 /// A model with its KV cache, and the pairs that its rows are for, by their numbers.
 pub trait Compute: Send + 'static {
@@ -48,20 +48,20 @@ pub(crate) struct FullModel {
     pub(crate) cache: KvCache,
     pub(crate) workspace: Workspace,
     /// Of each pair.
-    pub(crate) rows: Vec<Rows>,
+    pub(crate) rows: Vec<RowProjector>,
 }
 
 /// The rows of a [`FullModel`], which may be in the middle of a pass.
 struct ModelRows<'a> {
     cache: &'a KvCache,
-    pool: &'a Pool,
-    rows: &'a mut [Rows],
+    pool: &'a ThreadPool,
+    rows: &'a mut [RowProjector],
 }
 
 impl Compute for FullModel {
     fn forward(&mut self, chunks: &[Chunk<'_>], wanted: &[usize], on_layer: OnLayer<'_>) -> Result<(), ModelError> {
         let Self { model, cache, workspace, rows } = self;
-        let computed = &mut |layer, cache: &KvCache, pool: &Pool| {
+        let computed = &mut |layer, cache: &KvCache, pool: &ThreadPool| {
             on_layer(layer, &mut ModelRows { cache, pool, rows });
             Ok(())
         };

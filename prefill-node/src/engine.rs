@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use overfill_kv::{BlockHash, BlockId, BlockPool, Reservation};
+use overfill_kv::{BlockHash, BlockId, BlockPool, ReservedBlocks};
 use overfill_lifecycle::{Drain, Trace};
 use overfill_model::{Chunk, ModelError, Row, Sampled, Sampler};
 use overfill_node::{Faults, Pulse, Streak};
@@ -108,7 +108,7 @@ struct Running {
     /// Its number among all that were let in.
     number: u64,
     job: Job,
-    reservation: Reservation,
+    reserved: ReservedBlocks,
     /// Tokens that are in the cache.
     done: usize,
     /// Tokens that this step reads.
@@ -124,7 +124,7 @@ struct Running {
 }
 
 /// What a step gave.
-struct Read {
+struct StepResult {
     /// The token of each row of logits, in the order of the prompts: those of the prompt that are reported on, then, where it
     /// was read to its end, the first of the answer. `None` where choosing it panicked.
     tokens: Vec<Option<Sampled>>,
@@ -226,9 +226,9 @@ impl<C: Compute> Engine<C> {
             let names = job.names.as_deref().unwrap_or_default();
             // At least the last token is read: its logits are wanted. Or all are, where those of all are.
             let findable = if job.prompt_logprobs.is_some() { 0 } else { (job.prompt.len() - 1) / pool.block_tokens() };
-            let Ok(reservation) = pool.reserve(&names[..findable.min(names.len())], job.most_tokens()) else { return };
+            let Ok(reserved) = pool.reserve(&names[..findable.min(names.len())], job.most_tokens()) else { return };
             let Some(mut job) = self.waiting.pop_front() else { return };
-            let done = reservation.shared_tokens();
+            let done = reserved.shared_tokens();
             if job.names.is_some() {
                 counts.prefix_queries.fetch_add(job.prompt.len() as u64, Ordering::Relaxed);
                 counts.prefix_hits.fetch_add(done as u64, Ordering::Relaxed);
@@ -241,7 +241,7 @@ impl<C: Compute> Engine<C> {
             metrics.queue_time.observe((begun - job.arrived).as_secs_f64());
             self.let_in += 1;
             let (number, logprobs) = (self.let_in, Vec::new());
-            self.running.push(Running { number, job, reservation, done, given: 0, cached: done, wrote: false, begun, logprobs });
+            self.running.push(Running { number, job, reserved, done, given: 0, cached: done, wrote: false, begun, logprobs });
         }
     }
 
@@ -297,7 +297,7 @@ impl<C: Compute> Engine<C> {
 
     /// After a step: counts what was read, names the blocks that are full, and gives their first token to those that were
     /// read to their end.
-    fn advance(&mut self, given: &[usize], read: Read) {
+    fn advance(&mut self, given: &[usize], read: StepResult) {
         let (mut given, mut tokens) = (given.iter(), read.tokens.into_iter());
         let (pool, settings, metrics) = (&self.pool, &self.settings, &self.metrics);
         self.running.retain_mut(|running| {
@@ -313,7 +313,7 @@ impl<C: Compute> Engine<C> {
                 return false;
             }
             if let Some(names) = &running.job.names {
-                running.reservation.keep(&names[..names.len().min(running.done / pool.block_tokens())]);
+                running.reserved.keep(&names[..names.len().min(running.done / pool.block_tokens())]);
             }
             token.is_none_or(|token| running.wrote(&token, &settings.eos, read.computed, metrics))
         });
@@ -327,9 +327,9 @@ impl<C: Compute> Engine<C> {
         let (mut cached, faults) = (self.compute.cached(), &self.faults);
         let failed = &mut self.failed_handoffs;
         self.running.retain_mut(|running| {
-            let Running { job, reservation, .. } = running;
+            let Running { job, reserved, .. } = running;
             let Job { handoff, prompt, pair, .. } = job;
-            let (Some(handoff), blocks) = (handoff, reservation.blocks()) else { return true };
+            let (Some(handoff), blocks) = (handoff, reserved.blocks()) else { return true };
             let sent = caught(HANDING_OVER, || {
                 faults.of("rows", || prompt_digest(prompt));
                 handoff.fill(|piece| cached.bytes(*pair, blocks, piece))
@@ -372,7 +372,7 @@ fn panicked(what: &str) -> ServiceError {
 
 /// One forward pass over the given number of tokens of each prompt; every layer's rows leave as soon as they are there, and
 /// with them what else pushes have room for by now.
-fn read(compute: &mut impl Compute, faults: &Faults, running: &mut [Running], given: &[usize]) -> Result<Read, ModelError> {
+fn read(compute: &mut impl Compute, faults: &Faults, running: &mut [Running], given: &[usize]) -> Result<StepResult, ModelError> {
     /// One prompt's part in the step; without tokens if only its rows are on their way.
     struct Part<'a> {
         tokens: &'a [u32],
@@ -390,7 +390,7 @@ fn read(compute: &mut impl Compute, faults: &Faults, running: &mut [Running], gi
     let mut wanted: Vec<Row<'_>> = Vec::new();
     for (running, &given) in running.iter_mut().zip(given) {
         let reported = running.reported(given);
-        let Running { number, job, reservation, done, .. } = running;
+        let Running { number, job, reserved, done, .. } = running;
         if given > 0 {
             faults.of("step", || prompt_digest(&job.prompt));
         }
@@ -402,7 +402,7 @@ fn read(compute: &mut impl Compute, faults: &Faults, running: &mut [Running], gi
         if last {
             wanted.push(Row::Choose(sampler, prompt.len()));
         }
-        let (tokens, blocks, each) = (&prompt[start..end], reservation.blocks(), prompt_logprobs.is_some());
+        let (tokens, blocks, each) = (&prompt[start..end], reserved.blocks(), prompt_logprobs.is_some());
         parts.push(Part { tokens, start, blocks, last, pair: *pair, each, handoff: handoff.as_mut(), number: *number, prompt });
     }
     let (mut rows_wanted, mut failed) = (Vec::new(), Vec::new());
@@ -435,7 +435,7 @@ fn read(compute: &mut impl Compute, faults: &Faults, running: &mut [Running], gi
     let computed = Instant::now();
     drop(chunks);
     let tokens = if wanted.is_empty() { Vec::new() } else { compute.tokens(wanted) };
-    Ok(Read { tokens, computed, failed })
+    Ok(StepResult { tokens, computed, failed })
 }
 
 impl Running {

@@ -28,7 +28,7 @@ const FRAMES_AHEAD: usize = 8;
 
 /// Where a handoff goes.
 #[derive(Clone, Debug)]
-pub(crate) struct Target {
+pub(crate) struct HandoffTarget {
     pub(crate) address: String,
     pub(crate) fingerprint: Fingerprint,
     pub(crate) ticket: Ticket,
@@ -39,7 +39,7 @@ pub(crate) struct Target {
 
 /// Cuts rows into frames. Dropped before the commit it breaks the push off, silently.
 pub(crate) struct Sender {
-    target: Target,
+    target: HandoffTarget,
     geometry: KvGeometry,
     wire: WireFormat,
     frames: mpsc::Sender<KvFrame>,
@@ -68,7 +68,7 @@ struct End {
 }
 
 /// Both sides of a handoff of rows of this geometry.
-pub(crate) fn handoff(target: Target, geometry: KvGeometry, wire: WireFormat) -> (Sender, Push) {
+pub(crate) fn handoff(target: HandoffTarget, geometry: KvGeometry, wire: WireFormat) -> (Sender, Push) {
     let (frames, received) = mpsc::channel(FRAMES_AHEAD);
     let (committed, when) = oneshot::channel();
     let given_up = CancellationToken::new();
@@ -146,7 +146,7 @@ impl Sender {
             } else {
                 break;
             };
-            let Target { fingerprint, ticket, epoch, .. } = &self.target;
+            let HandoffTarget { fingerprint, ticket, epoch, .. } = &self.target;
             let (fingerprint, ticket, epoch) = (fingerprint.to_string(), ticket.to_string(), epoch.0);
             place.send(KvFrame { fingerprint, ticket, epoch, index: self.next, body: Some(body) });
             self.begun.get_or_insert_with(Instant::now);
@@ -182,13 +182,13 @@ mod tests {
     const GEOMETRY: KvGeometry = KvGeometry { layers: 3, kv_heads: 1, head_dim: 2 };
     const PROMPT: [u32; 20] = [7; 20];
 
-    fn target(held_tokens: usize) -> Target {
+    fn target(held_tokens: usize) -> HandoffTarget {
         let (fingerprint, ticket) = (Fingerprint::new("pair"), Ticket::new("ticket"));
-        Target { address: "host:1".into(), fingerprint, ticket, epoch: Epoch(3), held_tokens }
+        HandoffTarget { address: "host:1".into(), fingerprint, ticket, epoch: Epoch(3), held_tokens }
     }
 
     fn assembler(held_tokens: usize) -> Assembler {
-        let Target { fingerprint, ticket, epoch, .. } = target(held_tokens);
+        let HandoffTarget { fingerprint, ticket, epoch, .. } = target(held_tokens);
         let (geometry, wire, prompt_digest) = (GEOMETRY, WireFormat::F32, prompt_digest(&PROMPT));
         Assembler::new(Expected { fingerprint, ticket, epoch, geometry, wire, prompt_tokens: PROMPT.len(), held_tokens, prompt_digest })
     }

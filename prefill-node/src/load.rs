@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use overfill_guide::Guides;
-use overfill_model::{KvCache, ModelError, Placement, Pool, Workspace, cache};
+use overfill_model::{KvCache, ModelError, Placement, ThreadPool, Workspace, cache};
 use overfill_node::RunError;
 use overfill_types::PairManifest;
 
@@ -33,7 +33,7 @@ pub(crate) async fn load(config: &PrefillConfig, placement: &Placement) -> Resul
         let pairs = pairs::open(&dirs)?;
         let Some(first) = pairs.first() else { return Err(ModelError::Mismatch("no pair is named: give at least one".into())) };
         let device = overfill_model::device::parse(&node.device)?;
-        let pool = Pool::placed(node.threads(), &placement)
+        let pool = ThreadPool::placed(node.threads(), &placement)
             .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
         let model = first.load_full(&device, &pool)?;
         let rows = pairs::rows(&pairs, &pool)?;

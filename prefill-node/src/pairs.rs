@@ -5,10 +5,10 @@
 use std::path::PathBuf;
 
 use overfill_kv::{BlockHash, block_hashes};
-use overfill_model::{ModelError, Pair, Pool};
+use overfill_model::{ModelError, Pair, ThreadPool};
 use overfill_types::{Code, Fingerprint, KvGeometry, PairManifest, ServedPair, ServiceError, WireFormat};
 
-use crate::rows::Rows;
+use crate::rows::RowProjector;
 
 /// What is to be known of a pair for a handoff to its decode nodes.
 #[derive(Clone)]
@@ -59,10 +59,10 @@ pub(crate) fn open(dirs: &[PathBuf]) -> Result<Vec<Pair>, ModelError> {
 ///
 /// # Errors
 /// Where a transform cannot be loaded.
-pub(crate) fn rows(pairs: &[Pair], pool: &Pool) -> Result<Vec<Rows>, ModelError> {
+pub(crate) fn rows(pairs: &[Pair], pool: &ThreadPool) -> Result<Vec<RowProjector>, ModelError> {
     let rows = |pair: &Pair| {
         let PairManifest { full, decode, kv_formats, .. } = &pair.manifest;
-        Ok(Rows::new(pair.load_transform(pool)?, full.kv.layers, decode.kv, kv_formats.wire))
+        Ok(RowProjector::new(pair.load_transform(pool)?, full.kv.layers, decode.kv, kv_formats.wire))
     };
     pairs.iter().map(rows).collect()
 }

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use overfill_kv::{BlockId, wire};
-use overfill_model::{KvCache, ModelError, Pool, Transform};
+use overfill_model::{KvCache, ModelError, ThreadPool, Transform};
 use overfill_types::{KvGeometry, WireFormat};
 
 /// Rows of one decode-model layer.
@@ -17,7 +17,7 @@ pub struct Piece {
 }
 
 /// Makes rows of the full model's cache into rows of the decode model, as they travel.
-pub(crate) struct Rows {
+pub(crate) struct RowProjector {
     transform: Transform,
     /// The full model's layer that feeds each of the decode model's.
     sources: Vec<usize>,
@@ -29,7 +29,7 @@ pub(crate) struct Rows {
     v: Vec<f32>,
 }
 
-impl Rows {
+impl RowProjector {
     /// From a full model with `layers` layers to a decode model of this geometry.
     pub(crate) fn new(transform: Transform, layers: usize, geometry: KvGeometry, wire: WireFormat) -> Self {
         let mut sources = vec![0; geometry.layers];
@@ -48,7 +48,7 @@ impl Rows {
     ///
     /// # Errors
     /// Where the cache does not have them.
-    pub(crate) fn bytes(&mut self, cache: &KvCache, pool: &Pool, blocks: &[BlockId], piece: Piece) -> Result<[Bytes; 2], ModelError> {
+    pub(crate) fn bytes(&mut self, cache: &KvCache, pool: &ThreadPool, blocks: &[BlockId], piece: Piece) -> Result<[Bytes; 2], ModelError> {
         let Piece { layer, start, tokens } = piece;
         let source = self.sources[layer];
         if self.transform.is_copy()

@@ -20,7 +20,7 @@ use tonic::codegen::http::HeaderMap;
 use tracing::{Instrument, debug_span, info_span};
 
 use crate::engine::Job;
-use crate::handoff::{Target, handoff};
+use crate::handoff::{HandoffTarget, handoff};
 use crate::metrics::{HandoffEnd, Metrics};
 use crate::pairs::Offers;
 use crate::{Counted, Counts};
@@ -106,7 +106,7 @@ impl PrefillService {
             .handoff
             .map(|h| {
                 let (fingerprint, ticket, epoch) = (offer.pair.fingerprint.clone(), Ticket::new(h.ticket), Epoch(h.epoch));
-                let target = Target { address: h.address, fingerprint, ticket, epoch, held_tokens: held };
+                let target = HandoffTarget { address: h.address, fingerprint, ticket, epoch, held_tokens: held };
                 handoff(target, offer.geometry, offer.wire)
             })
             .unzip();

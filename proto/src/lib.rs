@@ -4,7 +4,7 @@
 //! numbers are given; `src/gen` is made from them and checked in, so that building needs no protobuf compiler. `tests/generated_code_is_current.rs` makes it anew and compares.
 
 pub mod convert;
-pub mod status;
+pub mod error;
 
 use overfill_types::{Code, ServiceError};
 

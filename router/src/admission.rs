@@ -1,4 +1,4 @@
-//! From what a client asks to what the cluster can serve: token ids, bounds, a deadline, its place. Text ends here.
+//! From what a client asks to what the cluster can serve: token ids, bounds, a deadline, its permit. Text ends here.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +28,7 @@ pub(crate) enum Input {
 }
 
 /// What a client asks, as its front end has read it.
-pub(crate) struct Asked {
+pub(crate) struct ClientRequest {
     /// Empty where the client named none.
     pub(crate) model: String,
     pub(crate) inputs: Vec<Input>,
@@ -66,12 +66,12 @@ pub(crate) struct ValidRequest {
     pub(crate) priority: i32,
     /// Its client's part where requests wait.
     pub(crate) share: Share,
-    /// Its place among the requests under way; given back before the client is told of the end, so that a quick one finds it.
-    pub(crate) place: Option<Place>,
+    /// To be among the requests under way; given back before the client is told of the end, so that a quick one finds it.
+    pub(crate) permit: Option<RequestPermit>,
 }
 
-/// A request's place among those under way, in the router and among its client's own.
-pub(crate) struct Place {
+/// A request may be under way, in the router and among its client's own.
+pub(crate) struct RequestPermit {
     _router: OwnedSemaphorePermit,
     pub(crate) allowance: Allowance,
 }
@@ -83,13 +83,19 @@ impl Router {
     /// # Errors
     /// [`Code::InvalidArgument`], [`Code::NotFound`] for an unknown model, [`Code::ResourceExhausted`] where the client is
     /// over its limits, [`Code::Unavailable`] where too many requests are under way, and at a drain.
-    pub(crate) async fn admit(&self, client: &Arc<Client>, asked: Asked, trace: &Trace) -> Result<Vec<ValidRequest>, ServiceError> {
+    pub(crate) async fn admit(&self, client: &Arc<Client>, asked: ClientRequest, trace: &Trace) -> Result<Vec<ValidRequest>, ServiceError> {
         let span = tracing::debug_span!(parent: trace.span(), "admit");
         let admitted = self.check(client, asked, trace, Instant::now()).instrument(span).await;
         admitted.inspect_err(|error| self.metrics.refused(error))
     }
 
-    async fn check(&self, client: &Arc<Client>, asked: Asked, trace: &Trace, arrived: Instant) -> Result<Vec<ValidRequest>, ServiceError> {
+    async fn check(
+        &self,
+        client: &Arc<Client>,
+        asked: ClientRequest,
+        trace: &Trace,
+        arrived: Instant,
+    ) -> Result<Vec<ValidRequest>, ServiceError> {
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "the router is draining: send the request to another"));
         }
@@ -98,7 +104,7 @@ impl Router {
             let message = format!("{answers} answers were asked for: one request has at most {MOST_ANSWERS}; send several");
             return Err(ServiceError::new(Code::InvalidArgument, message));
         }
-        let mut places = self.places.clone().try_acquire_many_owned(answers as u32).map_err(|_| {
+        let mut permits = self.permits.clone().try_acquire_many_owned(answers as u32).map_err(|_| {
             let message = format!("{} requests are under way, this router's most: try again later", self.config.max_requests);
             ServiceError::new(Code::Unavailable, message).retry_after(Duration::from_secs(1))
         })?;
@@ -141,8 +147,8 @@ impl Router {
             client.spend(prompt.len(), max_tokens * asked.n)?;
             for answer in 0..asked.n {
                 let number = requests.len();
-                let (Some(router), Some(mut allowance)) = (places.split(1), allowances.next()) else {
-                    return Err(ServiceError::new(Code::Internal, "a place for each answer was taken, and one is missing"));
+                let (Some(router), Some(mut allowance)) = (permits.split(1), allowances.next()) else {
+                    return Err(ServiceError::new(Code::Internal, "a permit for each answer was taken, and one is missing"));
                 };
                 allowance.may_write(max_tokens);
                 requests.push(ValidRequest {
@@ -160,7 +166,7 @@ impl Router {
                     trace: trace.clone(),
                     priority: asked.priority,
                     share: client.share,
-                    place: Some(Place { _router: router, allowance }),
+                    permit: Some(RequestPermit { _router: router, allowance }),
                 });
             }
         }
@@ -180,7 +186,7 @@ impl Router {
     ///
     /// # Errors
     /// As [`Router::admit`].
-    pub(crate) async fn admit_one(&self, client: &Arc<Client>, asked: Asked, trace: &Trace) -> Result<ValidRequest, ServiceError> {
+    pub(crate) async fn admit_one(&self, client: &Arc<Client>, asked: ClientRequest, trace: &Trace) -> Result<ValidRequest, ServiceError> {
         let first = self.admit(client, asked, trace).await?.into_iter().next();
         first.ok_or_else(|| ServiceError::new(Code::InvalidArgument, "the input is missing"))
     }

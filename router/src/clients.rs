@@ -70,18 +70,18 @@ pub(crate) struct Clients {
 pub(crate) struct Client {
     pub(crate) name: String,
     pub(crate) share: Share,
-    places: Option<(u32, Arc<Semaphore>)>,
+    permits: Option<(u32, Arc<Semaphore>)>,
     requests: Option<Mutex<Bucket>>,
     tokens: Option<Mutex<Bucket>>,
     /// Requests that were refused since it is over its limits, ever.
     limited: AtomicU64,
 }
 
-/// What a client's answer takes of its limits. Dropping it gives back its place, and the tokens that were not written.
+/// What a client's answer takes of its limits. Dropping it gives back its permit, and the tokens that were not written.
 #[derive(Debug)]
 pub(crate) struct Allowance {
     client: Arc<Client>,
-    _place: Option<OwnedSemaphorePermit>,
+    _permit: Option<OwnedSemaphorePermit>,
     unwritten: usize,
 }
 
@@ -102,7 +102,7 @@ impl Clients {
         };
         let share = Share { client: 0, weight: 1, class: 0 };
         let name = "anonymous".to_owned();
-        let anonymous = Client { name, share, places: None, requests: None, tokens: None, limited: AtomicU64::new(0) };
+        let anonymous = Client { name, share, permits: None, requests: None, tokens: None, limited: AtomicU64::new(0) };
         Ok(Self { by_key, anonymous: Arc::new(anonymous) })
     }
 
@@ -154,9 +154,9 @@ fn by_key(file: KeyFile) -> Result<HashMap<[u8; 32], Arc<Client>>, String> {
         if digests.is_empty() {
             return Err(format!("client {name} has no key"));
         }
-        let places = max_concurrent.map(|most| (most, Arc::new(Semaphore::new(most as usize))));
+        let permits = max_concurrent.map(|most| (most, Arc::new(Semaphore::new(most as usize))));
         let share = Share { client: number + 1, weight, class };
-        let client = Arc::new(Client { name, share, places, requests, tokens, limited: AtomicU64::new(0) });
+        let client = Arc::new(Client { name, share, permits, requests, tokens, limited: AtomicU64::new(0) });
         for digest in digests {
             if by_key.insert(digest, client.clone()).is_some() {
                 return Err(format!("client {}: a key stands there twice", client.name));
@@ -167,24 +167,24 @@ fn by_key(file: KeyFile) -> Result<HashMap<[u8; 32], Arc<Client>>, String> {
 }
 
 impl Client {
-    /// A request for `answers` answers comes: a place for each.
+    /// A request for `answers` answers comes: a permit for each.
     ///
     /// # Errors
     /// [`Code::ResourceExhausted`], with when to try again.
     pub(crate) fn begin(self: &Arc<Self>, answers: usize) -> Result<Vec<Allowance>, ServiceError> {
-        let mut places = Vec::new();
-        if let Some((most, all)) = &self.places {
+        let mut permits = Vec::new();
+        if let Some((most, all)) = &self.permits {
             for _ in 0..answers {
-                let place = all.clone().try_acquire_owned().map_err(|_| {
+                let permit = all.clone().try_acquire_owned().map_err(|_| {
                     let message = format!("client {} has {most} answers under way at most: wait until one is whole", self.name);
                     self.over(message, Duration::from_secs(1))
                 })?;
-                places.push(place);
+                permits.push(permit);
             }
         }
         self.take(&self.requests, 1.0, "requests")?;
-        let mut places = places.into_iter();
-        Ok((0..answers).map(|_| Allowance { client: self.clone(), _place: places.next(), unwritten: 0 }).collect())
+        let mut permits = permits.into_iter();
+        Ok((0..answers).map(|_| Allowance { client: self.clone(), _permit: permits.next(), unwritten: 0 }).collect())
     }
 
     /// It has `prompt` tokens to read in all, and `answer` to write at most.

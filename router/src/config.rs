@@ -27,9 +27,9 @@ pub struct Cli {
     /// Threads that serve requests [default: one for each core]
     #[arg(long, env = "OVERFILL_ROUTER_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
-    /// Bounds.
+    /// RequestBounds.
     #[command(flatten)]
-    pub bounds: Bounds,
+    pub bounds: RequestBounds,
     /// Where nodes are found.
     #[command(flatten)]
     pub discovery: DiscoveryArgs,
@@ -77,7 +77,7 @@ impl Fallback {
 
 /// What bounds a request, and all of them, and what they may fall back to.
 #[derive(Args, Clone, Debug)]
-pub struct Bounds {
+pub struct RequestBounds {
     /// Tokens that a chat or gRPC request gets if it does not say how many it wants
     #[arg(long, env = "OVERFILL_DEFAULT_MAX_TOKENS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub default_max_tokens: u32,
@@ -113,7 +113,7 @@ pub struct Bounds {
 pub struct RouterConfig {
     /// Folders of the pairs that it serves.
     pub pair: Vec<PathBuf>,
-    /// See [`Bounds::default_max_tokens`].
+    /// See [`RequestBounds::default_max_tokens`].
     pub default_max_tokens: usize,
     /// Largest request, in bytes.
     pub max_body: usize,
@@ -135,7 +135,7 @@ pub struct RouterConfig {
 
 impl RouterConfig {
     /// A router for `pair` within `bounds`.
-    pub fn new(pair: Vec<PathBuf>, bounds: Bounds) -> Self {
+    pub fn new(pair: Vec<PathBuf>, bounds: RequestBounds) -> Self {
         Self {
             pair,
             default_max_tokens: bounds.default_max_tokens as usize,

@@ -16,7 +16,7 @@ mod metrics;
 mod models;
 mod pairing;
 mod relay;
-mod status;
+mod status_streams;
 mod suspicions;
 mod tokenising;
 
@@ -67,7 +67,7 @@ pub struct Router {
     metrics: Arc<Metrics>,
     clients: Arc<Clients>,
     /// One permit for each request that may be under way.
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     /// One for each that may be parsed or wait for its answer's head.
     heads: Arc<Semaphore>,
     drain: Drain,
@@ -104,7 +104,7 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
         tracing::error!(error = ended.to_string(), cause = ended.cause(), "this router cannot go on: it ends");
         return Err(ended.into());
     }
-    let finished = router.places.acquire_many(router.config.max_requests);
+    let finished = router.permits.acquire_many(router.config.max_requests);
     if tokio::time::timeout(Duration::from_secs(router.config.drain_timeout), finished).await.is_err() {
         tracing::warn!(requests = router.under_way(), "drain limit reached: the rest is broken off");
     }
@@ -179,7 +179,7 @@ impl Router {
             tokenising: Tokenising::default(),
             metrics,
             clients,
-            places: Arc::new(Semaphore::new(most)),
+            permits: Arc::new(Semaphore::new(most)),
             // Those that will be refused are looked at too.
             heads: Arc::new(Semaphore::new(2 * most)),
             drain,
@@ -208,12 +208,12 @@ impl Router {
 
     /// Follows what the nodes say of themselves. Ends where the view of the nodes does.
     pub async fn follow(self: Arc<Self>) {
-        status::follow(self).await;
+        status_streams::follow(self).await;
     }
 
     /// Requests under way, those that wait for room on the nodes among them.
     pub fn under_way(&self) -> usize {
-        self.config.max_requests as usize - self.places.available_permits()
+        self.config.max_requests as usize - self.permits.available_permits()
     }
 
     /// Whether a prefill and a decode node of some pair are there.

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use overfill_compress::data::read_prompts;
-use overfill_compress::{Arm, Asked, Conversation, Writing, answer};
-use overfill_model::{Device, Pair, Pool, Workspace};
+use overfill_compress::{Arm, Conversation, Question, Writing, answer};
+use overfill_model::{Device, Pair, ThreadPool, Workspace};
 use overfill_text::TextModel;
 use overfill_types::{Quality, SamplingParams};
 
@@ -68,7 +68,7 @@ pub(crate) fn run(args: AnswerArgs, home: &Home) -> anyhow::Result<()> {
         let tokens = text.encode_chat(&prompt.messages).with_context(|| format!("{}, conversation {}", args.data.display(), at + 1))?;
         if tokens.len() <= max_prompt {
             let sampling = SamplingParams { seed: args.seed.wrapping_add(at as u64), ..sampling.clone() };
-            fitting.push_back((prompt, Asked { prompt: tokens, sampling, max_tokens }));
+            fitting.push_back((prompt, Question { prompt: tokens, sampling, max_tokens }));
         }
     }
     let left_out = all - fitting.len();
@@ -84,7 +84,7 @@ pub(crate) fn run(args: AnswerArgs, home: &Home) -> anyhow::Result<()> {
 
     let pair = Pair::open(&dir)?;
     let threads = args.threads.count();
-    let mut workspace = Workspace::new(Pool::new(threads, &[])?);
+    let mut workspace = Workspace::new(ThreadPool::new(threads, &[])?);
     let full = pair.load_full(&Device::Cpu, workspace.pool())?;
     let other = if args.mode == Quality::Full { None } else { Some(pair.load_decode(&Device::Cpu, workspace.pool())?) };
     let transform = pair.load_transform(workspace.pool())?;
@@ -99,7 +99,7 @@ pub(crate) fn run(args: AnswerArgs, home: &Home) -> anyhow::Result<()> {
 
     let bar = bar((done + fitting.len()) as u64, "answers");
     bar.set_position(done as u64);
-    let (mut conversations, asked): (VecDeque<Conversation>, Vec<Asked>) = fitting.into_iter().unzip();
+    let (mut conversations, asked): (VecDeque<Conversation>, Vec<Question>) = fitting.into_iter().unzip();
     let mut tokens = 0;
     answer(&full, arm, &how, &mut workspace, asked, |_, written| -> anyhow::Result<()> {
         let Some(conversation) = conversations.pop_front() else { return Ok(()) };

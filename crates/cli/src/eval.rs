@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use overfill_compress::eval::{Measuring, Samples, evaluate, plot};
 use overfill_compress::{Arm, data};
-use overfill_model::{Device, Llama, Pair, Pool, Workspace};
+use overfill_model::{Device, Llama, Pair, ThreadPool, Workspace};
 use overfill_text::TextModel;
 use overfill_types::Quality;
 use overfill_types::pair::WeightFormat;
@@ -79,7 +79,7 @@ pub(crate) fn run(args: EvalArgs, home: &Home) -> anyhow::Result<()> {
     }
 
     let threads = args.threads.count();
-    let mut workspace = Workspace::new(Pool::new(threads, &[])?);
+    let mut workspace = Workspace::new(ThreadPool::new(threads, &[])?);
     let pool = workspace.pool();
     let full = pair.load_full(&Device::Cpu, pool)?;
     let decode = pair.load_decode(&Device::Cpu, pool)?;

@@ -10,7 +10,7 @@ use overfill_compress::export::{GgufFormats, Stored, gguf, hugging_face};
 use crate::progress::bar;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Target {
+enum ExportFormat {
     /// A folder as Hugging Face's transformers load it
     Hf,
     /// One file as llama.cpp loads it
@@ -27,7 +27,7 @@ pub(crate) struct ExportArgs {
     model: PathBuf,
     /// What is made of it
     #[arg(long, value_enum, env = "OVERFILL_FORMAT")]
-    format: Target,
+    format: ExportFormat,
     /// What the layers' matrices are stored as: f32, f16, q8_0, q5_1, q5_0, q4_1 or q4_0 in a GGUF file [default: f16]; f32, bf16 or f16 in a folder [default: f32]
     #[arg(long, env = "OVERFILL_QUANTISE")]
     quantise: Option<String>,
@@ -50,14 +50,14 @@ pub(crate) fn run(args: ExportArgs) -> anyhow::Result<()> {
     };
     let refused = |what: String| anyhow::anyhow!("--quantise: {what}");
     match args.format {
-        Target::Hf => {
+        ExportFormat::Hf => {
             if args.embedding.is_some() || args.head.is_some() {
                 bail!("--embedding and --head are for GGUF files: a folder has one number format");
             }
             let format: Format = args.quantise.as_deref().unwrap_or("f32").parse().map_err(refused)?;
             hugging_face(&args.model, format, &args.out, progress)?;
         }
-        Target::Gguf => {
+        ExportFormat::Gguf => {
             let layers: Stored = args.quantise.as_deref().unwrap_or("f16").parse().map_err(refused)?;
             let rest = if layers.is_quantised() { Stored::Q8_0 } else { layers };
             let formats = GgufFormats { layers, embedding: args.embedding.unwrap_or(rest), head: args.head.unwrap_or(rest) };

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use overfill_model::solo::Solo;
-use overfill_model::{Pair, Pool};
+use overfill_model::{Pair, ThreadPool};
 use overfill_text::{Message, StopMatcher, TextModel};
 use overfill_types::{FinishReason, Limits, Quality, SamplingParams, StopConditions};
 use serde_json::json;
@@ -91,7 +91,7 @@ pub(crate) fn run(args: GenerateArgs, home: &Home) -> anyhow::Result<()> {
     let loading = spinner("loading the pair");
     let threads = args.threads.count();
     let device = overfill_model::device::parse(&args.device)?;
-    let mut solo = Solo::load(&Pair::open(&dir)?, &device, Pool::new(threads, &[])?)?.writing(args.quality);
+    let mut solo = Solo::load(&Pair::open(&dir)?, &device, ThreadPool::new(threads, &[])?)?.writing(args.quality);
     loading.finish_and_clear();
 
     let mut detokenizer = text.detokenizer();

@@ -11,7 +11,7 @@ use overfill_lifecycle::flags::parse_bytes;
 use overfill_lifecycle::telemetry::LogArgs;
 use overfill_node::NodeArgs;
 use overfill_prefill_node::PrefillConfig;
-use overfill_router::config::Bounds;
+use overfill_router::config::RequestBounds;
 use overfill_router::{Listeners, RouterConfig};
 use tokio::net::TcpListener;
 
@@ -52,7 +52,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, env = "OVERFILL_CHUNK_TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
     chunk_tokens: u32,
     #[command(flatten)]
-    bounds: Bounds,
+    bounds: RequestBounds,
 }
 
 pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result<()> {

@@ -10,7 +10,7 @@ use overfill_compress::checkpoint::{Checkpoint, Format};
 use overfill_compress::export::{GgufFormats, Stored};
 use overfill_compress::product::Precision;
 use overfill_model::pair::weights_sha256;
-use overfill_model::{Device, Llama, LlamaConfig, Pair, Pool, Transform, Weights, Workspace};
+use overfill_model::{Device, Llama, LlamaConfig, Pair, ThreadPool, Transform, Weights, Workspace};
 use overfill_text::ModelText;
 use overfill_train::{
     AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainOptions, train,
@@ -327,7 +327,7 @@ impl Source {
     }
 
     fn full_model(&self, projection: bool, threads: usize) -> anyhow::Result<FullModel> {
-        let workspace = Workspace::new(Pool::new(threads, &[])?);
+        let workspace = Workspace::new(ThreadPool::new(threads, &[])?);
         let model = Llama::load(&self.full, self.weights, &Device::Cpu, workspace.pool())?;
         let (full, decode) = (self.full_config.kv, self.init_config.kv);
         let carry = if projection {

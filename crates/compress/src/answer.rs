@@ -13,7 +13,7 @@ use crate::read::{Arm, BLOCK_TOKENS, Handoff, Prompt, read, tables};
 
 /// A prompt and how it is to be answered.
 #[derive(Clone, Debug)]
-pub struct Asked {
+pub struct Question {
     /// Token ids; not empty.
     pub prompt: Vec<u32>,
     /// How tokens are chosen.
@@ -40,7 +40,7 @@ struct Sequence {
     /// Which of all that were asked.
     number: usize,
     place: usize,
-    asked: Asked,
+    asked: Question,
     sampler: Sampler,
     written: Vec<u32>,
 }
@@ -48,7 +48,7 @@ struct Sequence {
 impl Sequence {
     /// The token that the writer reads next: the prompt's last one, or the one that it has just written.
     fn next(&self) -> &[u32] {
-        let Self { asked: Asked { prompt, .. }, written, .. } = self;
+        let Self { asked: Question { prompt, .. }, written, .. } = self;
         let tokens = if written.is_empty() { prompt } else { written };
         &tokens[tokens.len() - 1..]
     }
@@ -86,7 +86,7 @@ pub fn answer<E: From<ModelError>>(
     arm: Arm<'_>,
     how: &Writing,
     workspace: &mut Workspace,
-    asked: impl IntoIterator<Item = Asked>,
+    asked: impl IntoIterator<Item = Question>,
     mut done: impl FnMut(usize, Vec<u32>) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut writer = Writer::new(full, arm, how)?;
@@ -197,32 +197,32 @@ fn write<'s>(
 mod tests {
     use std::path::Path;
 
-    use overfill_model::{Device, Pool, Transform};
+    use overfill_model::{Device, ThreadPool, Transform};
     use overfill_types::pair::WeightFormat;
     use overfill_types::{KvFormat, KvTransform, WireFormat};
 
     use super::*;
 
-    fn load(name: &str, pool: &Pool) -> Llama {
+    fn load(name: &str, pool: &ThreadPool) -> Llama {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models").join(name);
         Llama::load(&folder, WeightFormat::F32, &Device::Cpu, pool).unwrap()
     }
 
     #[test]
     fn an_answer_is_the_same_in_any_batch() {
-        let mut workspace = Workspace::new(Pool::new(2, &[]).unwrap());
+        let mut workspace = Workspace::new(ThreadPool::new(2, &[]).unwrap());
         let (full, decode) = (load("full", workspace.pool()), load("narrow", workspace.pool()));
         let kv = full.config().kv;
         let transform = Transform::load(&KvTransform::Identity, Path::new("."), kv, kv, workspace.pool()).unwrap();
-        let asked: Vec<Asked> = (0..11u32)
-            .map(|i| Asked {
+        let asked: Vec<Question> = (0..11u32)
+            .map(|i| Question {
                 prompt: (0..=i * 3).map(|t| (t * 31 + i) % 128).collect(),
                 sampling: SamplingParams { temperature: 1.5, seed: i.into(), ..SamplingParams::greedy() },
                 max_tokens: 1 + (i as usize * 5) % 17,
             })
             .collect();
         for arm in [Arm::Full, Arm::Overfill { decode: &decode, transform: &transform }, Arm::Alone(&decode)] {
-            let mut run = |batch: usize, asked: &[Asked]| {
+            let mut run = |batch: usize, asked: &[Question]| {
                 let formats = KvFormats { cache: KvFormat::F16, wire: WireFormat::F16 };
                 let how = Writing { batch, positions: 60, formats, end: vec![5, 6, 7, 8] };
                 let mut all = Vec::new();
@@ -249,11 +249,11 @@ mod tests {
 
     #[test]
     fn a_prompt_without_room_is_refused() {
-        let mut workspace = Workspace::new(Pool::new(1, &[]).unwrap());
+        let mut workspace = Workspace::new(ThreadPool::new(1, &[]).unwrap());
         let full = load("full", workspace.pool());
         let how = Writing { batch: 2, positions: 16, formats: KvFormats::default(), end: vec![] };
         for (prompt, max_tokens) in [(vec![], 1), (vec![1], 0), (vec![1; 10], 7)] {
-            let asked = Asked { prompt, sampling: SamplingParams::greedy(), max_tokens };
+            let asked = Question { prompt, sampling: SamplingParams::greedy(), max_tokens };
             assert!(answer(&full, Arm::Full, &how, &mut workspace, [asked], |_, _| Ok::<_, ModelError>(())).is_err());
         }
     }

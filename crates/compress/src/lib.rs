@@ -19,7 +19,7 @@ mod read;
 pub mod score;
 pub mod vector;
 
-pub use answer::{Asked, Writing, answer};
+pub use answer::{Question, Writing, answer};
 pub use data::{Conversation, Example};
 pub use error::CompressError;
 pub use read::Arm;

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use overfill_kv::BlockId;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Pool, Workspace};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, ThreadPool, Workspace};
 use overfill_types::KvFormats;
 
 use crate::data::Example;
@@ -206,7 +206,7 @@ struct Token {
 }
 
 impl Reference {
-    fn new(pool: &Pool, logits: Vec<f32>, vocabulary: usize) -> Self {
+    fn new(pool: &ThreadPool, logits: Vec<f32>, vocabulary: usize) -> Self {
         let rows: Vec<&[f32]> = logits.chunks_exact(vocabulary).collect();
         let norms = each(pool, rows.len(), |i| norm(rows[i]));
         Self { logits, vocabulary, norms }
@@ -230,7 +230,7 @@ impl Reference {
     }
 
     /// Compares another model's logits for the same rows; the vocabulary that both know counts.
-    fn compare(&self, pool: &Pool, logits: &[f32], tokens: &[u32]) -> Result<Vec<Token>, ModelError> {
+    fn compare(&self, pool: &ThreadPool, logits: &[f32], tokens: &[u32]) -> Result<Vec<Token>, ModelError> {
         let vocabulary = logits.len() / tokens.len();
         let common = vocabulary.min(self.vocabulary);
         if let Some(token) = tokens.iter().find(|t| **t as usize >= common) {
@@ -276,7 +276,7 @@ fn greatest(logits: &[f32]) -> usize {
 }
 
 /// `of(0)`, `of(1)`, … computed by the pool's threads.
-fn each<T: Send>(pool: &Pool, count: usize, of: impl Fn(usize) -> T + Sync) -> Vec<T> {
+fn each<T: Send>(pool: &ThreadPool, count: usize, of: impl Fn(usize) -> T + Sync) -> Vec<T> {
     let results: Vec<Mutex<Option<T>>> = (0..count).map(|_| Mutex::new(None)).collect();
     pool.run(count, |i| {
         // Each is locked once, by the thread that has it.
@@ -298,7 +298,7 @@ mod tests {
 
     use super::*;
 
-    fn load(name: &str, pool: &Pool) -> Llama {
+    fn load(name: &str, pool: &ThreadPool) -> Llama {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models").join(name);
         Llama::load(&folder, WeightFormat::F32, &Device::Cpu, pool).unwrap()
     }
@@ -313,7 +313,7 @@ mod tests {
     /// The logits before each token of the response, token by token, one sequence by itself.
     fn plain(model: &Llama, reader: &Llama, transform: Option<&Transform>, formats: KvFormats, example: &Example) -> Vec<Vec<f32>> {
         let blocks: Vec<BlockId> = (0..16).map(BlockId).collect();
-        let mut workspace = Workspace::new(Pool::new(1, &[]).unwrap());
+        let mut workspace = Workspace::new(ThreadPool::new(1, &[]).unwrap());
         let new = |model: &Llama| KvCache::new(model.config().kv, formats.cache, 16, 16, &Device::Cpu).unwrap();
         let (mut cache, mut other) = (new(model), new(reader));
         let mut all = Vec::new();
@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn scores_are_those_of_one_token_after_the_other() {
-        let mut workspace = Workspace::new(Pool::new(2, &[]).unwrap());
+        let mut workspace = Workspace::new(ThreadPool::new(2, &[]).unwrap());
         let (full, decode) = (load("full", workspace.pool()), load("narrow", workspace.pool()));
         let kv = full.config().kv;
         let transform = Transform::load(&KvTransform::Identity, Path::new("."), kv, kv, workspace.pool()).unwrap();
@@ -392,7 +392,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_scored_is_refused() {
-        let mut workspace = Workspace::new(Pool::new(1, &[]).unwrap());
+        let mut workspace = Workspace::new(ThreadPool::new(1, &[]).unwrap());
         let full = load("full", workspace.pool());
         for (prompt, response) in [(vec![], vec![1]), (vec![1], vec![]), (vec![1], vec![100_000])] {
             let examples = [Example { prompt: vec![1], response: vec![2] }, Example { prompt, response }];

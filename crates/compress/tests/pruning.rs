@@ -9,7 +9,7 @@ use overfill_compress::calibrate::Calibration;
 use overfill_compress::checkpoint::{Checkpoint, Format};
 use overfill_compress::prune::{Fit, Keep, Method, Prune, Report, Sizes};
 use overfill_kv::BlockId;
-use overfill_model::{Chunk, Device, KvCache, KvSpec, Llama, MakePair, Pool, Workspace};
+use overfill_model::{Chunk, Device, KvCache, KvSpec, Llama, MakePair, ThreadPool, Workspace};
 use overfill_types::pair::WeightFormat;
 use overfill_types::{KvFormat, KvFormats, PruneStrategy};
 use safetensors::SafeTensors;
@@ -79,7 +79,7 @@ fn prompt() -> Vec<u32> {
 
 /// Logits after each token, from the engine that serves.
 fn logits(model: &Path) -> Vec<Vec<f32>> {
-    let mut workspace = Workspace::new(Pool::new(1, &[]).unwrap());
+    let mut workspace = Workspace::new(ThreadPool::new(1, &[]).unwrap());
     let model = Llama::load(model, WeightFormat::F32, &Device::Cpu, workspace.pool()).unwrap();
     let prompt = prompt();
     let blocks: Vec<BlockId> = (0..prompt.len().div_ceil(16) as u32).map(BlockId).collect();

@@ -8,8 +8,8 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use overfill_kernels::{
-    Activations, AttentionScratch, BlockFormat, DenseMatrix, Into, KvFormat, KvLayer, KvShape, Matrix, Pool, QuantisedMatrix, Reads, Run,
-    paged_attention, products, rms_norm, swiglu,
+    Activations, AttentionScratch, BlockFormat, DenseMatrix, Into, KvFormat, KvLayer, KvShape, Matrix, QuantisedMatrix, Reads, Run,
+    ThreadPool, paged_attention, products, rms_norm, swiglu,
 };
 
 const HIDDEN: usize = 576;
@@ -31,7 +31,7 @@ fn blocks(format: BlockFormat, count: usize) -> Vec<u8> {
     bytes
 }
 
-fn matrices(pool: &Pool, outputs: usize, inputs: usize) -> Vec<(String, Matrix)> {
+fn matrices(pool: &ThreadPool, outputs: usize, inputs: usize) -> Vec<(String, Matrix)> {
     let w = noise(outputs * inputs);
     let halves: Vec<half::f16> = w.iter().map(|w| half::f16::from_f32(*w)).collect();
     let bfloats: Vec<half::bf16> = w.iter().map(|w| half::bf16::from_f32(*w)).collect();
@@ -54,7 +54,7 @@ fn matrices(pool: &Pool, outputs: usize, inputs: usize) -> Vec<(String, Matrix)>
 }
 
 fn product(c: &mut Criterion) {
-    let Ok(pool) = Pool::new(1, &[]) else { return };
+    let Ok(pool) = ThreadPool::new(1, &[]) else { return };
     let mut group = c.benchmark_group("product");
     for (name, matrix) in matrices(&pool, HIDDEN, MLP) {
         for rows in [1, 2, 8, 32, 256] {
@@ -70,7 +70,7 @@ fn product(c: &mut Criterion) {
 }
 
 fn rows(c: &mut Criterion) {
-    let Ok(pool) = Pool::new(1, &[]) else { return };
+    let Ok(pool) = ThreadPool::new(1, &[]) else { return };
     let mut group = c.benchmark_group("rows");
     // As quantised matrices read them.
     let w = Matrix::Quantised(match QuantisedMatrix::from_blocks(&pool, BlockFormat::Q8_0, &blocks(BlockFormat::Q8_0, 1), 1, 32) {
@@ -92,7 +92,7 @@ fn rows(c: &mut Criterion) {
 }
 
 fn attention(c: &mut Criterion) {
-    let Ok(pool) = Pool::new(1, &[]) else { return };
+    let Ok(pool) = ThreadPool::new(1, &[]) else { return };
     let mut group = c.benchmark_group("attention");
     let shape = KvShape { kv_heads: 3, head_dim: 64, block_tokens: 16, blocks: 128 };
     let blocks: Vec<u32> = (0..128).collect();
@@ -115,7 +115,7 @@ fn attention(c: &mut Criterion) {
 }
 
 fn pool(c: &mut Criterion) {
-    let Ok(pool) = Pool::new(2, &[]) else { return };
+    let Ok(pool) = ThreadPool::new(2, &[]) else { return };
     c.bench_function("an empty run on two threads", |b| b.iter(|| pool.run(2, |i| _ = black_box(i))));
 }
 

@@ -6,8 +6,8 @@
 use std::ops::Range;
 
 use crate::disjoint::Disjoint;
-use crate::pool::Pool;
 use crate::simd::{Simd, dispatch};
+use crate::thread_pool::ThreadPool;
 
 /// Inputs that share a scale.
 pub(crate) const GROUP: usize = 32;
@@ -86,7 +86,7 @@ impl Activations {
     /// Makes `rows` rows of `width` values, each written by `fill(row, values)`. `cost` is about the nanoseconds that `fill` takes.
     pub(crate) fn fill(
         &mut self,
-        pool: &Pool,
+        pool: &ThreadPool,
         (rows, width): (usize, usize),
         reads: Reads,
         cost: usize,
@@ -132,7 +132,7 @@ impl Activations {
     }
 
     /// Takes over `values`, `[rows, width]`.
-    pub fn set(&mut self, pool: &Pool, values: &[f32], width: usize, reads: Reads) {
+    pub fn set(&mut self, pool: &ThreadPool, values: &[f32], width: usize, reads: Reads) {
         assert!(width > 0 && values.len().is_multiple_of(width), "values are [rows, width]");
         self.fill(pool, (values.len() / width, width), reads, 0, |row, to| to.copy_from_slice(&values[row * width..(row + 1) * width]));
     }
@@ -260,7 +260,7 @@ pub(crate) mod tests {
                 (0..rows * width).map(|i| ((i * 7919 % 2003) as f32 / 2003.0 - 0.5) * if i % 7 == 0 { 40.0 } else { 0.3 }).collect();
             let make = |threads| {
                 let mut x = Activations::new();
-                x.set(&Pool::new(threads, &[]).unwrap(), &values, width, BOTH);
+                x.set(&ThreadPool::new(threads, &[]).unwrap(), &values, width, BOTH);
                 x
             };
             let x = make(2);

@@ -11,9 +11,9 @@ use crate::disjoint::Disjoint;
 use crate::exp::exp;
 use crate::kv::{Both, KvLayer, KvShape, Run, Stored};
 use crate::number::Number;
-use crate::pool::Pool;
 use crate::segment::{SEGMENT, Segment, attend_segment};
 use crate::simd::{Simd, dispatch};
+use crate::thread_pool::ThreadPool;
 
 /// Rows (query heads of one KV head times tokens) that pass over the cache together.
 const ROWS: usize = 24;
@@ -58,7 +58,7 @@ struct Join {
 /// Where sizes do not fit or a block table points outside of the cache.
 #[allow(clippy::too_many_arguments)] // a kernel: pool, cache, input, output
 pub fn paged_attention(
-    pool: &Pool,
+    pool: &ThreadPool,
     layer: &KvLayer,
     q: &[f32],
     stride: usize,
@@ -246,7 +246,7 @@ pub(crate) mod tests {
     use crate::lanes;
 
     pub(crate) struct Case {
-        pool: Pool,
+        pool: ThreadPool,
         heads: usize,
         layer: KvLayer,
     }
@@ -254,7 +254,7 @@ pub(crate) mod tests {
     impl Case {
         /// A cache full of noise.
         pub(crate) fn new(heads: usize, shape: KvShape, format: KvFormat, threads: usize) -> Self {
-            let pool = Pool::new(threads, &[]).unwrap();
+            let pool = ThreadPool::new(threads, &[]).unwrap();
             let mut layer = KvLayer::new(shape, format);
             let mut state = 1u64;
             let rows: Vec<f32> = (0..shape.blocks * shape.block_tokens * shape.row() * 2)

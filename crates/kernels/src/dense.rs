@@ -9,11 +9,11 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use crate::activations::{Activations, BLOCK_ROWS};
+use crate::destination::{Destination, PANEL, even};
 use crate::disjoint::Disjoint;
 use crate::number::{Bf16, F16, Number};
-use crate::pool::Pool;
 use crate::simd::Simd;
-use crate::target::{PANEL, Target, even};
+use crate::thread_pool::ThreadPool;
 
 /// Bytes of `x` that stay in the second-level cache while panels pass.
 const X_BLOCK: usize = 256 << 10;
@@ -37,7 +37,7 @@ pub struct DenseMatrix {
 }
 
 fn pack<T: Copy + Sync, N: Number>(
-    pool: &Pool,
+    pool: &ThreadPool,
     weights: &[T],
     outputs: usize,
     inputs: usize,
@@ -62,17 +62,17 @@ fn pack<T: Copy + Sync, N: Number>(
 
 impl DenseMatrix {
     /// Packs f32 weights `[outputs, inputs]`.
-    pub fn from_f32(pool: &Pool, weights: &[f32], outputs: usize, inputs: usize) -> Self {
+    pub fn from_f32(pool: &ThreadPool, weights: &[f32], outputs: usize, inputs: usize) -> Self {
         Self { outputs, inputs, lines: Lines::F32(pack(pool, weights, outputs, inputs, |w| w)) }
     }
 
     /// Packs bfloat16 weights `[outputs, inputs]`; products are exact in the weights and sum in f32.
-    pub fn from_bf16(pool: &Pool, weights: &[bf16], outputs: usize, inputs: usize) -> Self {
+    pub fn from_bf16(pool: &ThreadPool, weights: &[bf16], outputs: usize, inputs: usize) -> Self {
         Self { outputs, inputs, lines: Lines::Bf16(pack(pool, weights, outputs, inputs, |w| Bf16(w.to_bits()))) }
     }
 
     /// Packs half-precision weights `[outputs, inputs]`; products are exact in the weights and sum in f32.
-    pub fn from_f16(pool: &Pool, weights: &[f16], outputs: usize, inputs: usize) -> Self {
+    pub fn from_f16(pool: &ThreadPool, weights: &[f16], outputs: usize, inputs: usize) -> Self {
         Self { outputs, inputs, lines: Lines::F16(pack(pool, weights, outputs, inputs, |w| F16(w.to_bits()))) }
     }
 
@@ -106,7 +106,7 @@ impl DenseMatrix {
 
     /// The product's columns of `panels`.
     #[inline(always)]
-    pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Target<'_>, panels: Range<usize>) {
+    pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Destination<'_>, panels: Range<usize>) {
         assert!(x.width() == self.inputs && x.rows() == to.rows);
         match &self.lines {
             Lines::F32(lines) => multiply(s, lines, x, to, panels),
@@ -117,7 +117,7 @@ impl DenseMatrix {
 }
 
 #[inline(always)]
-fn multiply<S: Simd, T: Number>(s: S, lines: &[Line<T>], x: &Activations, to: Target<'_>, panels: Range<usize>) {
+fn multiply<S: Simd, T: Number>(s: S, lines: &[Line<T>], x: &Activations, to: Destination<'_>, panels: Range<usize>) {
     let inputs = x.width();
     let each = (X_BLOCK / 4 / inputs.max(1) / BLOCK_ROWS).max(1) * BLOCK_ROWS;
     for first in (0..to.rows).step_by(each) {
@@ -166,7 +166,7 @@ struct At<'a> {
 
 /// `R` rows times `P` vectors of outputs.
 #[inline(always)]
-fn tile<S: Simd, T: Number, const R: usize, const P: usize>(s: S, lines: &[Line<T>], to: Target<'_>, at: At<'_>) {
+fn tile<S: Simd, T: Number, const R: usize, const P: usize>(s: S, lines: &[Line<T>], to: Destination<'_>, at: At<'_>) {
     let At { columns, rows, first, row, panel } = at;
     let inputs = columns.len() / rows;
     assert!(row + R <= rows && lines.len() * PANEL == P.max(PANEL / S::LANES) * S::LANES * inputs);

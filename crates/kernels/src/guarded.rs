@@ -120,13 +120,13 @@ mod tests {
     use crate::activations::Activations;
     use crate::activations::tests::{BOTH, EXACT};
     use crate::attention::tests::{Case, shape};
+    use crate::destination::Into;
     use crate::kv::{KvFormat, Run};
     use crate::lanes;
-    use crate::pool::Pool;
     use crate::product::products;
     use crate::product::tests::{matrices, noise, product};
     use crate::rows::{rms_norm, rotate, swiglu};
-    use crate::target::Into;
+    use crate::thread_pool::ThreadPool;
 
     /// `run` gives the same bits between guards, on any vector unit, as it does without: and it lives.
     fn holds(run: impl Fn() -> Vec<f32> + Send + Sync) {
@@ -183,7 +183,7 @@ mod tests {
         for (outputs, inputs) in [(16, 576), (50, 256), (17, 50), (1, 40), (31, 32), (5, 6), (3, 1)] {
             for rows in [1, 2, 4, 5, 9, 13] {
                 holds(|| {
-                    let pool = Pool::new(1, &[]).unwrap();
+                    let pool = ThreadPool::new(1, &[]).unwrap();
                     let x = noise(rows * inputs, 3);
                     let matrices = matrices(&pool, outputs, inputs);
                     let mut y: Vec<f32> = matrices.iter().flat_map(|(_, matrix)| product(&pool, matrix, &x)).collect();
@@ -210,7 +210,7 @@ mod tests {
     fn what_happens_to_rows_keeps_to_its_buffers() {
         for width in [576usize, 50, 40, 32, 6, 2] {
             holds(|| {
-                let pool = Pool::new(1, &[]).unwrap();
+                let pool = ThreadPool::new(1, &[]).unwrap();
                 let (rows, half) = (3, width / 2);
                 let reads = if width.is_multiple_of(32) { BOTH } else { EXACT };
                 let (mut x, weight) = (noise(rows * 2 * width, 7), noise(width, 8));

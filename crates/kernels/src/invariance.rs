@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use crate::attention::tests::{Case, shape};
 use crate::kv::{KvFormat, Run};
-use crate::pool::Pool;
 use crate::product::tests::{matrices, noise, product};
+use crate::thread_pool::ThreadPool;
 
 fn bits(numbers: &[f32]) -> Vec<u32> {
     numbers.iter().map(|x| x.to_bits()).collect()
@@ -34,7 +34,7 @@ proptest! {
 
     #[test]
     fn a_product_of_a_row(rows in 1usize..40, outputs in 1usize..70, inputs in inputs(), threads in 1usize..=4, seed in 0usize..2003) {
-        let (pool, one) = (Pool::new(threads, &[]).unwrap(), Pool::new(1, &[]).unwrap());
+        let (pool, one) = (ThreadPool::new(threads, &[]).unwrap(), ThreadPool::new(1, &[]).unwrap());
         let x = noise(rows * inputs, seed);
         for (name, matrix) in matrices(&pool, outputs, inputs) {
             let together = bits(&product(&pool, &matrix, &x));

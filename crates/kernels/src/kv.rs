@@ -6,7 +6,7 @@
 
 use crate::disjoint::Disjoint;
 use crate::number::{F16, Number};
-use crate::pool::Pool;
+use crate::thread_pool::ThreadPool;
 
 /// Token positions in a block are a multiple of this.
 pub const BLOCK_MULTIPLE: usize = 16;
@@ -123,7 +123,7 @@ impl KvLayer {
     }
 
     /// Has the system give all of its memory now: the first write to each page costs microseconds, which a handoff would wait for.
-    pub fn claim(&mut self, pool: &Pool) {
+    pub fn claim(&mut self, pool: &ThreadPool) {
         match &mut self.stored {
             Stored::F32(both) => both.claim(pool),
             Stored::F16(both) => both.claim(pool),
@@ -140,7 +140,7 @@ impl KvLayer {
     ///
     /// # Panics
     /// Where rows or blocks are not there, or two runs write to one block.
-    pub fn write(&mut self, pool: &Pool, runs: &[Run<'_>], k: &[f32], v: &[f32], stride: usize) {
+    pub fn write(&mut self, pool: &ThreadPool, runs: &[Run<'_>], k: &[f32], v: &[f32], stride: usize) {
         let shape = self.shape;
         let tokens: usize = runs.iter().map(|r| r.tokens).sum();
         if tokens == 0 {
@@ -148,7 +148,7 @@ impl KvLayer {
         }
         assert!(stride >= shape.row() && k.len().min(v.len()) >= (tokens - 1) * stride + shape.row(), "k and v are [tokens, stride]");
         let pieces = pieces(shape, runs);
-        let from = Rows { k, v, stride };
+        let from = SourceRows { k, v, stride };
         match &mut self.stored {
             Stored::F32(both) => both.write(pool, shape, &pieces, from, f32::from_f32),
             Stored::F16(both) => both.write(pool, shape, &pieces, from, F16::from_f32),
@@ -159,18 +159,18 @@ impl KvLayer {
     ///
     /// # Panics
     /// Where the bytes are not `run`'s rows, or blocks are not there.
-    pub fn write_bytes(&mut self, pool: &Pool, run: Run<'_>, k: &[u8], v: &[u8]) {
+    pub fn write_bytes(&mut self, pool: &ThreadPool, run: Run<'_>, k: &[u8], v: &[u8]) {
         let (shape, stride) = (self.shape, self.shape.row());
         let number = if matches!(self.stored, Stored::F32(_)) { 4 } else { 2 };
         assert!(k.len() == run.tokens * stride * number && v.len() == k.len(), "k and v are [tokens, kv_heads, head_dim]");
         let pieces = pieces(shape, &[run]);
         match &mut self.stored {
             Stored::F32(both) => {
-                let from = Rows { k: k.as_chunks().0, v: v.as_chunks().0, stride };
+                let from = SourceRows { k: k.as_chunks().0, v: v.as_chunks().0, stride };
                 both.write(pool, shape, &pieces, from, f32::from_le_bytes);
             }
             Stored::F16(both) => {
-                let from = Rows { k: k.as_chunks().0, v: v.as_chunks().0, stride };
+                let from = SourceRows { k: k.as_chunks().0, v: v.as_chunks().0, stride };
                 both.write(pool, shape, &pieces, from, |bytes| F16(u16::from_le_bytes(bytes)));
             }
         }
@@ -192,7 +192,7 @@ impl KvLayer {
     ///
     /// # Panics
     /// Where blocks are not there, or `k` and `v` have another size.
-    pub fn copy(&self, pool: &Pool, run: Run<'_>, k: &mut [u8], v: &mut [u8]) {
+    pub fn copy(&self, pool: &ThreadPool, run: Run<'_>, k: &mut [u8], v: &mut [u8]) {
         match &self.stored {
             Stored::F32(both) => both.copy(pool, self.shape, run, k, v, f32::to_le_bytes),
             Stored::F16(both) => both.copy(pool, self.shape, run, k, v, |x| x.0.to_le_bytes()),
@@ -217,7 +217,7 @@ struct Piece {
 
 /// Where rows come from, as numbers of type `S`.
 #[derive(Clone, Copy)]
-struct Rows<'a, S> {
+struct SourceRows<'a, S> {
     k: &'a [S],
     v: &'a [S],
     stride: usize,
@@ -244,7 +244,7 @@ fn pieces(shape: KvShape, runs: &[Run<'_>]) -> Vec<Piece> {
 }
 
 impl<T: Number> Both<T> {
-    fn claim(&mut self, pool: &Pool) {
+    fn claim(&mut self, pool: &ThreadPool) {
         /// Bytes of the smallest page.
         const PAGE: usize = 4096;
         let numbers = PAGE / size_of::<T>();
@@ -258,7 +258,14 @@ impl<T: Number> Both<T> {
         }
     }
 
-    fn write<S: Copy + Sync>(&mut self, pool: &Pool, shape: KvShape, pieces: &[Piece], from: Rows<'_, S>, stored: impl Fn(S) -> T + Sync) {
+    fn write<S: Copy + Sync>(
+        &mut self,
+        pool: &ThreadPool,
+        shape: KvShape,
+        pieces: &[Piece],
+        from: SourceRows<'_, S>,
+        stored: impl Fn(S) -> T + Sync,
+    ) {
         let KvShape { kv_heads, head_dim, block_tokens, .. } = shape;
         let padded = shape.padded();
         let (k, v) = (Disjoint::new(&mut self.k), Disjoint::new(&mut self.v));
@@ -302,7 +309,7 @@ impl<T: Number> Both<T> {
 
     fn copy<const N: usize>(
         &self,
-        pool: &Pool,
+        pool: &ThreadPool,
         shape: KvShape,
         run: Run<'_>,
         k: &mut [u8],
@@ -341,7 +348,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_across_blocks() {
-        let pool = Pool::new(2, &[]).unwrap();
+        let pool = ThreadPool::new(2, &[]).unwrap();
         let shape = KvShape { kv_heads: 2, head_dim: 6, block_tokens: 16, blocks: 5 };
         let stride = 40;
         let rows: Vec<f32> = (0..60 * stride).map(|i| i as f32 * 0.25 - 90.0).collect();
@@ -369,7 +376,7 @@ mod tests {
         let mut rows: Vec<f32> = (0..71 * 12).map(|i| (i as f32 - 400.0) * 1.7f32.powi(i % 40 - 30)).collect();
         (rows[3], rows[200]) = (f32::INFINITY, -0.0);
         for threads in [1, 3] {
-            let pool = Pool::new(threads, &[]).unwrap();
+            let pool = ThreadPool::new(threads, &[]).unwrap();
             for format in [KvFormat::F32, KvFormat::F16] {
                 let mut layer = KvLayer::new(shape, format);
                 layer.write(&pool, &[Run { blocks: &[3, 0, 2, 4, 1], start: 0, tokens: 70 }], &rows, &rows[5..], 12);
@@ -394,7 +401,7 @@ mod tests {
 
     #[test]
     fn rows_in_the_caches_format_are_stored_bit_for_bit() {
-        let pool = Pool::new(2, &[]).unwrap();
+        let pool = ThreadPool::new(2, &[]).unwrap();
         let shape = KvShape { kv_heads: 2, head_dim: 6, block_tokens: 16, blocks: 5 };
         let run = Run { blocks: &[3, 0, 2], start: 7, tokens: 30 };
         let halves: Vec<half::f16> = (0..720u16).map(|i| half::f16::from_bits(i * 43)).collect();
@@ -422,6 +429,6 @@ mod tests {
     fn a_block_has_one_writer() {
         let shape = KvShape { kv_heads: 1, head_dim: 2, block_tokens: 16, blocks: 2 };
         let run = Run { blocks: &[1], start: 0, tokens: 1 };
-        KvLayer::new(shape, KvFormat::F32).write(&Pool::new(2, &[]).unwrap(), &[run, run], &[0.0; 8], &[0.0; 8], 4);
+        KvLayer::new(shape, KvFormat::F32).write(&ThreadPool::new(2, &[]).unwrap(), &[run, run], &[0.0; 8], &[0.0; 8], 4);
     }
 }

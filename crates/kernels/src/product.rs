@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use crate::activations::{Activations, Reads};
 use crate::dense::DenseMatrix;
+use crate::destination::{Destination, Into, PANEL};
 use crate::disjoint::Disjoint;
-use crate::pool::Pool;
 use crate::quantised::QuantisedMatrix;
 use crate::simd::{Simd, dispatch};
-use crate::target::{Into, PANEL, Target};
+use crate::thread_pool::ThreadPool;
 
 /// Bytes of weights below which a part is not worth handing to another thread: about a microsecond's reading.
 const LEAST_BYTES: usize = 16 << 10;
@@ -73,7 +73,7 @@ impl Reads {
 /// The products of `x` with several matrices, side by side: `y` is `[rows, sum of outputs]`.
 ///
 /// **Invariant:** a row's numbers are the same bits whatever rows are beside it, and on any number of threads.
-pub fn products(pool: &Pool, x: &Activations, matrices: &[&Matrix], y: &mut [f32], into: Into) {
+pub fn products(pool: &ThreadPool, x: &Activations, matrices: &[&Matrix], y: &mut [f32], into: Into) {
     let width: usize = matrices.iter().map(|m| m.outputs()).sum();
     assert!(matrices.iter().all(|m| m.inputs() == x.width()), "x is [rows, inputs]");
     assert_eq!(y.len(), x.rows() * width, "y is [rows, outputs]");
@@ -94,7 +94,7 @@ pub fn products(pool: &Pool, x: &Activations, matrices: &[&Matrix], y: &mut [f32
             let end = panel + matrix.panels();
             let range = mine.start.max(panel)..mine.end.min(end);
             if range.start < range.end {
-                let to = Target { y, rows: x.rows(), width, column, outputs: matrix.outputs(), into };
+                let to = Destination { y, rows: x.rows(), width, column, outputs: matrix.outputs(), into };
                 dispatch!(multiply(matrix, x, to, range.start - panel..range.end - panel));
             }
             panel = end;
@@ -104,7 +104,7 @@ pub fn products(pool: &Pool, x: &Activations, matrices: &[&Matrix], y: &mut [f32
 }
 
 #[inline(always)]
-fn multiply<S: Simd>(s: S, matrix: &Matrix, x: &Activations, to: Target<'_>, panels: Range<usize>) {
+fn multiply<S: Simd>(s: S, matrix: &Matrix, x: &Activations, to: Destination<'_>, panels: Range<usize>) {
     match matrix {
         Matrix::Dense(m) => m.multiply(s, x, to, panels),
         Matrix::Quantised(m) => m.multiply(s, x, to, panels),
@@ -125,7 +125,7 @@ pub(crate) mod tests {
         (0..n).map(|i| (((i + seed) * 7919 % 2003) as f32 / 2003.0 - 0.5) * if i % 96 < 32 { 0.01 } else { 3.0 }).collect()
     }
 
-    pub(crate) fn matrices(pool: &Pool, outputs: usize, inputs: usize) -> Vec<(String, Matrix)> {
+    pub(crate) fn matrices(pool: &ThreadPool, outputs: usize, inputs: usize) -> Vec<(String, Matrix)> {
         let w = noise(outputs * inputs, 5);
         let b: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
         let h: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
@@ -144,7 +144,7 @@ pub(crate) mod tests {
         all
     }
 
-    pub(crate) fn product(pool: &Pool, matrix: &Matrix, x: &[f32]) -> Vec<f32> {
+    pub(crate) fn product(pool: &ThreadPool, matrix: &Matrix, x: &[f32]) -> Vec<f32> {
         let mut activations = Activations::new();
         activations.set(pool, x, matrix.inputs(), Reads::of(&[matrix]));
         let mut y = vec![f32::NAN; activations.rows() * matrix.outputs()];
@@ -154,7 +154,7 @@ pub(crate) mod tests {
 
     #[test]
     fn products_are_those_of_the_rows() {
-        let pool = Pool::new(2, &[]).unwrap();
+        let pool = ThreadPool::new(2, &[]).unwrap();
         for (rows, outputs, inputs) in [(5, 21, 512), (1, 33, 576), (11, 16, 256), (3, 7, 50)] {
             let x = noise(rows * inputs, 0);
             for (name, matrix) in matrices(&pool, outputs, inputs) {
@@ -181,7 +181,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_row_is_the_same_bits_in_any_company_and_on_any_lanes() {
-        let (one, three) = (Pool::new(1, &[]).unwrap(), Pool::new(3, &[]).unwrap());
+        let (one, three) = (ThreadPool::new(1, &[]).unwrap(), ThreadPool::new(3, &[]).unwrap());
         let (rows, outputs, inputs) = (19, 77, 512);
         let x = noise(rows * inputs, 1);
         for (name, matrix) in matrices(&three, outputs, inputs) {
@@ -200,7 +200,7 @@ pub(crate) mod tests {
 
     #[test]
     fn products_lie_side_by_side_and_can_be_added() {
-        let pool = Pool::new(2, &[]).unwrap();
+        let pool = ThreadPool::new(2, &[]).unwrap();
         let (rows, inputs) = (3, 64);
         let x = noise(rows * inputs, 2);
         let (a, b) = (DenseMatrix::from_f32(&pool, &noise(20 * inputs, 3), 20, inputs), blocks(BlockFormat::Q8_0, 9 * 2));

@@ -9,12 +9,12 @@
 use std::ops::Range;
 
 use crate::activations::{Activations, BLOCK_ROWS, GROUP, RoundedBlock};
+use crate::destination::{Destination, PANEL, even};
 use crate::disjoint::Disjoint;
 use crate::ggml::BlockFormat;
 use crate::number::{F16, Number};
-use crate::pool::Pool;
 use crate::simd::{LINE, Simd};
-use crate::target::{PANEL, Target, even};
+use crate::thread_pool::ThreadPool;
 
 /// Bytes of rounded `x` that stay in the second-level cache while panels pass.
 const X_BLOCK: usize = 256 << 10;
@@ -99,7 +99,7 @@ impl Factors {
 
 impl QuantisedMatrix {
     /// Packs `[outputs, inputs]` weights from the blocks of a GGUF file; `None` where `bytes` are not as many as that takes.
-    pub fn from_blocks(pool: &Pool, format: BlockFormat, bytes: &[u8], outputs: usize, inputs: usize) -> Option<Self> {
+    pub fn from_blocks(pool: &ThreadPool, format: BlockFormat, bytes: &[u8], outputs: usize, inputs: usize) -> Option<Self> {
         let row_bytes = inputs / format.block() * format.bytes();
         if inputs == 0 || !inputs.is_multiple_of(format.block()) || bytes.len() != outputs * row_bytes {
             return None;
@@ -162,7 +162,7 @@ impl QuantisedMatrix {
 
     /// The product's columns of `panels`.
     #[inline(always)]
-    pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Target<'_>, panels: Range<usize>) {
+    pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Destination<'_>, panels: Range<usize>) {
         assert!(x.width() == self.inputs && x.rows() == to.rows && panels.end * PANEL < self.outputs + PANEL);
         let each = (X_BLOCK / self.inputs / BLOCK_ROWS).max(1) * BLOCK_ROWS;
         for first in (0..to.rows).step_by(each) {
@@ -200,7 +200,7 @@ impl QuantisedMatrix {
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, to: Target<'_>, at: At<'_>) {
+    fn tile<S: Simd, const R: usize, const P: usize>(&self, s: S, to: Destination<'_>, at: At<'_>) {
         match (&self.factors, self.format.zero()) {
             (Factors::F16(f), 0) => tile::<S, Fours<false>, _, R, P>(s, self, f, to, at),
             (Factors::F16(f), 8) => tile::<S, Fours<true>, _, R, P>(s, self, f, to, at),
@@ -297,7 +297,7 @@ fn tile<S: Simd, C: Codes, T: Number, const R: usize, const P: usize>(
     s: S,
     w: &QuantisedMatrix,
     factors: &Pairs<T>,
-    to: Target<'_>,
+    to: Destination<'_>,
     at: At<'_>,
 ) {
     let At { block: x, first, row, panel, column } = at;
@@ -355,7 +355,7 @@ mod tests {
 
     #[test]
     fn bytes_that_are_no_such_matrix_are_refused() {
-        let pool = Pool::new(1, &[]).unwrap();
+        let pool = ThreadPool::new(1, &[]).unwrap();
         let pack = |format, bytes: &[u8], outputs, inputs| QuantisedMatrix::from_blocks(&pool, format, bytes, outputs, inputs);
         let bytes = blocks(BlockFormat::Q8_0, 8);
         assert!(pack(BlockFormat::Q8_0, &bytes, 4, 64).is_some());

@@ -3,11 +3,11 @@
 use crate::activations::{Activations, Reads};
 use crate::disjoint::Disjoint;
 use crate::exp::exp;
-use crate::pool::Pool;
 use crate::simd::{Simd, dispatch};
+use crate::thread_pool::ThreadPool;
 
 /// Root-mean-square normalisation of `x`, `[rows, width]`: `x / sqrt(mean(x^2) + eps) * weight`, ready for a product.
-pub fn rms_norm(pool: &Pool, x: &[f32], weight: &[f32], eps: f32, reads: Reads, out: &mut Activations) {
+pub fn rms_norm(pool: &ThreadPool, x: &[f32], weight: &[f32], eps: f32, reads: Reads, out: &mut Activations) {
     let width = weight.len();
     assert!(width > 0 && x.len().is_multiple_of(width), "x is [rows, width]");
     out.fill(pool, (x.len() / width, width), reads, width / 8, |row, to| {
@@ -16,7 +16,7 @@ pub fn rms_norm(pool: &Pool, x: &[f32], weight: &[f32], eps: f32, reads: Reads, 
 }
 
 /// `silu(gate) * up` of rows `[gate, up]`, ready for a product. `gate_up` is `[rows, 2 * width]`.
-pub fn swiglu(pool: &Pool, gate_up: &[f32], width: usize, reads: Reads, out: &mut Activations) {
+pub fn swiglu(pool: &ThreadPool, gate_up: &[f32], width: usize, reads: Reads, out: &mut Activations) {
     assert!(width > 0 && gate_up.len().is_multiple_of(2 * width), "gate_up is [rows, 2 * width]");
     out.fill(pool, (gate_up.len() / (2 * width), width), reads, width / 2, |row, to| {
         let (gate, up) = gate_up[row * 2 * width..(row + 1) * 2 * width].split_at(width);
@@ -26,7 +26,7 @@ pub fn swiglu(pool: &Pool, gate_up: &[f32], width: usize, reads: Reads, out: &mu
 
 /// The rotary embedding of the first `heads` heads of each row of `x`, `[rows, stride]`; a head is `[head_dim]`, its two
 /// halves are the parts of complex numbers. `cos` and `sin` are `[rows, head_dim / 2]`.
-pub fn rotate(pool: &Pool, x: &mut [f32], stride: usize, heads: usize, head_dim: usize, cos: &[f32], sin: &[f32]) {
+pub fn rotate(pool: &ThreadPool, x: &mut [f32], stride: usize, heads: usize, head_dim: usize, cos: &[f32], sin: &[f32]) {
     let half = head_dim / 2;
     assert!(heads * head_dim <= stride && x.len().is_multiple_of(stride), "x is [rows, stride]");
     let rows = x.len() / stride;
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn rows_are_what_the_formulas_say_on_any_lanes() {
-        let pool = Pool::new(2, &[]).unwrap();
+        let pool = ThreadPool::new(2, &[]).unwrap();
         for width in [576, 104, 6] {
             let (rows, x, w) = (9, noise(9 * 2 * width, 6.0), noise(width, 2.0));
             let mut out = Activations::new();
@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn a_rotation_turns_the_first_heads_only() {
-        let pool = Pool::new(1, &[]).unwrap();
+        let pool = ThreadPool::new(1, &[]).unwrap();
         let mut x = vec![1.0, 2.0, 3.0, 4.0, 9.0, 9.0];
         let angles = [0.3f32, 1.2];
         rotate(&pool, &mut x, 6, 1, 4, &angles.map(f32::cos), &angles.map(f32::sin));

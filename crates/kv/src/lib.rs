@@ -10,5 +10,5 @@ pub mod wire;
 
 pub use assembler::{Assembler, Expected, FrameError};
 pub use frame::{HandoffDigest, RowsHeader};
-pub use pool::{BlockId, BlockPool, PoolFull, Reservation};
+pub use pool::{BlockId, BlockPool, PoolFull, ReservedBlocks};
 pub use prefix::{BlockHash, block_hashes};

@@ -78,7 +78,7 @@ impl BlockPool {
     ///
     /// # Errors
     /// [`PoolFull`] where fewer are free; nothing is taken then.
-    pub fn reserve(&self, prefix: &[BlockHash], tokens: usize) -> Result<Reservation, PoolFull> {
+    pub fn reserve(&self, prefix: &[BlockHash], tokens: usize) -> Result<ReservedBlocks, PoolFull> {
         let count = tokens.div_ceil(self.block_tokens);
         let mut pool = self.lock();
         let found: Vec<BlockId> = prefix.iter().take(count).map_while(|name| pool.named.get(name).copied()).collect();
@@ -96,7 +96,7 @@ impl BlockPool {
         let mut blocks = found;
         blocks.extend((0..needed).filter_map(|_| pool.take()));
         drop(pool);
-        Ok(Reservation { blocks, shared, pool: self.clone() })
+        Ok(ReservedBlocks { blocks, shared, pool: self.clone() })
     }
 
     /// Blocks of the pool.
@@ -178,14 +178,14 @@ impl Blocks {
 /// Blocks held for one sequence; dropping it lets go of them.
 #[derive(Debug)]
 #[must_use = "dropping a reservation frees its blocks at once"]
-pub struct Reservation {
+pub struct ReservedBlocks {
     blocks: Vec<BlockId>,
     /// How many at the front had their content already.
     shared: usize,
     pool: BlockPool,
 }
 
-impl Reservation {
+impl ReservedBlocks {
     /// The block table.
     pub fn blocks(&self) -> &[BlockId] {
         &self.blocks
@@ -229,7 +229,7 @@ impl Reservation {
     }
 }
 
-impl Drop for Reservation {
+impl Drop for ReservedBlocks {
     fn drop(&mut self) {
         let mut pool = self.pool.lock();
         // The last ones first: what comes later in a prompt is of use to fewer, so it goes earlier.
@@ -312,7 +312,7 @@ mod tests {
         #[test]
         fn no_block_is_written_by_two(steps in proptest::collection::vec((0..4u8, 0..6usize, 1..90usize), 1..60)) {
             let pool = BlockPool::new(12, 16);
-            let mut held: Vec<(Reservation, Vec<BlockHash>)> = Vec::new();
+            let mut held: Vec<(ReservedBlocks, Vec<BlockHash>)> = Vec::new();
             for (what, which, tokens) in steps {
                 match what {
                     0 => {

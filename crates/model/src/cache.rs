@@ -4,7 +4,7 @@
 //! keys and one for the values of each layer.
 
 use candle_core::{DType, Device, Tensor};
-use overfill_kernels::{BLOCK_MULTIPLE, KvLayer, KvShape, Pool, Run};
+use overfill_kernels::{BLOCK_MULTIPLE, KvLayer, KvShape, Run, ThreadPool};
 use overfill_kv::{BlockId, wire};
 use overfill_types::{KvFormat, KvGeometry, WireFormat};
 
@@ -20,7 +20,7 @@ pub struct KvCache {
     format: KvFormat,
     blocks: usize,
     block_tokens: usize,
-    rows: Rows,
+    rows: Storage,
     /// Rows off the wire on their way to another format, kept so that none allocates.
     decoded: [Vec<f32>; 2],
 }
@@ -38,7 +38,7 @@ pub struct WireRows<'a> {
     pub v: &'a [u8],
 }
 
-enum Rows {
+enum Storage {
     Host(Vec<KvLayer>),
     Device(Vec<KvTensors>),
 }
@@ -62,21 +62,21 @@ impl KvCache {
         }
         let rows = if device.is_cpu() {
             let stored = kernel_format(format);
-            Rows::Host((0..geometry.layers).map(|_| KvLayer::new(shape(geometry, blocks, block_tokens), stored)).collect())
+            Storage::Host((0..geometry.layers).map(|_| KvLayer::new(shape(geometry, blocks, block_tokens), stored)).collect())
         } else {
             Self::on_device(geometry, format, blocks * block_tokens, device)?
         };
         Ok(Self { geometry, format, blocks, block_tokens, rows, decoded: Default::default() })
     }
 
-    fn on_device(geometry: KvGeometry, format: KvFormat, slots: usize, device: &Device) -> Result<Rows, ModelError> {
+    fn on_device(geometry: KvGeometry, format: KvFormat, slots: usize, device: &Device) -> Result<Storage, ModelError> {
         let dtype = match format {
             KvFormat::F32 => DType::F32,
             KvFormat::F16 => DType::F16,
         };
         let zeros = || Tensor::zeros((slots, geometry.kv_heads, geometry.head_dim), dtype, device);
         let layers = (0..geometry.layers).map(|_| Ok(KvTensors { k: zeros()?, v: zeros()? }));
-        Ok(Rows::Device(layers.collect::<Result<_, candle_core::Error>>()?))
+        Ok(Storage::Device(layers.collect::<Result<_, candle_core::Error>>()?))
     }
 
     /// The tensor form on the CPU, so that what runs on other devices can be tested without one.
@@ -87,8 +87,8 @@ impl KvCache {
     }
 
     /// Has the system give all of its memory now, while it is still empty, rather than as sequences first write to it.
-    pub fn claim(&mut self, pool: &Pool) {
-        if let Rows::Host(layers) = &mut self.rows {
+    pub fn claim(&mut self, pool: &ThreadPool) {
+        if let Storage::Host(layers) = &mut self.rows {
             layers.iter_mut().for_each(|layer| layer.claim(pool));
         }
     }
@@ -140,12 +140,12 @@ impl KvCache {
         self.check_layer(layer)?;
         self.check(blocks, start + count)?;
         match &self.rows {
-            Rows::Host(layers) => {
+            Storage::Host(layers) => {
                 k.resize(count * self.geometry.row(), 0.0);
                 v.resize(count * self.geometry.row(), 0.0);
                 layers[layer].read(Run { blocks: BlockId::numbers(blocks), start, tokens: count }, k, v);
             }
-            Rows::Device(layers) => {
+            Storage::Device(layers) => {
                 k.clear();
                 v.clear();
                 let take = |rows: &Tensor, slot, n| rows.narrow(0, slot, n)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
@@ -165,7 +165,7 @@ impl KvCache {
     /// [`ModelError::Mismatch`] where the layer or a position is not there.
     pub fn copy(
         &self,
-        pool: &Pool,
+        pool: &ThreadPool,
         format: WireFormat,
         layer: usize,
         blocks: &[BlockId],
@@ -175,7 +175,7 @@ impl KvCache {
         self.check_layer(layer)?;
         self.check(blocks, start + count)?;
         let same = matches!((self.format, format), (KvFormat::F32, WireFormat::F32) | (KvFormat::F16, WireFormat::F16));
-        let Rows::Host(layers) = &self.rows else { return Ok(None) };
+        let Storage::Host(layers) = &self.rows else { return Ok(None) };
         if !same {
             return Ok(None);
         }
@@ -189,7 +189,15 @@ impl KvCache {
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] where sizes do not fit, or the layer or a position is not there.
-    pub fn write(&mut self, pool: &Pool, layer: usize, blocks: &[BlockId], start: usize, k: &[f32], v: &[f32]) -> Result<(), ModelError> {
+    pub fn write(
+        &mut self,
+        pool: &ThreadPool,
+        layer: usize,
+        blocks: &[BlockId],
+        start: usize,
+        k: &[f32],
+        v: &[f32],
+    ) -> Result<(), ModelError> {
         let row = self.geometry.row();
         if k.len() != v.len() || !k.len().is_multiple_of(row) {
             return Err(ModelError::Mismatch(format!("{} key and {} value numbers are no rows of {row}", k.len(), v.len())));
@@ -199,8 +207,8 @@ impl KvCache {
         self.check(blocks, start + tokens)?;
         let runs = self.runs(layer, blocks, start, tokens)?;
         match &mut self.rows {
-            Rows::Host(layers) => layers[layer].write(pool, &[Run { blocks: BlockId::numbers(blocks), start, tokens }], k, v, row),
-            Rows::Device(layers) => {
+            Storage::Host(layers) => layers[layer].write(pool, &[Run { blocks: BlockId::numbers(blocks), start, tokens }], k, v, row),
+            Storage::Device(layers) => {
                 let KvGeometry { kv_heads, head_dim, .. } = self.geometry;
                 let mut from = 0;
                 for (slot, n) in runs {
@@ -219,14 +227,14 @@ impl KvCache {
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] where they are no whole rows, or the layer or a position is not there.
-    pub fn write_wire(&mut self, pool: &Pool, layer: usize, blocks: &[BlockId], rows: WireRows<'_>) -> Result<(), ModelError> {
+    pub fn write_wire(&mut self, pool: &ThreadPool, layer: usize, blocks: &[BlockId], rows: WireRows<'_>) -> Result<(), ModelError> {
         let WireRows { format, start, k, v } = rows;
         let row = wire::row_bytes(format, &self.geometry);
         if k.len() != v.len() || !k.len().is_multiple_of(row) {
             return Err(ModelError::Mismatch(format!("{} key and {} value bytes are no rows of {row}", k.len(), v.len())));
         }
         let same = matches!((format, self.format), (WireFormat::F32, KvFormat::F32) | (WireFormat::F16, KvFormat::F16));
-        if same && matches!(self.rows, Rows::Host(_)) {
+        if same && matches!(self.rows, Storage::Host(_)) {
             let tokens = k.len() / row;
             self.check_layer(layer)?;
             self.check(blocks, start + tokens)?;
@@ -263,24 +271,24 @@ impl KvCache {
     /// One layer in main memory.
     pub(crate) fn host(&self, layer: usize) -> Result<&KvLayer, ModelError> {
         match &self.rows {
-            Rows::Host(layers) => Ok(&layers[layer]),
-            Rows::Device(_) => Err(elsewhere("in main memory", "on a device")),
+            Storage::Host(layers) => Ok(&layers[layer]),
+            Storage::Device(_) => Err(elsewhere("in main memory", "on a device")),
         }
     }
 
     /// One layer in main memory.
     pub(crate) fn host_mut(&mut self, layer: usize) -> Result<&mut KvLayer, ModelError> {
         match &mut self.rows {
-            Rows::Host(layers) => Ok(&mut layers[layer]),
-            Rows::Device(_) => Err(elsewhere("in main memory", "on a device")),
+            Storage::Host(layers) => Ok(&mut layers[layer]),
+            Storage::Device(_) => Err(elsewhere("in main memory", "on a device")),
         }
     }
 
     /// One layer on a device.
     pub(crate) fn tensors(&self, layer: usize) -> Result<&KvTensors, ModelError> {
         match &self.rows {
-            Rows::Device(layers) => Ok(&layers[layer]),
-            Rows::Host(_) => Err(elsewhere("on a device", "in main memory")),
+            Storage::Device(layers) => Ok(&layers[layer]),
+            Storage::Host(_) => Err(elsewhere("on a device", "in main memory")),
         }
     }
 
@@ -322,7 +330,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_across_blocks() {
-        let pool = Pool::new(1, &[]).unwrap();
+        let pool = ThreadPool::new(1, &[]).unwrap();
         for format in [KvFormat::F32, KvFormat::F16] {
             let host = KvCache::new(GEOMETRY, format, 8, 16, &Device::Cpu).unwrap();
             for mut cache in [host, KvCache::in_tensors(GEOMETRY, format, 8, 16)] {
@@ -342,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_copy_is_what_would_be_encoded() {
-        let pool = Pool::new(2, &[]).unwrap();
+        let pool = ThreadPool::new(2, &[]).unwrap();
         let blocks = [BlockId(6), BlockId(1), BlockId(2)];
         let values = |from: f32| (0..29 * 8).map(|i| from + i as f32 / 7.0).collect::<Vec<_>>();
         for (format, wire) in [(KvFormat::F32, WireFormat::F32), (KvFormat::F16, WireFormat::F16)] {
@@ -364,7 +372,7 @@ mod tests {
 
     #[test]
     fn rows_off_the_wire_are_what_they_are_decoded_to() {
-        let pool = Pool::new(2, &[]).unwrap();
+        let pool = ThreadPool::new(2, &[]).unwrap();
         let blocks = [BlockId(6), BlockId(1), BlockId(2)];
         let numbers: Vec<f32> = (0..29 * 8).map(|i| (i * 7919 % 1013) as f32 * 0.37 - 180.0).collect();
         let other: Vec<f32> = numbers.iter().map(|x| x * -0.71).collect();
@@ -394,7 +402,7 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_refused() {
-        let pool = Pool::new(1, &[]).unwrap();
+        let pool = ThreadPool::new(1, &[]).unwrap();
         let mut cache = KvCache::new(GEOMETRY, KvFormat::F32, 8, 16, &Device::Cpu).unwrap();
         let (mut k, mut v) = (Vec::new(), Vec::new());
         assert!(cache.read(2, &[BlockId(0)], 0, 1, &mut k, &mut v).is_err());

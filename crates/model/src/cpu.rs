@@ -4,7 +4,7 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use overfill_kernels::{
-    Activations, DenseMatrix, Into, Matrix, Pool, QuantisedMatrix, Reads, Run, paged_attention, products, rms_norm, rotate, swiglu,
+    Activations, DenseMatrix, Into, Matrix, QuantisedMatrix, Reads, Run, ThreadPool, paged_attention, products, rms_norm, rotate, swiglu,
 };
 use overfill_kv::BlockId;
 use overfill_types::pair::WeightFormat;
@@ -48,7 +48,7 @@ struct Linear<const N: usize> {
 }
 
 impl CpuLlama {
-    pub(crate) fn load(weights: &Weights, format: WeightFormat, pool: &Pool) -> Result<Self, ModelError> {
+    pub(crate) fn load(weights: &Weights, format: WeightFormat, pool: &ThreadPool) -> Result<Self, ModelError> {
         let config = weights.config();
         let embedding = matrix(weights, "model.embed_tokens.weight", format, pool)?;
         let head = if config.tied_embeddings || !weights.has("lm_head.weight") {
@@ -159,7 +159,7 @@ impl CpuLlama {
 }
 
 impl Layer {
-    fn load(weights: &Weights, layer: usize, format: WeightFormat, pool: &Pool) -> Result<Self, ModelError> {
+    fn load(weights: &Weights, layer: usize, format: WeightFormat, pool: &ThreadPool) -> Result<Self, ModelError> {
         let name = |name: &str| format!("model.layers.{layer}.{name}");
         let attention = |which: &str| name(&format!("self_attn.{which}_proj"));
         let mlp = |which: &str| name(&format!("mlp.{which}_proj"));
@@ -176,7 +176,7 @@ impl Layer {
 
 impl<const N: usize> Linear<N> {
     /// Loads `{name}.weight` of each, and `{name}.bias` where the file has one.
-    fn load(weights: &Weights, names: [String; N], format: WeightFormat, pool: &Pool) -> Result<Self, ModelError> {
+    fn load(weights: &Weights, names: [String; N], format: WeightFormat, pool: &ThreadPool) -> Result<Self, ModelError> {
         let mut matrices = Vec::with_capacity(N);
         let mut bias = Vec::new();
         for name in &names {
@@ -195,7 +195,7 @@ impl<const N: usize> Linear<N> {
         Ok(Self { matrices: matrices.try_into().map_err(unfit)?, bias })
     }
 
-    fn apply(&self, pool: &Pool, x: &Activations, y: &mut [f32], into: Into) {
+    fn apply(&self, pool: &ThreadPool, x: &Activations, y: &mut [f32], into: Into) {
         let matrices = self.matrices.each_ref();
         if self.bias.is_empty() {
             return products(pool, x, &matrices, y, into);
@@ -221,14 +221,14 @@ impl<const N: usize> Linear<N> {
     }
 }
 
-fn matrix(weights: &Weights, name: &str, format: WeightFormat, pool: &Pool) -> Result<Matrix, ModelError> {
+fn matrix(weights: &Weights, name: &str, format: WeightFormat, pool: &ThreadPool) -> Result<Matrix, ModelError> {
     match weights.matrix(name, format, &Device::Cpu)? {
         Weight::Quantised(q) => Ok(Matrix::Quantised(quantised(name, &q, pool)?)),
         Weight::Dense(t) => Ok(Matrix::Dense(dense(&t, pool)?)),
     }
 }
 
-fn quantised(name: &str, q: &QTensor, pool: &Pool) -> Result<QuantisedMatrix, ModelError> {
+fn quantised(name: &str, q: &QTensor, pool: &ThreadPool) -> Result<QuantisedMatrix, ModelError> {
     let (outputs, inputs) = q.shape().dims2()?;
     let packed = match block_format(q.dtype()) {
         Some(format) => QuantisedMatrix::from_blocks(pool, format, &q.data()?, outputs, inputs),
@@ -240,7 +240,7 @@ fn quantised(name: &str, q: &QTensor, pool: &Pool) -> Result<QuantisedMatrix, Mo
     })
 }
 
-pub(crate) fn dense(t: &Tensor, pool: &Pool) -> Result<DenseMatrix, ModelError> {
+pub(crate) fn dense(t: &Tensor, pool: &ThreadPool) -> Result<DenseMatrix, ModelError> {
     let (outputs, inputs) = t.dims2()?;
     match t.dtype() {
         DType::BF16 => values::read(t, |w: &[bf16]| DenseMatrix::from_bf16(pool, w, outputs, inputs)),
@@ -264,7 +264,7 @@ mod tests {
     #[test]
     fn our_reading_of_every_block_format_is_candles() {
         let (rows, columns) = (3, 512);
-        let pool = Pool::new(1, &[]).unwrap();
+        let pool = ThreadPool::new(1, &[]).unwrap();
         for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q5_0, GgmlDType::Q5_1, GgmlDType::Q8_0, GgmlDType::Q4K, GgmlDType::Q6K] {
             let format = block_format(dtype).unwrap();
             let mut bytes: Vec<u8> = (0..rows * columns / format.block() * format.bytes()).map(|i| ((i * 7919) >> 3) as u8).collect();

@@ -34,7 +34,7 @@ pub use config::LlamaConfig;
 pub use error::ModelError;
 pub use gguf_write::GgufWriter;
 pub use llama::Llama;
-pub use overfill_kernels::{Placement, Pool};
+pub use overfill_kernels::{Placement, ThreadPool};
 pub use pair::Pair;
 pub use pair_make::{KvSpec, MakePair, TokenizerFiles};
 pub use pass::Chunk;

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use candle_core::Device;
-use overfill_kernels::Pool;
+use overfill_kernels::ThreadPool;
 use overfill_types::pair::WeightFormat;
 
 use crate::cache::KvCache;
@@ -39,7 +39,7 @@ impl Llama {
     ///
     /// # Errors
     /// [`ModelError::Read`] and [`ModelError::Format`] where the files are not there or not whole, naming the tensor.
-    pub fn load(path: &Path, format: WeightFormat, device: &Device, pool: &Pool) -> Result<Self, ModelError> {
+    pub fn load(path: &Path, format: WeightFormat, device: &Device, pool: &ThreadPool) -> Result<Self, ModelError> {
         let weights = Weights::open(path)?;
         let form = if device.is_cpu() {
             Form::Cpu(CpuLlama::load(&weights, format, pool)?)
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn the_gpu_form_gives_the_same_logits() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models/wide");
-        let mut workspace = Workspace::new(Pool::new(2, &[]).unwrap());
+        let mut workspace = Workspace::new(ThreadPool::new(2, &[]).unwrap());
         let model = Llama::load(&folder, WeightFormat::F32, &Device::Cpu, workspace.pool()).unwrap();
         let weights = Weights::open(&folder).unwrap();
         let gpu = GpuLlama::load(&weights, WeightFormat::F32, &Device::Cpu).unwrap();
@@ -193,7 +193,7 @@ mod tests {
         let tokens: Vec<u32> = [&[5, 9, 1, 80, 3][..], &[77; 14], &[1]].concat();
         let mut one_by_one = Vec::new();
         let new = || KvCache::new(geometry, KvFormat::F32, 12, 16, &Device::Cpu).unwrap();
-        let (mut cache, mut scratch) = (new(), Workspace::new(Pool::new(1, &[]).unwrap()));
+        let (mut cache, mut scratch) = (new(), Workspace::new(ThreadPool::new(1, &[]).unwrap()));
         for start in 0..tokens.len() {
             let chunk = Chunk { tokens: &tokens[start..=start], start, blocks: &tables[0], logits: true };
             one_by_one.extend_from_slice(model.forward(&[chunk], &mut cache, &mut scratch, &mut |_, _, _| Ok(())).unwrap());

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Device;
-use overfill_kernels::Pool;
+use overfill_kernels::ThreadPool;
 use overfill_types::PairManifest;
 use overfill_types::pair::{ModelManifest, PAIR_FILE, WeightFormat};
 use sha2::{Digest, Sha256};
@@ -40,7 +40,7 @@ impl Pair {
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] naming both sides where they are not; as [`Llama::load`].
-    pub fn load_full(&self, device: &Device, pool: &Pool) -> Result<Llama, ModelError> {
+    pub fn load_full(&self, device: &Device, pool: &ThreadPool) -> Result<Llama, ModelError> {
         self.load("full model", &self.manifest.full, device, pool)
     }
 
@@ -48,7 +48,7 @@ impl Pair {
     ///
     /// # Errors
     /// As [`Pair::load_full`].
-    pub fn load_decode(&self, device: &Device, pool: &Pool) -> Result<Llama, ModelError> {
+    pub fn load_decode(&self, device: &Device, pool: &ThreadPool) -> Result<Llama, ModelError> {
         self.load("decode model", &self.manifest.decode, device, pool)
     }
 
@@ -56,11 +56,11 @@ impl Pair {
     ///
     /// # Errors
     /// As [`Transform::load`].
-    pub fn load_transform(&self, pool: &Pool) -> Result<Transform, ModelError> {
+    pub fn load_transform(&self, pool: &ThreadPool) -> Result<Transform, ModelError> {
         Transform::load(&self.manifest.kv, &self.dir, self.manifest.full.kv, self.manifest.decode.kv, pool)
     }
 
-    fn load(&self, which: &str, said: &ModelManifest, device: &Device, pool: &Pool) -> Result<Llama, ModelError> {
+    fn load(&self, which: &str, said: &ModelManifest, device: &Device, pool: &ThreadPool) -> Result<Llama, ModelError> {
         let begun = Instant::now();
         let path = self.dir.join(&said.path);
         let sha256 = weights_sha256(&path)?;

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use overfill_kernels::Pool;
+use overfill_kernels::ThreadPool;
 use overfill_text::gguf::GgufVocabulary;
 use overfill_text::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 use overfill_types::pair::{PAIR_FILE, PAIR_FORMAT, TokenizerManifest, WeightFormat};
@@ -129,7 +129,7 @@ impl MakePair {
             manifest.provenance.insert("decode".into(), Value::Object(made));
         }
         manifest.fingerprint = manifest.compute_fingerprint();
-        let pool = Pool::new(1, &[]).map_err(|e| ModelError::Device(format!("no thread could be started: {e}")))?;
+        let pool = ThreadPool::new(1, &[]).map_err(|e| ModelError::Device(format!("no thread could be started: {e}")))?;
         Transform::load(&manifest.kv, dir, manifest.full.kv, manifest.decode.kv, &pool)?;
         write(&dir.join(PAIR_FILE), &pretty(&manifest))?;
 

@@ -1,6 +1,6 @@
 //! What one forward pass reads, whatever the model is held as and whatever it runs on.
 
-use overfill_kernels::Pool;
+use overfill_kernels::ThreadPool;
 use overfill_kv::BlockId;
 
 use crate::cache::KvCache;
@@ -28,4 +28,4 @@ pub(crate) struct Pass<'a> {
 }
 
 /// Called with a layer's number as soon as its keys and values of all chunks lie in the cache.
-pub type OnLayer<'a> = &'a mut dyn FnMut(usize, &KvCache, &Pool) -> Result<(), ModelError>;
+pub type OnLayer<'a> = &'a mut dyn FnMut(usize, &KvCache, &ThreadPool) -> Result<(), ModelError>;

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use overfill_kernels::Pool;
+use overfill_kernels::ThreadPool;
 use overfill_kv::BlockId;
 use overfill_types::{FinishReason, KvFormats, Quality, SamplingParams, StopConditions};
 
@@ -48,7 +48,7 @@ impl Solo {
     ///
     /// # Errors
     /// Where a model or the transform cannot be loaded.
-    pub fn load(pair: &Pair, device: &candle_core::Device, pool: Pool) -> Result<Self, ModelError> {
+    pub fn load(pair: &Pair, device: &candle_core::Device, pool: ThreadPool) -> Result<Self, ModelError> {
         Ok(Self {
             full: pair.load_full(device, &pool)?,
             decode: pair.load_decode(device, &pool)?,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use overfill_kernels::{Activations, DenseMatrix, Into, Matrix, Pool, Reads, products};
+use overfill_kernels::{Activations, DenseMatrix, Into, Matrix, Reads, ThreadPool, products};
 use overfill_kv::{BlockId, wire};
 use overfill_types::{KvGeometry, KvTransform, WireFormat};
 
@@ -43,7 +43,7 @@ impl Transform {
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] naming both geometries where it does not; [`ModelError::Format`] where the file is not whole.
-    pub fn load(spec: &KvTransform, dir: &Path, full: KvGeometry, decode: KvGeometry, pool: &Pool) -> Result<Self, ModelError> {
+    pub fn load(spec: &KvTransform, dir: &Path, full: KvGeometry, decode: KvGeometry, pool: &ThreadPool) -> Result<Self, ModelError> {
         let sources = spec.source_layers(decode.layers);
         let rows_fit = match spec {
             KvTransform::Identity => full == decode,
@@ -76,7 +76,7 @@ impl Transform {
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] where `rows` are not rows of the full model.
-    pub fn apply(&self, pool: &Pool, target: usize, rows: &mut Vec<f32>) -> Result<(), ModelError> {
+    pub fn apply(&self, pool: &ThreadPool, target: usize, rows: &mut Vec<f32>) -> Result<(), ModelError> {
         let Some(Projection { weight, bias }) = self.projections.get(target) else {
             return Ok(());
         };
@@ -96,7 +96,7 @@ impl Transform {
     ///
     /// # Errors
     /// [`ModelError::Mismatch`] where a cache does not hold the positions or is not of the geometry that is meant.
-    pub fn carry(&self, pool: &Pool, layer: usize, passage: Passage<'_>, from: &KvCache, to: &mut KvCache) -> Result<(), ModelError> {
+    pub fn carry(&self, pool: &ThreadPool, layer: usize, passage: Passage<'_>, from: &KvCache, to: &mut KvCache) -> Result<(), ModelError> {
         let Passage { format, blocks, start, count } = passage;
         let geometry = to.geometry();
         let (mut k, mut v) = (Vec::new(), Vec::new());
@@ -118,7 +118,7 @@ impl Transform {
     }
 }
 
-fn load_projections(path: &Path, layers: usize, inputs: usize, outputs: usize, pool: &Pool) -> Result<Vec<Projection>, ModelError> {
+fn load_projections(path: &Path, layers: usize, inputs: usize, outputs: usize, pool: &ThreadPool) -> Result<Vec<Projection>, ModelError> {
     let format = |what: String| ModelError::Format { path: path.to_owned(), what };
     let tensors = candle_core::safetensors::load(path, &Device::Cpu).map_err(|e| format(format!("no whole safetensors file: {e}")))?;
     let tensor = |name: String, shape: &[usize]| -> Result<Vec<f32>, ModelError> {

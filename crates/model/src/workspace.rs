@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 
-use overfill_kernels::{Activations, AttentionScratch, Pool};
+use overfill_kernels::{Activations, AttentionScratch, ThreadPool};
 
 use crate::profile::Profile;
 use crate::sample::{Sampled, Sampler, logprob};
@@ -18,7 +18,7 @@ pub enum Row<'s> {
 
 /// Threads and buffers of one engine. Buffers grow to the largest step and stay, so a decode step allocates next to nothing.
 pub struct Workspace {
-    pub(crate) pool: Pool,
+    pub(crate) pool: ThreadPool,
     /// Where time goes, if asked for.
     pub profile: Profile,
     /// The residual stream, `[tokens, hidden]`.
@@ -40,7 +40,7 @@ pub struct Workspace {
 
 impl Workspace {
     /// With these threads. Forward passes run on the calling thread and the pool's.
-    pub fn new(pool: Pool) -> Self {
+    pub fn new(pool: ThreadPool) -> Self {
         Self {
             pool,
             profile: Profile::default(),
@@ -57,7 +57,7 @@ impl Workspace {
     }
 
     /// Its threads.
-    pub fn pool(&self) -> &Pool {
+    pub fn pool(&self) -> &ThreadPool {
         &self.pool
     }
 

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as theirs;
 use checkpoint::{Checkpoint, prompt};
-use overfill_model::{Llama, Pool};
+use overfill_model::{Llama, ThreadPool};
 use overfill_types::pair::WeightFormat;
 use sequence::{Sequence, difference, same_bits};
 use serde_json::{Value, json};
@@ -20,7 +20,7 @@ const STEPS: usize = 24;
 fn check(config: Value) {
     let checkpoint = Checkpoint::random(config, 17);
     let tokens = prompt(PROMPT + STEPS, &checkpoint.config, 18);
-    let ours = Llama::load(checkpoint.save().path(), WeightFormat::F32, &Device::Cpu, &Pool::new(1, &[]).unwrap()).unwrap();
+    let ours = Llama::load(checkpoint.save().path(), WeightFormat::F32, &Device::Cpu, &ThreadPool::new(1, &[]).unwrap()).unwrap();
     let config = serde_json::from_value::<theirs::LlamaConfig>(checkpoint.config).unwrap().into_config(false);
     let weights = VarBuilder::from_tensors(checkpoint.tensors, DType::F32, &Device::Cpu);
     let model = theirs::Llama::load(weights, &config).unwrap();

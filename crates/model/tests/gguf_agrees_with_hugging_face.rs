@@ -15,7 +15,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
 use checkpoint::{Checkpoint, prompt};
 use overfill_model::weights::Weights;
-use overfill_model::{Llama, Pool};
+use overfill_model::{Llama, ThreadPool};
 use overfill_types::pair::WeightFormat;
 use sequence::{Sequence, difference, same_bits};
 use serde_json::json;
@@ -34,7 +34,7 @@ fn checkpoint(changes: serde_json::Value) -> Checkpoint {
 
 /// Logits after each token of a prompt.
 fn logits(path: &Path, format: WeightFormat) -> Vec<Vec<f32>> {
-    let model = Llama::load(path, format, &Device::Cpu, &Pool::new(1, &[]).unwrap()).unwrap();
+    let model = Llama::load(path, format, &Device::Cpu, &ThreadPool::new(1, &[]).unwrap()).unwrap();
     let tokens = tokens();
     let mut sequence = Sequence::new(model.config().kv, tokens.len(), 64, 2);
     tokens.iter().map(|token| sequence.read(&model, &[*token])).collect()

@@ -9,7 +9,7 @@ mod sequence;
 use candle_core::Device;
 use fixture::{Fixture, checkpoint};
 use overfill_kv::BlockId;
-use overfill_model::{Chunk, KvCache, Llama, Pool, Workspace};
+use overfill_model::{Chunk, KvCache, Llama, ThreadPool, Workspace};
 use overfill_types::KvFormat;
 use overfill_types::pair::WeightFormat;
 use sequence::{Sequence, difference, same_bits};
@@ -17,7 +17,7 @@ use sequence::{Sequence, difference, same_bits};
 const PROMPTS: usize = 3;
 
 fn load(case: &Fixture, format: WeightFormat) -> Llama {
-    Llama::load(checkpoint(&case.said).path(), format, &Device::Cpu, &Pool::new(2, &[]).unwrap()).unwrap()
+    Llama::load(checkpoint(&case.said).path(), format, &Device::Cpu, &ThreadPool::new(2, &[]).unwrap()).unwrap()
 }
 
 fn check(name: &str) {
@@ -103,7 +103,7 @@ fn company_changes_no_bit() {
     let expected = |prompt: &[u32]| uncut(&model, prompt).pop().unwrap();
 
     let mut cache = KvCache::new(model.config().kv, KvFormat::F32, 8, 16, &Device::Cpu).unwrap();
-    let mut workspace = Workspace::new(Pool::new(3, &[]).unwrap());
+    let mut workspace = Workspace::new(ThreadPool::new(3, &[]).unwrap());
     let tables = [&[BlockId(5)][..], &[BlockId(1)], &[BlockId(7), BlockId(0), BlockId(3)]];
     let vocabulary = model.config().vocab_size;
     let mut forward = |chunks: &[Chunk<'_>]| -> Vec<Vec<f32>> {

@@ -11,7 +11,7 @@ use std::ops::ControlFlow;
 use candle_core::Device;
 use fixture::{Fixture, checkpoint, root};
 use overfill_model::solo::Solo;
-use overfill_model::{Chunk, KvSpec, Llama, MakePair, Pair, Pool, Transform};
+use overfill_model::{Chunk, KvSpec, Llama, MakePair, Pair, ThreadPool, Transform};
 use overfill_types::pair::WeightFormat;
 use overfill_types::{FinishReason, KvFormats, SamplingParams, StopConditions};
 use sequence::{Sequence, difference, same_bits};
@@ -23,7 +23,7 @@ fn check(name: &str) {
     let layers: Vec<usize> = serde_json::from_value(case.said["layers"].clone()).unwrap();
     assert_eq!(pair.manifest.kv.source_layers(pair.manifest.decode.kv.layers), layers);
 
-    let pool = Pool::new(2, &[]).unwrap();
+    let pool = ThreadPool::new(2, &[]).unwrap();
     let path = TwoModels {
         full: pair.load_full(&Device::Cpu, &pool).unwrap(),
         decode: pair.load_decode(&Device::Cpu, &pool).unwrap(),

@@ -8,9 +8,9 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 
 use crate::choice::Ask;
-use crate::cluster::NodePool;
 use crate::needs::HeldBack;
 use crate::node::{Node, Room};
+use crate::node_pool::NodePool;
 use crate::prefix_index::{BLOCK, Matches};
 
 /// Prefill nodes that are looked at beside those that hold most of the prompt; smaller pools are looked at whole.

@@ -1,6 +1,6 @@
 //! All nodes, and the choice of two.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,8 +11,8 @@ use rand::rngs::SmallRng;
 use crate::candidate::{Candidate, View};
 use crate::choice::{Absent, Ask, Choice, NodePair, One, Taken, TooLarge};
 use crate::needs::{HeldBack, Lacks, Needs};
-use crate::node::{Lately, Node, Report, Room, Work};
-use crate::prefix_index::PrefixIndex;
+use crate::node::{Node, Report, Room, Work};
+use crate::node_pool::NodePool;
 
 /// How long a node that failed is left alone, if there is another.
 const SUSPICION: Duration = Duration::from_secs(3);
@@ -20,19 +20,6 @@ const SUSPICION: Duration = Duration::from_secs(3);
 const REMEMBERED: usize = 1 << 22;
 /// And of one node.
 const REMEMBERED_OF_ONE: usize = 1 << 16;
-
-/// Nodes of one role and pair.
-#[derive(Debug)]
-pub(crate) struct NodePool {
-    pub(crate) members: Vec<u32>,
-    pub(crate) prefixes: PrefixIndex,
-    /// Tokens that all of them were given to read.
-    pub(crate) lately: Lately,
-    /// The longest sequence that all of them take.
-    max_context: usize,
-    /// Pairs that they serve: pools of these have nodes in common.
-    pairs: HashSet<Fingerprint>,
-}
 
 /// What is known of all nodes.
 #[derive(Debug)]
@@ -82,22 +69,14 @@ impl Cluster {
             self.next = self.next.wrapping_add(1);
             self.numbers.insert(endpoint.id.clone(), number);
             self.nodes.insert(number, Node::new(Arc::new(endpoint.clone()), now));
-            let pool = || NodePool {
-                members: Vec::new(),
-                prefixes: PrefixIndex::default(),
-                lately: Lately::new(now),
-                max_context: 0,
-                pairs: HashSet::new(),
-            };
             let pools = self.pools(endpoint.role);
-            endpoint.pairs.iter().for_each(|pair| pools.entry(pair.fingerprint.clone()).or_insert_with(pool).members.push(number));
+            for pair in &endpoint.pairs {
+                pools.entry(pair.fingerprint.clone()).or_insert_with(|| NodePool::new(now)).members.push(number);
+            }
         }
         let Self { nodes, prefill, decode, .. } = self;
         for pool in prefill.values_mut().chain(decode.values_mut()) {
-            let members = || pool.members.iter().filter_map(|m| nodes.get(m)).map(|n| &n.endpoint);
-            let longest = members().map(|endpoint| endpoint.max_context).min().unwrap_or(0);
-            let pairs = members().flat_map(|endpoint| &endpoint.pairs).map(|pair| pair.fingerprint.clone()).collect();
-            (pool.max_context, pool.pairs) = (longest, pairs);
+            pool.members_changed(nodes);
         }
     }
 

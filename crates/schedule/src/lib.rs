@@ -1,7 +1,7 @@
 //! Who serves a request, and when: the router's decisions as data. No I/O, no clock of its own, no randomness but a seeded one.
 //!
 //! `cluster` chooses two nodes for a request (`choice` is what is asked and answered), the best `candidate`s by what is known
-//! of them (`node`) and of what they have read (`prefix_index`);
+//! of them (`node`, `node_pool`) and of what they have read (`prefix_index`);
 //! `fair_queue` says whose turn it is where nobody has room; `scheduler` is both together, over `needs`: the node pools that a
 //! request wants and those that are held back for others; `rate` bounds what one client gets.
 //!
@@ -14,6 +14,7 @@ mod cluster;
 mod fair_queue;
 mod needs;
 mod node;
+mod node_pool;
 mod prefix_index;
 mod rate;
 mod recency;

@@ -9,7 +9,7 @@ use overfill_compress::checkpoint::Format;
 use overfill_compress::export::{GgufFormats, Stored, gguf};
 use overfill_compress::product::Precision;
 use overfill_compress::{Arm, Example, score};
-use overfill_model::{Device, Llama, Pool, Transform, Weights, Workspace};
+use overfill_model::{Device, Llama, ThreadPool, Transform, Weights, Workspace};
 use overfill_text::gguf::GgufVocabulary;
 use overfill_train::{
     AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainError, TrainOptions,
@@ -41,12 +41,12 @@ fn checkpoint(folder: &Path, model: &str) -> PathBuf {
     init
 }
 
-fn load(name: &str, pool: &Pool) -> Llama {
+fn load(name: &str, pool: &ThreadPool) -> Llama {
     Llama::load(&fixtures().join("models").join(name), WeightFormat::F32, &Device::Cpu, pool).unwrap()
 }
 
 fn full_model(projection: bool) -> FullModel {
-    let workspace = Workspace::new(Pool::new(2, &[]).unwrap());
+    let workspace = Workspace::new(ThreadPool::new(2, &[]).unwrap());
     let model = load("full", workspace.pool());
     let kv = model.config().kv;
     let carry = if projection {
@@ -234,7 +234,7 @@ fn hidden_states_come_nearer() {
 #[test]
 fn the_loss_is_the_one_that_is_served() {
     let folder = tempfile::tempdir().unwrap();
-    let mut workspace = Workspace::new(Pool::new(1, &[]).unwrap());
+    let mut workspace = Workspace::new(ThreadPool::new(1, &[]).unwrap());
     let (full, decode) = (load("full", workspace.pool()), load("narrow", workspace.pool()));
     let transform = Transform::load(&KvTransform::Identity, Path::new("."), full.config().kv, full.config().kv, workspace.pool()).unwrap();
     let valid = examples(9);
@@ -280,7 +280,7 @@ fn a_model_that_learns_to_be_rounded_is_the_file_that_is_exported() {
 
     let file = folder.path().join("model.gguf");
     gguf(&outcome.model, formats, &file, |_, _| {}).unwrap();
-    let mut workspace = Workspace::new(Pool::new(1, &[]).unwrap());
+    let mut workspace = Workspace::new(ThreadPool::new(1, &[]).unwrap());
     let full = load("full", workspace.pool());
     let decode = Llama::load(&file, WeightFormat::F32, &Device::Cpu, workspace.pool()).unwrap();
     let kv = full.config().kv;

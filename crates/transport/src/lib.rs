@@ -13,10 +13,10 @@ pub mod connection;
 pub mod deadline;
 pub mod fault;
 mod gathering;
+pub mod node_status;
 pub mod peers;
 pub mod push;
 pub mod server;
-pub mod status;
 
 pub use connection::Connector;
 pub use fault::Fault;

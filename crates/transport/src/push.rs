@@ -12,7 +12,7 @@ use std::time::Duration;
 use overfill_lifecycle::TraceHeaders;
 use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::{KvFrame, PushSummary};
-use overfill_proto::{MAX_MESSAGE, status};
+use overfill_proto::{MAX_MESSAGE, error};
 use overfill_types::ServiceError;
 use tokio::time::Instant;
 use tokio_stream::Stream;
@@ -68,7 +68,7 @@ impl Pushes {
         let pushed = DecodeClient::new(channel).max_encoding_message_size(MAX_MESSAGE).push_kv(request).await;
         pushed.map(tonic::Response::into_inner).map_err(|told| {
             let peer = format!("decode node {address}");
-            let error = status::from_status(&told, &peer);
+            let error = error::from_status(&told, &peer);
             ServiceError { message: format!("the handoff to {peer} failed: {error}"), ..error }
         })
     }

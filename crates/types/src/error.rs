@@ -5,7 +5,7 @@ use std::time::Duration;
 
 /// What kind of failure it is: enough for a caller to decide what to do, and nothing more.
 ///
-/// `overfill_proto::status` maps it to gRPC and back without loss, the router's HTTP side maps it to a status code.
+/// `overfill_proto::error` maps it to gRPC and back without loss, the router's HTTP side maps it to a status code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
     /// The request itself is wrong; sending it again does not help.

@@ -8,7 +8,7 @@ use overfill_proto::v1::{
     Delta, Finished, GenerateEvent, GenerateRequest, ListModelsRequest, ListModelsResponse, Model, Started, TokenLogprob, generate_event,
     generate_request,
 };
-use overfill_proto::{convert, status};
+use overfill_proto::{convert, error};
 use overfill_text::Chat;
 use overfill_transport::deadline::timeout_of;
 use overfill_types::{Code, Quality, ServiceError};
@@ -18,9 +18,9 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 
 use crate::Router;
-use crate::admission::{Asked, Input};
+use crate::admission::{ClientRequest, Input};
 use crate::clients::Client;
-use crate::relay::{self, Event, Read};
+use crate::relay::{self, Event, PromptRead};
 
 pub(crate) struct InferenceService {
     router: Arc<Router>,
@@ -39,11 +39,11 @@ impl Inference for InferenceService {
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let timeout = timeout_of(request.metadata().as_ref());
         let trace = super::trace(request.metadata().as_ref());
-        let client = client_of(&request).map_err(|e| status::to_status(&e))?;
+        let client = client_of(&request).map_err(|e| error::to_status(&e))?;
         let request = request.into_inner();
         let echo = request.echo_prompt_token_ids;
-        let asked = asked(request, timeout).map_err(|e| status::to_status(&e))?;
-        let valid = self.router.admit_one(&client, asked, &trace).await.map_err(|e| status::to_status(&e))?;
+        let asked = asked(request, timeout).map_err(|e| error::to_status(&e))?;
+        let valid = self.router.admit_one(&client, asked, &trace).await.map_err(|e| error::to_status(&e))?;
         let prompt_tokens = valid.prompt.len() as u32;
         let started = Started {
             request_id: valid.id.to_string(),
@@ -56,13 +56,13 @@ impl Inference for InferenceService {
         // Until the first event the answer can still be a plain error.
         let first = match answer.recv().await {
             Some(Ok(event)) => wire.event(event),
-            Some(Err(error)) => return Err(status::to_status(&error)),
-            None => return Err(status::to_status(&ServiceError::new(Code::Internal, "the request failed in the router"))),
+            Some(Err(error)) => return Err(error::to_status(&error)),
+            None => return Err(error::to_status(&ServiceError::new(Code::Internal, "the request failed in the router"))),
         };
         let begun = [Some(generate_event::Event::Started(started)), first].into_iter().flatten().map(Ok);
         let rest = ReceiverStream::new(answer).filter_map(move |event| match event {
             Ok(event) => wire.event(event).map(Ok),
-            Err(error) => Some(Err(status::to_status(&error))),
+            Err(error) => Some(Err(error::to_status(&error))),
         });
         let events = tokio_stream::iter(begun).chain(rest).map(|event| event.map(|event| GenerateEvent { event: Some(event) }));
         let mut response: Response<Self::GenerateStream> = Response::new(Box::pin(events));
@@ -86,7 +86,7 @@ impl Inference for InferenceService {
     }
 }
 
-fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<Asked, ServiceError> {
+fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<ClientRequest, ServiceError> {
     let quality = convert::quality(request.quality());
     let input = match request.input {
         Some(generate_request::Input::Text(text)) => Input::Text(text),
@@ -97,7 +97,7 @@ fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<Asked, S
         Some(generate_request::Input::TokenIds(ids)) => Input::TokenIds(ids.ids),
         None => return Err(ServiceError::new(Code::InvalidArgument, "the input is missing: set text, chat or token_ids")),
     };
-    Ok(Asked {
+    Ok(ClientRequest {
         model: request.model,
         inputs: vec![input],
         n: 1,
@@ -124,8 +124,8 @@ struct Wire {
 impl Wire {
     fn event(&mut self, event: Event) -> Option<generate_event::Event> {
         match event {
-            Event::Read(read) => {
-                let Read { cached_tokens, prompt_logprobs, .. } = *read;
+            Event::PromptRead(read) => {
+                let PromptRead { cached_tokens, prompt_logprobs, .. } = *read;
                 (self.cached_tokens, self.prompt_logprobs) = (cached_tokens, prompt_logprobs);
                 None
             }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use overfill_lifecycle::Trace;
+use overfill_proto::error;
 use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceService;
 use overfill_proto::kserve::infer_parameter::ParameterChoice;
 use overfill_proto::kserve::model_infer_request::InferInputTensor;
@@ -19,7 +20,6 @@ use overfill_proto::kserve::{
     ModelReadyRequest, ModelReadyResponse, ModelStreamInferResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
     ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
-use overfill_proto::status;
 use overfill_transport::deadline::timeout_of;
 use overfill_types::{Code, Quality, ServiceError};
 use serde_json::{Map, Value};
@@ -29,7 +29,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::Router;
-use crate::admission::{Asked, Input};
+use crate::admission::{ClientRequest, Input};
 use crate::clients::Client;
 use crate::frontend;
 use crate::frontend::grpc::client_of;
@@ -67,7 +67,7 @@ impl GrpcInferenceService for KserveService {
 
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
         let ModelReadyRequest { name, version } = request.into_inner();
-        let model = self.router.models.find(&name).and_then(|model| of_version(model, &version)).map_err(|e| status::to_status(&e))?;
+        let model = self.router.models.find(&name).and_then(|model| of_version(model, &version)).map_err(|e| error::to_status(&e))?;
         let ready = self.router.pairing.missing(&model.manifest, Quality::Overfill).is_empty();
         Ok(Response::new(ModelReadyResponse { ready }))
     }
@@ -79,7 +79,7 @@ impl GrpcInferenceService for KserveService {
 
     async fn model_metadata(&self, request: Request<ModelMetadataRequest>) -> Result<Response<ModelMetadataResponse>, Status> {
         let ModelMetadataRequest { name, version } = request.into_inner();
-        let model = self.router.models.find(&name).and_then(|model| of_version(model, &version)).map_err(|e| status::to_status(&e))?;
+        let model = self.router.models.find(&name).and_then(|model| of_version(model, &version)).map_err(|e| error::to_status(&e))?;
         let tensor = |name: &str, datatype: &str| TensorMetadata { name: name.into(), datatype: datatype.into(), shape: vec![1] };
         Ok(Response::new(ModelMetadataResponse {
             name: model.manifest.name.clone(),
@@ -98,7 +98,7 @@ impl GrpcInferenceService for KserveService {
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
         let timeout = timeout_of(request.metadata().as_ref());
         let trace = super::trace(request.metadata().as_ref());
-        let client = client_of(&request).map_err(|e| status::to_status(&e))?;
+        let client = client_of(&request).map_err(|e| error::to_status(&e))?;
         let answered = async {
             let question = Question::read(request.into_inner())?;
             if question.stream {
@@ -107,7 +107,7 @@ impl GrpcInferenceService for KserveService {
             }
             question.start(&self.router, &client, timeout, &trace).await?.whole().await
         };
-        let mut response = answered.await.map(Response::new).map_err(|e| status::to_status(&e))?;
+        let mut response = answered.await.map(Response::new).map_err(|e| error::to_status(&e))?;
         trace.tell(response.metadata_mut().as_mut());
         Ok(response)
     }
@@ -118,7 +118,7 @@ impl GrpcInferenceService for KserveService {
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
         // One that is too far away to be told is none.
         let until = timeout_of(request.metadata().as_ref()).and_then(|timeout| Instant::now().checked_add(timeout));
-        let client = client_of(&request).map_err(|e| status::to_status(&e))?;
+        let client = client_of(&request).map_err(|e| error::to_status(&e))?;
         let (headers, _, mut requests) = request.into_parts();
         let (sender, responses) = mpsc::channel(RESPONSES);
         let router = self.router.clone();
@@ -170,7 +170,7 @@ struct Question {
     with_input: bool,
     /// Contents came raw, and go so.
     raw: bool,
-    asked: Asked,
+    asked: ClientRequest,
 }
 
 impl Question {
@@ -209,7 +209,7 @@ impl Question {
         trace: &Trace,
     ) -> Result<Reply, ServiceError> {
         let Self { id, text, with_input, raw, asked, .. } = self;
-        let request = router.admit_one(client, Asked { timeout, ..asked }, trace).await?;
+        let request = router.admit_one(client, ClientRequest { timeout, ..asked }, trace).await?;
         let model = request.model.manifest.name.clone();
         let before = if with_input { text } else { String::new() };
         let prompt_tokens = request.prompt.len();
@@ -283,7 +283,7 @@ impl Reply {
         let mut text = std::mem::take(&mut self.before);
         while let Some(event) = self.answer.recv().await {
             match event? {
-                Event::Read(_) => {}
+                Event::PromptRead(_) => {}
                 Event::Delta { text: more, .. } => text += &more,
                 Event::Finished(end) => return Ok(self.response(text, Some(&end))),
             }
@@ -294,7 +294,7 @@ impl Reply {
     async fn pieces(mut self, to: &mpsc::Sender<Result<ModelStreamInferResponse, Status>>) -> Result<(), ServiceError> {
         while let Some(event) = self.answer.recv().await {
             match event? {
-                Event::Read(_) => {}
+                Event::PromptRead(_) => {}
                 Event::Delta { text, .. } => {
                     let text = std::mem::take(&mut self.before) + &text;
                     if !text.is_empty() {

@@ -8,7 +8,7 @@ use axum::body::Body;
 use axum::error_handling::HandleErrorLayer;
 use axum::http::{HeaderMap, Request, Response, header};
 use axum::response::IntoResponse;
-use overfill_proto::status;
+use overfill_proto::error;
 use overfill_types::{Code, ServiceError};
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::{BoxError, ServiceBuilder};
@@ -71,5 +71,5 @@ async fn refused(headers: HeaderMap, error: BoxError) -> Response<Body> {
 
 /// An error in the protocol that was asked in.
 fn answer(headers: &HeaderMap, error: ServiceError) -> Response<Body> {
-    if is_grpc(headers) { status::to_status(&error).into_http() } else { Failed::from(error).into_response() }
+    if is_grpc(headers) { error::to_status(&error).into_http() } else { Failed::from(error).into_response() }
 }

@@ -20,7 +20,7 @@ use crate::metrics::Observed;
 use crate::pairing::{Both, Chosen, NoPair, Nodes, RightOfWay};
 use crate::relay::flow::{Failure, Flow};
 use crate::relay::text::Text;
-use crate::relay::{End, Event, Read};
+use crate::relay::{End, Event, PromptRead};
 
 /// What the two kinds of node are called in errors.
 pub(super) const PREFILL: &str = "prefill node";
@@ -325,7 +325,7 @@ impl Driver {
     /// The prompt was read.
     pub(super) async fn begin(&self, cached_tokens: u32, prompt_logprobs: Vec<TokenLogprob>) {
         self.observed.read(cached_tokens);
-        self.send(Event::Read(Box::new(Read { cached_tokens, prompt_logprobs, served_by: self.served_by.clone() }))).await;
+        self.send(Event::PromptRead(Box::new(PromptRead { cached_tokens, prompt_logprobs, served_by: self.served_by.clone() }))).await;
     }
 
     /// A decode node's event; true at the answer's end.
@@ -354,8 +354,8 @@ impl Driver {
             Some(FinishReason::Stop) => (String::new(), None),
             _ => self.text.push(token.id),
         };
-        if let Some(place) = &mut self.request.place {
-            place.allowance.wrote();
+        if let Some(permit) = &mut self.request.permit {
+            permit.allowance.wrote();
         }
         self.send(Event::Delta { text, tokens: vec![token] }).await;
         match (matched, reason) {
@@ -381,7 +381,7 @@ impl Driver {
         self.router.suspicions.answered(&self.request.prompt);
         let completion_tokens = self.flow.written().len();
         // Before the client knows, so that it finds its place free.
-        self.request.place = None;
+        self.request.permit = None;
         let mut served_by = self.served_by.clone();
         if completion_tokens == 1 && self.request.quality == Quality::Overfill {
             served_by.decode_node.clear();

@@ -32,7 +32,7 @@ const EVENTS: usize = 64;
 #[derive(Debug)]
 pub(crate) enum Event {
     /// The prompt was read; always the first.
-    Read(Box<Read>),
+    PromptRead(Box<PromptRead>),
     /// New text and tokens.
     Delta { text: String, tokens: Vec<Token> },
     /// The end.
@@ -41,7 +41,7 @@ pub(crate) enum Event {
 
 /// What is known once the prompt was read.
 #[derive(Debug)]
-pub(crate) struct Read {
+pub(crate) struct PromptRead {
     /// Tokens of the prompt that were in the prefill node's cache.
     pub(crate) cached_tokens: u32,
     /// Of each token of the prompt but the first; empty where they were not asked for.

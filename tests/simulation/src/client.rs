@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::{Finished, GenerateEvent, GenerateRequest, TokenIds, generate_event, generate_request};
-use overfill_proto::{convert, status};
+use overfill_proto::{convert, error};
 use overfill_types::{Quality, SamplingParams, ServiceError};
 use serde_json::json;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -90,7 +90,7 @@ async fn answered(door: axum::Router, number: usize, plan: &RequestPlan, tokens:
     request.set_timeout(plan.timeout);
     let bearer = format!("Bearer {}", key(plan.client)).parse().expect("a key is a header's value");
     request.metadata_mut().insert("authorization", bearer);
-    let failed = |status| Ended::Failed(status::from_status(&status, "the router"));
+    let failed = |status| Ended::Failed(error::from_status(&status, "the router"));
     let mut events = match InferenceClient::new(door).generate(request).await {
         Ok(answer) => answer.into_inner(),
         Err(status) => return failed(status),

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use overfill_model::solo::Solo;
-use overfill_model::{Device, Pool};
+use overfill_model::{Device, ThreadPool};
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_tests::cluster::{Builder, request, tokens};
 use overfill_tests::processes::{Etcd, Process, eventually, free_port};
@@ -62,7 +62,7 @@ impl Cluster {
 
 /// What nothing disturbs writes.
 fn undisturbed(pair: &TinyPair, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
-    let mut solo = Solo::load(&pair.open(), &Device::Cpu, Pool::new(1, &[]).unwrap()).unwrap();
+    let mut solo = Solo::load(&pair.open(), &Device::Cpu, ThreadPool::new(1, &[]).unwrap()).unwrap();
     let stop = StopConditions { max_tokens: TOKENS, stop_token_ids: vec![], ignore_eos: true };
     let mut answer = |prompt: &Vec<u32>| {
         let mut ids = Vec::new();

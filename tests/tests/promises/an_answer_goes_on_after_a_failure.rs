@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Parser;
 use overfill_lifecycle::Drain;
 use overfill_model::solo::Solo;
-use overfill_model::{Device, Pool};
+use overfill_model::{Device, ThreadPool};
 use overfill_proto::convert;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::{DecodeEvent, DecodeRequest, Handoff, PrefillRequest, decode_event, generate_event};
@@ -44,7 +44,7 @@ fn stop(new: usize) -> StopConditions {
 
 /// One process, no network, nothing disturbs it.
 fn reference(pair: &TinyPair, requests: &[(Vec<u32>, SamplingParams)], new: usize) -> Vec<Vec<u32>> {
-    let mut solo = Solo::load(&pair.open(), &Device::Cpu, Pool::new(2, &[]).unwrap()).unwrap();
+    let mut solo = Solo::load(&pair.open(), &Device::Cpu, ThreadPool::new(2, &[]).unwrap()).unwrap();
     let mut answer = |(prompt, sampling): &(Vec<u32>, SamplingParams)| {
         let mut ids = Vec::new();
         let take = |s: &overfill_model::Sampled| {

@@ -1,7 +1,7 @@
 //! Whatever is wrong gets its code and a sentence that says what; the next request is served as before.
 
 use overfill_kv::{HandoffDigest, RowsHeader};
-use overfill_proto::status::grpc_code;
+use overfill_proto::error::grpc_code;
 use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::{
     DecodeEvent, DecodeRequest, KvCommit, KvDtype, KvFrame, KvRows, PrefillRequest, PushSummary, Sampling, StopTokens, decode_event,

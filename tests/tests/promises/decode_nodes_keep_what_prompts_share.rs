@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use overfill_model::solo::Solo;
-use overfill_model::{Device, Pool, Sampled};
+use overfill_model::{Device, Sampled, ThreadPool};
 use overfill_tests::cluster::{Builder, request, tokens};
 use overfill_tests::tiny::{self, Kind, TinyPair};
 use overfill_types::{Role, SamplingParams, StopConditions};
@@ -13,7 +13,7 @@ use overfill_types::{Role, SamplingParams, StopConditions};
 const NEW: usize = 40;
 
 fn reference(pair: &TinyPair, prompt: &[u32]) -> Vec<u32> {
-    let mut solo = Solo::load(&pair.open(), &Device::Cpu, Pool::new(2, &[]).unwrap()).unwrap();
+    let mut solo = Solo::load(&pair.open(), &Device::Cpu, ThreadPool::new(2, &[]).unwrap()).unwrap();
     let mut ids = Vec::new();
     let take = |s: &Sampled| {
         ids.push(s.token);

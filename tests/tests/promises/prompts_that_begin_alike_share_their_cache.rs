@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use overfill_model::solo::Solo;
-use overfill_model::{Device, Pool};
+use overfill_model::{Device, ThreadPool};
 use overfill_tests::cluster::{Builder, Cluster, request, tokens};
 use overfill_tests::nodes::status;
 use overfill_tests::tiny::{self, Kind, TinyPair};
@@ -21,7 +21,7 @@ struct Reference(Solo);
 
 impl Reference {
     fn new(pair: &TinyPair) -> Self {
-        Self(Solo::load(&pair.open(), &Device::Cpu, Pool::new(2, &[]).unwrap()).unwrap())
+        Self(Solo::load(&pair.open(), &Device::Cpu, ThreadPool::new(2, &[]).unwrap()).unwrap())
     }
 
     fn answer(&mut self, prompt: &[u32]) -> Vec<u32> {

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use overfill_model::solo::Solo;
-use overfill_model::{Device, Pool};
+use overfill_model::{Device, ThreadPool};
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_tests::cluster::{Builder, request, tokens};
 use overfill_tests::processes::{Etcd, Process, eventually, free_port};
@@ -31,7 +31,7 @@ fn requests() -> Vec<(Vec<u32>, SamplingParams)> {
 
 /// One process, no network.
 fn reference(pair: &tiny::TinyPair, requests: &[(Vec<u32>, SamplingParams)]) -> Vec<Vec<u32>> {
-    let mut solo = Solo::load(&pair.open(), &Device::Cpu, Pool::new(2, &[]).unwrap()).unwrap();
+    let mut solo = Solo::load(&pair.open(), &Device::Cpu, ThreadPool::new(2, &[]).unwrap()).unwrap();
     let stop = StopConditions { max_tokens: NEW, stop_token_ids: vec![], ignore_eos: false };
     requests
         .iter()

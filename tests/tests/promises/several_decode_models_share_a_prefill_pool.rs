@@ -9,7 +9,7 @@ use clap::Parser;
 use overfill_cluster::Discovery;
 use overfill_lifecycle::Drain;
 use overfill_model::solo::Solo;
-use overfill_model::{Device, Pool, Sampled};
+use overfill_model::{Device, Sampled, ThreadPool};
 use overfill_proto::v1::{GenerateRequest, generate_event};
 use overfill_tests::cluster::{Builder, Cluster, request, tokens};
 use overfill_tests::tiny::{self, Kind, TinyPair};
@@ -25,7 +25,7 @@ fn pairs(seed: u64) -> [TinyPair; 2] {
 }
 
 fn reference(pair: &TinyPair, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
-    let mut solo = Solo::load(&pair.open(), &Device::Cpu, Pool::new(2, &[]).unwrap()).unwrap();
+    let mut solo = Solo::load(&pair.open(), &Device::Cpu, ThreadPool::new(2, &[]).unwrap()).unwrap();
     let stop = StopConditions { max_tokens: NEW, stop_token_ids: vec![], ignore_eos: true };
     let mut answer = |prompt: &Vec<u32>| {
         let mut ids = Vec::new();

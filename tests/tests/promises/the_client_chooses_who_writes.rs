@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Parser;
 use overfill_lifecycle::Drain;
 use overfill_model::solo::Solo;
-use overfill_model::{Device, Pool, Sampled};
+use overfill_model::{Device, Sampled, ThreadPool};
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::{self, Finished, GenerateRequest, ServedBy, generate_event};
 use overfill_tests::cluster::{Builder, Cluster, request};
@@ -37,7 +37,7 @@ fn requests() -> Vec<(Vec<u32>, SamplingParams)> {
 
 /// One process, no network.
 fn reference(pair: &TinyPair, quality: Quality, requests: &[(Vec<u32>, SamplingParams)], new: usize) -> Vec<Vec<u32>> {
-    let mut solo = Solo::load(&pair.open(), &Device::Cpu, Pool::new(2, &[]).unwrap()).unwrap().writing(quality);
+    let mut solo = Solo::load(&pair.open(), &Device::Cpu, ThreadPool::new(2, &[]).unwrap()).unwrap().writing(quality);
     let stop = StopConditions { max_tokens: new, stop_token_ids: vec![], ignore_eos: true };
     let mut answer = |(prompt, sampling): &(Vec<u32>, SamplingParams)| {
         let mut ids = Vec::new();

@@ -2,7 +2,7 @@
 //! scoring that evaluates pairs, which a test of training compares with what training reports.
 
 use overfill_compress::{Arm, Example, score};
-use overfill_model::{Device, Pool, Workspace};
+use overfill_model::{Device, ThreadPool, Workspace};
 use overfill_proto::v1::{ForcedTokens, GenerateRequest, Guide, Quality, Sampling, generate_event, guide};
 use overfill_tests::cluster::{Builder, Cluster, request};
 use overfill_tests::tiny::{self, Kind};
@@ -46,7 +46,7 @@ async fn served(cluster: &Cluster, asked: GenerateRequest) -> Result<(Vec<u32>, 
 
 async fn check(kind: Kind) {
     let pair = tiny::pair(kind, 61);
-    let (opened, mut workspace) = (pair.open(), Workspace::new(Pool::new(2, &[]).unwrap()));
+    let (opened, mut workspace) = (pair.open(), Workspace::new(ThreadPool::new(2, &[]).unwrap()));
     let full = opened.load_full(&Device::Cpu, workspace.pool()).unwrap();
     let decode = opened.load_decode(&Device::Cpu, workspace.pool()).unwrap();
     let transform = opened.load_transform(workspace.pool()).unwrap();

@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::Args;
 use overfill_kv::BlockId;
 use overfill_model::profile::Cost;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, Pool, Workspace};
+use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, ThreadPool, Workspace};
 use overfill_types::KvFormat;
 use overfill_types::pair::WeightFormat;
 use serde_json::json;
@@ -104,7 +104,7 @@ pub(crate) fn run(args: &EngineArgs, home: &Home) -> anyhow::Result<()> {
         let peaks = args.profile.then(|| Peaks::measure(threads, &args.cpus)).transpose()?;
         for (path, weights) in &models {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let pool = Pool::new(threads, &args.cpus)?;
+            let pool = ThreadPool::new(threads, &args.cpus)?;
             let model = Llama::load(path, *weights, &device, &pool)?;
             let mut bench = Bench { args, model, workspace: Workspace::new(pool) };
             for case in cases(args, threads) {

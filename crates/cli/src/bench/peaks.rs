@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use overfill_model::Pool;
+use overfill_model::ThreadPool;
 
 /// Bytes that are read: more than any cache holds.
 const READ: usize = 512 << 20;
@@ -20,7 +20,7 @@ pub(super) struct Peaks {
 
 impl Peaks {
     pub(super) fn measure(threads: usize, cpus: &[usize]) -> std::io::Result<Self> {
-        let pool = Pool::new(threads, cpus)?;
+        let pool = ThreadPool::new(threads, cpus)?;
         let memory = vec![1.0f32; READ / 4];
         let best = |work: &dyn Fn()| {
             let time = || {

@@ -12,7 +12,7 @@ use overfill_model::{Llama, ModelError, Workspace};
 use overfill_text::TextModel;
 use overfill_types::{Code, KvFormats, SamplingParams, ServiceError};
 
-use crate::answer::{Asked, Writing, answer};
+use crate::answer::{Question, Writing, answer};
 use crate::data::{Conversation, Example, Metric};
 use crate::read::Arm;
 use crate::score::score;
@@ -119,7 +119,7 @@ pub fn evaluate(
         let mut of_tokens: Vec<Outcome> = of_tokens.collect();
         let longest = samples.examples.iter().map(|e| e.prompt.len()).max().unwrap_or(0);
         let writing = Writing { batch: how.batch, positions: longest + how.max_tokens, formats: how.formats, end: how.end.clone() };
-        let asked = samples.examples.iter().map(|example| Asked {
+        let asked = samples.examples.iter().map(|example| Question {
             prompt: example.prompt.clone(),
             sampling: SamplingParams::greedy(),
             max_tokens: how.max_tokens,
@@ -146,7 +146,7 @@ pub fn evaluate(
 
 #[cfg(test)]
 mod tests {
-    use overfill_model::{Device, KvSpec, MakePair, Pool};
+    use overfill_model::{Device, KvSpec, MakePair, ThreadPool};
     use overfill_types::pair::WeightFormat;
 
     use super::*;
@@ -172,7 +172,7 @@ mod tests {
         };
         let pair = making.make(&folder.path().join("pair")).unwrap();
         let text = TextModel::open(&pair.dir).unwrap();
-        let mut workspace = Workspace::new(Pool::new(2, &[]).unwrap());
+        let mut workspace = Workspace::new(ThreadPool::new(2, &[]).unwrap());
         let (full, decode) = (pair.load_full(&Device::Cpu, workspace.pool()), pair.load_decode(&Device::Cpu, workspace.pool()));
         let (full, decode, transform) = (full.unwrap(), decode.unwrap(), pair.load_transform(workspace.pool()).unwrap());
         let other = Llama::load(narrow.path(), WeightFormat::F32, &Device::Cpu, workspace.pool()).unwrap();
@@ -186,7 +186,7 @@ mod tests {
         for conversation in &mut conversations[..9] {
             let prompt = text.encode_chat(&conversation.messages).unwrap();
             let writing = Writing { batch: 1, positions: 90, formats: how.formats, end: how.end.clone() };
-            let asked = Asked { prompt, sampling: SamplingParams::greedy(), max_tokens: 12 };
+            let asked = Question { prompt, sampling: SamplingParams::greedy(), max_tokens: 12 };
             answer(&full, Arm::Full, &writing, &mut workspace, [asked], |_, written| -> Result<(), ModelError> {
                 conversation.answers = vec![text.decode(&written, false)];
                 Ok(())

@@ -217,7 +217,7 @@ fn with_step(of: Map<String, Value>, step: Value) -> Map<String, Value> {
 #[cfg(test)]
 mod tests {
     use overfill_kv::BlockId;
-    use overfill_model::{Chunk, Device, KvCache, Llama, Pool, Workspace};
+    use overfill_model::{Chunk, Device, KvCache, Llama, ThreadPool, Workspace};
     use overfill_types::KvFormat;
     use overfill_types::pair::WeightFormat;
 
@@ -225,7 +225,7 @@ mod tests {
     use crate::fixture;
 
     fn logits(path: &Path) -> Vec<f32> {
-        let mut workspace = Workspace::new(Pool::new(1, &[]).unwrap());
+        let mut workspace = Workspace::new(ThreadPool::new(1, &[]).unwrap());
         let model = Llama::load(path, WeightFormat::F32, &Device::Cpu, workspace.pool()).unwrap();
         let mut cache = KvCache::new(model.config().kv, KvFormat::F32, 2, 16, &Device::Cpu).unwrap();
         let tokens: Vec<u32> = (0..30).map(|i| i * 29 % 128).collect();

@@ -27,7 +27,7 @@ use tokio::net::TcpListener;
 pub use prometheus::{Error, Histogram, IntCounter, IntCounterVec, IntGauge};
 
 use crate::drain::Drain;
-use crate::metrics::read::{Kind, Read};
+use crate::metrics::read::{Kind, ReadAtScrape};
 
 /// The media type of Prometheus' text format.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -99,7 +99,7 @@ impl Registry {
         labels: &[(&str, &str)],
         read: impl Fn() -> f64 + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        self.inner.register(Box::new(Read::new(Kind::Gauge, self.opts(name, help, labels), read)?))
+        self.inner.register(Box::new(ReadAtScrape::new(Kind::Gauge, self.opts(name, help, labels), read)?))
     }
 
     /// As [`Registry::read_gauge`], of a number that only grows.
@@ -108,7 +108,7 @@ impl Registry {
     /// As [`Registry::counter`].
     pub fn read_counter(&self, name: &str, help: &str, read: impl Fn() -> u64 + Send + Sync + 'static) -> Result<(), Error> {
         // Exact up to 2^53.
-        self.inner.register(Box::new(Read::new(Kind::Counter, self.opts(name, help, &[]), move || read() as f64)?))
+        self.inner.register(Box::new(ReadAtScrape::new(Kind::Counter, self.opts(name, help, &[]), move || read() as f64)?))
     }
 
     /// Whether etcd answers; nothing where `connected` gives nothing, because nodes are found otherwise.

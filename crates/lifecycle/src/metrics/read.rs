@@ -9,14 +9,14 @@ pub(super) enum Kind {
     Gauge,
 }
 
-pub(super) struct Read<F> {
+pub(super) struct ReadAtScrape<F> {
     kind: Kind,
     opts: Opts,
     desc: Desc,
     read: F,
 }
 
-impl<F: Fn() -> f64> Read<F> {
+impl<F: Fn() -> f64> ReadAtScrape<F> {
     /// # Errors
     /// Where the name or a label is malformed.
     pub(super) fn new(kind: Kind, opts: Opts, read: F) -> Result<Self, Error> {
@@ -41,7 +41,7 @@ impl<F: Fn() -> f64> Read<F> {
     }
 }
 
-impl<F: Fn() -> f64 + Send + Sync> Collector for Read<F> {
+impl<F: Fn() -> f64 + Send + Sync> Collector for ReadAtScrape<F> {
     fn desc(&self) -> Vec<&Desc> {
         vec![&self.desc]
     }

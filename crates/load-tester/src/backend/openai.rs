@@ -7,7 +7,7 @@ use reqwest::Client;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Map, Value, json};
 
-use super::sse::Events;
+use super::sse::SseEvents;
 use super::{Answer, Door, Prompt, TargetArgs};
 use crate::failure::{Failure, Kind};
 use crate::sampling::SamplingArgs;
@@ -85,7 +85,7 @@ impl OpenAi {
             let text = response.text().await.unwrap_or_else(|e| e.to_string());
             return Err(Failure::new(Kind::Http(status.as_u16()), error_message(&text)));
         }
-        let (mut events, mut stream) = (Events::default(), Stream::default());
+        let (mut events, mut stream) = (SseEvents::default(), Stream::default());
         loop {
             let piece = response.chunk().await.map_err(|e| Failure::caused(Kind::BrokeOff, &e))?;
             let now = Instant::now();

@@ -5,7 +5,7 @@ const LARGEST: usize = 16 << 20;
 
 /// What came so far and is not yet a whole event.
 #[derive(Default)]
-pub(super) struct Events {
+pub(super) struct SseEvents {
     line: Vec<u8>,
     data: Vec<u8>,
     has_data: bool,
@@ -15,7 +15,7 @@ pub(super) struct Events {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct TooLarge;
 
-impl Events {
+impl SseEvents {
     /// Takes the next piece of the body; gives the data of the events that it completes.
     pub(super) fn push(&mut self, piece: &[u8]) -> Result<Vec<Vec<u8>>, TooLarge> {
         let mut events = Vec::new();
@@ -65,12 +65,12 @@ mod tests {
     fn events_are_the_same_however_the_body_is_cut() {
         let body = BODY.as_bytes();
         for size in 1..=body.len() {
-            let mut events = Events::default();
+            let mut events = SseEvents::default();
             let found: Vec<Vec<u8>> = body.chunks(size).flat_map(|piece| events.push(piece).unwrap()).collect();
             assert_eq!(found, expected(), "pieces of {size}");
         }
         for cut in 0..=body.len() {
-            let mut events = Events::default();
+            let mut events = SseEvents::default();
             let mut found = events.push(&body[..cut]).unwrap();
             found.extend(events.push(&body[cut..]).unwrap());
             assert_eq!(found, expected(), "cut at {cut}");
@@ -79,7 +79,7 @@ mod tests {
 
     #[test]
     fn an_event_without_an_end_is_given_up() {
-        let mut events = Events::default();
+        let mut events = SseEvents::default();
         let piece = vec![b'a'; 1 << 20];
         assert!((0..16).all(|_| events.push(&piece).is_ok()));
         assert_eq!(events.push(&piece), Err(TooLarge));

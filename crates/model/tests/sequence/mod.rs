@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 use overfill_kv::BlockId;
-use overfill_model::{Chunk, KvCache, Llama, Pool, Workspace};
+use overfill_model::{Chunk, KvCache, Llama, ThreadPool, Workspace};
 use overfill_types::{KvFormat, KvGeometry};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -23,7 +23,7 @@ const SPARE: usize = 7;
 impl Sequence {
     /// Room for `tokens` positions in blocks of `block_tokens`, which lie anywhere in a larger pool; computes on `threads`.
     pub(crate) fn new(geometry: KvGeometry, tokens: usize, block_tokens: usize, threads: usize) -> Self {
-        let workspace = Workspace::new(Pool::new(threads, &[]).unwrap());
+        let workspace = Workspace::new(ThreadPool::new(threads, &[]).unwrap());
         let needed = tokens.div_ceil(block_tokens);
         let mut cache = KvCache::new(geometry, KvFormat::F32, needed + SPARE, block_tokens, &Device::Cpu).unwrap();
         let mut blocks: Vec<BlockId> = (0..(needed + SPARE) as u32).map(BlockId).collect();

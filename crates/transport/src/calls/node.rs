@@ -6,7 +6,7 @@ use axum::http::HeaderMap;
 use overfill_lifecycle::{Drain, TraceHeaders};
 use overfill_proto::v1::node_server::Node;
 use overfill_proto::v1::{Accepted, Call, Ended, NodeStatus, Phase, Reply, Said, StatusRequest, call, said};
-use overfill_proto::{check_length, status};
+use overfill_proto::{check_length, error};
 use overfill_types::{Code, ServiceError};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
@@ -16,7 +16,7 @@ use tokio_util::task::JoinMap;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::fault::Fault;
-use crate::status::watched;
+use crate::node_status::watched;
 
 /// Replies that wait for a slow router; then calls wait, each with what its own channel holds.
 const REPLIES: usize = 256;
@@ -93,7 +93,7 @@ impl<S: Serving> Node for NodeService<S> {
 
     async fn calls(&self, calls: Request<Streaming<Call>>) -> Result<Response<Self::CallsStream>, Status> {
         if let Some(error) = self.signals.fault.told() {
-            return Err(status::to_peer(&error));
+            return Err(error::to_peer(&error));
         }
         let (replies, stream) = mpsc::channel(REPLIES);
         // Owned by the stream: it ends when the router has gone.
@@ -135,14 +135,14 @@ async fn carry_out<S: Serving>(
             },
             ended = running.join_next(), if !running.is_empty() => if let Some((id, Err(error))) = ended && error.is_panic() {
                 let failed = ServiceError::of_node(Code::Internal, "the node failed at this call; send the request again");
-                tell(&replies, id, vec![said::What::Ended(status::to_ended(failed)).into()]).await;
+                tell(&replies, id, vec![said::What::Ended(error::to_ended(failed)).into()]).await;
             },
             () = end.signaled(), if open => open = false,
             error = fault.happened() => {
                 let calls: Vec<u64> = running.keys().copied().collect();
                 drop(running);
                 for id in calls {
-                    tell(&replies, id, vec![said::What::Ended(status::to_ended(error.clone())).into()]).await;
+                    tell(&replies, id, vec![said::What::Ended(error::to_ended(error.clone())).into()]).await;
                 }
                 return;
             }
@@ -166,7 +166,7 @@ async fn carry_out_one<S: Serving>(serving: Arc<S>, mut call: Call, replies: mps
             said.push(said::What::Accepted(Accepted {}).into());
             tell_events(events, id, &mut said, &replies).await
         }
-        Err(error) => status::to_ended(error),
+        Err(error) => error::to_ended(error),
     };
     said.push(said::What::Ended(ended).into());
     tell(&replies, id, said).await;
@@ -197,7 +197,7 @@ async fn tell_events<E: Into<Said>>(
                 let event = event.into();
                 let length = match check_length(&event) {
                     Ok(length) => length,
-                    Err(error) => return status::to_ended(error),
+                    Err(error) => return error::to_ended(error),
                 };
                 if bytes + length > REPLY_BYTES && !said.is_empty() {
                     tell(replies, id, std::mem::take(said)).await;
@@ -206,7 +206,7 @@ async fn tell_events<E: Into<Said>>(
                 bytes += length;
                 said.push(event);
             }
-            Some(Err(error)) => return status::to_ended(error),
+            Some(Err(error)) => return error::to_ended(error),
             None => return Ended::default(),
         }
     }
@@ -350,7 +350,7 @@ mod tests {
         let mut told = Vec::new();
         while let Some(reply) = replies.recv().await {
             let Reply { id, said } = reply.unwrap();
-            assert!(matches!(&said[0].what, Some(said::What::Ended(ended)) if *ended == status::to_ended(lost.clone())));
+            assert!(matches!(&said[0].what, Some(said::What::Ended(ended)) if *ended == error::to_ended(lost.clone())));
             told.push(id);
         }
         told.sort_unstable();

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use overfill_lifecycle::TraceHeaders;
 use overfill_proto::v1::node_client::NodeClient;
 use overfill_proto::v1::{Call, Cancel, Reply, Said, call, said};
-use overfill_proto::{MAX_MESSAGE, check_length, status};
+use overfill_proto::{MAX_MESSAGE, check_length, error};
 use overfill_types::{Blame, Code, ServiceError};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
@@ -102,7 +102,7 @@ impl Open {
     async fn run(&self, channel: Channel, asks: mpsc::Receiver<Call>) -> Result<std::convert::Infallible, ServiceError> {
         let mut client = NodeClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
         // From here a connection that breaks cannot be told from a node that does.
-        let broken = |status| ServiceError { blame: Blame::Node, ..status::from_status(&status, "it") };
+        let broken = |status| ServiceError { blame: Blame::Node, ..error::from_status(&status, "it") };
         let mut replies = client.calls(Request::new(ReceiverStream::new(asks))).await.map_err(broken)?.into_inner();
         while let Some(Reply { id, said }) = replies.message().await.map_err(broken)? {
             let last = said.iter().any(|said| matches!(said.what, Some(said::What::Ended(_))));
@@ -177,7 +177,7 @@ impl<E: TryFrom<said::What>> CallEvents<E> {
             match self.said.next() {
                 Some(Said { what: Some(said::What::Ended(ended)) }) => {
                     self.ended = true;
-                    status::from_ended(ended)?;
+                    error::from_ended(ended)?;
                 }
                 Some(Said { what: Some(what) }) => return Ok(Some(what)),
                 // Of a later version.

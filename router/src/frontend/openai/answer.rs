@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::frontend::openai::guide::Calls;
 use crate::frontend::openai::request::Shape;
-use crate::relay::{End, Read};
+use crate::relay::{End, PromptRead};
 
 /// What all answers to one request share.
 pub(super) struct Frame {
@@ -33,7 +33,7 @@ pub(super) struct Choice {
     prompt: Arc<Vec<u32>>,
     text: String,
     tokens: Vec<Token>,
-    read: Option<Read>,
+    read: Option<PromptRead>,
     end: Option<End>,
     tools: Option<ToolReader>,
     calls: Vec<Value>,
@@ -107,7 +107,7 @@ impl Choice {
 
 impl Frame {
     /// The prompt was read.
-    pub(super) fn read(&self, choice: &mut Choice, read: Read) {
+    pub(super) fn read(&self, choice: &mut Choice, read: PromptRead) {
         choice.read = Some(read);
     }
 

@@ -5,10 +5,26 @@ use overfill_types::{Code, Guide, ServiceError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::frontend::openai::request::GuideFields;
-
 /// Most tools of one request, and most texts to choose from.
 const MOST: usize = 128;
+
+/// What the answer has to look like; one of them at most.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct GuideFields {
+    pub(super) response_format: Option<ResponseFormat>,
+    /// JSON of this schema.
+    pub(super) guided_json: Option<Value>,
+    /// Text that the whole of this expression matches.
+    pub(super) guided_regex: Option<String>,
+    /// One of these texts.
+    pub(super) guided_choice: Option<Vec<String>>,
+    /// Text of this grammar (llguidance's variant of Lark).
+    pub(super) guided_grammar: Option<String>,
+    pub(super) structured_outputs: Option<StructuredOutputs>,
+    /// These tokens first, and then anything.
+    pub(super) forced_token_ids: Option<Vec<u32>>,
+}
 
 /// `response_format`.
 #[derive(Debug, Deserialize)]

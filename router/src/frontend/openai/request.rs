@@ -10,8 +10,8 @@ use overfill_types::{Code, Quality, SamplingParams, ServiceError};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::admission::{Asked, Input};
-use crate::frontend::openai::guide::{self, Calls};
+use crate::admission::{ClientRequest, Input};
+use crate::frontend::openai::guide::{self, Calls, GuideFields};
 
 /// Tokens of a completion that does not say how many it wants (the OpenAI API's default).
 const COMPLETION_TOKENS: usize = 16;
@@ -52,24 +52,6 @@ pub(crate) struct SamplingFields {
     quality: Option<Quality>,
     /// Where requests wait: among those of the same key a lower number goes first. Default 0.
     priority: Option<i32>,
-}
-
-/// What the answer has to look like; one of them at most.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-pub(crate) struct GuideFields {
-    pub(super) response_format: Option<guide::ResponseFormat>,
-    /// JSON of this schema.
-    pub(super) guided_json: Option<Value>,
-    /// Text that the whole of this expression matches.
-    pub(super) guided_regex: Option<String>,
-    /// One of these texts.
-    pub(super) guided_choice: Option<Vec<String>>,
-    /// Text of this grammar (llguidance's variant of Lark).
-    pub(super) guided_grammar: Option<String>,
-    pub(super) structured_outputs: Option<guide::StructuredOutputs>,
-    /// These tokens first, and then anything.
-    pub(super) forced_token_ids: Option<Vec<u32>>,
 }
 
 /// What both endpoints take beside.
@@ -191,7 +173,7 @@ impl SamplingFields {
     ///
     /// # Errors
     /// [`Code::InvalidArgument`] naming the field.
-    pub(crate) fn asked(self, inputs: Vec<Input>, default_tokens: Option<usize>) -> Result<Asked, ServiceError> {
+    pub(crate) fn asked(self, inputs: Vec<Input>, default_tokens: Option<usize>) -> Result<ClientRequest, ServiceError> {
         let max_tokens = match self.max_completion_tokens.or(self.max_tokens) {
             None => default_tokens,
             Some(n) => match usize::try_from(n) {
@@ -231,7 +213,7 @@ impl SamplingFields {
             Some(OneOrMore::One(stop)) => vec![stop],
             Some(OneOrMore::More(stops)) => stops,
         };
-        Ok(Asked {
+        Ok(ClientRequest {
             model: String::new(),
             inputs,
             n: 1,
@@ -257,7 +239,7 @@ pub(crate) struct Body<R> {
 
 /// What a body asks.
 pub(crate) struct Parsed {
-    pub(super) asked: Asked,
+    pub(super) asked: ClientRequest,
     /// The answer begins with the prompt.
     pub(super) echo: bool,
     /// The answer is the prompt alone: the one token that is written is left out.
@@ -340,12 +322,12 @@ impl OpenAiRequest for CompletionRequest {
 }
 
 impl Common {
-    fn named(&self, asked: Asked) -> Result<Asked, ServiceError> {
+    fn named(&self, asked: ClientRequest) -> Result<ClientRequest, ServiceError> {
         let n = match self.n.unwrap_or(1) {
             n @ 1..=128 => n as usize,
             n => return refuse(format!("n is {n}: it must be from 1 to 128")),
         };
-        Ok(Asked { model: self.model.clone().unwrap_or_default(), n, ..asked })
+        Ok(ClientRequest { model: self.model.clone().unwrap_or_default(), n, ..asked })
     }
 }
 

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::Router;
 use crate::frontend::openai::failed::Failed;
-use crate::frontend::openai::reply::{parse, read};
+use crate::frontend::openai::handler::{parse, read};
 
 /// `POST /tokenize`: a prompt or a chat.
 #[derive(Debug, Default, Deserialize)]

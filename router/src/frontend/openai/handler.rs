@@ -24,7 +24,7 @@ use crate::Router;
 use crate::clients::Client;
 use crate::frontend;
 use crate::frontend::openai::answer::{Choice, Frame};
-use crate::frontend::openai::choices::{self, Events};
+use crate::frontend::openai::choices::{self, NumberedEvents};
 use crate::frontend::openai::failed::Failed;
 use crate::frontend::openai::request::{Body, Common, OpenAiRequest, Shape};
 use crate::relay::Event;
@@ -56,7 +56,7 @@ struct Begun {
     choices: Vec<Choice>,
     /// Answers to each prompt.
     n: usize,
-    events: Events,
+    events: NumberedEvents,
     stream: bool,
     include_usage: bool,
 }
@@ -159,7 +159,7 @@ impl Begun {
     fn keep(&mut self, index: usize, event: Event) {
         let Some(choice) = self.choices.get_mut(index) else { return };
         match event {
-            Event::Read(read) => self.frame.read(choice, *read),
+            Event::PromptRead(read) => self.frame.read(choice, *read),
             Event::Delta { text, tokens } => self.frame.grow(choice, &text, tokens),
             Event::Finished(end) => {
                 self.frame.end(choice, *end);
@@ -169,7 +169,7 @@ impl Begun {
 
     fn streamed(mut self, index: usize, first: Event) -> Response {
         let by = match &first {
-            Event::Read(read) => Some(read.served_by.clone()),
+            Event::PromptRead(read) => Some(read.served_by.clone()),
             _ => None,
         };
         let (sender, pieces) = mpsc::channel::<String>(PIECES);
@@ -213,7 +213,7 @@ impl Begun {
     fn pieces(&mut self, index: usize, event: Event) -> [Option<Value>; 2] {
         let Some(choice) = self.choices.get_mut(index) else { return [None, None] };
         match event {
-            Event::Read(read) => {
+            Event::PromptRead(read) => {
                 self.frame.read(choice, *read);
                 [self.frame.opening(choice), None]
             }

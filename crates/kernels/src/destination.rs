@@ -17,7 +17,7 @@ pub enum Into {
 
 /// Where one matrix's product goes: columns of `y` from `column` on.
 #[derive(Clone, Copy)]
-pub(crate) struct Target<'a> {
+pub(crate) struct Destination<'a> {
     pub(crate) y: Disjoint<'a, f32>,
     pub(crate) rows: usize,
     pub(crate) width: usize,
@@ -26,7 +26,7 @@ pub(crate) struct Target<'a> {
     pub(crate) into: Into,
 }
 
-impl Target<'_> {
+impl Destination<'_> {
     /// Writes a vector of `row` from output `output` on; what would lie beyond the last output is left out.
     ///
     /// # Safety

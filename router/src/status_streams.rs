@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use overfill_proto::v1::{NodeStatus, Phase};
 use overfill_schedule::Report;
-use overfill_transport::status;
+use overfill_transport::node_status;
 use overfill_types::NodeId;
 use tokio::time::interval;
 use tokio_util::task::AbortOnDropHandle;
@@ -30,7 +30,7 @@ pub(crate) async fn follow(router: Arc<Router>) {
             let stream = || {
                 let (router, node) = (router.clone(), node.clone());
                 AbortOnDropHandle::new(tokio::spawn(async move {
-                    status::follow(&router.peers, node.address.as_str(), |told| {
+                    node_status::follow(&router.peers, node.address.as_str(), |told| {
                         router.suspicions.told(told.refused_prompts.iter().map(|prompt| &prompt[..]));
                         match told.phase() {
                             Phase::Ready => router.pairing.told(&node.id, report(&told)),

@@ -49,7 +49,7 @@ impl Placement {
 }
 
 /// A fixed set of threads that run the parts of one job at a time. The caller is one of them.
-pub struct Pool {
+pub struct ThreadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     /// The number of the current run; locked while it lasts.
@@ -88,7 +88,7 @@ unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
 
-impl Pool {
+impl ThreadPool {
     /// `threads` threads, the caller's included; at least one.
     ///
     /// With `cpus`, worker `i` keeps to core `cpus[i % cpus.len()]`, counted from the caller.
@@ -178,7 +178,7 @@ impl Pool {
     }
 }
 
-impl Drop for Pool {
+impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         drop(self.shared.lock());
@@ -306,7 +306,7 @@ mod tests {
     #[test]
     fn every_part_runs_once_in_run_after_run() {
         for threads in [1, 2, 3, 5] {
-            let pool = Pool::new(threads, &[]).unwrap();
+            let pool = ThreadPool::new(threads, &[]).unwrap();
             for round in 0..300 {
                 let parts = [0, 1, 2, 7, 64, 1000][round % 6];
                 let counts: Vec<AtomicU32> = (0..parts).map(|_| AtomicU32::new(0)).collect();
@@ -324,7 +324,7 @@ mod tests {
 
     #[test]
     fn more_parts_than_fit_are_grouped() {
-        let pool = Pool::new(2, &[]).unwrap();
+        let pool = ThreadPool::new(2, &[]).unwrap();
         let sum = AtomicU64::new(0);
         pool.run(100_001, |i| {
             sum.fetch_add(i as u64, Ordering::Relaxed);
@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = Pool::new(3, &[]).unwrap();
+        let pool = ThreadPool::new(3, &[]).unwrap();
         let broken = catch_unwind(AssertUnwindSafe(|| pool.run(10, |i| assert!(i != 7, "seven"))));
         assert!(broken.is_err());
         let count = AtomicU32::new(0);
@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn callers_take_turns() {
-        let pool = Pool::new(2, &[]).unwrap();
+        let pool = ThreadPool::new(2, &[]).unwrap();
         let count = AtomicU32::new(0);
         std::thread::scope(|scope| {
             for _ in 0..3 {
