@@ -43,8 +43,15 @@ pub enum Ended {
 
 /// The router's file of keys.
 pub(crate) fn keys() -> String {
-    let clients = (0..CLIENTS).map(|client| json!({ "name": format!("client {client}"), "keys": [key(client)], "weight": client + 1 }));
+    let clients = CLIENTS.iter().enumerate().map(
+        |(client, (weight, class))| json!({ "name": format!("client {client}"), "keys": [key(client)], "weight": weight, "class": class }),
+    );
     json!({ "clients": clients.collect::<Vec<_>>() }).to_string()
+}
+
+/// The name of a pair.
+pub(crate) fn pair(number: usize) -> String {
+    format!("pair-{number}")
 }
 
 fn key(client: usize) -> String {
@@ -81,6 +88,7 @@ async fn answered(door: axum::Router, number: usize, plan: &RequestPlan, tokens:
         Quality::Decode => overfill_proto::v1::Quality::Decode,
     };
     let mut request = Request::new(GenerateRequest {
+        model: pair(plan.pair),
         input: Some(generate_request::Input::TokenIds(TokenIds { ids: plan.prompt.clone() })),
         sampling: Some(convert::sampling_to_wire(&sampling(number))),
         max_tokens: Some(plan.max_tokens as u32),

@@ -19,12 +19,15 @@ use crate::network::{Listening, Network};
 use crate::node::{self, Node, Pair};
 use crate::plan::{BLOCK, NodePlan};
 
-/// The router's name in the network.
-pub(crate) const ROUTER: &str = "router";
 /// How long a supervisor takes to start the next process.
 const RESTARTS: Duration = Duration::from_secs(1);
 /// The longest that an entry outlives its node.
 const LEASE: Duration = Duration::from_secs(5);
+
+/// A router's name in the network.
+pub(crate) fn router(number: usize) -> String {
+    format!("router-{number}")
+}
 
 /// Where a host's node is reached.
 pub(crate) fn address(number: usize) -> String {
@@ -58,10 +61,10 @@ impl HostSlot {
         Self { number, plan, network, etcd, random, starts: 0, running: None, back: Instant::now(), forgotten }
     }
 
-    pub(crate) async fn start(&mut self, pair: &Pair) {
+    pub(crate) async fn start(&mut self, pairs: &[Pair]) {
         self.starts += 1;
         let (at, own) = (address(self.number), Discovery::memory());
-        let NodePlan { role, blocks, step, reservation, chunk, step_timeout } = &self.plan;
+        let NodePlan { role, pairs: served, blocks, step, reservation, chunk, step_timeout } = &self.plan;
         let plan = node::Plan {
             id: NodeId::new(format!("{role}-{}-{}", self.number, self.starts)),
             address: at.parse().expect("it is one"),
@@ -78,12 +81,12 @@ impl HostSlot {
             Role::Prefill => {
                 let chunk = chunk.to_string();
                 let cli = overfill_prefill_node::config::Cli::parse_from(flags.chain(["--chunk-tokens", &chunk]));
-                Node::prefill(&cli.config, pair, Pushes::new(self.network.connector(&at)), plan).await
+                Node::prefill(&cli.config, pairs, Pushes::new(self.network.connector(&at)), plan).await
             }
             Role::Decode => {
                 let reservation = reservation.as_secs().to_string();
                 let cli = overfill_decode_node::config::Cli::parse_from(flags.chain(["--reservation-timeout", &reservation]));
-                Node::decode(&cli.config, pair, plan).await
+                Node::decode(&cli.config, &pairs[served[0]], plan).await
             }
         };
         let (lives, lease) = (CancellationToken::new(), LEASE.mul_f64(self.random.random_range(0.0..1.0)));
@@ -98,12 +101,12 @@ impl HostSlot {
     }
 
     /// Starts the next process when the one before has ended, and it is time.
-    pub(crate) async fn keep_up(&mut self, pair: &Pair) {
+    pub(crate) async fn keep_up(&mut self, pairs: &[Pair]) {
         if self.running.as_ref().is_some_and(|running| running.node.is_over()) {
             self.end(RESTARTS);
         }
         if self.running.is_none() && self.back <= Instant::now() {
-            self.start(pair).await;
+            self.start(pairs).await;
         }
     }
 

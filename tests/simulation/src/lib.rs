@@ -43,9 +43,9 @@ fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
 }
 
 impl Cli {
-    /// The seeds that are named, or those of every run of the tests: some twenty seconds on two cores.
+    /// The seeds that are named, or those of every run of the tests.
     pub fn seeds(self) -> Range<u64> {
-        self.seed.map(|seed| seed..seed + 1).or(self.seeds).unwrap_or(0..2000)
+        self.seed.map(|seed| seed..seed + 1).or(self.seeds).unwrap_or(0..10_000)
     }
 }
 
@@ -54,8 +54,8 @@ pub fn command(seed: u64) -> String {
     format!("cargo run --release -p overfill-simulation -- --seed {seed}")
 }
 
-/// Runs seeds, on all cores. Gives those that failed.
-pub fn run(seeds: impl IntoIterator<Item = u64>) -> Vec<process::Failed> {
+/// Runs seeds, on all cores.
+pub fn run(seeds: impl IntoIterator<Item = u64>) -> Vec<process::Ran> {
     let shared = world::Shared::open();
     let at_once = available_parallelism().map_or(1, usize::from);
     process::each(seeds, at_once, |seed| world::simulate(&shared, seed))

@@ -25,8 +25,18 @@ const LIKELY: [f32; 4] = [9.0, 8.0, 7.0, 6.0];
 pub enum Half {
     /// The full model.
     Full,
-    /// The decode model.
-    Decode,
+    /// The decode model of a pair.
+    Decode(usize),
+}
+
+impl Half {
+    /// What makes its hashes other than those of other models.
+    fn salt(self) -> u64 {
+        match self {
+            Self::Full => 0,
+            Self::Decode(pair) => pair as u64 + 1,
+        }
+    }
 }
 
 /// One model of the pair, with its KV cache.
@@ -50,7 +60,7 @@ impl Model {
     pub fn new(half: Half, manifest: &PairManifest, blocks: u32, block_tokens: usize) -> Self {
         let geometry = match half {
             Half::Full => manifest.full.kv,
-            Half::Decode => manifest.decode.kv,
+            Half::Decode(_) => manifest.decode.kv,
         };
         let cache = Cache::new(geometry, manifest.kv_formats.wire, blocks, block_tokens);
         Self { half, cache, vocabulary: Vocabulary::of(manifest), hashes: Vec::new() }
@@ -71,7 +81,7 @@ impl Model {
     fn hash(&self, blocks: &[BlockId], last: usize) -> u64 {
         let layers = self.cache.layers();
         let rows = (0..=last).flat_map(|position| (0..layers).map(move |layer| (layer, position)));
-        rows.fold(self.half as u64, |hash, (layer, position)| mix(hash, self.cache.row(layer, blocks, position)))
+        rows.fold(self.half.salt(), |hash, (layer, position)| mix(hash, self.cache.row(layer, blocks, position)))
     }
 }
 
@@ -140,29 +150,33 @@ impl Vocabulary {
     }
 }
 
-/// The answer to a prompt that nothing disturbs, and why it ends: the one that every node has its part in.
+/// The answer of a pair (its number, its manifest) to a prompt that nothing disturbs, and why it ends: the one that every node
+/// has its part in.
 pub fn undisturbed(
-    manifest: &PairManifest,
+    (number, manifest): (usize, &PairManifest),
     quality: Quality,
     prompt: &[u32],
     sampling: &SamplingParams,
     stop: &StopConditions,
 ) -> (Vec<u32>, FinishReason) {
     let (vocabulary, mut sampler) = (Vocabulary::of(manifest), Sampler::new(sampling.clone(), prompt));
-    let layers = manifest.full.kv.layers;
     let (reads, writes) = match quality {
-        Quality::Overfill => (Half::Full, Half::Decode),
+        Quality::Overfill => (Half::Full, Half::Decode(number)),
         Quality::Full => (Half::Full, Half::Full),
-        Quality::Decode => (Half::Decode, Half::Decode),
+        Quality::Decode => (Half::Decode(number), Half::Decode(number)),
     };
-    // `[positions, layers]`
-    let mut rows: Vec<Vec<u64>> = Vec::new();
+    // The rows of the last position that was read, and the hash of all rows so far as each of the two models makes it.
+    let (mut before, mut hashes) = (vec![NO_ROW; manifest.full.kv.layers], [reads, writes].map(Half::salt));
+    let mut position = 0;
     let mut read = |half: Half, token: u32| {
-        let (position, before) = (rows.len(), rows.last().cloned().unwrap_or_else(|| vec![NO_ROW; layers]));
-        rows.push((0..layers).map(|layer| row(half, layer, token, position, before[layer])).collect());
-        rows.iter().flatten().fold(half as u64, |hash, row| mix(hash, *row))
+        for (layer, before) in before.iter_mut().enumerate() {
+            *before = row(half, layer, token, position, *before);
+            hashes = hashes.map(|hash| mix(hash, *before));
+        }
+        position += 1;
+        hashes
     };
-    let mut hash = prompt.iter().map(|token| read(reads, *token)).last().unwrap_or_default();
+    let mut hash = prompt.iter().map(|token| read(reads, *token)[0]).last().unwrap_or_default();
     let mut answer = Vec::new();
     loop {
         let Sampled { token, .. } = vocabulary.choose(hash, &mut sampler, prompt.len() + answer.len());
@@ -170,12 +184,12 @@ pub fn undisturbed(
         if let Some(reason) = stop.after(token, answer.len(), &vocabulary.eos) {
             return (answer, reason);
         }
-        hash = read(writes, token);
+        hash = read(writes, token)[1];
     }
 }
 
 fn row(half: Half, layer: usize, token: u32, position: usize, before: u64) -> u64 {
-    [layer as u64, token.into(), position as u64, before].into_iter().fold(half as u64 + 1, mix)
+    [layer as u64, token.into(), position as u64, before].into_iter().fold(half.salt() + 1, mix)
 }
 
 /// One more number in a hash (the finaliser of SplitMix64): another hash, or another number, gives another.
@@ -209,7 +223,7 @@ mod tests {
 
     /// The full model reads the prompt in chunks, its rows go over, `disturb` happens to the decode model's cache, and that writes.
     fn written(prompt: &[u32], sampling: &SamplingParams, tokens: usize, disturb: impl FnOnce(&mut Cache, &[BlockId])) -> Vec<u32> {
-        let (mut full, mut decode) = (Model::new(Half::Full, &MANIFEST, 8, BLOCK), Model::new(Half::Decode, &MANIFEST, 8, BLOCK));
+        let (mut full, mut decode) = (Model::new(Half::Full, &MANIFEST, 8, BLOCK), Model::new(Half::Decode(0), &MANIFEST, 8, BLOCK));
         let (there, here) = (blocks(&[6, 1, 3, 2]), blocks(&[0, 7, 2, 5]));
         let (mut sampler, mut answer) = (Sampler::new(sampling.clone(), prompt), Vec::new());
         for (i, tokens) in prompt.chunks(7).enumerate() {
@@ -239,7 +253,7 @@ mod tests {
             let prompt = tiny::prompt(1 + 3 * seed as usize % 40, seed);
             for temperature in [0.0, 1.0] {
                 let sampling = SamplingParams { temperature, seed, ..SamplingParams::greedy() };
-                let (known, reason) = undisturbed(&MANIFEST, Quality::Overfill, &prompt, &sampling, &stop(20));
+                let (known, reason) = undisturbed((0, &MANIFEST), Quality::Overfill, &prompt, &sampling, &stop(20));
                 assert_eq!(written(&prompt, &sampling, 20, |_, _| {}), known);
                 assert_eq!((known.len(), reason), (20, FinishReason::Length));
             }
@@ -249,7 +263,7 @@ mod tests {
     #[test]
     fn each_wrong_row_gives_another_answer() {
         let (prompt, greedy) = (tiny::prompt(37, 5), SamplingParams::greedy());
-        let known = undisturbed(&MANIFEST, Quality::Overfill, &prompt, &greedy, &stop(8)).0;
+        let known = undisturbed((0, &MANIFEST), Quality::Overfill, &prompt, &greedy, &stop(8)).0;
         let other = tiny::prompt(37, 6);
         for layer in 0..MANIFEST.decode.kv.layers {
             for position in 0..prompt.len() {
@@ -258,7 +272,7 @@ mod tests {
                 let foreign = row(Half::Full, layer, other[position], position, NO_ROW);
                 let foreign = written(&prompt, &greedy, 8, |cache, blocks| cache.set(layer, blocks, position, foreign));
                 assert_ne!(foreign, known, "row {position} of layer {layer} is foreign");
-                let of_decode = row(Half::Decode, layer, prompt[position], position, NO_ROW);
+                let of_decode = row(Half::Decode(0), layer, prompt[position], position, NO_ROW);
                 let of_decode = written(&prompt, &greedy, 8, |cache, blocks| cache.set(layer, blocks, position, of_decode));
                 assert_ne!(of_decode, known, "row {position} of layer {layer} is the decode model's");
                 let misplaced = written(&prompt, &greedy, 8, |cache, blocks| {
@@ -290,8 +304,9 @@ mod tests {
     fn each_quality_has_answers_of_its_own() {
         let (prompt, greedy) = (tiny::prompt(12, 1), SamplingParams::greedy());
         let [overfill, full, decode] = [Quality::Overfill, Quality::Full, Quality::Decode]
-            .map(|quality| undisturbed(&MANIFEST, quality, &prompt, &greedy, &stop(8)).0);
+            .map(|quality| undisturbed((0, &MANIFEST), quality, &prompt, &greedy, &stop(8)).0);
         assert_eq!(overfill[0], full[0], "the first token is the full model's");
         assert!(overfill != full && full != decode && decode != overfill);
+        assert_ne!(undisturbed((1, &MANIFEST), Quality::Overfill, &prompt, &greedy, &stop(8)).0, overfill, "the other pair's");
     }
 }

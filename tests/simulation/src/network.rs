@@ -110,7 +110,7 @@ impl Network {
             mangling: Mangling::default(),
             connections: Vec::new(),
         };
-        Self { state: Arc::new(Mutex::new(state)), cuts: watch::Sender::default(), tap: Tap::default() }
+        Self { state: Arc::new(Mutex::new(state)), cuts: watch::Sender::default(), tap: Tap::new() }
     }
 
     /// What makes connections from the host `from`.

@@ -32,10 +32,12 @@ const LOOK: Duration = Duration::from_millis(10);
 /// How often one that holds nothing does: its pulse has to beat.
 const IDLE: Duration = Duration::from_millis(500);
 
-/// What all nodes of a simulation have in common.
+/// A pair that nodes serve.
 #[derive(Clone)]
 pub struct Pair {
-    /// The pair's: its models' weights are not looked at.
+    /// Which one of the pairs.
+    pub number: usize,
+    /// Its models' weights are not looked at.
     pub manifest: PairManifest,
     /// Opened once: that takes longer than a seed.
     pub guides: Arc<Guides>,
@@ -75,12 +77,12 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a prefill node, which hands over by `pushes`.
-    pub async fn prefill(config: &PrefillConfig, pair: &Pair, pushes: Pushes, plan: Plan) -> Self {
+    /// Starts a prefill node, which hands over by `pushes`. The pairs have one full model, and share their guides with it.
+    pub async fn prefill(config: &PrefillConfig, pairs: &[Pair], pushes: Pushes, plan: Plan) -> Self {
         let signals = Signals::default();
-        let Pair { manifest, guides } = pair.clone();
-        let compute = Model::new(Half::Full, &manifest, plan.blocks, config.node.block_tokens as usize);
-        let loaded = overfill_prefill_node::Loaded { manifests: vec![manifest], compute, blocks: plan.blocks, guides };
+        let manifests: Vec<PairManifest> = pairs.iter().map(|pair| pair.manifest.clone()).collect();
+        let compute = Model::new(Half::Full, &manifests[0], plan.blocks, config.node.block_tokens as usize);
+        let loaded = overfill_prefill_node::Loaded { manifests, compute, blocks: plan.blocks, guides: pairs[0].guides.clone() };
         let node = overfill_prefill_node::assemble(plan.id.clone(), config, loaded, pushes, &signals).unwrap();
         let (info, held) = (node.info(plan.address.clone()), node.held());
         let overfill_prefill_node::Assembled { engine, pulse, routes, blocks, .. } = node;
@@ -90,8 +92,8 @@ impl Node {
     /// Starts a decode node.
     pub async fn decode(config: &DecodeConfig, pair: &Pair, plan: Plan) -> Self {
         let signals = Signals::default();
-        let Pair { manifest, guides } = pair.clone();
-        let compute = Model::new(Half::Decode, &manifest, plan.blocks, config.node.block_tokens as usize);
+        let Pair { number, manifest, guides } = pair.clone();
+        let compute = Model::new(Half::Decode(number), &manifest, plan.blocks, config.node.block_tokens as usize);
         let loaded = overfill_decode_node::Loaded { manifest, compute, blocks: plan.blocks, guides };
         let node = overfill_decode_node::assemble(plan.id.clone(), config, loaded, &signals).unwrap();
         let (info, held) = (node.info(plan.address.clone()), node.held());
@@ -230,7 +232,7 @@ mod tests {
 
     static PAIR: LazyLock<Pair> = LazyLock::new(|| {
         let pair = tiny::pair(tiny::Kind::Identity, 1).open();
-        Pair { guides: Arc::new(Guides::open(&pair.dir, &pair.manifest)), manifest: pair.manifest }
+        Pair { number: 0, guides: Arc::new(Guides::open(&pair.dir, &pair.manifest)), manifest: pair.manifest }
     });
     const MINUTE: Duration = Duration::from_secs(60);
 
@@ -247,7 +249,7 @@ mod tests {
 
     async fn prefill(discovery: &Discovery) -> Node {
         let cli = overfill_prefill_node::config::Cli::parse_from(["prefill-node", "--pair", "none", "--chunk-tokens", "5"]);
-        Node::prefill(&cli.config, &PAIR, Pushes::default(), plan(discovery, "prefill")).await
+        Node::prefill(&cli.config, std::slice::from_ref(&*PAIR), Pushes::default(), plan(discovery, "prefill")).await
     }
 
     fn stop(max_tokens: usize) -> StopConditions {
@@ -323,7 +325,7 @@ mod tests {
             for seed in 0..10 {
                 let prompt = tiny::prompt(3 + 9 * seed as usize, seed);
                 let sampling = SamplingParams { temperature: (seed % 2) as f32, seed, ..SamplingParams::greedy() };
-                let known = undisturbed(&PAIR.manifest, quality, &prompt, &sampling, &stop(30)).0;
+                let known = undisturbed((0, &PAIR.manifest), quality, &prompt, &sampling, &stop(30)).0;
                 let (_calls, replies) = ask(&node, question(node.role, prompt, &sampling, &stop(30))).await;
                 assert_eq!(timeout(MINUTE, answer(replies)).await.unwrap(), (known, String::new()));
                 freed(&node).await;
@@ -371,7 +373,7 @@ mod tests {
         let discovery = Discovery::memory();
         let node = decode(&discovery).await;
         let (prompt, greedy, stop) = (tiny::prompt(20, 3), SamplingParams::greedy(), stop(100));
-        let known = undisturbed(&PAIR.manifest, Quality::Decode, &prompt, &greedy, &stop).0;
+        let known = undisturbed((0, &PAIR.manifest), Quality::Decode, &prompt, &greedy, &stop).0;
         let (_calls, mut replies) = ask(&node, question(node.role, prompt, &greedy, &stop)).await;
         let first = replies.message().await.unwrap().unwrap();
         assert!(!first.said.is_empty());

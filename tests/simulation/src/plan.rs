@@ -20,6 +20,10 @@ pub const RECOVERY: Duration = Duration::from_secs(15);
 pub struct Plan {
     /// What else is drawn while it runs follows from it too.
     pub seed: u64,
+    /// How many pairs are served; they have one full model.
+    pub pairs: usize,
+    /// How many routers there are.
+    pub routers: usize,
     /// The nodes; the order is that of their addresses.
     pub nodes: Vec<NodePlan>,
     /// Answers that wait at most.
@@ -37,6 +41,8 @@ pub struct Plan {
 pub struct NodePlan {
     /// What it does.
     pub role: Role,
+    /// Which pairs it serves: all, or one where it decodes.
+    pub pairs: Vec<usize>,
     /// Blocks of its KV cache.
     pub blocks: usize,
     /// How long one of its steps takes.
@@ -54,9 +60,13 @@ pub struct NodePlan {
 pub struct RequestPlan {
     /// When it comes.
     pub at: Duration,
+    /// Which router is asked.
+    pub router: usize,
     /// Whose it is.
     pub client: usize,
-    /// Its token ids.
+    /// Which pair is asked for.
+    pub pair: usize,
+    /// Its token ids, which no other request has.
     pub prompt: Vec<u32>,
     /// Tokens that it asks for.
     pub max_tokens: usize,
@@ -88,11 +98,13 @@ pub struct FaultPlan {
     pub what: Fault,
 }
 
-/// What may go wrong. Nodes go by their number, hosts too; the router is the host after the last node.
+/// What may go wrong. Nodes go by their number, hosts too; routers are the hosts after the last node.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// A node's process dies; another one starts at its address when the fault is over.
     Dies(usize),
+    /// A node's machine is gone: nobody is told so by a connection's end. It is back when the fault is over.
+    Vanishes(usize),
     /// A node's engine does no step any more. Its watchdog ends the node, and another one starts.
     Hangs(usize),
     /// A node drains, ends, and another one starts.
@@ -115,34 +127,32 @@ impl Plan {
     /// What follows from a seed.
     pub fn of(seed: u64) -> Self {
         let random = &mut StdRng::seed_from_u64(seed);
-        let (prefill, decode) = (random.random_range(1..4), random.random_range(1..4));
-        let nodes: Vec<NodePlan> = std::iter::repeat_n(Role::Prefill, prefill)
-            .chain(std::iter::repeat_n(Role::Decode, decode))
-            .map(|role| NodePlan::of(role, random))
+        let (pairs, routers) = (random.random_range(1..3), random.random_range(1..3));
+        let (prefill, decode) = (random.random_range(1..4), random.random_range(pairs..4));
+        let nodes: Vec<NodePlan> = std::iter::repeat_n((Role::Prefill, (0..pairs).collect()), prefill)
+            // Each pair has a decode node.
+            .chain((0..decode).map(|number| (Role::Decode, vec![number % pairs])))
+            .map(|(role, pairs)| NodePlan::of(role, pairs, random))
             .collect();
         let calm = random.random_ratio(1, 4);
-        let faults = if calm { Vec::new() } else { faults(nodes.len(), random) };
-        let few = random.random_ratio(1, 2);
+        let faults = if calm { Vec::new() } else { faults(nodes.len(), routers, random) };
         let whole = faults.iter().map(|fault| fault.at + fault.lasts).max().unwrap_or_default() + RECOVERY;
-        let requests = requests(if few { 1..6 } else { 6..30 }, whole, random);
-        Self { seed, nodes, queue_timeout: Duration::from_secs(random.random_range(5..60)), requests, faults, whole }
+        let requests = Requests::of(pairs, routers, random).drawn(whole, random);
+        let queue_timeout = Duration::from_secs(random.random_range(5..60));
+        Self { seed, pairs, routers, nodes, queue_timeout, requests, faults, whole }
     }
 
-    /// The number of the router among the hosts.
-    pub fn router(&self) -> usize {
-        self.nodes.len()
-    }
-
-    /// Whether anything goes wrong before `at`.
-    pub fn disturbed(&self, at: Duration) -> bool {
-        self.faults.iter().any(|fault| fault.at <= at)
+    /// Whether anything went wrong, or was not yet made good, between two moments.
+    pub fn disturbed(&self, from: Duration, to: Duration) -> bool {
+        self.faults.iter().any(|fault| fault.at <= to && from <= fault.at + fault.lasts + RECOVERY)
     }
 }
 
 impl NodePlan {
-    fn of(role: Role, random: &mut StdRng) -> Self {
+    fn of(role: Role, pairs: Vec<usize>, random: &mut StdRng) -> Self {
         Self {
             role,
+            pairs,
             blocks: random.random_range(16..64),
             step: millis(random, 1..40),
             reservation: Duration::from_secs(random.random_range(1..8)),
@@ -152,64 +162,97 @@ impl NodePlan {
     }
 }
 
-fn requests(how_many: std::ops::Range<usize>, whole: Duration, random: &mut StdRng) -> Vec<RequestPlan> {
-    // Prompts of a family begin alike.
-    let families: Vec<Vec<u32>> = (0..3).map(|_| tokens(random.random_range(0..80), random)).collect();
-    let burst = random.random_ratio(1, 3);
-    let mut requests: Vec<RequestPlan> = (0..random.random_range(how_many))
-        .map(|_| {
-            let at = if burst { millis(random, 0..100) } else { millis(random, 0..6_000) };
-            request(at, &families, random)
-        })
-        .collect();
-    // And some that come when all is well again.
-    for _ in 0..random.random_range(1..4) {
-        let at = whole + millis(random, 0..1000);
-        let late = request(at, &families, random);
-        requests.push(RequestPlan { timeout: Duration::from_secs(60), leaves: None, ..late });
-    }
-    requests.sort_by_key(|request| request.at);
-    requests
+/// What the requests of a plan have in common.
+struct Requests {
+    how_many: usize,
+    pairs: usize,
+    routers: usize,
+    /// Beginnings that several prompts have.
+    families: Vec<Vec<u32>>,
+    /// Whether all come at once.
+    burst: bool,
+    /// The pair and the quality of all, where they want the same nodes.
+    alike: Option<(usize, Quality)>,
 }
 
-fn request(at: Duration, families: &[Vec<u32>], random: &mut StdRng) -> RequestPlan {
-    let mut prompt = families.choose(random).cloned().unwrap_or_default();
-    let own = random.random_range(1..60);
-    prompt.extend(tokens(own, random));
-    let leaves = match random.random_range(0..12) {
-        0 => Some(Leaves::After(millis(random, 0..2000))),
-        1 => Some(Leaves::At(random.random_range(1..20))),
-        _ => None,
-    };
-    RequestPlan {
-        at,
-        client: random.random_range(0..CLIENTS),
-        prompt,
-        max_tokens: random.random_range(1..40),
-        quality: *[Quality::Overfill, Quality::Overfill, Quality::Overfill, Quality::Overfill, Quality::Full, Quality::Decode]
-            .choose(random)
-            .expect("there are some"),
-        timeout: if random.random_ratio(1, 8) { millis(random, 50..3000) } else { millis(random, 20_000..40_000) },
-        leaves,
+impl Requests {
+    fn of(pairs: usize, routers: usize, random: &mut StdRng) -> Self {
+        let few = random.random_ratio(1, 2);
+        let how_many = random.random_range(if few { 1..6 } else { 6..30 });
+        let families = (0..3).map(|_| tokens(random.random_range(0..80), random)).collect();
+        let alike = random.random_ratio(1, 3).then(|| (random.random_range(0..pairs), quality(random)));
+        Self { how_many, pairs, routers, families, burst: random.random_ratio(1, 3), alike }
+    }
+
+    /// Those that come while things go wrong, and some that come when all is well again.
+    fn drawn(&self, whole: Duration, random: &mut StdRng) -> Vec<RequestPlan> {
+        let mut requests: Vec<RequestPlan> = (0..self.how_many)
+            .map(|number| {
+                let at = if self.burst { millis(random, 0..100) } else { millis(random, 0..6_000) };
+                self.request(number, at, random)
+            })
+            .collect();
+        for number in 0..random.random_range(1..4) {
+            let at = whole + millis(random, 0..1000);
+            let late = self.request(self.how_many + number, at, random);
+            requests.push(RequestPlan { timeout: Duration::from_secs(60), leaves: None, ..late });
+        }
+        requests.sort_by_key(|request| request.at);
+        requests
+    }
+
+    fn request(&self, number: usize, at: Duration, random: &mut StdRng) -> RequestPlan {
+        let mut prompt = self.families.choose(random).cloned().unwrap_or_default();
+        let own = random.random_range(0..60);
+        prompt.extend(tokens(own, random));
+        // No other one ends so.
+        prompt.push(number as u32);
+        let leaves = match random.random_range(0..12) {
+            0 => Some(Leaves::After(millis(random, 0..2000))),
+            1 => Some(Leaves::At(random.random_range(1..20))),
+            _ => None,
+        };
+        let (pair, quality) = self.alike.unwrap_or_else(|| (random.random_range(0..self.pairs), quality(random)));
+        RequestPlan {
+            at,
+            router: random.random_range(0..self.routers),
+            client: random.random_range(0..CLIENTS.len()),
+            pair,
+            prompt,
+            max_tokens: random.random_range(1..40),
+            quality,
+            timeout: if random.random_ratio(1, 8) { millis(random, 50..3000) } else { millis(random, 20_000..40_000) },
+            leaves,
+        }
     }
 }
 
-/// Clients that have keys.
-pub const CLIENTS: usize = 3;
+fn quality(random: &mut StdRng) -> Quality {
+    match random.random_range(0..6) {
+        0 => Quality::Full,
+        1 => Quality::Decode,
+        _ => Quality::Overfill,
+    }
+}
+
+/// Clients that have keys: the weight and the class of each.
+pub const CLIENTS: [(u32, i32); 4] = [(1, 0), (2, 0), (3, 0), (1, 1)];
 
 fn tokens(count: usize, random: &mut StdRng) -> Vec<u32> {
     (0..count).map(|_| random.random_range(0..256)).collect()
 }
 
-fn faults(nodes: usize, random: &mut StdRng) -> Vec<FaultPlan> {
+fn faults(nodes: usize, routers: usize, random: &mut StdRng) -> Vec<FaultPlan> {
     let mut faults: Vec<FaultPlan> = (0..random.random_range(1..6))
         .map(|_| {
             let at = millis(random, 0..5000);
             let lasts = millis(random, 50..12_000);
             let node = random.random_range(0..nodes);
-            let hosts = |random: &mut StdRng| (node, (node + random.random_range(1..nodes + 1)) % (nodes + 1));
-            let what = match random.random_range(0..10) {
+            let all = nodes + routers;
+            let hosts = |random: &mut StdRng| (node, (node + random.random_range(1..all)) % all);
+            let what = match random.random_range(0..11) {
                 0 | 1 => Fault::Dies(node),
+                10 => Fault::Vanishes(node),
                 2 => Fault::Hangs(node),
                 3 => Fault::Drains(node),
                 4 | 5 => {

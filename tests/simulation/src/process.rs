@@ -14,26 +14,26 @@ use crate::entropy;
 
 /// Seconds of real time that a seed may take; one takes some milliseconds.
 const LIMIT: u32 = 60;
-/// Bytes of what a failed seed says: they fit in a pipe that nobody reads yet.
+/// Bytes of what a seed says at most: they fit in a pipe that nobody reads yet.
 const SAID: usize = 16 << 10;
 
 /// Panics since the process began to simulate, wherever they were caught.
 static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// A seed that failed.
+/// A seed that was run.
 #[derive(Debug)]
-pub struct Failed {
+pub struct Ran {
     /// Which.
     pub seed: u64,
-    /// How.
-    pub why: String,
+    /// What `simulate` gave, or how it failed.
+    pub result: Result<String, String>,
 }
 
-/// Runs `simulate` for each seed in a process of its own, `at_once` at a time. Gives the seeds that failed.
+/// Runs `simulate` for each seed in a process of its own, `at_once` at a time. Gives all, in the order in which they ended.
 ///
 /// Must be called where no other thread of this process holds a lock that `simulate` takes.
-pub fn each(seeds: impl IntoIterator<Item = u64>, at_once: usize, simulate: impl Fn(u64) -> Result<(), String> + Sync) -> Vec<Failed> {
-    let (mut running, mut failed): (HashMap<libc::pid_t, (u64, File)>, _) = (HashMap::new(), Vec::new());
+pub fn each(seeds: impl IntoIterator<Item = u64>, at_once: usize, simulate: impl Fn(u64) -> Result<String, String> + Sync) -> Vec<Ran> {
+    let (mut running, mut ran): (HashMap<libc::pid_t, (u64, File)>, _) = (HashMap::new(), Vec::new());
     let mut seeds = seeds.into_iter();
     loop {
         while running.len() < at_once
@@ -43,23 +43,26 @@ pub fn each(seeds: impl IntoIterator<Item = u64>, at_once: usize, simulate: impl
             running.insert(process, (seed, said));
         }
         if running.is_empty() {
-            return failed;
+            return ran;
         }
         let mut status = 0;
         // SAFETY: `status` is a number of this function's.
         let ended = unsafe { libc::waitpid(-1, &raw mut status, 0) };
         let Some((seed, mut said)) = running.remove(&ended) else { continue };
-        if status != 0 {
-            let mut why = Vec::new();
-            said.read_to_end(&mut why).expect("a pipe can be read");
-            let how = if libc::WIFSIGNALED(status) { format!("ended by signal {} ", libc::WTERMSIG(status)) } else { String::new() };
-            failed.push(Failed { seed, why: how + &String::from_utf8_lossy(&why) });
-        }
+        let mut told = Vec::new();
+        said.read_to_end(&mut told).expect("a pipe can be read");
+        let told = String::from_utf8_lossy(&told).into_owned();
+        let result = match status {
+            0 => Ok(told),
+            _ if libc::WIFSIGNALED(status) => Err(format!("ended by signal {} {told}", libc::WTERMSIG(status))),
+            _ => Err(told),
+        };
+        ran.push(Ran { seed, result });
     }
 }
 
 /// Begins a seed's process; gives it, and what it will say.
-fn begin(seed: u64, simulate: &(impl Fn(u64) -> Result<(), String> + Sync)) -> (libc::pid_t, File) {
+fn begin(seed: u64, simulate: &(impl Fn(u64) -> Result<String, String> + Sync)) -> (libc::pid_t, File) {
     let mut ends = [0; 2];
     // SAFETY: `ends` has room for two descriptors.
     assert_eq!(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) }, 0, "the system gives a pipe");
@@ -70,9 +73,8 @@ fn begin(seed: u64, simulate: &(impl Fn(u64) -> Result<(), String> + Sync)) -> (
         -1 => panic!("the system gives no process: {}", std::io::Error::last_os_error()),
         0 => {
             let ended = inside(seed, simulate);
-            if let Err(why) = &ended {
-                let _ = says.write_all(&why.as_bytes()[..why.len().min(SAID)]);
-            }
+            let (Ok(told) | Err(told)) = &ended;
+            let _ = says.write_all(&told.as_bytes()[..told.len().min(SAID)]);
             // SAFETY: ends the process at once: what its parent has registered for its own end is not for this one to do.
             unsafe { libc::_exit(i32::from(ended.is_err())) }
         }
@@ -80,7 +82,7 @@ fn begin(seed: u64, simulate: &(impl Fn(u64) -> Result<(), String> + Sync)) -> (
     }
 }
 
-fn inside(seed: u64, simulate: &(impl Fn(u64) -> Result<(), String> + Sync)) -> Result<(), String> {
+fn inside(seed: u64, simulate: &(impl Fn(u64) -> Result<String, String> + Sync)) -> Result<String, String> {
     // SAFETY: no pointers; the signal ends this process.
     unsafe { libc::alarm(LIMIT) };
     entropy::follow(seed);
@@ -91,8 +93,8 @@ fn inside(seed: u64, simulate: &(impl Fn(u64) -> Result<(), String> + Sync)) -> 
     let ended = std::thread::scope(|scope| scope.spawn(|| simulate(seed)).join()).unwrap_or_else(|_| Err(String::new()));
     let panics = PANICS.lock().unwrap_or_else(PoisonError::into_inner).join("\n");
     match ended {
-        Ok(()) if panics.is_empty() => Ok(()),
-        Ok(()) => Err(format!("something panicked:\n{panics}")),
+        Ok(told) if panics.is_empty() => Ok(told),
+        Ok(_) => Err(format!("something panicked:\n{panics}")),
         Err(why) if panics.is_empty() => Err(why),
         Err(why) => Err(format!("{why}\nsomething panicked:\n{panics}")),
     }

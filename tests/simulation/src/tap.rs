@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use overfill_proto::v1::{Call, Ended, Reply, call, decode_event, prefill_event, said};
@@ -13,24 +14,24 @@ use crate::mangle::{content, split};
 use crate::network::End;
 
 /// What was heard. Clones share it.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Tap(Arc<Mutex<Heard>>);
 
-#[derive(Default)]
 struct Heard {
-    asked: Vec<Asked>,
-    /// Where in `asked` the call of a stream is.
+    since: Instant,
+    made: Vec<NodeCall>,
+    /// Where in `made` the call of a stream is.
     calls: HashMap<(u64, u64), usize>,
     streams: u64,
 }
 
 /// A call to a node.
 #[derive(Clone, Debug)]
-pub struct Asked {
-    /// When it was on its way.
-    pub at: Instant,
-    /// Of which request.
-    pub request: String,
+pub struct NodeCall {
+    /// When it was on its way, since the simulation began.
+    pub at: Duration,
+    /// The prompt: each request has its own.
+    pub prompt: Vec<u32>,
     /// Which attempt, where the call names it: only calls to decode nodes do.
     pub epoch: Option<u64>,
     /// Tokens that the node told, the first one of the full model among them.
@@ -40,9 +41,19 @@ pub struct Asked {
 }
 
 impl Tap {
+    /// Nothing was heard yet.
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(Mutex::new(Heard { since: Instant::now(), made: Vec::new(), calls: HashMap::new(), streams: 0 })))
+    }
+
+    /// How long the simulation has run.
+    pub(crate) fn now(&self) -> Duration {
+        self.lock().since.elapsed()
+    }
+
     /// All calls so far, in order.
-    pub fn asked(&self) -> Vec<Asked> {
-        self.lock().asked.clone()
+    pub fn calls(&self) -> Vec<NodeCall> {
+        self.lock().made.clone()
     }
 
     /// The number of a stream that begins.
@@ -70,27 +81,27 @@ impl Tap {
 
 impl Heard {
     fn call(&mut self, stream: u64, Call { id, what, .. }: Call) {
-        let (request, epoch) = match what {
-            Some(call::What::Prefill(asked)) => (asked.request_id, None),
-            Some(call::What::Decode(asked)) => (asked.request_id, Some(asked.epoch)),
+        let (prompt, epoch) = match what {
+            Some(call::What::Prefill(asked)) => (asked.prompt, None),
+            Some(call::What::Decode(asked)) => (asked.prompt, Some(asked.epoch)),
             Some(call::What::Cancel(_)) | None => return,
         };
-        self.calls.insert((stream, id), self.asked.len());
-        self.asked.push(Asked { at: Instant::now(), request, epoch, tokens: 0, ended: None });
+        self.calls.insert((stream, id), self.made.len());
+        self.made.push(NodeCall { at: self.since.elapsed(), prompt, epoch, tokens: 0, ended: None });
     }
 
     fn reply(&mut self, stream: u64, Reply { id, said }: Reply) {
         let Some(&at) = self.calls.get(&(stream, id)) else { return };
-        let asked = &mut self.asked[at];
+        let call = &mut self.made[at];
         for said in said.into_iter().filter_map(|said| said.what) {
             match said {
                 said::What::Prefill(event)
                     if matches!(event.event, Some(prefill_event::Event::FirstToken(_) | prefill_event::Event::Token(_))) =>
                 {
-                    asked.tokens += 1;
+                    call.tokens += 1;
                 }
-                said::What::Decode(event) if matches!(event.event, Some(decode_event::Event::Token(_))) => asked.tokens += 1,
-                said::What::Ended(ended) => asked.ended = Some(ended),
+                said::What::Decode(event) if matches!(event.event, Some(decode_event::Event::Token(_))) => call.tokens += 1,
+                said::What::Ended(ended) => call.ended = Some(ended),
                 _ => {}
             }
         }

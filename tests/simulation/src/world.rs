@@ -1,6 +1,7 @@
-//! Carries out a plan: starts a router and nodes, lets clients ask, lets things go wrong, and notes what came of it.
+//! Carries out a plan: starts routers and nodes, lets clients ask, lets things go wrong, and notes what came of it.
 
 use std::fmt::Write;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,13 +22,13 @@ use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::client::{self, Answer};
-use crate::hosts::{HostSlot, ROUTER, address};
+use crate::hosts::{self, HostSlot, address};
 use crate::invariants;
 use crate::mangle::Mangling;
 use crate::network::{Hosts, Network};
 use crate::node::Pair;
 use crate::plan::{Fault, Plan};
-use crate::tap::Asked;
+use crate::tap::NodeCall;
 
 /// How often it is looked whether a node has ended, and whether all is over.
 const LOOK: Duration = Duration::from_millis(100);
@@ -37,24 +38,30 @@ const SETTLES: Duration = Duration::from_secs(30);
 
 /// What all seeds share, opened once: that takes longer than a seed.
 pub struct Shared {
-    pair: Pair,
+    pairs: Vec<Pair>,
     models: Models,
     keys: PathBuf,
-    _tiny: TinyPair,
+    _tiny: Vec<TinyPair>,
     _folder: TempDir,
 }
 
 impl Shared {
     /// Opens it.
     pub fn open() -> Self {
-        let tiny = tiny::pair(tiny::Kind::Identity, 1);
-        let opened = tiny.open();
-        let models = Models::open(std::slice::from_ref(&tiny.dir)).expect("the tiny pair can be opened");
+        // Another seed makes another pair; that their full models differ is nowhere looked at.
+        let tiny: Vec<TinyPair> =
+            (0..2).map(|number| tiny::pair_named(&client::pair(number), tiny::Kind::Identity, number as u64)).collect();
+        let folders: Vec<PathBuf> = tiny.iter().map(|pair| pair.dir.clone()).collect();
+        let models = Models::open(&folders).expect("tiny pairs can be opened");
+        let pair = |(number, tiny): (usize, &TinyPair)| {
+            let opened = tiny.open();
+            Pair { number, guides: Arc::new(Guides::open(&opened.dir, &opened.manifest)), manifest: opened.manifest }
+        };
+        let pairs = tiny.iter().enumerate().map(pair).collect();
         let folder = tempfile::tempdir().expect("there is a folder for the clients' keys");
         let keys = folder.path().join("keys.json");
         std::fs::write(&keys, client::keys()).expect("they can be written");
-        let pair = Pair { guides: Arc::new(Guides::open(&opened.dir, &opened.manifest)), manifest: opened.manifest };
-        Self { pair, models, keys, _tiny: tiny, _folder: folder }
+        Self { pairs, models, keys, _tiny: tiny, _folder: folder }
     }
 }
 
@@ -62,26 +69,36 @@ impl Shared {
 pub struct Outcome {
     /// The plan.
     pub plan: Plan,
-    /// What was served.
-    pub manifest: PairManifest,
+    /// The pairs that were served.
+    pub manifests: Vec<PairManifest>,
+    /// When the times of the plan began, since the simulation did.
+    pub begun: Duration,
     /// What came of each request.
     pub answers: Vec<Answer>,
     /// What routers asked nodes.
-    pub asked: Vec<Asked>,
+    pub calls: Vec<NodeCall>,
     /// What was still held when all was over.
     pub held: Vec<String>,
 }
 
-/// Runs a seed, and checks what has to hold.
+impl Outcome {
+    /// A number that says all that came of it: two runs of one seed have the same.
+    fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        format!("{:?} {:?}", self.answers, self.calls).hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+/// Runs a seed, and checks what has to hold. Gives a digest of all that came of it.
 ///
 /// # Errors
 /// What does not hold, with the plan.
-pub fn simulate(shared: &Shared, seed: u64) -> Result<(), String> {
+pub fn simulate(shared: &Shared, seed: u64) -> Result<String, String> {
     let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().map_err(|e| e.to_string())?;
     let plan = Plan::of(seed);
     let outcome = runtime.block_on(carry_out(shared, plan));
-    invariants::check(&outcome).map_err(|broken| {
-        let mut told = broken;
+    invariants::check(&outcome).map(|()| format!("{:016x}", outcome.digest())).map_err(|mut told| {
         let Plan { nodes, faults, .. } = &outcome.plan;
         for (number, node) in nodes.iter().enumerate() {
             let _ = write!(told, "\n  node {number}: {node:?}");
@@ -95,30 +112,32 @@ pub fn simulate(shared: &Shared, seed: u64) -> Result<(), String> {
 
 async fn carry_out(shared: &Shared, plan: Plan) -> Outcome {
     let (network, discovery) = (Network::new(plan.seed), Discovery::memory());
-    let router = router(shared, &plan, &network, &discovery);
-    let following = AbortOnDropHandle::new(tokio::spawn(router.clone().follow()));
+    let pairs = &shared.pairs[..plan.pairs];
+    let routers: Vec<Arc<Router>> = (0..plan.routers).map(|number| router(shared, &plan, number, &network, &discovery)).collect();
+    let following: Vec<_> = routers.iter().map(|router| AbortOnDropHandle::new(tokio::spawn(router.clone().follow()))).collect();
     let mut random = StdRng::seed_from_u64(plan.seed ^ 1);
     let mut hosts: Vec<HostSlot> = Vec::new();
     for (number, node) in plan.nodes.iter().enumerate() {
         let mut slot = HostSlot::new(number, node.clone(), network.clone(), discovery.clone(), random.random());
-        slot.start(&shared.pair).await;
+        slot.start(pairs).await;
         hosts.push(slot);
     }
     let listed = discovery.watch().wait_for(|view| view.nodes.len() == plan.nodes.len()).await.is_ok();
     assert!(listed, "all nodes are listed");
     let (begun, mut asking) = (Instant::now(), JoinSet::new());
+    let begun_after = network.tap.now();
     for (number, request) in plan.requests.iter().enumerate() {
-        let (door, request) = (router.grpc(), request.clone());
+        let (door, request) = (routers[request.router].grpc(), request.clone());
         asking.spawn(async move { client::ask(door, number, &request, begun).await });
     }
     let mut answers = Vec::new();
     let mut faults = timeline(&plan);
     while !asking.is_empty() || !faults.is_empty() {
         while let Some((_, fault, begins)) = faults.pop_if(|(at, ..)| begun + *at <= Instant::now()) {
-            happen(&plan.faults[fault].what, begins, plan.faults[fault].lasts, &network, &mut hosts);
+            happen(&plan.faults[fault].what, begins, plan.faults[fault].lasts, &network, &mut hosts, plan.routers);
         }
         for slot in &mut hosts {
-            slot.keep_up(&shared.pair).await;
+            slot.keep_up(pairs).await;
         }
         let next = faults.last().map_or(LOOK, |(at, ..)| (begun + *at).saturating_duration_since(Instant::now()).min(LOOK));
         tokio::select! {
@@ -127,29 +146,31 @@ async fn carry_out(shared: &Shared, plan: Plan) -> Outcome {
         }
     }
     let settled = Instant::now();
-    let mut held = held(&router, &hosts);
+    let mut held = held(&routers, &hosts);
     while !held.is_empty() && settled.elapsed() < SETTLES {
         sleep(LOOK).await;
         for slot in &mut hosts {
-            slot.keep_up(&shared.pair).await;
+            slot.keep_up(pairs).await;
         }
-        held = self::held(&router, &hosts);
+        held = self::held(&routers, &hosts);
     }
-    let asked = network.tap.asked();
-    drop((following, hosts, router));
+    let calls = network.tap.calls();
+    drop((following, hosts, routers));
     sleep(SETTLES).await;
     let tasks = Handle::current().metrics().num_alive_tasks();
     if tasks > 0 {
         held.push(format!("{tasks} tasks run when everything has ended"));
     }
-    Outcome { manifest: shared.pair.manifest.clone(), plan, answers, asked, held }
+    let manifests = pairs.iter().map(|pair| pair.manifest.clone()).collect();
+    Outcome { manifests, begun: begun_after, plan, answers, calls, held }
 }
 
-fn router(shared: &Shared, plan: &Plan, network: &Network, discovery: &Discovery) -> Arc<Router> {
+fn router(shared: &Shared, plan: &Plan, number: usize, network: &Network, discovery: &Discovery) -> Arc<Router> {
     let cli = overfill_router::config::Cli::parse_from(["router", "--pair", "opened"]);
     let config =
         RouterConfig { queue_timeout: plan.queue_timeout, keys: Some(shared.keys.clone()), ..RouterConfig::new(cli.pair, cli.bounds) };
-    Router::new(config, shared.models.clone(), discovery, network.connector(ROUTER), Drain::new()).expect("a router can be made")
+    Router::new(config, shared.models.clone(), discovery, network.connector(&hosts::router(number)), Drain::new())
+        .expect("a router can be made")
 }
 
 /// When each fault begins and ends, the next one last.
@@ -163,23 +184,29 @@ fn timeline(plan: &Plan) -> Vec<(Duration, usize, bool)> {
 }
 
 /// A fault begins, or is over.
-fn happen(fault: &Fault, begins: bool, lasts: Duration, network: &Network, nodes: &mut [HostSlot]) {
-    let host = |number: usize| if number == nodes.len() { ROUTER.to_owned() } else { address(number) };
+fn happen(fault: &Fault, begins: bool, lasts: Duration, network: &Network, nodes: &mut [HostSlot], routers: usize) {
+    let host = |number: usize| number.checked_sub(nodes.len()).map_or_else(|| address(number), hosts::router);
+    let between = |a: usize, b: usize| Hosts::new(&host(a), &host(b));
+    let passes = |a, b| if begins { network.cut(&between(a, b)) } else { network.heal(&between(a, b)) };
     match *fault {
-        Fault::Dies(node) if begins => nodes[node].die(lasts),
+        Fault::Cut(a, b) => passes(a, b),
+        Fault::Vanishes(node) => (0..nodes.len() + routers).filter(|other| *other != node).for_each(|other| passes(node, other)),
+        Fault::Slow(a, b, by) => network.slow(&between(a, b), if begins { by } else { Duration::ZERO }),
+        _ => {}
+    }
+    match *fault {
+        Fault::Dies(node) | Fault::Vanishes(node) if begins => nodes[node].die(lasts),
         Fault::Hangs(node) if begins => nodes[node].hang(),
         Fault::Drains(node) if begins => nodes[node].drain(),
-        Fault::Dies(_) | Fault::Hangs(_) | Fault::Drains(_) => {}
-        Fault::Cut(a, b) if begins => network.cut(&Hosts::new(&host(a), &host(b))),
-        Fault::Cut(a, b) => network.heal(&Hosts::new(&host(a), &host(b))),
-        Fault::Slow(a, b, by) => network.slow(&Hosts::new(&host(a), &host(b)), if begins { by } else { Duration::ZERO }),
         Fault::Mangles(mangling) => network.mangle(if begins { mangling } else { Mangling::default() }),
         Fault::Forgets(node) => nodes[node].forgotten(begins),
+        _ => {}
     }
 }
 
 /// What is held, a phrase each.
-fn held(router: &Router, hosts: &[HostSlot]) -> Vec<String> {
-    let requests = Some(router.under_way()).filter(|n| *n > 0).map(|n| format!("the router has {n} requests under way"));
-    requests.into_iter().chain(hosts.iter().filter_map(HostSlot::held)).collect()
+fn held(routers: &[Arc<Router>], hosts: &[HostSlot]) -> Vec<String> {
+    let requests = routers.iter().map(|router| router.under_way()).enumerate().filter(|(_, requests)| *requests > 0);
+    let requests = requests.map(|(number, requests)| format!("router {number} has {requests} requests under way"));
+    requests.chain(hosts.iter().filter_map(HostSlot::held)).collect()
 }

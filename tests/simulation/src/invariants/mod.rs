@@ -1,6 +1,7 @@
 //! What holds in every simulation, whatever went wrong: a file each.
 
 mod ends_in_time;
+mod in_turn;
 mod no_wrong_error;
 mod nobody_starves;
 mod nothing_held;
@@ -15,10 +16,11 @@ use crate::world::Outcome;
 /// How it is broken.
 type Invariant = fn(&Outcome) -> Result<(), String>;
 
-const ALL: [(&str, Invariant); 6] = [
+const ALL: [(&str, Invariant); 7] = [
     ("ends in time", ends_in_time::check),
     ("same tokens", same_tokens::check),
     ("no wrong error", no_wrong_error::check),
+    ("in turn", in_turn::check),
     ("nobody starves", nobody_starves::check),
     ("retries within budget", retries_within_budget::check),
     ("nothing held", nothing_held::check),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use overfill_proto::v1::Retry;
 
-use crate::tap::Asked;
+use crate::tap::NodeCall;
 use crate::world::Outcome;
 
 /// Attempts in a row of which the decode node tells no token: two that bring nothing, one that brings the full model's, and
@@ -15,18 +15,19 @@ const FRUITLESS: usize = 6;
 const IN_ALL: usize = 8;
 
 pub(super) fn check(outcome: &Outcome) -> Result<(), String> {
-    let mut of_request: BTreeMap<&str, Vec<&Asked>> = BTreeMap::new();
-    for asked in outcome.asked.iter().filter(|asked| !wants_room(asked)) {
-        of_request.entry(&asked.request).or_default().push(asked);
+    let mut of_request: BTreeMap<&[u32], Vec<&NodeCall>> = BTreeMap::new();
+    for call in outcome.calls.iter().filter(|call| !wants_room(call)) {
+        of_request.entry(&call.prompt).or_default().push(call);
     }
-    for (request, asked) in of_request {
+    for (prompt, calls) in of_request {
         // An attempt with two nodes asks the decode node first, and then the prefill node, if that has taken it on.
-        let decode: Vec<&&Asked> = asked.iter().filter(|asked| asked.epoch.is_some()).collect();
-        let attempts = if decode.is_empty() { asked.iter().collect() } else { decode };
-        let longest = attempts.split(|asked| asked.tokens > 0).map(<[_]>::len).max().unwrap_or(0);
+        let decode: Vec<&&NodeCall> = calls.iter().filter(|call| call.epoch.is_some()).collect();
+        let attempts = if decode.is_empty() { calls.iter().collect() } else { decode };
+        let longest = attempts.split(|call| call.tokens > 0).map(<[_]>::len).max().unwrap_or(0);
         if attempts.len() > IN_ALL || longest > FRUITLESS {
+            let request = outcome.plan.requests.iter().position(|request| request.prompt == prompt);
             return Err(format!(
-                "{} attempts were made at request {request}, {longest} in a row without a token: {attempts:#?}",
+                "{} attempts were made at request {request:?}, {longest} in a row without a token: {attempts:#?}",
                 attempts.len()
             ));
         }
@@ -34,6 +35,6 @@ pub(super) fn check(outcome: &Outcome) -> Result<(), String> {
     Ok(())
 }
 
-fn wants_room(asked: &Asked) -> bool {
-    asked.ended.as_ref().is_some_and(|ended| ended.retry() == Retry::Later && !ended.code.is_empty())
+fn wants_room(call: &NodeCall) -> bool {
+    call.ended.as_ref().is_some_and(|ended| ended.retry() == Retry::Later && !ended.code.is_empty())
 }

@@ -11,7 +11,7 @@ pub(super) fn check(outcome: &Outcome) -> Result<(), String> {
         let plan = &outcome.plan.requests[answer.number];
         let stop = StopConditions { max_tokens: plan.max_tokens, stop_token_ids: Vec::new(), ignore_eos: false };
         let sampling = client::sampling(answer.number);
-        let (undisturbed, _) = model::undisturbed(&outcome.manifest, plan.quality, &plan.prompt, &sampling, &stop);
+        let (undisturbed, _) = model::undisturbed((plan.pair, &outcome.manifests[plan.pair]), plan.quality, &plan.prompt, &sampling, &stop);
         let whole = matches!(answer.ended, Ended::Finished(_));
         let same = if whole { answer.tokens == undisturbed } else { undisturbed.starts_with(&answer.tokens) };
         if !same {
