@@ -37,6 +37,8 @@ pub(crate) struct SequenceRequest {
     pub(crate) written: Vec<u32>,
     /// The decode model reads the prompt itself.
     pub(crate) alone: bool,
+    /// Prefixes are shared with those of the same.
+    pub(crate) cache_salt: String,
     pub(crate) sampling: SamplingParams,
     pub(crate) stop: StopConditions,
 }
@@ -142,7 +144,11 @@ impl Admission {
             return Err(ServiceError::new(Code::ResourceExhausted, message).elsewhere());
         }
         // Names are of what the full model has read.
-        let names = if asked.alone { Vec::new() } else { block_hashes(&self.fingerprint, &asked.prompt, self.pool.block_tokens()) };
+        let names = if asked.alone {
+            Vec::new()
+        } else {
+            block_hashes(&self.fingerprint, &asked.cache_salt, &asked.prompt, self.pool.block_tokens())
+        };
         let mut table = self.lock();
         if let Some(held) = table.held.values_mut().find(|h| h.request == asked.request && !h.superseded) {
             if held.expected.epoch >= asked.epoch {
@@ -201,7 +207,8 @@ impl Admission {
     /// # Errors
     /// [`Code::Mismatch`], [`Code::NotFound`], [`Code::Stale`].
     pub(crate) fn claim(&self, fingerprint: &Fingerprint, ticket: &Ticket, epoch: Epoch) -> Result<Expected, ServiceError> {
-        self.check_pair(fingerprint)?;
+        // The router has asked both nodes for this pair: one that comes here with another was changed on its way.
+        self.check_pair(fingerprint).map_err(|error| ServiceError::of_way(error.code, error.message))?;
         let mut table = self.lock();
         let ended = table.ended.contains(ticket);
         let Some(held) = table.held.get_mut(ticket) else {

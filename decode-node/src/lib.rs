@@ -62,19 +62,20 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
         engine_placement.apply_to_caller();
         engine.run(&until);
     })?;
-    let (routes, health) = server::with_health(routes, DESCRIPTORS).await?;
+    let (routes, health) = server::with_health(routes, Some(DESCRIPTORS)).await?;
 
     tracing::info!(address = %listening, node = %id, pair = pair.short(), %model, blocks = blocks.total(), threads = config.node.threads(), "decode node ready");
     let life = Life {
         parts,
         pulse,
         step_timeout: config.node.step_timeout(),
-        server: server::serve(listener, routes, end),
+        server: server::serve_peers(listener, routes, end),
         health,
         discovery,
         info,
         signals,
         held,
+        drain_delay: config.node.drain_delay(),
         drain_timeout: config.node.drain_timeout(),
     };
     Ok(life.run().await?)

@@ -39,7 +39,7 @@ pub(crate) async fn load(config: &DecodeConfig, placement: &Placement) -> Result
         let blocks = node.blocks(cache::bytes_per_token(geometry, formats.cache));
         let mut cache = KvCache::new(geometry, formats.cache, blocks as usize, node.block_tokens as usize, &device)?;
         cache.claim(&pool);
-        let guides = Arc::new(Guides::open(&pair.dir, &pair.manifest));
+        let guides = Guides::open(&pair.dir, &pair.manifest, &node.guides);
         let compute = DecodeModel { model, cache, workspace: Workspace::new(pool) };
         Ok::<_, ModelError>(Loaded { manifest: pair.manifest, compute, blocks, guides })
     });

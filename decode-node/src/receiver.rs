@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use overfill_kv::{Assembler, RowsHeader};
+use overfill_kv::{Assembler, Commit, RowsHeader};
 use overfill_proto::v1::{KvFrame, PushSummary, kv_frame};
 use overfill_proto::{MAX_FRAME_PAYLOAD, convert, error};
 use overfill_types::{Code, Epoch, Fingerprint, ServiceError, Ticket};
@@ -73,10 +73,10 @@ async fn take(
                 commands.rows(ticket, LayerRows { layer: layer as usize, start: start as usize, k: rows.k, v: rows.v }).await?;
             }
             Some(kv_frame::Body::Commit(commit)) => {
-                assembler
-                    .commit(&fingerprint, &ticket, epoch, index, (&commit.digest, &commit.prompt_digest))
-                    .inspect_err(|e| metrics.frame_refused(e))?;
-                commands.start(ticket, commit.first_token).await?;
+                let first_token = commit.first_token;
+                let told = Commit { digest: &commit.digest, prompt_digest: &commit.prompt_digest, first_token };
+                assembler.commit(&fingerprint, &ticket, epoch, index, told).inspect_err(|e| metrics.frame_refused(e))?;
+                commands.start(ticket, first_token).await?;
                 return Ok(summary);
             }
             None => return Err(ServiceError::of_way(Code::InvalidArgument, format!("frame {index} of {ticket} is empty"))),

@@ -51,7 +51,7 @@ impl DecodeService {
     }
 
     async fn reserve(&self, request: DecodeRequest, trace: Trace) -> Result<EventReceiver<DecodeEvent>, ServiceError> {
-        if self.signals.drain.draining() {
+        if self.signals.refuse.draining() {
             return Err(ServiceError::of_node(Code::Unavailable, "this decode node is draining: try another"));
         }
         self.refusals.check(&request.prompt, request.suspicion)?;
@@ -63,6 +63,7 @@ impl DecodeService {
             prompt: request.prompt,
             written: request.written,
             alone: request.alone,
+            cache_salt: request.cache_salt,
             sampling: convert::sampling(request.sampling.as_ref(), 0)?,
             stop: convert::stop(request.stop)?,
         };
@@ -70,11 +71,12 @@ impl DecodeService {
             let message = "log-probabilities of a prompt are the full model's: leave them out where the decode model reads it";
             return Err(ServiceError::new(Code::InvalidArgument, message));
         }
+        let reservation = self.admission.admit(&asked)?;
+        // Only where there is room: compiling takes a core, which a node that is full has not.
         let guide = match &asked.sampling.guide {
-            Some(guide) => Some(self.guides.compile_beside(guide).await?),
+            Some(guide) => Some(self.guides.matcher(guide).await?),
             None => None,
         };
-        let reservation = self.admission.admit(&asked)?;
         let patience = self.admission.reservation_timeout();
         // Room for the reservation, every token and the end.
         let (events, answer) = mpsc::channel(asked.stop.max_tokens + 2);

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, Parser};
 use overfill_cluster::DiscoveryArgs;
-use overfill_lifecycle::flags::parse_seconds;
 use overfill_lifecycle::telemetry::LogArgs;
 use overfill_node::NodeArgs;
+use overfill_types::flags::parse_seconds;
 
 /// Holds the full model of a pair and reads prompts.
 #[derive(Parser, Clone, Debug)]

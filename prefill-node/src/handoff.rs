@@ -135,7 +135,7 @@ impl Sender {
                 let RowsHeader { layer, start, tokens, .. } = header;
                 kv_frame::Body::Rows(KvRows { layer, start, tokens, dtype: convert::wire_format_to_wire(self.wire).into(), k, v, checksum })
             } else if let Some(End { prompt_digest, first_token, computed }) = self.end.take() {
-                let digest = std::mem::take(&mut self.digest).finish();
+                let digest = std::mem::take(&mut self.digest).finish(first_token);
                 // The push may have failed already; it has told the router then.
                 let _ = self.committed.take().map(|c| c.send(Times { begun: self.begun.unwrap_or_else(Instant::now), computed }));
                 kv_frame::Body::Commit(KvCommit {
@@ -175,7 +175,7 @@ impl Drop for Sender {
 
 #[cfg(test)]
 mod tests {
-    use overfill_kv::{Assembler, Expected, FrameError};
+    use overfill_kv::{Assembler, Commit, Expected, FrameError};
 
     use super::*;
 
@@ -212,7 +212,15 @@ mod tests {
             }
             kv_frame::Body::Commit(commit) => {
                 assert_eq!(commit.first_token, 9);
-                assembler.commit(&fingerprint, &ticket, epoch, frame.index, (&commit.digest, &commit.prompt_digest)).map(|()| true)
+                assembler
+                    .commit(
+                        &fingerprint,
+                        &ticket,
+                        epoch,
+                        frame.index,
+                        Commit { digest: &commit.digest, prompt_digest: &commit.prompt_digest, first_token: commit.first_token },
+                    )
+                    .map(|()| true)
             }
         }
     }

@@ -68,7 +68,7 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
         placement.apply_to_caller();
         engine.run(&until);
     })?;
-    let (routes, health) = server::with_health(routes, DESCRIPTORS).await?;
+    let (routes, health) = server::with_health(routes, Some(DESCRIPTORS)).await?;
 
     for pair in &pairs {
         tracing::info!(model = %pair.model, pair = pair.fingerprint.short(), "prefills for");
@@ -78,12 +78,13 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
         parts,
         pulse,
         step_timeout: config.node.step_timeout(),
-        server: server::serve(listener, routes, end),
+        server: server::serve_peers(listener, routes, end),
         health,
         discovery,
         info,
         signals,
         held,
+        drain_delay: config.node.drain_delay(),
         drain_timeout: config.node.drain_timeout(),
     };
     Ok(life.run().await?)

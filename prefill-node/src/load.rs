@@ -42,7 +42,7 @@ pub(crate) async fn load(config: &PrefillConfig, placement: &Placement) -> Resul
         let blocks = node.blocks(cache::bytes_per_token(geometry, format));
         let mut cache = KvCache::new(geometry, format, blocks as usize, node.block_tokens as usize, &device)?;
         cache.claim(&pool);
-        let guides = Arc::new(Guides::open(&first.dir, &first.manifest));
+        let guides = Guides::open(&first.dir, &first.manifest, &node.guides);
         let compute = FullModel { model, cache, workspace: Workspace::new(pool), rows };
         Ok::<_, ModelError>(Loaded { manifests: pairs.into_iter().map(|pair| pair.manifest).collect(), compute, blocks, guides })
     });

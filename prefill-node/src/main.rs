@@ -1,12 +1,22 @@
 //! `prefill-node`: settings, logs, listen, run until drained.
 
+use std::process::ExitCode;
+
 use clap::Parser;
 use overfill_lifecycle::Drain;
 use overfill_prefill_node::config::Cli;
+use tokio::runtime::Runtime;
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
+    if let Some(worker) = overfill_guide::worker::run_if_asked() {
+        return Ok(worker);
+    }
     let cli = Cli::parse();
+    Runtime::new()?.block_on(serve(cli))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn serve(cli: Cli) -> anyhow::Result<()> {
     let telemetry = cli.log.init("prefill-node")?;
     let listeners = cli.config.node.listen(cli.listen).await?;
     let drain = Drain::on_signal()?;

@@ -100,7 +100,7 @@ impl Offers {
     }
 
     /// Names of the blocks that a prompt fills: the same for all pairs.
-    pub(crate) fn names(&self, prompt: &[u32], block_tokens: usize) -> Vec<BlockHash> {
-        block_hashes(&self.full, prompt, block_tokens)
+    pub(crate) fn names(&self, salt: &str, prompt: &[u32], block_tokens: usize) -> Vec<BlockHash> {
+        block_hashes(&self.full, salt, prompt, block_tokens)
     }
 }

@@ -60,7 +60,7 @@ impl PrefillService {
 
     async fn admit(&self, request: PrefillRequest, trace: Trace) -> Result<EventReceiver<PrefillEvent>, ServiceError> {
         let arrived = Instant::now();
-        if self.signals.drain.draining() {
+        if self.signals.refuse.draining() {
             return Err(ServiceError::of_node(Code::Unavailable, "this prefill node is draining: try another"));
         }
         self.refusals.check(&request.prompt, request.suspicion)?;
@@ -98,7 +98,7 @@ impl PrefillService {
             return Err(full());
         }
         let guide = match &sampling.guide {
-            Some(guide) => Some(self.served.guides.compile_beside(guide).await?),
+            Some(guide) => Some(self.served.guides.matcher(guide).await?),
             None => None,
         };
         let (events, answer) = mpsc::channel(if alone { stop.max_tokens + EVENTS } else { EVENTS });
@@ -110,7 +110,7 @@ impl PrefillService {
                 handoff(target, offer.geometry, offer.wire)
             })
             .unzip();
-        let names = self.served.prefix_cache.then(|| offers.names(&request.prompt, pool.block_tokens()));
+        let names = self.served.prefix_cache.then(|| offers.names(&request.cache_salt, &request.prompt, pool.block_tokens()));
         let prompt_logprobs = sampling.prompt_logprobs.map(|n| n as usize);
         let mut sampler = Sampler::new(sampling, &request.prompt).guided(guide);
         request.written.iter().for_each(|token| sampler.observe(*token));

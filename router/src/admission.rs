@@ -20,6 +20,9 @@ const MOST_ANSWERS: usize = 256;
 /// Most log-probabilities of one prompt's tokens: what a message between two of our servers holds, and to spare.
 const MOST_PROMPT_LOGPROBS: usize = 400_000;
 
+/// Longest `cache_salt`, in bytes: it travels with each attempt.
+const LONGEST_SALT: usize = 256;
+
 /// What is to be continued.
 pub(crate) enum Input {
     Text(String),
@@ -46,6 +49,8 @@ pub(crate) struct ClientRequest {
     pub(crate) timeout: Option<Duration>,
     /// Where requests wait: among the client's own, less is earlier.
     pub(crate) priority: i32,
+    /// KV caches are shared with requests of the same; empty where the client does not care.
+    pub(crate) cache_salt: String,
 }
 
 /// A request that may be served.
@@ -64,6 +69,8 @@ pub(crate) struct ValidRequest {
     pub(crate) arrived: Instant,
     pub(crate) trace: Trace,
     pub(crate) priority: i32,
+    /// KV caches are shared with requests of the same.
+    pub(crate) cache_salt: String,
     /// Its client's part where requests wait.
     pub(crate) share: Share,
     /// To be among the requests under way; given back before the client is told of the end, so that a quick one finds it.
@@ -119,16 +126,28 @@ impl Router {
             let message = "log-probabilities of the prompt are the full model's: ask for quality overfill or full, or leave them out";
             return Err(ServiceError::new(Code::InvalidArgument, message));
         }
-        if let Some(guide) = &asked.sampling.guide {
-            // The nodes compile it too; here a malformed one is told of before any node is asked.
-            self.models.guides(&model)?.compile_beside(guide).await?;
-        }
         let deadline = {
             let longest = Duration::from_secs(self.config.request_timeout);
             arrived + asked.timeout.map_or(longest, |t| t.min(longest))
         };
+        if let Some(guide) = &asked.sampling.guide {
+            // The nodes compile it too; here one that cannot be followed is told of before any node is asked.
+            let guides = self.models.guides(&model)?;
+            let checked = async {
+                let _turn = client.turn_to_compile().await;
+                guides.check(guide).await
+            };
+            tokio::time::timeout_at(deadline, checked)
+                .await
+                .map_err(|_| ServiceError::new(Code::DeadlineExceeded, "the request's deadline passed while its guide was compiled"))??;
+        }
         let id = uuid::Uuid::new_v4();
         trace.span().record("request_id", tracing::field::display(&id)).record("model", &model.manifest.name);
+        if asked.cache_salt.len() > LONGEST_SALT {
+            let message = format!("cache_salt has {} bytes: at most {LONGEST_SALT} are taken", asked.cache_salt.len());
+            return Err(ServiceError::new(Code::InvalidArgument, message));
+        }
+        let cache_salt = self.config.prefix_sharing.salt(client, &asked.cache_salt);
         let mut requests = Vec::with_capacity(answers);
         for input in asked.inputs {
             let prompt = Arc::new(self.tokens(&model, input).await?);
@@ -165,6 +184,7 @@ impl Router {
                     arrived,
                     trace: trace.clone(),
                     priority: asked.priority,
+                    cache_salt: cache_salt.clone(),
                     share: client.share,
                     permit: Some(RequestPermit { _router: router, allowance }),
                 });

@@ -1,11 +1,12 @@
 //! Who may ask, and how much: API keys, each client's limits, and its part where requests wait.
 //!
-//! Keys are known by their sha256 alone: they are not kept, and how long a comparison takes tells nothing of them.
+//! Keys are known by their sha256 alone: they are not kept, and how long a comparison takes tells nothing of them. The file may
+//! change while the router runs: a client whose limits stay keeps what it has taken of them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use axum::http::{HeaderMap, header};
@@ -13,7 +14,7 @@ use overfill_schedule::{Bucket, Share};
 use overfill_types::{Code, ServiceError};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 /// The file of keys: JSON.
@@ -49,6 +50,17 @@ struct ClientEntry {
     burst_seconds: f64,
 }
 
+/// What a client may have, as its entry says it.
+#[derive(Clone, Debug, PartialEq)]
+struct Limits {
+    weight: u32,
+    class: i32,
+    max_concurrent: Option<u32>,
+    requests_per_second: Option<f64>,
+    tokens_per_second: Option<f64>,
+    burst_seconds: f64,
+}
+
 fn one() -> u32 {
     1
 }
@@ -60,9 +72,18 @@ fn ten() -> f64 {
 /// All clients.
 #[derive(Debug)]
 pub(crate) struct Clients {
-    /// By the sha256 of their keys; `None` where nobody needs a key.
-    by_key: Option<HashMap<[u8; 32], Arc<Client>>>,
+    /// Of the file of keys; `None` where nobody needs a key.
+    known: Option<RwLock<Known>>,
     anonymous: Arc<Client>,
+}
+
+/// The clients of a file of keys.
+#[derive(Debug, Default)]
+struct Known {
+    /// By the sha256 of their keys.
+    by_key: HashMap<[u8; 32], Arc<Client>>,
+    /// All that there ever were, by name: the queue knows them by number.
+    numbers: HashMap<String, usize>,
 }
 
 /// One client.
@@ -70,9 +91,13 @@ pub(crate) struct Clients {
 pub(crate) struct Client {
     pub(crate) name: String,
     pub(crate) share: Share,
+    /// `None` where it has no key.
+    limits: Option<Limits>,
     permits: Option<(u32, Arc<Semaphore>)>,
     requests: Option<Mutex<Bucket>>,
     tokens: Option<Mutex<Bucket>>,
+    /// Guides of it that are compiled at a time; `None` for those without keys, who are many.
+    compiles: Option<Semaphore>,
     /// Requests that were refused since it is over its limits, ever.
     limited: AtomicU64,
 }
@@ -92,18 +117,24 @@ impl Clients {
     /// [`Code::InvalidArgument`] that says what is wrong with the file.
     pub(crate) fn open(file: Option<&Path>) -> Result<Self, ServiceError> {
         let refuse = |message: String| ServiceError::new(Code::InvalidArgument, message);
-        let by_key = match file {
-            None => None,
-            Some(file) => {
-                let text = std::fs::read_to_string(file).map_err(|e| refuse(format!("the file of keys cannot be read: {e}")))?;
-                let file: KeyFile = serde_json::from_str(&text).map_err(|e| refuse(format!("the file of keys is not understood: {e}")))?;
-                Some(by_key(file).map_err(|why| refuse(format!("the file of keys: {why}")))?)
-            }
-        };
+        let known = file.map(|file| Known::default().changed(file)).transpose().map_err(refuse)?;
         let share = Share { client: 0, weight: 1, class: 0 };
         let name = "anonymous".to_owned();
-        let anonymous = Client { name, share, permits: None, requests: None, tokens: None, limited: AtomicU64::new(0) };
-        Ok(Self { by_key, anonymous: Arc::new(anonymous) })
+        let anonymous =
+            Client { name, share, limits: None, permits: None, requests: None, tokens: None, compiles: None, limited: AtomicU64::new(0) };
+        Ok(Self { known: known.map(RwLock::new), anonymous: Arc::new(anonymous) })
+    }
+
+    /// Takes the file of keys as it is now.
+    ///
+    /// # Errors
+    /// What is wrong with it; then all stays as it was.
+    pub(crate) fn reload(&self, file: &Path) -> Result<(), String> {
+        let Some(known) = &self.known else { return Ok(()) };
+        // It is read without the lock that requests need.
+        let changed = known.read().unwrap_or_else(PoisonError::into_inner).changed(file)?;
+        *known.write().unwrap_or_else(PoisonError::into_inner) = changed;
+        Ok(())
     }
 
     /// Whose key `authorization: Bearer KEY` has.
@@ -111,7 +142,7 @@ impl Clients {
     /// # Errors
     /// [`Code::Unauthenticated`] where it is missing or unknown, and keys are asked for.
     pub(crate) fn of(&self, headers: &HeaderMap) -> Result<Arc<Client>, ServiceError> {
-        let Some(by_key) = &self.by_key else { return Ok(self.anonymous.clone()) };
+        let Some(known) = &self.known else { return Ok(self.anonymous.clone()) };
         let sent = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let key = sent.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
         let Some((_, key)) = key else {
@@ -119,19 +150,60 @@ impl Clients {
             return Err(ServiceError::new(Code::Unauthenticated, message));
         };
         let digest: [u8; 32] = Sha256::digest(key.trim()).into();
-        by_key
+        let known = known.read().unwrap_or_else(PoisonError::into_inner);
+        known
+            .by_key
             .get(&digest)
             .cloned()
             .ok_or_else(|| ServiceError::new(Code::Unauthenticated, "Incorrect API key provided: this router does not know it"))
     }
 }
 
-fn by_key(file: KeyFile) -> Result<HashMap<[u8; 32], Arc<Client>>, String> {
-    let mut by_key = HashMap::new();
-    let now = Instant::now().into_std();
-    for (number, entry) in file.clients.into_iter().enumerate() {
-        let ClientEntry { name, keys, sha256, weight, class, max_concurrent, requests_per_second, tokens_per_second, burst_seconds } =
-            entry;
+impl Known {
+    /// With the file as it is now.
+    fn changed(&self, file: &Path) -> Result<Self, String> {
+        let text = std::fs::read_to_string(file).map_err(|e| format!("the file of keys cannot be read: {e}"))?;
+        let file: KeyFile = serde_json::from_str(&text).map_err(|e| format!("the file of keys is not understood: {e}"))?;
+        let mut changed = Self { by_key: HashMap::new(), numbers: self.numbers.clone() };
+        let old: HashMap<&str, &Arc<Client>> = self.by_key.values().map(|client| (client.name.as_str(), client)).collect();
+        let mut names = HashSet::new();
+        for entry in file.clients {
+            let ClientEntry { name, keys, sha256, weight, class, max_concurrent, requests_per_second, tokens_per_second, burst_seconds } =
+                entry;
+            let limits = Limits { weight, class, max_concurrent, requests_per_second, tokens_per_second, burst_seconds };
+            if !names.insert(name.clone()) {
+                return Err(format!("client {name} stands there twice: give it all of its keys in one place"));
+            }
+            let digests = digests(&name, &keys, &sha256)?;
+            // 0 is who has no key.
+            let next = changed.numbers.len() + 1;
+            let number = *changed.numbers.entry(name.clone()).or_insert(next);
+            let client = match old.get(name.as_str()).filter(|client| client.limits.as_ref() == Some(&limits)) {
+                Some(client) => (*client).clone(),
+                None => Arc::new(Client::new(name, number, limits)?),
+            };
+            for digest in digests {
+                if changed.by_key.insert(digest, client.clone()).is_some() {
+                    return Err(format!("client {}: a key stands there twice", client.name));
+                }
+            }
+        }
+        Ok(changed)
+    }
+}
+
+fn digests(name: &str, keys: &[String], sha256: &[String]) -> Result<Vec<[u8; 32]>, String> {
+    let mut digests: Vec<[u8; 32]> = keys.iter().map(|key| Sha256::digest(key).into()).collect();
+    for digest in sha256 {
+        let bytes = hex::decode(digest).ok().and_then(|bytes| bytes.try_into().ok());
+        digests.push(bytes.ok_or_else(|| format!("client {name}: '{digest}' is no sha256 of 64 hexadecimal digits"))?);
+    }
+    if digests.is_empty() { Err(format!("client {name} has no key")) } else { Ok(digests) }
+}
+
+impl Client {
+    fn new(name: String, number: usize, limits: Limits) -> Result<Self, String> {
+        let Limits { weight, class, max_concurrent, requests_per_second, tokens_per_second, burst_seconds } = limits;
         if weight == 0 || max_concurrent == Some(0) {
             return Err(format!("client {name}: weight and max_concurrent are at least 1"));
         }
@@ -141,32 +213,18 @@ fn by_key(file: KeyFile) -> Result<HashMap<[u8; 32], Arc<Client>>, String> {
         let bucket = |what: &str, rate: Option<f64>| match rate {
             None => Ok(None),
             Some(rate) if rate > 0.0 && rate.is_finite() => {
+                let now = Instant::now().into_std();
                 Ok(Some(Mutex::new(Bucket::new(rate, Duration::from_secs_f64(burst_seconds), now))))
             }
             Some(rate) => Err(format!("client {name}: {what} is {rate}; it is above 0")),
         };
         let (requests, tokens) = (bucket("requests_per_second", requests_per_second)?, bucket("tokens_per_second", tokens_per_second)?);
-        let mut digests: Vec<[u8; 32]> = keys.iter().map(|key| Sha256::digest(key).into()).collect();
-        for digest in &sha256 {
-            let bytes = hex::decode(digest).ok().and_then(|bytes| bytes.try_into().ok());
-            digests.push(bytes.ok_or_else(|| format!("client {name}: '{digest}' is no sha256 of 64 hexadecimal digits"))?);
-        }
-        if digests.is_empty() {
-            return Err(format!("client {name} has no key"));
-        }
         let permits = max_concurrent.map(|most| (most, Arc::new(Semaphore::new(most as usize))));
-        let share = Share { client: number + 1, weight, class };
-        let client = Arc::new(Client { name, share, permits, requests, tokens, limited: AtomicU64::new(0) });
-        for digest in digests {
-            if by_key.insert(digest, client.clone()).is_some() {
-                return Err(format!("client {}: a key stands there twice", client.name));
-            }
-        }
+        let share = Share { client: number, weight, class };
+        let (limits, compiles, limited) = (Some(limits), Some(Semaphore::new(1)), AtomicU64::new(0));
+        Ok(Self { name, share, limits, permits, requests, tokens, compiles, limited })
     }
-    Ok(by_key)
-}
 
-impl Client {
     /// A request for `answers` answers comes: a permit for each.
     ///
     /// # Errors
@@ -185,6 +243,16 @@ impl Client {
         self.take(&self.requests, 1.0, "requests")?;
         let mut permits = permits.into_iter();
         Ok((0..answers).map(|_| Allowance { client: self.clone(), _permit: permits.next(), unwritten: 0 }).collect())
+    }
+
+    /// Whether it is one of the file of keys.
+    pub(crate) fn has_key(&self) -> bool {
+        self.share.client > 0
+    }
+
+    /// Waits until no other guide of this client is compiled, so that those of others are not kept waiting by many of one.
+    pub(crate) async fn turn_to_compile(&self) -> Option<SemaphorePermit<'_>> {
+        self.compiles.as_ref()?.acquire().await.ok()
     }
 
     /// It has `prompt` tokens to read in all, and `answer` to write at most.
@@ -286,6 +354,33 @@ mod tests {
             let error = clients(text).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn a_file_that_changes_is_taken_and_a_wrong_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("keys.json");
+        let write = |entries: &str| std::fs::write(&file, format!(r#"{{"clients": [{entries}]}}"#)).unwrap();
+        write(r#"{"name": "a", "keys": ["x"], "max_concurrent": 1}, {"name": "b", "keys": ["y"]}"#);
+        let clients = Clients::open(Some(&file)).unwrap();
+        let (a, b) = (of(&clients, "Bearer x").unwrap(), of(&clients, "Bearer y").unwrap());
+        let held = a.begin(1).unwrap();
+        write(
+            r#"{"name": "c", "keys": ["z"]}, {"name": "b", "keys": ["y"], "weight": 2}, {"name": "a", "keys": ["x", "new"], "max_concurrent": 1}"#,
+        );
+        clients.reload(&file).unwrap();
+        let again = of(&clients, "Bearer new").unwrap();
+        assert!(Arc::ptr_eq(&a, &again) && again.begin(1).is_err(), "what it has taken counts on");
+        let heavier = of(&clients, "Bearer y").unwrap();
+        assert!(heavier.share.weight == 2 && heavier.share.client == b.share.client, "the queue knows it by the same number");
+        assert_eq!(of(&clients, "Bearer z").unwrap().share.client, 3);
+        write(r#"{"name": "a", "keys": []}"#);
+        assert!(clients.reload(&file).unwrap_err().contains("no key"));
+        assert!(of(&clients, "Bearer x").is_ok(), "all is as it was");
+        write(r#"{"name": "b", "keys": ["y"]}"#);
+        clients.reload(&file).unwrap();
+        assert_eq!(of(&clients, "Bearer x").unwrap_err().code, Code::Unauthenticated, "it was taken away");
+        drop(held);
     }
 
     #[test]

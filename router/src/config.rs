@@ -6,10 +6,14 @@ use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
 use overfill_cluster::DiscoveryArgs;
-use overfill_lifecycle::flags::{parse_bytes, parse_seconds};
+use overfill_guide::GuideArgs;
 use overfill_lifecycle::telemetry::LogArgs;
+use overfill_transport::connections::ConnectionLimits;
 use overfill_types::Quality;
+use overfill_types::flags::{parse_bytes, parse_seconds};
 use tokio::runtime::{Builder, Runtime};
+
+use crate::clients::Client;
 
 /// The front door of a cluster: OpenAI-compatible HTTP and gRPC.
 #[derive(Parser, Clone, Debug)]
@@ -21,13 +25,17 @@ pub struct Cli {
     /// Where it listens for gRPC
     #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:8001")]
     pub grpc: SocketAddr,
+    /// Where it answers those who run the cluster: /metrics, /docs, probes, and gRPC's reflection, which are not at the doors then
+    /// [default: at the doors]
+    #[arg(long, env = "OVERFILL_ADMIN")]
+    pub admin: Option<SocketAddr>,
     /// The pairs that it serves: their folders, separated by commas (pair.json and the tokenizer are read)
     #[arg(long, env = "OVERFILL_PAIR", value_delimiter = ',', required = true)]
     pub pair: Vec<PathBuf>,
     /// Threads that serve requests [default: one for each core]
     #[arg(long, env = "OVERFILL_ROUTER_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
-    /// RequestBounds.
+    /// What bounds requests.
     #[command(flatten)]
     pub bounds: RequestBounds,
     /// Where nodes are found.
@@ -75,6 +83,69 @@ impl Fallback {
     }
 }
 
+/// Whose requests share the KV caches of prompts that begin alike. An answer begins sooner where the cache is there: who shares it
+/// with others can tell by that whether one of them has sent the same beginning.
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PrefixSharing {
+    /// Those of one client of the file of keys
+    #[default]
+    Client,
+    /// All
+    All,
+}
+
+impl PrefixSharing {
+    /// What keeps the caches of a client's request apart, where the request itself says `own`.
+    pub(crate) fn salt(self, client: &Client, own: &str) -> String {
+        match self {
+            Self::Client if client.has_key() => format!("{}\0{own}", client.name),
+            Self::Client | Self::All => own.to_owned(),
+        }
+    }
+}
+
+/// What special tokens mean that stand in messages of a chat. Those of the chat template are always special.
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SpecialInMessages {
+    /// Text like any other
+    #[default]
+    Plain,
+    /// What they mean to the model, as Hugging Face's tokenizers have it: whoever writes a message can write turns of others
+    Special,
+}
+
+/// What bounds the connections of either door. Where a bound is reached, who has waited longest loses: nobody keeps others out by
+/// beginning something and then saying nothing, or saying it slowly.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct ConnectionArgs {
+    /// Most connections to each of the two doors; a further one takes the place of that which has waited longest for a request
+    #[arg(long, env = "OVERFILL_MAX_CONNECTIONS", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_connections: u32,
+    /// Most requests at a time over one connection of HTTP/2
+    #[arg(long, env = "OVERFILL_MAX_STREAMS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_streams: u32,
+    /// Seconds that a new connection may take to send its first request, and any request for the first bytes of its body
+    #[arg(long, env = "OVERFILL_READ_TIMEOUT", default_value_t = 10.0, value_parser = parse_seconds)]
+    pub read_timeout: f64,
+    /// Seconds that a connection is kept for the next request
+    #[arg(long, env = "OVERFILL_IDLE_TIMEOUT", default_value_t = 75.0, value_parser = parse_seconds)]
+    pub idle_timeout: f64,
+    /// Memory of all requests that are being read, over both doors; K, M and G are understood
+    #[arg(long, env = "OVERFILL_READ_MEMORY", default_value = "256M", value_parser = parse_bytes)]
+    pub read_memory: u64,
+}
+
+impl ConnectionArgs {
+    pub(crate) fn limits(&self) -> ConnectionLimits {
+        ConnectionLimits {
+            most: self.max_connections as usize,
+            first: Duration::from_secs_f64(self.read_timeout),
+            idle: Duration::from_secs_f64(self.idle_timeout),
+            streams: self.max_streams,
+        }
+    }
+}
+
 /// What bounds a request, and all of them, and what they may fall back to.
 #[derive(Args, Clone, Debug)]
 pub struct RequestBounds {
@@ -103,7 +174,22 @@ pub struct RequestBounds {
     /// this is off unless asked for; `served_by` tells the client
     #[arg(long, env = "OVERFILL_FALLBACK", value_enum, default_value_t = Fallback::Fail)]
     pub fallback: Fallback,
-    /// Seconds that requests get to finish after SIGTERM
+    /// What guides may cost.
+    #[command(flatten)]
+    pub guides: GuideArgs,
+    /// What special tokens mean that stand in messages of a chat
+    #[arg(long, env = "OVERFILL_SPECIAL_TOKENS_IN_MESSAGES", value_enum, default_value_t = SpecialInMessages::Plain)]
+    pub special_tokens_in_messages: SpecialInMessages,
+    /// Whose requests share the KV caches of prompts that begin alike
+    #[arg(long, env = "OVERFILL_PREFIX_SHARING", value_enum, default_value_t = PrefixSharing::Client)]
+    pub prefix_sharing: PrefixSharing,
+    /// What bounds connections.
+    #[command(flatten)]
+    pub connections: ConnectionArgs,
+    /// Seconds after SIGTERM in which all that comes is still served, while whoever sends it learns that this router leaves
+    #[arg(long, env = "OVERFILL_DRAIN_DELAY", default_value_t = 5.0, value_parser = parse_seconds)]
+    pub drain_delay: f64,
+    /// Seconds that requests get to finish after that
     #[arg(long, env = "OVERFILL_ROUTER_DRAIN_TIMEOUT", default_value_t = 60)]
     pub router_drain_timeout: u64,
 }
@@ -129,6 +215,16 @@ pub struct RouterConfig {
     pub request_timeout: u64,
     /// What answers where nodes are missing.
     pub fallback: Fallback,
+    /// What guides may cost.
+    pub guides: GuideArgs,
+    /// What special tokens mean that stand in messages.
+    pub special_tokens_in_messages: SpecialInMessages,
+    /// Whose requests share KV caches.
+    pub prefix_sharing: PrefixSharing,
+    /// What bounds connections.
+    pub connections: ConnectionArgs,
+    /// How long all that comes is still served at a drain.
+    pub drain_delay: Duration,
     /// Seconds that requests get to finish at a drain.
     pub drain_timeout: u64,
 }
@@ -146,6 +242,11 @@ impl RouterConfig {
             keys: bounds.keys,
             request_timeout: bounds.request_timeout,
             fallback: bounds.fallback,
+            guides: bounds.guides,
+            special_tokens_in_messages: bounds.special_tokens_in_messages,
+            prefix_sharing: bounds.prefix_sharing,
+            connections: bounds.connections,
+            drain_delay: Duration::from_secs_f64(bounds.drain_delay),
             drain_timeout: bounds.router_drain_timeout,
         }
     }

@@ -20,6 +20,7 @@ mod status_streams;
 mod suspicions;
 mod tokenising;
 
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -29,7 +30,7 @@ use overfill_proto::DESCRIPTORS;
 use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceServiceServer;
 use overfill_proto::v1::inference_server::InferenceServer;
 use overfill_text::TextModel;
-use overfill_transport::server::{self, Health};
+use overfill_transport::server::{self, Closing, Health, Settings};
 use overfill_transport::{Connector, Peers};
 use overfill_types::Quality;
 use tokio::net::TcpListener;
@@ -40,15 +41,18 @@ use tonic::service::Routes;
 use crate::clients::Clients;
 pub use crate::config::RouterConfig;
 pub use crate::error::RunError;
+use crate::frontend::bodies::Bodies;
 use crate::frontend::grpc::InferenceService;
 use crate::frontend::kserve::KserveService;
-use crate::metrics::Metrics;
+use crate::metrics::{Held, Metrics};
 pub use crate::models::Models;
 use crate::pairing::Pairing;
 use crate::relay::RetryBudget;
 use crate::suspicions::Suspicions;
 use crate::tokenising::Tokenising;
 
+/// How often it is looked whether the file of keys has changed.
+const KEYS_LOOKED_AT: Duration = Duration::from_secs(1);
 /// How long connections get to close once everything is finished.
 const CLOSING: Duration = Duration::from_secs(4);
 
@@ -70,15 +74,21 @@ pub struct Router {
     permits: Arc<Semaphore>,
     /// One for each that may be parsed or wait for its answer's head.
     heads: Arc<Semaphore>,
+    bodies: Arc<Bodies>,
+    /// It is to be sent no requests any more; those that come are served.
+    leaving: Drain,
+    /// Requests that come are refused.
     drain: Drain,
 }
 
-/// The two sockets of the front door.
+/// The sockets of a router.
 pub struct Listeners {
     /// OpenAI-compatible HTTP.
     pub http: TcpListener,
     /// `overfill.v1.Inference`, and `inference.GRPCInferenceService` (KServe v2).
     pub grpc: TcpListener,
+    /// Metrics, probes, documentation and reflection, for those who run the cluster; without it they are at the doors.
+    pub admin: Option<TcpListener>,
 }
 
 /// Opens the pairs' text side and serves both front ends until `drain` was given and what ran is finished. Needs no nodes to start.
@@ -86,19 +96,35 @@ pub struct Listeners {
 /// # Errors
 /// Where a pair cannot be opened or a transport fails.
 pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
-    let models = Models::open(&config.pair)?;
+    let models = Models::open(&config.pair, &config.guides, config.special_tokens_in_messages)?;
     let router = Router::new(config, models, &discovery, Connector::default(), drain.clone())?;
-    let (routes, health) = server::with_health(Routes::from(router.grpc()), DESCRIPTORS).await?;
+    let descriptors = if listeners.admin.is_some() { None } else { Some(DESCRIPTORS) };
+    let (grpc, health) = server::with_health(Routes::from(router.grpc()), descriptors).await?;
     tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.models.names().collect::<Vec<_>>(), "router ready");
 
     let (mut parts, end) = (Parts::default(), Drain::new());
-    parts.task("gRPC server", server::serve(listeners.grpc, routes, end.clone()));
-    parts.task("HTTP server", serve_http(listeners.http, router.http(), end.clone()));
+    let closing = Closing { leaving: drain.clone(), end: end.clone() };
+    let settings = |grpc| Settings { grpc, limits: router.config.connections.limits(), busy_from_head: false };
+    parts.task("gRPC server", server::serve(listeners.grpc, grpc, settings(true), closing.clone()));
+    let http = if listeners.admin.is_some() { router.http() } else { router.http().merge(frontend::http::admin(router.clone(), false)) };
+    parts.task("HTTP server", server::serve(listeners.http, http, settings(false), closing.clone()));
+    if let Some(listener) = listeners.admin {
+        let admin = frontend::http::admin(router.clone(), true).merge(server::reflection(DESCRIPTORS)?);
+        let settings = Settings { busy_from_head: true, ..settings(false) };
+        parts.task("admin server", server::serve(listener, admin, settings, closing));
+    }
     parts.task("followers of the nodes' status", ended_by(end.clone(), router.clone().follow()));
+    parts.task("file of keys", ended_by(end.clone(), follow_keys(router.clone())));
     parts.task("readiness", ended_by(end.clone(), tell_readiness(router.clone(), health.clone())));
 
-    let served = parts.until(&drain).await;
+    let mut served = parts.until(&drain).await;
     health.set_ready(false).await;
+    if served.is_ok() {
+        // Whoever sends requests here learns only now, and with some delay, that it is not to.
+        let delay = tokio::time::timeout(router.config.drain_delay, parts.ended()).await;
+        served = delay.map_or(Ok(()), Err);
+        router.drain.start();
+    }
     if let Err(ended) = served {
         // What supervises this process starts another; its clients go to one that is whole.
         tracing::error!(error = ended.to_string(), cause = ended.cause(), "this router cannot go on: it ends");
@@ -120,13 +146,21 @@ async fn ended_by(end: Drain, work: impl Future<Output = ()>) -> Result<(), &'st
     }
 }
 
-async fn serve_http(listener: TcpListener, app: axum::Router, end: Drain) -> std::io::Result<()> {
-    let told = end.clone();
-    let serving = axum::serve(listener, app).with_graceful_shutdown(async move { told.signaled().await });
-    tokio::select! {
-        served = serving => served,
-        // Idle keep-alive connections do not close by themselves.
-        () = async { end.signaled().await; tokio::time::sleep(CLOSING / 2).await } => Ok(()),
+/// Takes the file of keys anew when it has changed. Never ends.
+async fn follow_keys(router: Arc<Router>) {
+    let Some(file) = &router.config.keys else { return std::future::pending().await };
+    let state = || std::fs::metadata(file).ok().map(|file| (file.modified().ok(), file.len(), file.ino()));
+    let mut known = state();
+    loop {
+        tokio::time::sleep(KEYS_LOOKED_AT).await;
+        let now = state();
+        if now != known {
+            known = now;
+            match router.clients.reload(file) {
+                Ok(()) => tracing::info!(file = %file.display(), "the file of keys has changed, and is taken as it is now"),
+                Err(why) => tracing::error!(why, "the file of keys has changed and cannot be taken: all keys stay as they were"),
+            }
+        }
     }
 }
 
@@ -137,7 +171,7 @@ async fn tell_readiness(router: Arc<Router>, health: Health) {
         health.set_ready(router.ready().is_ok()).await;
         tokio::select! {
             changed = view.changed() => if changed.is_err() { return },
-            () = router.drain.signaled() => {
+            () = router.leaving.signaled() => {
                 health.set_ready(false).await;
                 std::future::pending().await
             }
@@ -156,7 +190,7 @@ impl Router {
         models: Models,
         discovery: &Discovery,
         connector: Connector,
-        drain: Drain,
+        leaving: Drain,
     ) -> Result<Arc<Self>, RunError> {
         let most = config.max_requests as usize;
         let metrics = Arc::new(Metrics::new(models.names())?);
@@ -168,7 +202,7 @@ impl Router {
         metrics.quarantine(move || known.refused())?;
         let clients = Arc::new(Clients::open(config.keys.as_deref())?);
         let view = discovery.watch();
-        Ok(Arc::new(Self {
+        let router = Arc::new(Self {
             models,
             started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             pairing: Pairing::new(view.clone(), config.max_waiting),
@@ -182,9 +216,24 @@ impl Router {
             permits: Arc::new(Semaphore::new(most)),
             // Those that will be refused are looked at too.
             heads: Arc::new(Semaphore::new(2 * most)),
-            drain,
+            bodies: Arc::new(Bodies::new(&config)),
+            leaving,
+            drain: Drain::new(),
             config,
-        }))
+        });
+        // The metrics are the router's own: they do not keep it.
+        let counted = Arc::downgrade(&router);
+        router.metrics.held(move |what| counted.upgrade().map_or(0, |router| router.held(what)))?;
+        Ok(router)
+    }
+
+    /// How much of this it holds.
+    fn held(&self, what: Held) -> usize {
+        match what {
+            Held::Requests => self.under_way(),
+            Held::Turns => self.pairing.held(),
+            Held::Calls => self.peers.calls_under_way(),
+        }
     }
 
     /// The door for gRPC: ours, and the KServe v2 protocol.
@@ -221,7 +270,7 @@ impl Router {
     /// # Errors
     /// What is missing.
     pub(crate) fn ready(&self) -> Result<(), String> {
-        if self.drain.draining() {
+        if self.leaving.draining() {
             return Err("the router is draining".into());
         }
         let missing: Vec<String> = self.models.iter().map(|m| self.pairing.missing(&m.manifest, Quality::Overfill)).collect();

@@ -13,6 +13,17 @@ use tokio::time::Instant;
 /// Longest prompt and answer that histograms of tokens tell apart: what is longer is in the last bucket.
 const MOST_TOKENS: usize = 1 << 20;
 
+/// What a router holds for requests.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Held {
+    /// Permits to be under way.
+    Requests,
+    /// Turns for nodes that are waited for.
+    Turns,
+    /// Calls to nodes.
+    Calls,
+}
+
 /// The router's counters.
 pub(crate) struct Metrics {
     pub(crate) registry: Registry,
@@ -86,6 +97,19 @@ impl Metrics {
     pub(crate) fn quarantine(&self, count: impl Fn() -> usize + Send + Sync + 'static) -> Result<(), Error> {
         let help = "Prompts that are refused since engines died under them.";
         self.registry.read_gauge("overfill_quarantined_prompts", help, &[], move || count() as f64)
+    }
+
+    /// What the router holds for requests, as `count` finds it at a scrape: nothing where none is under way.
+    ///
+    /// # Errors
+    /// Where it was called before.
+    pub(crate) fn held(&self, count: impl Fn(Held) -> usize + Clone + Send + Sync + 'static) -> Result<(), Error> {
+        for (name, what) in [("requests", Held::Requests), ("turns", Held::Turns), ("calls", Held::Calls)] {
+            let count = count.clone();
+            let help = "What is held for requests: permits of those under way, turns that are waited for, calls to nodes.";
+            self.registry.read_gauge("overfill_router_held", help, &[("what", name)], move || count(what) as f64)?;
+        }
+        Ok(())
     }
 
     /// The counters of a model.

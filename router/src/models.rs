@@ -4,9 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use overfill_guide::Guides;
+use overfill_guide::{GuideArgs, Guides};
 use overfill_text::TextModel;
 use overfill_types::{Code, Fingerprint, ServiceError};
+
+use crate::config::SpecialInMessages;
 
 /// The models of one router. Clones share what was opened.
 #[derive(Clone)]
@@ -20,13 +22,20 @@ impl Models {
     ///
     /// # Errors
     /// Where one cannot be opened, or two have one name ([`Code::InvalidArgument`]).
-    pub fn open(pairs: &[PathBuf]) -> Result<Self, ServiceError> {
-        let texts = pairs.iter().map(|dir| TextModel::open(dir).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
-        let guides = pairs.iter().zip(&texts).map(|(dir, model)| {
+    pub fn open(pairs: &[PathBuf], guides: &GuideArgs, special: SpecialInMessages) -> Result<Self, ServiceError> {
+        let open = |dir: &PathBuf| {
+            let mut text = TextModel::open(dir)?;
+            if special == SpecialInMessages::Special {
+                text.trust_messages();
+            }
+            Ok(Arc::new(text))
+        };
+        let texts = pairs.iter().map(open).collect::<Result<Vec<_>, ServiceError>>()?;
+        let opened = pairs.iter().zip(&texts).map(|(dir, model)| {
             let manifest = &model.manifest;
-            (manifest.fingerprint.clone(), Arc::new(Guides::open(dir, manifest)))
+            (manifest.fingerprint.clone(), Guides::open(dir, manifest, guides))
         });
-        let models = Self { guides: guides.collect(), texts };
+        let models = Self { guides: opened.collect(), texts };
         let mut names = HashSet::new();
         if let Some(twice) = models.names().find(|name| !names.insert(*name)) {
             let message = format!("two of them are named '{twice}', and clients ask for a model by its name: give one of them another");

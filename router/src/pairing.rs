@@ -79,14 +79,19 @@ impl Pairing {
         Self { shared: Arc::new(Mutex::new(shared)), numbers: Arc::default(), seed: rand::random() }
     }
 
+    /// Requests that wait for nodes, answers under way that look for others among them.
+    pub(crate) fn held(&self) -> usize {
+        self.lock().scheduler.held()
+    }
+
     /// A request's own number: its age among all, over all of its attempts.
     pub(crate) fn number(&self) -> QueueNumber {
         QueueNumber(self.numbers.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Names of a prompt's blocks.
-    pub(crate) fn keys(&self, prompt: &[u32]) -> Arc<[u64]> {
-        overfill_schedule::keys(self.seed, prompt).into()
+    /// Names of a prompt's blocks, which are shared with those of the same salt.
+    pub(crate) fn keys(&self, salt: &str, prompt: &[u32]) -> Arc<[u64]> {
+        overfill_schedule::keys(self.seed, salt, prompt).into()
     }
 
     /// Two nodes with room, in the request's turn; `again` where its turn brought nothing: then it is before those that have not

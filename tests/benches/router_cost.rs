@@ -172,7 +172,7 @@ async fn echo(address: &str) {
 
 async fn serve(address: &str, routes: Routes) {
     let listener = TcpListener::bind(address).await.unwrap();
-    transport::serve(listener, routes, Drain::new()).await.unwrap();
+    transport::serve_peers(listener, routes.into_axum_router(), Drain::new()).await.unwrap();
 }
 
 /// As the executable starts one.
@@ -180,7 +180,7 @@ fn router(pair: &str, address: &str, prefill: &str, decode: &str) {
     let cli = overfill_router::config::Cli::parse_from(["router", "--pair", pair]);
     cli.runtime().unwrap().block_on(async {
         let listener = TcpListener::bind(address).await.unwrap();
-        let listeners = overfill_router::Listeners { http: TcpListener::bind("127.0.0.1:0").await.unwrap(), grpc: listener };
+        let listeners = overfill_router::Listeners { http: TcpListener::bind("127.0.0.1:0").await.unwrap(), grpc: listener, admin: None };
         let discovery = Discovery::fixed(vec![prefill.parse().unwrap()], vec![decode.parse().unwrap()]);
         let config = overfill_router::RouterConfig::new(cli.pair, cli.bounds);
         overfill_router::run(config, listeners, discovery, Drain::new()).await.unwrap();

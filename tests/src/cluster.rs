@@ -16,6 +16,7 @@ use tonic::Status;
 use tonic::transport::Channel;
 
 use crate::nodes::status;
+use crate::processes::binary;
 
 /// How the cluster of a test is made.
 pub struct Builder {
@@ -92,8 +93,11 @@ impl Builder {
         let mut metrics = Vec::new();
         let each: Vec<String> = [&self.pair].into_iter().chain(&self.also).map(|p| p.display().to_string()).collect();
         let pairs = each.join(",");
+        // This program is a test, and compiles none.
+        let compiler = binary("router").display().to_string();
         let node = |pair: &str, own: &[String]| {
-            let mut flags: Vec<String> = ["node", "--pair", pair, "--threads", "1"].map(str::to_owned).to_vec();
+            let mut flags: Vec<String> =
+                ["node", "--pair", pair, "--threads", "1", "--guide-compiler", &compiler].map(str::to_owned).to_vec();
             if !own.contains(&"--kv-memory".to_owned()) {
                 flags.extend(["--kv-memory", "32M"].map(str::to_owned));
             }
@@ -111,10 +115,10 @@ impl Builder {
             let run = overfill_decode_node::run(config, sockets(&mut metrics).await, discovery.clone(), Drain::new());
             tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
         }
-        let mut flags: Vec<String> = ["router", "--pair", &pairs].map(str::to_owned).to_vec();
+        let mut flags: Vec<String> = ["router", "--pair", &pairs, "--guide-compiler", &compiler].map(str::to_owned).to_vec();
         flags.extend(self.router_flags);
         let cli = overfill_router::config::Cli::parse_from(flags);
-        let listeners = overfill_router::Listeners { http: listener().await, grpc: listener().await };
+        let listeners = overfill_router::Listeners { http: listener().await, grpc: listener().await, admin: None };
         let url = |l: &TcpListener| format!("http://{}", l.local_addr().unwrap());
         let (http, grpc) = (url(&listeners.http), url(&listeners.grpc));
         metrics.insert(0, format!("{http}/metrics"));
@@ -160,15 +164,23 @@ impl Cluster {
         statuses
     }
 
-    /// Waits until no node holds a sequence or a block, at most `limit`.
+    /// What the router holds for requests, a line of its metrics each.
+    async fn held_by_the_router(&self) -> Vec<String> {
+        let metrics = reqwest::get(format!("{}/metrics", self.http)).await.unwrap().text().await.unwrap();
+        let held: Vec<String> = metrics.lines().filter(|line| line.starts_with("overfill_router_held")).map(str::to_owned).collect();
+        assert_eq!(held.len(), 3, "requests, turns and calls are told: {held:?}");
+        held.into_iter().filter(|line| !line.ends_with(" 0")).collect()
+    }
+
+    /// Waits until no node holds a sequence or a block, and the router neither a request, a turn or a call, at most `limit`.
     pub async fn nothing_is_held(&self, limit: Duration) {
         let until = Instant::now() + limit;
         loop {
-            let statuses = self.statuses().await;
-            if statuses.iter().all(|s| s.sequences == 0 && s.blocks_held == 0) {
+            let (statuses, held) = (self.statuses().await, self.held_by_the_router().await);
+            if statuses.iter().all(|s| s.sequences == 0 && s.blocks_held == 0) && held.is_empty() {
                 return;
             }
-            assert!(Instant::now() < until, "still held after {limit:?}: {statuses:#?}");
+            assert!(Instant::now() < until, "still held after {limit:?}: {held:?} {statuses:#?}");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }

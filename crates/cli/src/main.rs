@@ -7,6 +7,7 @@ mod export;
 mod fetch;
 mod generate;
 mod inspect;
+mod key;
 mod pair;
 mod progress;
 mod prune;
@@ -80,6 +81,8 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Answer one prompt
     Generate(generate::GenerateArgs),
+    /// Make a key for a client
+    Key(key::KeyArgs),
     /// Install the default pair
     Fetch(fetch::FetchArgs),
     /// Tell what a pair is made of
@@ -104,6 +107,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    if let Some(worker) = overfill_guide::worker::run_if_asked() {
+        return worker;
+    }
     let cli = Cli::parse();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -133,6 +139,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(args) => serve::run(args, &cli.home, &log),
         Command::Generate(args) => generate::run(args, &cli.home),
         Command::Fetch(args) => fetch::run(args, &cli.home),
+        Command::Key(args) => key::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Answer(args) => answer::run(args, &cli.home),
         Command::Eval(args) => eval::run(args, &cli.home),

@@ -7,12 +7,12 @@ use clap::Args;
 use overfill_cluster::Discovery;
 use overfill_decode_node::DecodeConfig;
 use overfill_lifecycle::Drain;
-use overfill_lifecycle::flags::parse_bytes;
 use overfill_lifecycle::telemetry::LogArgs;
 use overfill_node::NodeArgs;
 use overfill_prefill_node::PrefillConfig;
 use overfill_router::config::RequestBounds;
 use overfill_router::{Listeners, RouterConfig};
+use overfill_types::flags::parse_bytes;
 use tokio::net::TcpListener;
 
 use crate::{Home, PairArgs};
@@ -72,8 +72,11 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
             kv_memory: args.kv_memory,
             block_tokens: 16,
             max_context: None,
+            // The router, before them, has taken its time.
+            drain_delay: 0.0,
             drain_timeout: args.bounds.router_drain_timeout,
             step_timeout: 30.0,
+            guides: args.bounds.guides.clone(),
             fault: Vec::new(),
         };
         let prefill = PrefillConfig {
@@ -102,7 +105,9 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
         let prefill = overfill_prefill_node::run(prefill, for_prefill, discovery.clone(), nodes.clone());
         let decode = overfill_decode_node::run(decode, for_decode, discovery.clone(), nodes.clone());
         let router = async {
-            let served = overfill_router::run(RouterConfig::new(vec![pair], args.bounds), Listeners { http, grpc }, discovery, drain).await;
+            let served =
+                overfill_router::run(RouterConfig::new(vec![pair], args.bounds), Listeners { http, grpc, admin: None }, discovery, drain)
+                    .await;
             nodes.start();
             served.context("the router failed")
         };

@@ -3,10 +3,20 @@
 //! [`Guides`] knows a pair's tokens as bytes and compiles guides; a [`Matcher`] follows one answer and says which tokens may
 //! come next. It depends on the guide and the tokens alone, so an answer that is resumed elsewhere goes on as it would have.
 //!
-//! **Invariant:** compiling a guide and finding the tokens that may follow are bounded, in work and in memory.
+//! Guides are what clients send, and the compiler is not made for hostile ones: some of a few kilobytes overflow the stack or
+//! take gigabytes. So each is compiled first in a process of its own (`apart`, which runs `worker`), whose time and memory are
+//! bounded and whose end is a refusal. What passed that is compiled here (`compiler`), where it takes no more, and is kept.
+//!
+//! **Invariant:** no guide ends a process that serves; compiling it and finding the tokens that may follow are bounded, in work
+//! and in memory.
 
+mod apart;
+mod args;
+mod compiler;
+mod guides;
 mod matcher;
-mod vocabulary;
+pub mod worker;
 
+pub use args::GuideArgs;
+pub use guides::Guides;
 pub use matcher::Matcher;
-pub use vocabulary::Guides;

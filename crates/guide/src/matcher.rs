@@ -26,6 +26,15 @@ impl Matcher {
         Self { way: Way::Forced { ids, written: 0 }, failure: None }
     }
 
+    /// One of the same guide, of which nothing is written.
+    pub(crate) fn begin_again(&self) -> Self {
+        let way = match &self.way {
+            Way::Form { matcher, vocabulary } => Way::Form { matcher: Box::new(matcher.deep_clone()), vocabulary: vocabulary.clone() },
+            Way::Forced { ids, .. } => Way::Forced { ids: ids.clone(), written: 0 },
+        };
+        Self { way, failure: None }
+    }
+
     /// Whether `token` may come next. Much cheaper than [`Matcher::mask`].
     pub fn allows(&mut self, token: u32) -> bool {
         let allowed = match &mut self.way {
@@ -105,5 +114,31 @@ fn keep(mask: &SimpleVob, logits: &mut [f32]) {
             u32::MAX => {}
             word => logits.iter_mut().enumerate().filter(|(bit, _)| word >> bit & 1 == 0).for_each(|(_, l)| *l = f32::NEG_INFINITY),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn given_tokens_come_first_and_then_anything() {
+        let mut matcher = Matcher::forcing(vec![7, 256, 260]);
+        for forced in [7, 256, 260] {
+            let mut logits = [0.0; 261];
+            matcher.mask(&mut logits);
+            for id in 0..261 {
+                assert!(matcher.allows(id) == (id == forced) && logits[id as usize].is_finite() == (id == forced));
+            }
+            matcher.observe(forced);
+        }
+        let mut logits = [0.0; 261];
+        matcher.mask(&mut logits);
+        assert!((0..261).all(|id| matcher.allows(id)) && logits == [0.0; 261]);
+        matcher.observe(3);
+        assert_eq!(matcher.failure(), None);
+        let mut broken = Matcher::forcing(vec![7, 8]);
+        broken.observe(9);
+        assert!(broken.failure().unwrap().message.contains("token 9"));
     }
 }

@@ -147,6 +147,17 @@ impl From<FrameError> for ServiceError {
     }
 }
 
+/// What the last frame of a handoff says.
+#[derive(Clone, Copy, Debug)]
+pub struct Commit<'a> {
+    /// Over all frames and the first token: [`HandoffDigest`].
+    pub digest: &'a [u8],
+    /// Of the prompt.
+    pub prompt_digest: &'a [u8],
+    /// The answer's first.
+    pub first_token: u32,
+}
+
 /// Checks one handoff, frame by frame.
 pub struct Assembler {
     expected: Expected,
@@ -202,7 +213,7 @@ impl Assembler {
         ticket: &Ticket,
         epoch: Epoch,
         index: u32,
-        digests: (&[u8], &[u8]),
+        commit: Commit<'_>,
     ) -> Result<(), FrameError> {
         let checked = self.place(fingerprint, ticket, epoch, index);
         self.over = true;
@@ -213,11 +224,10 @@ impl Assembler {
         if have != want {
             return Err(FrameError::Incomplete { ticket, have, want });
         }
-        let (all, prompt) = digests;
-        if self.digest.clone().finish() != all {
+        if self.digest.clone().finish(commit.first_token) != commit.digest {
             return Err(FrameError::Digest { ticket });
         }
-        if self.expected.prompt_digest != prompt {
+        if self.expected.prompt_digest != commit.prompt_digest {
             return Err(FrameError::OtherPrompt { ticket });
         }
         Ok(())
@@ -323,7 +333,13 @@ mod tests {
         for f in frames {
             assembler.rows(&f.header, &f.k, &f.v, f.checksum)?;
         }
-        assembler.commit(&fingerprint, &ticket, epoch, frames.len() as u32, (&digest.finish(), &prompt_digest))
+        assembler.commit(
+            &fingerprint,
+            &ticket,
+            epoch,
+            frames.len() as u32,
+            Commit { digest: &digest.finish(7), prompt_digest: &prompt_digest, first_token: 7 },
+        )
     }
 
     #[test]
@@ -349,8 +365,8 @@ mod tests {
         }
         let Expected { fingerprint, ticket, epoch, prompt_digest, .. } = expected();
         let commit = |mut assembler: Assembler| {
-            let digest = HandoffDigest::default().finish();
-            assembler.commit(&fingerprint, &ticket, epoch, 0, (&digest, &prompt_digest))
+            let digest = HandoffDigest::default().finish(7);
+            assembler.commit(&fingerprint, &ticket, epoch, 0, Commit { digest: &digest, prompt_digest: &prompt_digest, first_token: 7 })
         };
         assert!(matches!(commit(held()), Err(FrameError::Incomplete { have: 6, want: 10, .. })));
         assert_eq!(commit(Assembler::new(Expected { held_tokens: 5, ..expected() })), Ok(()));
@@ -382,8 +398,25 @@ mod tests {
             digest.update(&f.header, f.checksum);
         }
         let Expected { fingerprint, ticket, epoch, prompt_digest, .. } = expected();
-        let result = assembler.commit(&fingerprint, &ticket, epoch, 4, (&digest.finish(), &prompt_digest));
+        let result = assembler.commit(
+            &fingerprint,
+            &ticket,
+            epoch,
+            4,
+            Commit { digest: &digest.finish(7), prompt_digest: &prompt_digest, first_token: 7 },
+        );
         assert!(matches!(result, Err(FrameError::OtherPrompt { .. })));
+        let mut assembler = Assembler::new(expected());
+        let mut digest = HandoffDigest::default();
+        for f in handoff() {
+            assembler.rows(&f.header, &f.k, &f.v, f.checksum).unwrap();
+            digest.update(&f.header, f.checksum);
+        }
+        let changed = Commit { digest: &digest.finish(7), prompt_digest: &expected().prompt_digest, first_token: 6 };
+        assert!(
+            matches!(assembler.commit(&fingerprint, &ticket, epoch, 4, changed), Err(FrameError::Digest { .. })),
+            "another first token"
+        );
     }
 
     proptest! {

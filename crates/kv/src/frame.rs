@@ -43,7 +43,7 @@ impl RowsHeader {
     }
 }
 
-/// sha256 over every frame's place and checksum, in order: what the commit carries.
+/// sha256 over every frame's place and checksum, in order, and the first token: what the commit carries.
 #[derive(Clone, Default)]
 pub struct HandoffDigest(Sha256);
 
@@ -56,8 +56,9 @@ impl HandoffDigest {
         self.0.update(checksum.to_le_bytes());
     }
 
-    /// The digest of all frames so far.
-    pub fn finish(self) -> [u8; 32] {
+    /// The digest of all frames so far, and of the answer's first token.
+    pub fn finish(mut self, first_token: u32) -> [u8; 32] {
+        self.0.update(first_token.to_le_bytes());
         self.0.finalize().into()
     }
 }

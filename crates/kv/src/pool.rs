@@ -246,7 +246,7 @@ mod tests {
     use crate::prefix::block_hashes;
 
     fn names(tokens: impl Iterator<Item = u32>) -> Vec<BlockHash> {
-        block_hashes(&Fingerprint::new("0".repeat(64)), &tokens.collect::<Vec<_>>(), 16)
+        block_hashes(&Fingerprint::new("0".repeat(64)), "", &tokens.collect::<Vec<_>>(), 16)
     }
 
     #[test]

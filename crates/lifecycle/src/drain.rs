@@ -14,7 +14,7 @@ impl Drain {
         Self::default()
     }
 
-    /// One that SIGTERM or Ctrl-C gives. Must be called inside a tokio runtime.
+    /// One that SIGTERM or Ctrl-C gives; a second of them ends the process at once. Must be called inside a tokio runtime.
     ///
     /// # Errors
     /// Where the signal handlers cannot be installed.
@@ -26,11 +26,18 @@ impl Drain {
         let given = drain.clone();
         // Ends with the process: it owns nothing.
         tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => tracing::info!(signal = "SIGTERM", "draining"),
-                _ = interrupt.recv() => tracing::info!(signal = "SIGINT", "draining"),
-            }
+            let mut next = async || {
+                tokio::select! {
+                    _ = terminate.recv() => "SIGTERM",
+                    _ = interrupt.recv() => "SIGINT",
+                }
+            };
+            let first = next().await;
+            tracing::info!(signal = first, "draining");
             given.start();
+            let second = next().await;
+            tracing::warn!(signal = second, "told twice to end: what still runs is broken off");
+            std::process::exit(1);
         });
         Ok(drain)
     }

@@ -1,7 +1,6 @@
 //! How a process starts, is observed, drains and stops.
 
 pub mod drain;
-pub mod flags;
 pub mod metrics;
 pub mod parts;
 pub mod telemetry;

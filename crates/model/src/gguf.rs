@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Seek};
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
@@ -12,6 +12,7 @@ use overfill_types::KvGeometry;
 
 use crate::config::{LlamaConfig, Rope, RopeScaling};
 use crate::error::ModelError;
+use crate::gguf_header;
 use crate::weight::Weight;
 
 /// An opened GGUF file.
@@ -31,11 +32,14 @@ impl GgufFile {
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let format = |what: String| ModelError::Format { path: path.to_owned(), what };
         let mut reader = BufReader::new(open(path)?);
+        let read = |source| ModelError::Read { path: path.to_owned(), source };
+        let length = reader.get_ref().metadata().map_err(read)?.len();
+        gguf_header::check(&mut reader, length).map_err(|e| format(format!("no whole GGUF file: {e}")))?;
+        reader.rewind().map_err(read)?;
         let content = Content::read(&mut reader).map_err(|e| format(format!("no whole GGUF file: {e}")))?;
-        let length = reader.get_ref().metadata().map_err(|source| ModelError::Read { path: path.to_owned(), source })?.len();
         for (name, info) in &content.tensor_infos {
-            let bytes = info.shape.elem_count() / info.ggml_dtype.block_size() * info.ggml_dtype.type_size();
-            if content.tensor_data_offset + info.offset + bytes as u64 > length {
+            let bytes = (info.shape.elem_count() / info.ggml_dtype.block_size()).saturating_mul(info.ggml_dtype.type_size());
+            if content.tensor_data_offset.saturating_add(info.offset).saturating_add(bytes as u64) > length {
                 return Err(format(format!("the file ends before tensor {name} does: it is not whole")));
             }
         }

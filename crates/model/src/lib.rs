@@ -9,6 +9,7 @@ mod cpu;
 pub mod device;
 pub mod error;
 pub mod gguf;
+mod gguf_header;
 pub mod gguf_write;
 mod gpu;
 pub mod hugging_face;

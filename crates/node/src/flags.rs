@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::Args;
-use overfill_lifecycle::flags::{parse_bytes, parse_seconds};
+use overfill_guide::GuideArgs;
 use overfill_types::PeerAddress;
+use overfill_types::flags::{parse_bytes, parse_seconds};
 use tokio::net::TcpListener;
 
 use crate::advertise::{self, AdvertiseError};
@@ -39,13 +40,19 @@ pub struct NodeArgs {
     /// Longest sequence, prompt and answer together, in tokens [default: the pair's, at most 8192]
     #[arg(long, env = "OVERFILL_MAX_CONTEXT")]
     pub max_context: Option<usize>,
-    /// Seconds that running sequences get to finish after SIGTERM
+    /// Seconds after SIGTERM in which sequences are still taken, while routers learn that this node leaves
+    #[arg(long, env = "OVERFILL_DRAIN_DELAY", default_value_t = 5.0, value_parser = parse_seconds)]
+    pub drain_delay: f64,
+    /// Seconds that running sequences get to finish after that
     #[arg(long, env = "OVERFILL_DRAIN_TIMEOUT", default_value_t = 60)]
     pub drain_timeout: u64,
     /// Seconds without a step of the engine, while there is work, after which the node gives itself up: its sequences go on
     /// elsewhere, and it exits
     #[arg(long, env = "OVERFILL_STEP_TIMEOUT", default_value_t = 30.0, value_parser = parse_step_timeout)]
     pub step_timeout: f64,
+    /// What guides may cost.
+    #[command(flatten)]
+    pub guides: GuideArgs,
     /// Faults that tests ask for: see [`Fault`].
     #[arg(long, hide = true)]
     pub fault: Vec<Fault>,
@@ -99,6 +106,11 @@ impl NodeArgs {
     /// How long the engine may take for a step.
     pub fn step_timeout(&self) -> Duration {
         Duration::from_secs_f64(self.step_timeout)
+    }
+
+    /// How long sequences are still taken at a drain.
+    pub fn drain_delay(&self) -> Duration {
+        Duration::from_secs_f64(self.drain_delay)
     }
 
     /// How long running sequences get at a drain.

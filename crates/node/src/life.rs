@@ -42,7 +42,9 @@ pub struct Life<S, H> {
     pub signals: Signals,
     /// How many sequences it holds.
     pub held: H,
-    /// How long they get to finish at a drain.
+    /// How long what comes is still taken at a drain: routers may have sent it before they knew.
+    pub drain_delay: Duration,
+    /// How long its sequences get to finish after that.
     pub drain_timeout: Duration,
 }
 
@@ -57,7 +59,7 @@ where
     /// # Errors
     /// Where a part of it ended before, or its engine hangs.
     pub async fn run(self) -> Result<(), PartEnded> {
-        let Self { mut parts, pulse, step_timeout, server, health, discovery, info, signals, held, drain_timeout } = self;
+        let Self { mut parts, pulse, step_timeout, server, health, discovery, info, signals, held, drain_delay, drain_timeout } = self;
         parts.task("watchdog of the engine", pulse.clone().watch(step_timeout, signals.end.clone()));
         tokio::select! {
             () = pulse.begun() => {}
@@ -82,13 +84,18 @@ where
             Ok(()) => {
                 withdraw(registration.take()).await;
                 let finished = async {
-                    while held() > 0 {
-                        sleep(LOOK).await;
-                    }
+                    sleep(drain_delay).await;
+                    signals.refuse.start();
+                    timeout(drain_timeout, async {
+                        while held() > 0 {
+                            sleep(LOOK).await;
+                        }
+                    })
+                    .await
                 };
                 // What it has still to do needs all of its parts.
                 tokio::select! {
-                    finished = timeout(drain_timeout, finished) => {
+                    finished = finished => {
                         if finished.is_err() {
                             tracing::warn!(sequences = held(), "drain limit reached: the rest is broken off");
                         }

@@ -16,7 +16,7 @@ const CHATS: u32 = 1000;
 
 fn choice(c: &mut Criterion) {
     let pair = Fingerprint::new("pair");
-    let chats: Vec<Vec<u64>> = (0..CHATS).map(|chat| keys(1, &(0..1024).map(|i| i + chat * 10_000).collect::<Vec<u32>>())).collect();
+    let chats: Vec<Vec<u64>> = (0..CHATS).map(|chat| keys(1, "", &(0..1024).map(|i| i + chat * 10_000).collect::<Vec<u32>>())).collect();
     let mut group = c.benchmark_group("choice");
     for nodes in [10, 100, 1000, 10_000] {
         let now = Instant::now();

@@ -257,7 +257,7 @@ mod tests {
     }
 
     fn choose(cluster: &mut Cluster, tokens: &[u32], shunned: &[NodeId], now: Instant) -> Choice {
-        let (pair, keys) = (pair(), keys(0, tokens));
+        let (pair, keys) = (pair(), keys(0, "", tokens));
         let (prompt_tokens, answer_tokens) = (tokens.len(), 16);
         let ask = Ask {
             pair: &pair,
@@ -397,7 +397,7 @@ mod tests {
     #[test]
     fn a_model_that_writes_alone_gets_one_node() {
         let (mut cluster, now) = cluster(1, 2);
-        let (pair, keys) = (pair(), keys(0, &prompt(0, 40)));
+        let (pair, keys) = (pair(), keys(0, "", &prompt(0, 40)));
         for (quality, names) in [(Quality::Full, "p0"), (Quality::Decode, "d0 d1")] {
             for _ in 0..10 {
                 let ask = Ask {
@@ -436,7 +436,7 @@ mod tests {
         let first = chosen(&mut cluster, &prompt(0, 400), &[], now);
         let holds = first.prefill.id.clone();
         cluster.release(first.taken);
-        let (other, keys) = (&pairs[1].fingerprint, keys(0, &prompt(0, 400)));
+        let (other, keys) = (&pairs[1].fingerprint, keys(0, "", &prompt(0, 400)));
         let matches = cluster.prefill[other].prefixes.matches(&keys);
         let holders: Vec<&str> = matches.nodes().map(|n| cluster.nodes[&n].endpoint.id.as_str()).collect();
         assert_eq!(holders, [holds.as_str()]);
@@ -525,7 +525,7 @@ mod tests {
         cluster.release(first.taken);
         cluster.update(&[node("p0", Role::Prefill), node("p1", Role::Prefill), node("d0", Role::Decode)], now);
         assert!(cluster.idle());
-        let matches = cluster.prefill[&pair()].prefixes.matches(&keys(0, &prompt(0, 400)));
+        let matches = cluster.prefill[&pair()].prefixes.matches(&keys(0, "", &prompt(0, 400)));
         assert_eq!(matches.nodes().count(), 0, "{reader} has read nothing");
     }
 

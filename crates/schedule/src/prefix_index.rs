@@ -18,9 +18,10 @@ const NAMED: usize = 8;
 /// Most nodes of which it is told how much of a prompt they hold.
 const TOLD: usize = 16;
 
-/// The names of all blocks that `tokens` fill. `seed` is the router's own, so that who sends prompts cannot make names collide.
-pub fn keys(seed: u64, tokens: &[u32]) -> Vec<u64> {
-    let mut before = seed;
+/// The names of all blocks that `tokens` fill, which no other `salt` shares. `seed` is the router's own, so that who sends prompts
+/// cannot make names collide.
+pub fn keys(seed: u64, salt: &str, tokens: &[u32]) -> Vec<u64> {
+    let mut before = xxh3_64_with_seed(salt.as_bytes(), seed);
     let mut bytes = [0; BLOCK * 4];
     tokens
         .chunks_exact(BLOCK)
@@ -142,12 +143,13 @@ mod tests {
     #[test]
     fn names_are_of_all_that_came_before() {
         let tokens: Vec<u32> = (0..50).collect();
-        let names = keys(7, &tokens);
+        let names = keys(7, "", &tokens);
         assert_eq!(names.len(), 3);
-        assert_eq!(keys(7, &tokens[..47]), names[..2]);
-        assert_ne!(keys(8, &tokens)[0], names[0]);
+        assert_eq!(keys(7, "", &tokens[..47]), names[..2]);
+        assert_ne!(keys(8, "", &tokens)[0], names[0]);
+        assert_ne!(keys(7, "a", &tokens)[0], names[0]);
         let changed: Vec<u32> = tokens.iter().map(|t| if *t == 3 { 99 } else { *t }).collect();
-        assert!(keys(7, &changed).iter().zip(&names).all(|(a, b)| a != b));
+        assert!(keys(7, "", &changed).iter().zip(&names).all(|(a, b)| a != b));
     }
 
     #[test]

@@ -169,6 +169,11 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Requests that wait, and answers under way that look for nodes.
+    pub fn held(&self) -> usize {
+        self.waiting.len() + self.resuming.len()
+    }
+
     /// A request that comes for the first time, or `again` since its turn brought nothing: the nodes that it got had no room
     /// after all, or the attempt failed. Then it has paid, and is first in its class. `number` is its own, over all attempts.
     pub fn submit(&mut self, order: Order, number: QueueNumber, again: bool, now: Instant) -> Submitted {

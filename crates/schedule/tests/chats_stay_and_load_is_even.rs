@@ -73,7 +73,7 @@ fn simulate(seed: u64, chats: usize, turns: (usize, usize), system: u32) -> Outc
             cluster.read(&mut taken);
             cluster.release(taken);
         }
-        let names = keys(0, &chat.tokens);
+        let names = keys(0, "", &chat.tokens);
         let prompt_tokens = chat.tokens.len();
         let (pair, quality, shunned) = (&pair, Quality::Overfill, &[][..]);
         let ask = Ask { pair, quality, decodes: true, keys: &names, prompt_tokens, answer_tokens: 100, shunned, with_room: true };

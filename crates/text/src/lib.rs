@@ -4,6 +4,7 @@
 
 pub mod detokenize;
 pub mod gguf;
+mod plain;
 pub mod stop;
 pub mod template;
 pub mod tokenizer;

@@ -1,5 +1,8 @@
 //! Chat templates, rendered as Hugging Face's `apply_chat_template` does.
 
+use std::fmt::Write;
+use std::io;
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
@@ -7,6 +10,11 @@ use overfill_types::{Code, ServiceError};
 use serde::{Deserialize, Serialize};
 
 const NAME: &str = "chat";
+/// Steps of the template engine for one chat: some tenths of a second. A chat of a thousand messages takes some ten thousands.
+const FUEL: u64 = 10_000_000;
+/// Bytes that a template may write of an empty chat, and of each byte of one: what is said may be said twice, and escaped.
+const LEAST_TEXT: usize = 1 << 20;
+const GROWS: usize = 8;
 
 /// One message of a chat.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +37,12 @@ pub struct Chat {
 }
 
 impl Chat {
+    /// These messages and nothing else.
+    pub fn of(messages: &[Message]) -> Self {
+        let message = |m: &Message| serde_json::json!({ "role": m.role, "content": m.content });
+        Self { messages: messages.iter().map(message).collect(), ..Self::default() }
+    }
+
     /// Bytes of all its text.
     pub fn bytes(&self) -> usize {
         self.messages.iter().chain(&self.tools).chain(self.variables.values()).map(bytes).sum()
@@ -66,7 +80,15 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment.add_function("strftime_now", |format: &str| chrono::Local::now().format(format).to_string());
+        environment.add_function("strftime_now", |format: &str| {
+            let mut now = String::new();
+            // A format that is none is an error of its display, which `to_string` would panic at.
+            match write!(now, "{}", chrono::Local::now().format(format)) {
+                Ok(()) => Ok(now),
+                Err(_) => Err(Error::new(ErrorKind::InvalidOperation, format!("'{format}' is no format of a time"))),
+            }
+        });
+        environment.set_fuel(Some(FUEL));
         environment.add_filter("tojson", to_json);
         environment
             .add_template_owned(NAME, without_generation_blocks(source))
@@ -79,8 +101,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`Code::InvalidArgument`] where the template refuses the messages (its own words are given) or fails.
     pub fn render(&self, messages: &[Message]) -> Result<String, ServiceError> {
-        let message = |m: &Message| serde_json::json!({ "role": m.role, "content": m.content });
-        self.render_chat(&Chat { messages: messages.iter().map(message).collect(), ..Chat::default() })
+        self.render_chat(&Chat::of(messages))
     }
 
     /// As [`ChatTemplate::render`], with tools and whatever else the messages hold.
@@ -99,15 +120,40 @@ impl ChatTemplate {
         variables.insert("documents".into(), ().into());
         variables.extend(chat.variables.clone());
         let template = self.environment.get_template(NAME).map_err(refuse)?;
+        let mut text = Bounded { text: Vec::new(), most: LEAST_TEXT + GROWS * chat.bytes() };
         template
-            .render(context! {
+            .render_captured_to(
+                context! {
                 messages => Serde(&chat.messages),
                 tools => tools,
                 bos_token => self.bos_token.as_str(),
                 eos_token => self.eos_token.as_str(),
                 ..Value::from(Serde(&variables)),
-            })
-            .map_err(refuse)
+                },
+                &mut text,
+            )
+            .map_err(refuse)?;
+        String::from_utf8(text.text).map_err(|e| ServiceError::new(Code::Internal, format!("the chat template wrote no text: {e}")))
+    }
+}
+
+/// Text that is no longer than it may be.
+struct Bounded {
+    text: Vec<u8>,
+    most: usize,
+}
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.text.len() + bytes.len() > self.most {
+            return Err(io::Error::other(format!("it writes more than {} bytes", self.most)));
+        }
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -223,6 +269,15 @@ mod tests {
         assert_eq!(json(""), r#"[{"role": "user", "content": "é <x>"}]"#);
         assert_eq!(json("separators=(',', ':')"), r#"[{"role":"user","content":"é <x>"}]"#);
         assert_eq!(json("indent=2"), "[\n  {\n    \"role\": \"user\",\n    \"content\": \"é <x>\"\n  }\n]");
+    }
+
+    #[test]
+    fn work_and_output_are_bounded() {
+        let endless = "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}";
+        assert_eq!(render(endless, &[]).unwrap_err().code, Code::InvalidArgument);
+        let long = "{% for a in range(10000) %}{{ messages[0].content }}{% endfor %}";
+        assert_eq!(render(long, &[say("user", &"x".repeat(1000))]).unwrap_err().code, Code::InvalidArgument);
+        assert!(render("{{ strftime_now('%Q') }}", &[]).is_err(), "no format of a time");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::detokenize::Detokenizer;
+use crate::plain::SpecialTokens;
 use crate::template::{Chat, ChatTemplate, Message};
 
 /// The tokenizer in a pair's folder.
@@ -40,6 +41,9 @@ pub struct ModelText {
     template: Option<ChatTemplate>,
     /// The token that ends a turn, as `tokenizer_config.json` names it.
     eos: Option<u32>,
+    special: SpecialTokens,
+    /// Special tokens in messages are special, as Hugging Face has it.
+    special_in_messages: bool,
 }
 
 /// What we read of `tokenizer_config.json`.
@@ -108,6 +112,12 @@ impl TextModel {
     }
 }
 
+impl std::ops::DerefMut for TextModel {
+    fn deref_mut(&mut self) -> &mut ModelText {
+        &mut self.text
+    }
+}
+
 impl ModelText {
     /// From the content of `tokenizer.json` and `tokenizer_config.json`; messages call the model `name`.
     ///
@@ -126,7 +136,8 @@ impl ModelText {
         let eos_token = text(config.eos_token);
         let eos = tokenizer.token_to_id(&eos_token);
         let template = source.map(|source| ChatTemplate::new(source, text(config.bos_token), eos_token)).transpose()?;
-        Ok(Self { name: name.to_owned(), tokenizer: Arc::new(tokenizer), template, eos })
+        let special = SpecialTokens::of(&tokenizer)?;
+        Ok(Self { name: name.to_owned(), tokenizer: Arc::new(tokenizer), template, eos, special, special_in_messages: false })
     }
 
     /// The token that ends a turn, if `tokenizer_config.json` names one.
@@ -151,13 +162,13 @@ impl ModelText {
         self.tokens(text, false)
     }
 
-    /// Token ids of a chat, rendered with the template, up to where the assistant's answer begins.
+    /// Token ids of a chat, rendered with the template, up to where the assistant's answer begins. Special tokens are those that the
+    /// template writes; in messages they are plain text.
     ///
     /// # Errors
     /// [`Code::InvalidArgument`] where there is no template, or it refuses the messages.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>, ServiceError> {
-        // The template writes the special tokens itself.
-        self.tokens(&self.template()?.render(messages)?, false)
+        self.encode_whole_chat(&Chat::of(messages))
     }
 
     /// As [`ModelText::encode_chat`], with tools and whatever else the messages hold.
@@ -166,12 +177,24 @@ impl ModelText {
     /// As [`ModelText::encode_chat`], and where tools are there and the template knows of none.
     pub fn encode_whole_chat(&self, chat: &Chat) -> Result<Vec<u32>, ServiceError> {
         let template = self.template()?;
+        let marked = if self.special_in_messages { None } else { self.special.marked(chat)? };
+        let chat = marked.as_ref().map_or(chat, |(marked, _)| marked);
         let text = template.render_chat(chat)?;
         if !chat.tools.is_empty() && text == template.render_chat(&Chat { tools: Vec::new(), ..chat.clone() })? {
             let message = format!("tools: the chat template of model {} has no place for tools; leave them out", self.name);
             return Err(ServiceError::new(Code::InvalidArgument, message));
         }
-        self.tokens(&text, false)
+        match &marked {
+            // The template writes the special tokens itself.
+            None => self.tokens(&text, false),
+            Some((_, mark)) => self.special.encode(&text, *mark, &self.tokenizer),
+        }
+    }
+
+    /// From now on special tokens in messages are special, as Hugging Face has it: whoever writes a message can write turns of
+    /// others.
+    pub fn trust_messages(&mut self) {
+        self.special_in_messages = true;
     }
 
     fn template(&self) -> Result<&ChatTemplate, ServiceError> {

@@ -8,10 +8,10 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::http::{HeaderMap, Request, Response};
 use tokio::time::Instant;
 use tonic::Status;
-use tonic::body::Body;
 use tower::{Layer, Service};
 
 /// How long the client of a call waits at most, if its headers say so.

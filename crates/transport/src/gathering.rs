@@ -9,7 +9,6 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tonic::transport::server::Connected;
 
 /// Bytes that are gathered at most; longer writes go out as they come, uncopied.
 const GATHERED: usize = 16 << 10;
@@ -84,14 +83,6 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Gathering<T> {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.write_gathered(cx))?;
         Pin::new(&mut self.inner).poll_shutdown(cx)
-    }
-}
-
-impl<T: Connected> Connected for Gathering<T> {
-    type ConnectInfo = T::ConnectInfo;
-
-    fn connect_info(&self) -> Self::ConnectInfo {
-        self.inner.connect_info()
     }
 }
 

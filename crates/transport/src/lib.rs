@@ -1,6 +1,6 @@
 //! How our processes talk: connections and servers of gRPC as we set them up, and what goes over them.
 //!
-//! `server` is what every server has, `connection` a connection to a peer, `peers` those that a router keeps. A router asks a
+//! `server` is what every server has, over `connections` that are bounded, `connection` a connection to a peer, `peers` those that a router keeps. A router asks a
 //! node by `calls` on one stream and hears its `status` on another; a prefill node `push`es KV caches to decode nodes.
 //! `gathering` makes one system call of many small writes, `deadline` keeps what a client's `grpc-timeout` says, and a node's
 //! `fault` ends all its calls with why.
@@ -10,6 +10,7 @@
 
 pub mod calls;
 pub mod connection;
+pub mod connections;
 pub mod deadline;
 pub mod fault;
 mod gathering;

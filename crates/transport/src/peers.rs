@@ -48,6 +48,12 @@ impl Peers {
         })
     }
 
+    /// Calls to all nodes that have not ended.
+    pub fn calls_under_way(&self) -> usize {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        peers.values().filter_map(|peer| peer.calls.as_ref()).map(Calls::under_way).sum()
+    }
+
     fn with<T>(&self, address: &str, act: impl FnOnce(&mut Peer) -> T) -> Result<T, ServiceError> {
         // A map of handles is whole whatever panicked beside it.
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,18 +1,27 @@
-//! What every gRPC server of ours has: windows, health, reflection, deadlines, and an end.
+//! What every server of ours has: bounded connections, windows, health, reflection, deadlines, and an end.
 
+use std::convert::Infallible;
+use std::io;
+use std::pin::pin;
 use std::time::Duration;
 
+use axum::Router as Routes;
+use axum::body::Body;
+use axum::http::{HeaderValue, Request, Version, header};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
 use overfill_lifecycle::Drain;
-use tokio::net::TcpListener;
-use tokio_stream::StreamExt;
-use tonic::service::Routes;
-use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::HealthReporter;
+use tower::ServiceExt;
 
 use crate::connection::{CONNECTION_WINDOW, PROBE, STREAM_WINDOW};
+use crate::connections::{ConnectionLimits, Connections, Entry};
 use crate::deadline::DeadlineLayer;
 use crate::gathering::Gathering;
 
@@ -20,6 +29,10 @@ use crate::gathering::Gathering;
 pub const HTTP2_FRAME: u32 = 1 << 20;
 /// The health service's name for "this process lives", for liveness probes: serving until the process ends.
 pub const LIVE: &str = "live";
+/// Largest head of a request, in bytes.
+const HEAD: usize = 64 << 10;
+/// How long it is waited after a connection could not be accepted.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 /// How long connections get to close once everything is finished.
 const CLOSING_LIMIT: Duration = Duration::from_secs(2);
 
@@ -45,39 +58,168 @@ impl Health {
     }
 }
 
-/// Adds health (not ready yet) and reflection of `descriptors` to `routes`.
+/// Adds health (not ready yet), the clients' deadlines and, where descriptors are given, their reflection to `routes`.
 ///
 /// # Errors
 /// Where the descriptors are malformed.
-pub async fn with_health(routes: Routes, descriptors: &'static [u8]) -> Result<(Routes, Health), tonic_reflection::server::Error> {
+pub async fn with_health(
+    routes: tonic::service::Routes,
+    descriptors: Option<&'static [u8]>,
+) -> Result<(Routes, Health), tonic_reflection::server::Error> {
     let (health, service) = Health::new().await;
-    let reflection = || {
+    let routes = routes.add_service(service).into_axum_router();
+    let routes = match descriptors {
+        Some(descriptors) => routes.merge(reflection(descriptors)?),
+        None => routes,
+    };
+    Ok((routes.layer(DeadlineLayer), health))
+}
+
+/// Tells what gRPC services there are: those of `descriptors`, and health.
+///
+/// # Errors
+/// Where they are malformed.
+pub fn reflection(descriptors: &'static [u8]) -> Result<Routes, tonic_reflection::server::Error> {
+    let builder = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(descriptors)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     // Both versions: Python's and older clients ask for the first.
-    let routes = routes.add_service(service).add_service(reflection().build_v1alpha()?).add_service(reflection().build_v1()?);
-    Ok((routes, health))
+    let services = tonic::service::Routes::new(builder().build_v1alpha()?).add_service(builder().build_v1()?);
+    // Without what answers for services that are not there: others may lie beside it.
+    Ok(services.into_axum_router().reset_fallback())
 }
 
-/// Serves until `end` is given and running calls are over, or a little longer at most.
+/// What a listener is for, and what bounds its connections.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// gRPC alone (HTTP/2), or HTTP of either version.
+    pub grpc: bool,
+    /// What bounds connections.
+    pub limits: ConnectionLimits,
+    /// Requests keep their connection busy from their head on. Else whoever serves them says from when on ([`Connection::busy`]).
+    pub busy_from_head: bool,
+}
+
+/// What ends a server.
+#[derive(Clone, Debug)]
+pub struct Closing {
+    /// Clients are asked to go elsewhere with their next request: connections of gRPC are told so (GOAWAY), answers of HTTP/1.1
+    /// say so (`connection: close`). All that comes is served nevertheless, on new connections too.
+    pub leaving: Drain,
+    /// Nothing new is served; what runs may finish, for a moment.
+    pub end: Drain,
+}
+
+/// Serves gRPC to peers of our own, until the end is given and running calls are over, or a little longer at most. Peers are few,
+/// and trusted to send what they begin: what bounds them is that no process may run out of descriptors.
 ///
 /// # Errors
-/// Where the transport fails.
-pub async fn serve(listener: TcpListener, routes: Routes, end: Drain) -> Result<(), tonic::transport::Error> {
-    let connections = TcpIncoming::from(listener).with_nodelay(Some(true)).map(|connection| connection.map(Gathering::new));
-    let server = Server::builder()
+/// As [`serve`].
+pub async fn serve_peers(listener: TcpListener, app: Routes, end: Drain) -> io::Result<()> {
+    let limits = ConnectionLimits { most: 4096, first: Duration::from_secs(30), idle: Duration::from_secs(3600), streams: 4096 };
+    let settings = Settings { grpc: true, limits, busy_from_head: true };
+    serve(listener, app, settings, Closing { leaving: end.clone(), end }).await
+}
+
+/// Serves `app` until the end is given and running requests are over, or a little longer at most.
+///
+/// # Errors
+/// Where the listener fails.
+pub async fn serve(listener: TcpListener, app: Routes, settings: Settings, closing: Closing) -> io::Result<()> {
+    let (connections, builder) = (Connections::new(settings.limits), builder(settings));
+    let mut running = JoinSet::new();
+    for number in 0_u64.. {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            // Those that have ended are forgotten.
+            Some(_) = running.join_next() => continue,
+            () = closing.end.signaled() => break,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let Some(entry) = connections.enter(number) else { continue };
+                // Where it cannot be set, messages are later by some milliseconds.
+                let _ = stream.set_nodelay(true);
+                running.spawn(serve_connection(stream, app.clone(), (builder.clone(), settings), entry, closing.clone()));
+            }
+            // The client has gone before it was accepted, or there are no descriptors for a moment.
+            Err(error) => {
+                tracing::debug!(%error, "a connection was not accepted");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+            }
+        }
+    }
+    drop(listener);
+    let finished = async { while running.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(CLOSING_LIMIT, finished).await;
+    Ok(())
+}
+
+fn builder(settings: Settings) -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    if settings.grpc {
+        builder = builder.http2_only();
+    }
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(settings.limits.idle).max_buf_size(HEAD);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_frame_size(Some(HTTP2_FRAME))
-        .http2_keepalive_interval(Some(PROBE))
-        .http2_keepalive_timeout(Some(PROBE))
-        .layer(DeadlineLayer)
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(connections, end.signaled());
+        .max_frame_size(HTTP2_FRAME)
+        .max_concurrent_streams(settings.limits.streams)
+        .max_header_list_size(HEAD as u32)
+        .keep_alive_interval(PROBE)
+        .keep_alive_timeout(PROBE);
+    builder
+}
+
+async fn serve_connection(
+    stream: TcpStream,
+    app: Routes,
+    (builder, settings): (Builder<TokioExecutor>, Settings),
+    entry: Entry,
+    closing: Closing,
+) {
+    let (of_requests, leaving) = (entry.connection(), closing.leaving.clone());
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (app, leaving, mut request) = (app.clone(), leaving.clone(), request.map(Body::new));
+        let busy = settings.busy_from_head.then(|| of_requests.busy());
+        let closes = !settings.grpc && request.version() <= Version::HTTP_11;
+        request.extensions_mut().insert(of_requests.clone());
+        async move {
+            let answer = app.oneshot(request).await?;
+            let mut answer = match busy {
+                Some(busy) => busy.through(answer),
+                None => answer,
+            };
+            if closes && leaving.draining() {
+                answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(answer)
+        }
+    });
+    let mut serving = pin!(builder.serve_connection(TokioIo::new(Gathering::new(stream)), service));
+    // A connection of HTTP/1.1 that has no request would be closed at once, while its client may just send one; and who connects
+    // while the server leaves does not know it yet, and is served.
+    let knows_by_goaway = settings.grpc && !closing.leaving.draining();
+    let asked_to_leave = async {
+        let signal = if knows_by_goaway { &closing.leaving } else { &closing.end };
+        signal.signaled().await;
+    };
     tokio::select! {
-        served = server => served,
-        () = async { end.signaled().await; tokio::time::sleep(CLOSING_LIMIT).await } => Ok(()),
+        // How connections of others end is their affair.
+        _ = serving.as_mut() => return,
+        () = entry.displaced() => return,
+        () = entry.waited_too_long() => {}
+        () = asked_to_leave => {}
+    }
+    serving.as_mut().graceful_shutdown();
+    tokio::select! {
+        _ = serving.as_mut() => {}
+        () = entry.displaced() => {}
+        () = async { closing.end.signaled().await; tokio::time::sleep(CLOSING_LIMIT).await } => {}
     }
 }

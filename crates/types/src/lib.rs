@@ -1,10 +1,11 @@
 //! The project's words as Rust types.
 //!
-//! Every file is one entry of `docs/GLOSSARY.md`.
+//! Every file is one entry of `docs/GLOSSARY.md`, but for `flags`: how sizes and times are written.
 //! Nothing here does I/O, spawns a task or knows a transport, so every other crate may depend on it.
 
 pub mod address;
 pub mod error;
+pub mod flags;
 pub mod id;
 pub mod kv;
 pub mod node;

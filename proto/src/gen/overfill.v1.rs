@@ -211,6 +211,9 @@ pub struct DecodeRequest {
     /// wanting, the sequence whose request came last gives up its own.
     #[prost(uint64, tag = "9")]
     pub age_us: u64,
+    /// Whose prefix cache it is: nothing is shared with requests of another salt.
+    #[prost(string, tag = "11")]
+    pub cache_salt: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeEvent {
@@ -301,7 +304,7 @@ pub struct KvRows {
 /// All rows were sent. The decode node starts to write once everything is checked.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct KvCommit {
-    /// sha256 over all frames' places and checksums: overfill_kv::frame
+    /// sha256 over all frames' places and checksums, and the first token: overfill_kv::frame
     #[prost(bytes = "bytes", tag = "1")]
     pub digest: ::prost::bytes::Bytes,
     /// sha256 of the prompt's token ids, 4 bytes little endian each
@@ -678,6 +681,9 @@ pub struct PrefillRequest {
     /// With `alone`: tokens of the answer that it wrote before, here or elsewhere. It reads them and goes on after the last.
     #[prost(uint32, repeated, tag = "8")]
     pub written: ::prost::alloc::vec::Vec<u32>,
+    /// as DecodeRequest.cache_salt
+    #[prost(string, tag = "11")]
+    pub cache_salt: ::prost::alloc::string::String,
 }
 /// Where the KV cache goes.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1523,6 +1529,10 @@ pub struct GenerateRequest {
     /// Where requests wait: among those of the same key a lower number goes first. Default 0.
     #[prost(int32, tag = "15")]
     pub priority: i32,
+    /// KV caches are shared with requests of the same salt only, beside what the router's own settings keep apart: how fast an answer
+    /// begins tells nobody else what this prompt begins with.
+    #[prost(string, tag = "16")]
+    pub cache_salt: ::prost::alloc::string::String,
     #[prost(oneof = "generate_request::Input", tags = "2, 3, 4")]
     pub input: ::core::option::Option<generate_request::Input>,
 }

@@ -109,6 +109,7 @@ fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<ClientRe
         ignore_eos: request.ignore_eos,
         timeout,
         priority: request.priority,
+        cache_salt: request.cache_salt,
     })
 }
 

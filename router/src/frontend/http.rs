@@ -15,9 +15,8 @@ use crate::Router;
 use crate::frontend::openai::{self, ChatRequest, CompletionRequest, Failed};
 use crate::frontend::{docs, stack};
 
-/// All routes.
+/// What clients ask.
 pub(crate) fn app(router: Arc<Router>) -> Routes {
-    let limit = DefaultBodyLimit::max(router.config.max_body);
     let asked = Routes::new()
         .route("/v1/chat/completions", post(openai::complete::<ChatRequest>))
         .route("/v1/completions", post(openai::complete::<CompletionRequest>))
@@ -25,16 +24,10 @@ pub(crate) fn app(router: Arc<Router>) -> Routes {
         .route("/v1/models/{*name}", get(model))
         .route("/tokenize", post(openai::tokenize))
         .route("/detokenize", post(openai::detokenize))
-        .layer(limit);
-    // Probes and the page of documentation are answered whatever happens, and to everyone.
+        // They were read, and are no larger than they may be.
+        .layer(DefaultBodyLimit::disable());
     stack(&router, asked)
-        .route("/docs", get(docs::page))
-        .route("/openapi.json", get(docs::document))
-        .route("/metrics", get(async |State(router): State<Arc<Router>>| router.metrics.registry.respond()))
-        .route("/live", get(|| async { "live\n" }))
-        .route("/ready", get(ready))
-        // vLLM's name, which load testers ask before they begin.
-        .route("/health", get(ready))
+        .merge(probes())
         .fallback(|| async {
             Failed::from(ServiceError::new(
                 Code::NotFound,
@@ -45,6 +38,25 @@ pub(crate) fn app(router: Arc<Router>) -> Routes {
             let error = ServiceError::new(Code::InvalidArgument, "this path is not asked with this method: see /docs");
             Failed { status: StatusCode::METHOD_NOT_ALLOWED, error }
         })
+        .with_state(router)
+}
+
+/// What probes ask; they are answered whatever happens, and to everyone.
+fn probes() -> Routes<Arc<Router>> {
+    Routes::new()
+        .route("/live", get(|| async { "live\n" }))
+        .route("/ready", get(ready))
+        // vLLM's name, which load testers ask before they begin.
+        .route("/health", get(ready))
+}
+
+/// What those ask who run the cluster, beside the clients or, with probes, at a listener of their own.
+pub(crate) fn admin(router: Arc<Router>, own_listener: bool) -> Routes {
+    let routes = if own_listener { probes() } else { Routes::new() };
+    routes
+        .route("/docs", get(docs::page))
+        .route("/openapi.json", get(docs::document))
+        .route("/metrics", get(async |State(router): State<Arc<Router>>| router.metrics.registry.respond()))
         .with_state(router)
 }
 

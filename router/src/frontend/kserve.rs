@@ -41,7 +41,8 @@ const RESPONSES: usize = 16;
 /// The only version of every model.
 const VERSION: &str = "1";
 /// Sampling parameters that are texts; a number or a truth value in quotes is taken for one elsewhere.
-const TEXTS: [&str; 5] = ["stop", "guided_json", "guided_regex", "guided_grammar", "guided_choice"];
+const TEXTS: [&str; 7] =
+    ["stop", "cache_salt", "guided_json", "guided_regex", "guided_grammar", "guided_choice", "guided_whitespace_pattern"];
 
 pub(crate) struct KserveService {
     router: Arc<Router>,

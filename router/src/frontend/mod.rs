@@ -1,5 +1,6 @@
 //! The doors: gRPC (ours, and the KServe v2 protocol) and OpenAI-compatible HTTP. All lead to the same relay.
 
+pub(crate) mod bodies;
 mod docs;
 pub(crate) mod grpc;
 pub(crate) mod http;

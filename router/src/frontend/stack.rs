@@ -18,6 +18,7 @@ use tower_http::validate_request::ValidateRequestHeaderLayer;
 use tracing::Span;
 
 use crate::Router;
+use crate::frontend::bodies;
 use crate::frontend::openai::Failed;
 
 /// How much longer than a request's own deadline its answer's head may take: that one tells more of what happened.
@@ -25,8 +26,9 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// `routes` behind the stack. From the outside in:
 /// keys are kept out of logs; a span for each request; what is refused further in becomes an answer of the door's protocol;
+/// whose key it is; the whole request is read, so that what comes slowly holds nothing that others need;
 /// beyond the limit on requests that are parsed or wait for their answer's head, over both doors, they are shed, not queued;
-/// a timeout; whose key it is.
+/// a timeout.
 pub(crate) fn stack<S: Clone + Send + Sync + 'static>(router: &Arc<Router>, routes: Routes<S>) -> Routes<S> {
     let clients = router.clients.clone();
     #[expect(clippy::result_large_err, reason = "the layer asks for a whole response")]
@@ -35,16 +37,17 @@ pub(crate) fn stack<S: Clone + Send + Sync + 'static>(router: &Arc<Router>, rout
             request.extensions_mut().insert(client);
             Ok(())
         }
-        Err(error) => Err(answer(request.headers(), error)),
+        Err(error) => Err(answer(request.headers(), error.into())),
     };
     let stack = ServiceBuilder::new()
         .layer(SetSensitiveRequestHeadersLayer::new([header::AUTHORIZATION]))
         .layer(TraceLayer::new_for_http().make_span_with(span))
+        .layer(ValidateRequestHeaderLayer::custom(whose))
+        .layer(axum::middleware::from_fn_with_state(router.bodies.clone(), bodies::read_whole))
         .layer(HandleErrorLayer::new(refused))
         .load_shed()
         .layer(GlobalConcurrencyLimitLayer::with_semaphore(router.heads.clone()))
-        .timeout(Duration::from_secs(router.config.request_timeout) + GRACE)
-        .layer(ValidateRequestHeaderLayer::custom(whose));
+        .timeout(Duration::from_secs(router.config.request_timeout) + GRACE);
     routes.layer(stack)
 }
 
@@ -66,10 +69,10 @@ async fn refused(headers: HeaderMap, error: BoxError) -> Response<Body> {
     } else {
         ServiceError::new(Code::Internal, "the request failed in the router")
     };
-    answer(&headers, error)
+    answer(&headers, error.into())
 }
 
 /// An error in the protocol that was asked in.
-fn answer(headers: &HeaderMap, error: ServiceError) -> Response<Body> {
-    if is_grpc(headers) { error::to_status(&error).into_http() } else { Failed::from(error).into_response() }
+pub(super) fn answer(headers: &HeaderMap, failed: Failed) -> Response<Body> {
+    if is_grpc(headers) { error::to_status(&failed.error).into_http() } else { failed.into_response() }
 }

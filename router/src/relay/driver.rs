@@ -175,12 +175,12 @@ impl Driver {
     }
 
     fn order(&self) -> Order {
-        let ValidRequest { model, prompt, quality, stop, share, priority, .. } = &self.request;
+        let ValidRequest { model, prompt, quality, stop, share, priority, cache_salt, .. } = &self.request;
         Order {
             pair: model.manifest.fingerprint.clone(),
             quality: *quality,
             decodes: *quality == Quality::Decode || stop.max_tokens > 1,
-            keys: self.router.pairing.keys(prompt),
+            keys: self.router.pairing.keys(cache_salt, prompt),
             prompt_tokens: prompt.len(),
             answer_tokens: stop.max_tokens,
             share: *share,
@@ -289,6 +289,7 @@ impl Driver {
             written: self.flow.written().to_vec(),
             alone: self.request.quality == Quality::Decode,
             suspicion: self.router.suspicions.of(&self.request.prompt),
+            cache_salt: self.request.cache_salt.clone(),
             age_us: u64::try_from(self.request.arrived.elapsed().as_micros()).unwrap_or(u64::MAX),
         };
         let asked = Instant::now();
@@ -318,6 +319,7 @@ impl Driver {
             alone,
             written: if alone { self.flow.written().to_vec() } else { Vec::new() },
             suspicion: self.router.suspicions.of(&self.request.prompt),
+            cache_salt: self.request.cache_salt.clone(),
         };
         self.call(PREFILL, node, call::What::Prefill(request)).await
     }

@@ -126,6 +126,7 @@ impl Node {
             info: Some(info),
             signals,
             held: held.clone(),
+            drain_delay: args.drain_delay(),
             drain_timeout: args.drain_timeout(),
         };
         let life = AbortOnDropHandle::new(tokio::spawn(life.run()));
@@ -216,6 +217,7 @@ mod tests {
     use std::sync::LazyLock;
 
     use clap::Parser;
+    use overfill_guide::GuideArgs;
     use overfill_proto::convert;
     use overfill_proto::v1::node_client::NodeClient;
     use overfill_proto::v1::{Call, DecodeRequest, PrefillRequest, Reply, call, decode_event, prefill_event, said};
@@ -232,7 +234,7 @@ mod tests {
 
     static PAIR: LazyLock<Pair> = LazyLock::new(|| {
         let pair = tiny::pair(tiny::Kind::Identity, 1).open();
-        Pair { number: 0, guides: Arc::new(Guides::open(&pair.dir, &pair.manifest)), manifest: pair.manifest }
+        Pair { number: 0, guides: Guides::open(&pair.dir, &pair.manifest, &GuideArgs::default()), manifest: pair.manifest }
     });
     const MINUTE: Duration = Duration::from_secs(60);
 

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use clap::Parser;
 use overfill_cluster::Discovery;
-use overfill_guide::Guides;
+use overfill_guide::{GuideArgs, Guides};
 use overfill_lifecycle::Drain;
+use overfill_router::config::SpecialInMessages;
 use overfill_router::{Models, Router, RouterConfig};
 use overfill_tests::tiny::{self, TinyPair};
 use overfill_types::PairManifest;
@@ -52,10 +53,11 @@ impl Shared {
         let tiny: Vec<TinyPair> =
             (0..2).map(|number| tiny::pair_named(&client::pair(number), tiny::Kind::Identity, number as u64)).collect();
         let folders: Vec<PathBuf> = tiny.iter().map(|pair| pair.dir.clone()).collect();
-        let models = Models::open(&folders).expect("tiny pairs can be opened");
+        let guides = GuideArgs::default();
+        let models = Models::open(&folders, &guides, SpecialInMessages::Plain).expect("tiny pairs can be opened");
         let pair = |(number, tiny): (usize, &TinyPair)| {
             let opened = tiny.open();
-            Pair { number, guides: Arc::new(Guides::open(&opened.dir, &opened.manifest)), manifest: opened.manifest }
+            Pair { number, guides: Guides::open(&opened.dir, &opened.manifest, &guides), manifest: opened.manifest }
         };
         let pairs = tiny.iter().enumerate().map(pair).collect();
         let folder = tempfile::tempdir().expect("there is a folder for the clients' keys");

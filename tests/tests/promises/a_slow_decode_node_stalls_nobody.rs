@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use overfill_kv::{Assembler, Expected, RowsHeader};
+use overfill_kv::{Assembler, Commit, Expected, RowsHeader};
 use overfill_proto::v1::decode_server::{Decode, DecodeServer};
 use overfill_proto::v1::node_server::NodeServer;
 use overfill_proto::v1::{
@@ -154,7 +154,15 @@ fn assembled(frames: &[KvFrame], prompt: &[u32], held_tokens: usize, first: u32)
             }
             kv_frame::Body::Commit(commit) => {
                 assert_eq!(commit.first_token, first);
-                assembler.commit(&fingerprint, &ticket, epoch, frame.index, (&commit.digest, &commit.prompt_digest)).unwrap();
+                assembler
+                    .commit(
+                        &fingerprint,
+                        &ticket,
+                        epoch,
+                        frame.index,
+                        Commit { digest: &commit.digest, prompt_digest: &commit.prompt_digest, first_token: commit.first_token },
+                    )
+                    .unwrap();
             }
         }
     }

@@ -176,7 +176,7 @@ fn frames(reserved: &Reserved, epoch: u64) -> Vec<KvFrame> {
         })
         .collect();
     let commit =
-        KvCommit { digest: digest.finish().to_vec().into(), prompt_digest: prompt_digest(&PROMPT).to_vec().into(), first_token: 7 };
+        KvCommit { digest: digest.finish(7).to_vec().into(), prompt_digest: prompt_digest(&PROMPT).to_vec().into(), first_token: 7 };
     frames.push(frame(reserved, epoch, layers as u32, kv_frame::Body::Commit(commit)));
     frames
 }

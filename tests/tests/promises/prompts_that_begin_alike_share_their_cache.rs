@@ -207,3 +207,35 @@ async fn what_is_still_read_or_was_broken_off_is_shared_as_far_as_it_came() {
     assert!(found > 0);
     cluster.nothing_is_held(Duration::from_secs(1)).await;
 }
+
+/// Tokens that were found of a prompt of 100, which a client asks with a salt.
+async fn found(cluster: &Cluster, key: &str, salt: &str) -> usize {
+    let mut asked = request(&tiny::prompt(100, 77), &SamplingParams::greedy(), NEW as u32);
+    (asked.ignore_eos, asked.cache_salt) = (true, salt.into());
+    let mut asked = tonic::Request::new(asked);
+    asked.metadata_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
+    let before = lookups(cluster).await.1;
+    let mut events = cluster.client().await.generate(asked).await.unwrap().into_inner();
+    while events.message().await.unwrap().is_some() {}
+    lookups(cluster).await.1 - before
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn caches_are_shared_by_those_who_may_know_of_each_other() {
+    let pair = tiny::pair(Kind::Identity, 23);
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys.json");
+    std::fs::write(&keys, r#"{"clients": [{"name": "a", "keys": ["a"]}, {"name": "b", "keys": ["b"]}]}"#).unwrap();
+    let keys = keys.display().to_string();
+    let apart = Builder::new(&pair.dir).router_flags(&["--keys", &keys]).start().await;
+    assert_eq!(found(&apart, "a", "").await, 0);
+    assert_eq!(found(&apart, "a", "").await, 96);
+    assert_eq!(found(&apart, "b", "").await, 0, "it cannot tell what the other one has sent");
+    assert_eq!(found(&apart, "b", "").await, 96);
+    assert_eq!(found(&apart, "a", "one of its users").await, 0);
+    assert_eq!(found(&apart, "a", "one of its users").await, 96);
+    let shared = Builder::new(&pair.dir).router_flags(&["--keys", &keys, "--prefix-sharing", "all"]).start().await;
+    assert_eq!(found(&shared, "a", "").await, 0);
+    assert_eq!(found(&shared, "b", "").await, 96);
+    assert_eq!(found(&shared, "b", "apart").await, 0);
+}

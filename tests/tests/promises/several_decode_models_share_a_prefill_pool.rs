@@ -130,7 +130,7 @@ async fn two_pairs_of_one_name_are_refused_at_the_start() {
     let cli = overfill_router::config::Cli::parse_from(["router", "--pair", "unused"]);
     let config = overfill_router::RouterConfig::new(pairs.iter().map(|pair| pair.dir.clone()).collect(), cli.bounds);
     let listen = || TcpListener::bind("127.0.0.1:0");
-    let listeners = overfill_router::Listeners { http: listen().await.unwrap(), grpc: listen().await.unwrap() };
+    let listeners = overfill_router::Listeners { http: listen().await.unwrap(), grpc: listen().await.unwrap(), admin: None };
     let ran = overfill_router::run(config, listeners, Discovery::fixed(vec![], vec![]), Drain::new()).await;
     let overfill_router::RunError::Pair(error) = ran.unwrap_err() else { panic!("of the pairs") };
     assert!(error.message.contains("two of them are named 'tiny'"), "{error}");

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use overfill_proto::v1::{Chat, ChatMessage, FinishReason, ListModelsRequest, generate_event, generate_request};
 use overfill_tests::cluster::{Builder, Cluster, request};
+use overfill_tests::processes::{Process, eventually, free_port};
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::SamplingParams;
 use serde_json::{Value, json};
@@ -162,5 +163,31 @@ async fn grpc() {
             assert!(services.service.iter().any(|s| s.name == "overfill.v1.Inference"), "{services:?}");
         }
         other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_an_admin_listener_the_doors_are_for_clients_alone() {
+    use tonic_reflection::pb::v1::ServerReflectionRequest;
+    use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+
+    let pair = tiny::pair(Kind::Identity, 8);
+    let [http, grpc, admin] = [(); 3].map(|()| format!("127.0.0.1:{}", free_port()));
+    let flags = ["--pair", pair.dir.to_str().unwrap(), "--http", &http, "--grpc", &grpc, "--admin", &admin, "--etcd", "127.0.0.1:1"];
+    let _router = Process::ours("router", &flags);
+    let status = async |at: &str, path: &str| Some(reqwest::get(format!("http://{at}{path}")).await.ok()?.status().as_u16());
+    eventually(Duration::from_secs(20), "the router listens", || async { status(&admin, "/live").await == Some(200) }).await;
+    for (path, at_the_door, at_admin) in
+        [("/metrics", 404, 200), ("/docs", 404, 200), ("/openapi.json", 404, 200), ("/ready", 503, 503), ("/v1/models", 200, 404)]
+    {
+        assert_eq!((status(&http, path).await, status(&admin, path).await), (Some(at_the_door), Some(at_admin)), "{path}");
+    }
+    for (at, known) in [(&grpc, false), (&admin, true)] {
+        let channel = tonic::transport::Channel::from_shared(format!("http://{at}")).unwrap().connect().await.unwrap();
+        let mut client = ServerReflectionClient::new(channel);
+        let asked = ServerReflectionRequest { message_request: Some(MessageRequest::ListServices(String::new())), ..Default::default() };
+        let told = client.server_reflection_info(tokio_stream::iter([asked])).await;
+        assert_eq!(told.is_ok(), known, "reflection at {at}: {told:?}");
     }
 }

@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use overfill_cluster::Discovery;
 use overfill_decode_node::DecodeConfig;
+use overfill_guide::GuideArgs;
 use overfill_kv::{HandoffDigest, RowsHeader, wire};
 use overfill_lifecycle::{Drain, TraceHeaders};
 use overfill_model::Pair;
@@ -93,8 +94,10 @@ async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Dr
         kv_memory: 1 << 30,
         block_tokens: 16,
         max_context: None,
+        drain_delay: 0.0,
         drain_timeout: 10,
         step_timeout: 30.0,
+        guides: GuideArgs::default(),
         fault: Vec::new(),
     };
     let prefill = PrefillConfig {
@@ -283,7 +286,7 @@ impl Bench {
             }
         }
         let commit =
-            KvCommit { digest: digest.finish().to_vec().into(), prompt_digest: prompt_digest(&prompt).to_vec().into(), first_token: 0 };
+            KvCommit { digest: digest.finish(0).to_vec().into(), prompt_digest: prompt_digest(&prompt).to_vec().into(), first_token: 0 };
         let commit = frame(rows.len() as u32, kv_frame::Body::Commit(commit));
         Ok(Prepared { rows, commit, written })
     }

@@ -61,8 +61,10 @@ pub struct NodeService<S> {
 /// What a node's service goes by.
 #[derive(Clone, Default)]
 pub struct Signals {
-    /// The node takes nothing new: the streams of its status end with it.
+    /// The node is to be sent nothing new, and says so: the streams of its status end with it.
     pub drain: Drain,
+    /// What is new is refused.
+    pub refuse: Drain,
     /// The node can go on no more: every call ends with it.
     pub fault: Fault,
     /// Calls are over when it is given and the last has ended.

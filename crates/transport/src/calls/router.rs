@@ -70,6 +70,11 @@ impl Calls {
         self.open.with(|_| ()).is_none()
     }
 
+    /// Calls that have not ended.
+    pub fn under_way(&self) -> usize {
+        self.open.with(|calls| calls.len()).unwrap_or(0)
+    }
+
     /// Begins a call that writes `tokens` tokens at most. `trace` places it in one.
     pub async fn begin<E>(&self, what: call::What, tokens: usize, trace: TraceHeaders) -> CallEvents<E> {
         let left = tokens + SPARE;
@@ -230,7 +235,7 @@ mod tests {
     use super::*;
     use crate::calls::{EventReceiver, NodeService, Serving, Signals};
     use crate::peers::Peers;
-    use crate::server::serve;
+    use crate::server::serve_peers;
 
     /// The epoch at which a node's events are longer than a message may be.
     const LONG: u64 = 1000;
@@ -282,7 +287,7 @@ mod tests {
                 Arc::new(Node(held.clone())),
                 Signals { end: end.clone(), ..Signals::default() },
             )));
-            runtime.spawn(async move { serve(TcpListener::from_std(listener).unwrap(), routes, end).await });
+            runtime.spawn(async move { serve_peers(TcpListener::from_std(listener).unwrap(), routes.into_axum_router(), end).await });
             Self { held, runtime: Some(runtime) }
         }
 

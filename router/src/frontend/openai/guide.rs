@@ -21,6 +21,8 @@ pub(crate) struct GuideFields {
     pub(super) guided_choice: Option<Vec<String>>,
     /// Text of this grammar (llguidance's variant of Lark).
     pub(super) guided_grammar: Option<String>,
+    /// Whitespace between the parts of JSON; there is none without it.
+    pub(super) guided_whitespace_pattern: Option<String>,
     pub(super) structured_outputs: Option<StructuredOutputs>,
     /// These tokens first, and then anything.
     pub(super) forced_token_ids: Option<Vec<u32>>,
@@ -57,6 +59,7 @@ pub(crate) struct StructuredOutputs {
     choice: Option<Vec<String>>,
     grammar: Option<String>,
     json_object: Option<bool>,
+    whitespace_pattern: Option<String>,
 }
 
 /// `tools[…]`.
@@ -126,24 +129,26 @@ fn refuse<T>(message: impl Into<String>) -> Result<T, ServiceError> {
 /// [`Code::InvalidArgument`] where there are several, or one is malformed in itself; compiling tells the rest.
 pub(crate) fn of(fields: GuideFields) -> Result<Option<Guide>, ServiceError> {
     let mut found: Vec<(&str, Guide)> = Vec::new();
+    let outputs = fields.structured_outputs.unwrap_or_default();
+    let whitespace = fields.guided_whitespace_pattern.or(outputs.whitespace_pattern);
+    let json = |schema: Option<Value>| json_of(schema.unwrap_or_else(any_object), whitespace.as_deref());
     match fields.response_format {
         None | Some(ResponseFormat::Text) => {}
-        Some(ResponseFormat::JsonObject) => found.push(("response_format", any_object())),
-        Some(ResponseFormat::JsonSchema { json_schema: NamedSchema { schema } }) => {
-            found.push(("response_format", schema.map_or_else(any_object, |schema| Guide::JsonSchema(schema.to_string()))));
-        }
+        Some(ResponseFormat::JsonObject) => found.push(("response_format", json(None))),
+        Some(ResponseFormat::JsonSchema { json_schema: NamedSchema { schema } }) => found.push(("response_format", json(schema))),
     }
-    let outputs = fields.structured_outputs.unwrap_or_default();
-    for (name, json) in [("guided_json", fields.guided_json), ("structured_outputs.json", outputs.json)] {
-        match json {
+    for (name, schema) in [("guided_json", fields.guided_json), ("structured_outputs.json", outputs.json)] {
+        match schema {
             None => {}
-            // A schema may come as a text.
-            Some(Value::String(schema)) => found.push((name, Guide::JsonSchema(schema))),
-            Some(schema) => found.push((name, Guide::JsonSchema(schema.to_string()))),
+            // A schema may come as a text; one that is malformed is for the compiler to tell of.
+            Some(Value::String(text)) => {
+                found.push((name, serde_json::from_str(&text).map_or_else(|_| Guide::JsonSchema(text), |schema| json(Some(schema)))));
+            }
+            schema => found.push((name, json(schema))),
         }
     }
     if outputs.json_object == Some(true) {
-        found.push(("structured_outputs.json_object", any_object()));
+        found.push(("structured_outputs.json_object", json(None)));
     }
     for (name, regex) in [("guided_regex", fields.guided_regex), ("structured_outputs.regex", outputs.regex)] {
         found.extend(regex.map(|regex| (name, Guide::Regex(regex))));
@@ -159,14 +164,35 @@ pub(crate) fn of(fields: GuideFields) -> Result<Option<Guide>, ServiceError> {
         found.push((name, Guide::Grammar(format!("start: {}", choice.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(" | ")))));
     }
     found.extend(fields.forced_token_ids.map(|ids| ("forced_token_ids", Guide::Tokens(ids))));
+    if whitespace.is_some() && !found.iter().all(|(_, guide)| matches!(guide, Guide::JsonSchema(_))) {
+        return refuse("guided_whitespace_pattern: it is for guided JSON; leave it out");
+    }
     match found.as_slice() {
         [(one, _), (other, _), ..] => refuse(format!("{other}: {one} asks for a form already; leave one of them out")),
         _ => Ok(found.pop().map(|(_, guide)| guide)),
     }
 }
 
-fn any_object() -> Guide {
-    Guide::JsonSchema(r#"{"type":"object"}"#.into())
+fn any_object() -> Value {
+    json!({ "type": "object" })
+}
+
+/// JSON of a schema, with this whitespace between its parts, or none.
+fn json_of(schema: Value, whitespace: Option<&str>) -> Guide {
+    Guide::JsonSchema(spaced(schema, whitespace).to_string())
+}
+
+/// A schema that says which whitespace may stand between the parts.
+fn spaced(mut schema: Value, whitespace: Option<&str>) -> Value {
+    if schema == Value::Bool(true) {
+        schema = json!({});
+    }
+    let options = whitespace.map_or_else(|| json!({ "whitespace_flexible": false }), |pattern| json!({ "whitespace_pattern": pattern }));
+    if let Some(schema) = schema.as_object_mut() {
+        // llguidance's own name for it: a schema that says it itself keeps it.
+        schema.entry("x-guidance").or_insert(options);
+    }
+    schema
 }
 
 /// A text as a literal of the grammar.
@@ -222,14 +248,15 @@ fn calls(functions: &[Function], several: bool) -> Guide {
     for (i, function) in functions.iter().enumerate() {
         let before = quoted(&format!("{BEGIN}\n{{\"name\": \"{}\", \"arguments\": ", function.name));
         let after = quoted(&format!("}}\n{END}"));
-        grammar += &format!("call_{i}: {before} arguments_{i} {after}\narguments_{i}: %json {}\n", function.schema());
+        grammar += &format!("call_{i}: {before} arguments_{i} {after}\narguments_{i}: %json {}\n", function.arguments());
     }
     Guide::Grammar(grammar)
 }
 
 impl Function {
-    fn schema(&self) -> Value {
-        self.parameters.clone().unwrap_or_else(|| json!({ "type": "object" }))
+    /// The schema of its arguments, as a grammar takes it.
+    fn arguments(&self) -> Value {
+        spaced(self.parameters.clone().unwrap_or_else(any_object), None)
     }
 
     fn described(&self) -> Value {
@@ -253,7 +280,7 @@ mod tests {
     #[test]
     fn every_name_means_the_same() {
         let schema = json!({ "type": "object", "properties": {} });
-        let json = Guide::JsonSchema(schema.to_string());
+        let json = json_of(schema.clone(), None);
         for value in [
             json!({ "guided_json": schema }),
             json!({ "guided_json": schema.to_string() }),
@@ -262,12 +289,29 @@ mod tests {
         ] {
             assert_eq!(fields(value.clone()).unwrap(), Some(json.clone()), "{value}");
         }
-        assert_eq!(fields(json!({ "response_format": { "type": "json_object" } })).unwrap(), Some(any_object()));
+        assert_eq!(fields(json!({ "response_format": { "type": "json_object" } })).unwrap(), Some(json_of(any_object(), None)));
         assert_eq!(fields(json!({ "response_format": { "type": "text" }, "guided_regex": null })).unwrap(), None);
         assert_eq!(fields(json!({ "guided_choice": ["a\"", "é"] })).unwrap(), Some(Guide::Grammar(r#"start: "a\"" | "é""#.into())));
         assert!(fields(json!({ "guided_choice": [] })).is_err());
         let both = fields(json!({ "guided_regex": "a", "guided_json": {} })).unwrap_err();
         assert!(both.message.contains("guided_regex") && both.message.contains("guided_json"), "{both}");
+    }
+
+    #[test]
+    fn whitespace_in_json_is_what_was_asked_for() {
+        let schema = |value: Value| match fields(value).unwrap() {
+            Some(Guide::JsonSchema(schema)) => serde_json::from_str::<Value>(&schema).unwrap()["x-guidance"].clone(),
+            other => panic!("{other:?}"),
+        };
+        let none = json!({ "whitespace_flexible": false });
+        assert_eq!(schema(json!({ "guided_json": true })), none);
+        assert_eq!(schema(json!({ "response_format": { "type": "json_object" } })), none);
+        let blanks = json!({ "whitespace_pattern": " +" });
+        assert_eq!(schema(json!({ "guided_json": {}, "guided_whitespace_pattern": " +" })), blanks);
+        assert_eq!(schema(json!({ "guided_json": "{}", "guided_whitespace_pattern": " +" })), blanks);
+        assert_eq!(schema(json!({ "structured_outputs": { "json_object": true, "whitespace_pattern": " +" } })), blanks);
+        assert_eq!(schema(json!({ "guided_json": { "x-guidance": {} }, "guided_whitespace_pattern": " +" })), json!({}), "its own");
+        assert!(fields(json!({ "guided_regex": "a", "guided_whitespace_pattern": " +" })).is_err());
     }
 
     #[test]

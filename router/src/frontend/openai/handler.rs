@@ -6,8 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderValue};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
@@ -39,7 +38,7 @@ pub(crate) async fn complete<R: OpenAiRequest>(
     State(router): State<Arc<Router>>,
     headers: HeaderMap,
     Extension(client): Extension<Arc<Client>>,
-    body: Result<Bytes, BytesRejection>,
+    body: Bytes,
 ) -> Response {
     let trace = crate::frontend::trace(&headers);
     let mut response = match begin::<R>(&router, &client, body, &trace).await {
@@ -61,13 +60,7 @@ struct Begun {
     include_usage: bool,
 }
 
-async fn begin<R: OpenAiRequest>(
-    router: &Arc<Router>,
-    client: &Arc<Client>,
-    body: Result<Bytes, BytesRejection>,
-    trace: &Trace,
-) -> Result<Begun, Failed> {
-    let body = read(router, body)?;
+async fn begin<R: OpenAiRequest>(router: &Arc<Router>, client: &Arc<Client>, body: Bytes, trace: &Trace) -> Result<Begun, Failed> {
     // Several times, so that an error names the field: with all parts in one the path to it is lost.
     let common: Common = parse(&body)?;
     let (stream, include_usage) = (common.stream.unwrap_or(false), common.stream_options.and_then(|o| o.include_usage).unwrap_or(false));
@@ -92,17 +85,6 @@ async fn begin<R: OpenAiRequest>(
     };
     let choices = requests.iter().enumerate().map(|(i, request)| Choice::new(i, request.prompt.clone(), &frame)).collect();
     Ok(Begun { frame, choices, n, events: choices::start(router, requests, n), stream, include_usage })
-}
-
-/// The body, whole.
-pub(super) fn read(router: &Router, body: Result<Bytes, BytesRejection>) -> Result<Bytes, Failed> {
-    body.map_err(|rejection| {
-        let (code, message) = match rejection.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => (Code::ResourceExhausted, format!("the body is larger than {} bytes", router.config.max_body)),
-            _ => (Code::InvalidArgument, "the body broke off".to_owned()),
-        };
-        Failed { status: rejection.status(), error: ServiceError::new(code, message) }
-    })
 }
 
 /// A body as JSON.

@@ -52,6 +52,8 @@ pub(crate) struct SamplingFields {
     quality: Option<Quality>,
     /// Where requests wait: among those of the same key a lower number goes first. Default 0.
     priority: Option<i32>,
+    /// KV caches are shared with requests of the same salt only.
+    cache_salt: Option<String>,
 }
 
 /// What both endpoints take beside.
@@ -225,6 +227,7 @@ impl SamplingFields {
             ignore_eos: self.ignore_eos.unwrap_or(false),
             timeout: None,
             priority: self.priority.unwrap_or(0),
+            cache_salt: self.cache_salt.unwrap_or_default(),
         })
     }
 }

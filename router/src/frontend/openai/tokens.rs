@@ -5,7 +5,6 @@ use std::sync::Arc;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
 use overfill_text::Chat;
 use overfill_types::{Code, ServiceError};
@@ -14,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use crate::Router;
 use crate::frontend::openai::failed::Failed;
-use crate::frontend::openai::handler::{parse, read};
+use crate::frontend::openai::handler::parse;
 
 /// `POST /tokenize`: a prompt or a chat.
 #[derive(Debug, Default, Deserialize)]
@@ -41,13 +40,13 @@ pub(crate) struct DetokenizeRequest {
     tokens: Vec<u32>,
 }
 
-pub(crate) async fn tokenize(State(router): State<Arc<Router>>, body: Result<Bytes, BytesRejection>) -> Response {
-    let told = async { Ok(tokens(&router, parse(&read(&router, body)?)?).await?) };
+pub(crate) async fn tokenize(State(router): State<Arc<Router>>, body: Bytes) -> Response {
+    let told = async { Ok(tokens(&router, parse(&body)?).await?) };
     answered(told.await)
 }
 
-pub(crate) async fn detokenize(State(router): State<Arc<Router>>, body: Result<Bytes, BytesRejection>) -> Response {
-    answered(read(&router, body).and_then(|body| Ok(text(&router, parse(&body)?)?)))
+pub(crate) async fn detokenize(State(router): State<Arc<Router>>, body: Bytes) -> Response {
+    answered(parse(&body).map_err(Failed::from).and_then(|asked| Ok(text(&router, asked)?)))
 }
 
 fn answered(answer: Result<Value, Failed>) -> Response {

@@ -98,8 +98,8 @@ fn all_want_the_same(plan: &Plan) -> bool {
 /// For start-time fair queueing the difference is at most the largest request of each (Goyal, Vin, Cheng 1997); as much again
 /// may stand in another order than it was decided.
 fn by_weight(waited: &[Waited<'_>]) -> Result<(), String> {
-    for one in 0..CLIENTS.len() {
-        for other in (0..one).filter(|other| CLIENTS[*other].1 == CLIENTS[one].1) {
+    for (one, (_, class)) in CLIENTS.iter().enumerate() {
+        for other in (0..one).filter(|other| CLIENTS[*other].1 == *class) {
             let largest = |client| waited.iter().filter(|w| w.plan.client == client).map(Waited::share).fold(0.0, f64::max);
             let bound = 2.0 * (largest(one) + largest(other));
             let mut ahead = 0.0;
