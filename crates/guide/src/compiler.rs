@@ -12,7 +12,7 @@ use overfill_types::{Code, PairManifest, ServiceError};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::matcher::Matcher;
+use crate::matcher::{Matcher, NOT_TOLD};
 
 /// States of the lexer that one answer may make, at 1 to 2 KB each. Schemas of real services need some hundreds.
 const LEXER_STATES: usize = 16_000;
@@ -121,6 +121,7 @@ pub(crate) fn refused(grammar: &Grammar, why: &str) -> ServiceError {
     };
     // A panic of the compiler comes as an error with the stack behind it.
     let why = if why.contains("panic") { "the compiler cannot deal with it: write it in another way" } else { why };
+    let why = why.trim_end_matches(NOT_TOLD).trim_end();
     let why = &why[..why.floor_char_boundary(ERROR_BYTES)];
     ServiceError::new(Code::InvalidArgument, format!("the {what} cannot be followed: {why}"))
 }

@@ -3,6 +3,9 @@
 use llguidance::toktrie::{SimpleVob, TokEnv};
 use overfill_types::{Code, ServiceError};
 
+/// What llguidance writes for the inner state that it leaves out of an error.
+pub(crate) const NOT_TOLD: &str = "<non-verbose/>";
+
 /// Follows one answer and says which tokens may come next.
 pub struct Matcher {
     way: Way,
@@ -99,7 +102,8 @@ impl Matcher {
         match result {
             Ok(value) => Some(value),
             Err(e) => {
-                let message = format!("the guide cannot be followed any further: {e}; simplify it");
+                let e = e.to_string();
+                let message = format!("the guide cannot be followed any further: {}; simplify it", e.trim_end_matches(NOT_TOLD).trim_end());
                 self.failure.get_or_insert(ServiceError::new(Code::InvalidArgument, message));
                 None
             }

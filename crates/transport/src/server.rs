@@ -98,7 +98,8 @@ pub struct Settings {
     pub grpc: bool,
     /// What bounds connections.
     pub limits: ConnectionLimits,
-    /// Requests keep their connection busy from their head on. Else whoever serves them says from when on ([`Connection::busy`]).
+    /// Requests keep their connection busy from their head on. Else whoever serves them says from when on:
+    /// [`Connection::busy`](crate::connections::Connection::busy).
     pub busy_from_head: bool,
 }
 
