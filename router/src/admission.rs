@@ -130,6 +130,10 @@ impl Router {
             let longest = Duration::from_secs(self.config.request_timeout);
             arrived + asked.timeout.map_or(longest, |t| t.min(longest))
         };
+        if asked.cache_salt.len() > LONGEST_SALT {
+            let message = format!("cache_salt has {} bytes: at most {LONGEST_SALT} are taken", asked.cache_salt.len());
+            return Err(ServiceError::new(Code::InvalidArgument, message));
+        }
         if let Some(guide) = &asked.sampling.guide {
             // The nodes compile it too; here one that cannot be followed is told of before any node is asked.
             let guides = self.models.guides(&model)?;
@@ -143,10 +147,6 @@ impl Router {
         }
         let id = uuid::Uuid::new_v4();
         trace.span().record("request_id", tracing::field::display(&id)).record("model", &model.manifest.name);
-        if asked.cache_salt.len() > LONGEST_SALT {
-            let message = format!("cache_salt has {} bytes: at most {LONGEST_SALT} are taken", asked.cache_salt.len());
-            return Err(ServiceError::new(Code::InvalidArgument, message));
-        }
         let cache_salt = self.config.prefix_sharing.salt(client, &asked.cache_salt);
         let mut requests = Vec::with_capacity(answers);
         for input in asked.inputs {

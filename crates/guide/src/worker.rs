@@ -68,7 +68,7 @@ fn run() -> io::Result<()> {
     };
     send(&mut says, &Verdict::Good { bytes: 0 })?;
     loop {
-        let verdict = bounded(&compiler, receive(&mut asked)?, time, memory);
+        let verdict = bounded(&compiler, receive(&mut asked)?, time, memory)?;
         send(&mut says, &verdict)?;
         if matches!(verdict, Verdict::Costs(_)) {
             return Ok(());
@@ -77,7 +77,10 @@ fn run() -> io::Result<()> {
 }
 
 /// Compiles a guide, and looks on.
-fn bounded(compiler: &Arc<Compiler>, grammar: Grammar, time: Duration, memory: u64) -> Verdict {
+///
+/// # Errors
+/// Where no thread can be started: that says nothing of the guide, and the worker ends.
+fn bounded(compiler: &Arc<Compiler>, grammar: Grammar, time: Duration, memory: u64) -> io::Result<Verdict> {
     let before = Used::now();
     let (compiler, (tell, told)) = (compiler.clone(), mpsc::sync_channel(1));
     let compile = move || {
@@ -88,26 +91,24 @@ fn bounded(compiler: &Arc<Compiler>, grammar: Grammar, time: Duration, memory: u
             Err(e) => Verdict::Refused(e.message.clone()),
         });
     };
-    if Builder::new().stack_size(STACK).spawn(compile).is_err() {
-        return Verdict::Costs("no thread can be started to compile it: try later".into());
-    }
+    Builder::new().stack_size(STACK).spawn(compile)?;
     loop {
         match told.recv_timeout(LOOK) {
-            Ok(verdict) => return verdict,
-            Err(mpsc::RecvTimeoutError::Disconnected) => return Verdict::Refused("the compiler cannot deal with it".into()),
+            Ok(verdict) => return Ok(verdict),
+            Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(Verdict::Refused("the compiler cannot deal with it".into())),
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 let used = Used::now().since(&before);
                 if used.time > time {
-                    return Verdict::Costs(format!(
+                    return Ok(Verdict::Costs(format!(
                         "compiling it takes more than {} s of a core, which is the most: simplify it",
                         time.as_secs_f64()
-                    ));
+                    )));
                 }
                 if used.memory > memory {
-                    return Verdict::Costs(format!(
+                    return Ok(Verdict::Costs(format!(
                         "compiling it takes more than {} MB of memory, which is the most: simplify it",
                         memory >> 20
-                    ));
+                    )));
                 }
             }
         }

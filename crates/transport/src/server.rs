@@ -13,6 +13,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use overfill_lifecycle::Drain;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tonic_health::ServingStatus;
@@ -129,7 +130,8 @@ pub async fn serve_peers(listener: TcpListener, app: Routes, end: Drain) -> io::
 /// # Errors
 /// Where the listener fails.
 pub async fn serve(listener: TcpListener, app: Routes, settings: Settings, closing: Closing) -> io::Result<()> {
-    let (connections, builder) = (Connections::new(settings.limits), builder(settings));
+    let limits = ConnectionLimits { most: descriptors_for(settings.limits.most), ..settings.limits };
+    let (connections, builder) = (Connections::new(limits), builder(settings));
     let mut running = JoinSet::new();
     for number in 0_u64.. {
         let accepted = tokio::select! {
@@ -156,6 +158,16 @@ pub async fn serve(listener: TcpListener, app: Routes, settings: Settings, closi
     let finished = async { while running.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(CLOSING_LIMIT, finished).await;
     Ok(())
+}
+
+/// How many of `most` connections there are descriptors for: as many as the system gives this process are taken, and a quarter of
+/// them is a listener's. Without descriptors no connection would be accepted that could take the place of one that waits.
+fn descriptors_for(most: usize) -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    // Where it may not be raised it stays.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    let descriptors = getrlimit(Resource::Nofile).current.and_then(|n| usize::try_from(n).ok()).unwrap_or(usize::MAX);
+    most.min((descriptors / 4).max(1))
 }
 
 fn builder(settings: Settings) -> Builder<TokioExecutor> {

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::RouterConfig;
 use crate::frontend::openai::Failed;
-use crate::frontend::stack::answer;
+use crate::frontend::stack::{answer, is_grpc};
 
 /// Bytes a second that a body has to come with, after its first seconds.
 const LEAST_RATE: f64 = 16.0 * 1024.0;
@@ -130,10 +130,11 @@ pub(crate) async fn read_whole(State(bodies): State<Arc<Bodies>>, request: Reque
 impl Bodies {
     async fn read(self: &Arc<Self>, headers: &HeaderMap, mut body: Body) -> Result<(Bytes, Held), Unread> {
         let (begun, mut held, mut parts) = (Instant::now(), self.begin(), Vec::new());
+        let largest = self.largest + if is_grpc(headers) { PREFIX } else { 0 };
         // Told before any of it is read.
         let announced = headers.get("content-length").and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-        let mut size = announced.filter(|size| *size > self.largest + PREFIX).unwrap_or(0);
-        while size <= self.largest + PREFIX {
+        let mut size = announced.filter(|size| *size > largest).unwrap_or(0);
+        while size <= largest {
             let until = begun + self.patience + Duration::from_secs_f64(held.bytes as f64 / LEAST_RATE);
             let frame = tokio::select! {
                 biased;

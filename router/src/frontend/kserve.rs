@@ -20,6 +20,7 @@ use overfill_proto::kserve::{
     ModelReadyRequest, ModelReadyResponse, ModelStreamInferResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
     ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
+use overfill_transport::connections::Connection;
 use overfill_transport::deadline::timeout_of;
 use overfill_types::{Code, Quality, ServiceError};
 use serde_json::{Map, Value};
@@ -120,13 +121,16 @@ impl GrpcInferenceService for KserveService {
         // One that is too far away to be told is none.
         let until = timeout_of(request.metadata().as_ref()).and_then(|timeout| Instant::now().checked_add(timeout));
         let client = client_of(&request).map_err(|e| error::to_status(&e))?;
-        let (headers, _, mut requests) = request.into_parts();
+        let (headers, extensions, mut requests) = request.into_parts();
+        let connection = extensions.get::<Connection>().cloned();
         let (sender, responses) = mpsc::channel(RESPONSES);
         let router = self.router.clone();
         // Owned by the responses: it ends when they are dropped, and the answer with it.
         tokio::spawn(async move {
             let serve = async {
                 while let Ok(Some(request)) = requests.message().await {
+                    // A stream without a request waits, and its connection with it.
+                    let _busy = connection.as_ref().map(Connection::busy);
                     let timeout = until.map(|until| until.saturating_duration_since(Instant::now()));
                     let trace = super::trace(headers.as_ref());
                     let answered = async {

@@ -56,7 +56,7 @@ fn span(request: &Request<Body>) -> Span {
     tracing::info_span!("request", door, method = %request.method(), path = request.uri().path())
 }
 
-fn is_grpc(headers: &HeaderMap) -> bool {
+pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
