@@ -55,15 +55,13 @@ impl SpecialTokens {
     /// [`Code::InvalidArgument`] where the chat holds all that could be a mark.
     pub(crate) fn marked(&self, chat: &Chat) -> Result<Option<(Chat, char)>, ServiceError> {
         let Some(find) = &self.find else { return Ok(None) };
-        let mut free: Vec<char> = MARKS.collect();
         let mut looks_special = false;
-        each_text(chat, &mut |text| {
-            looks_special |= find.is_match(text) || self.begins_at(text).is_some();
-            free.retain(|mark| !text.contains(*mark));
-        });
+        each_text(chat, &mut |text| looks_special |= find.is_match(text) || self.begins_at(text).is_some());
         if !looks_special {
             return Ok(None);
         }
+        let mut free: Vec<char> = MARKS.collect();
+        each_text(chat, &mut |text| free.retain(|mark| !text.contains(*mark)));
         let Some(mark) = free.pop() else {
             return Err(ServiceError::new(
                 Code::InvalidArgument,
