@@ -126,7 +126,11 @@ impl ModelText {
     pub fn from_files(name: &str, tokenizer: &[u8], config: &[u8]) -> Result<Self, ServiceError> {
         let malformed =
             |name: &str, e: &dyn std::fmt::Display| ServiceError::new(Code::InvalidArgument, format!("{name} cannot be read: {e}"));
-        let tokenizer = Tokenizer::from_bytes(tokenizer).map_err(|e| malformed(TOKENIZER_FILE, &e))?;
+        // The library panics at some files that are no JSON, and at some that are and make no sense.
+        serde_json::from_slice::<serde::de::IgnoredAny>(tokenizer).map_err(|e| malformed(TOKENIZER_FILE, &e))?;
+        let tokenizer = std::panic::catch_unwind(|| Tokenizer::from_bytes(tokenizer))
+            .map_err(|_| malformed(TOKENIZER_FILE, &"it makes no sense to the library that reads it"))?
+            .map_err(|e| malformed(TOKENIZER_FILE, &e))?;
         let config: TokenizerConfig = serde_json::from_slice(config).map_err(|e| malformed(TOKENIZER_CONFIG_FILE, &e))?;
         let source = config.chat_template.and_then(|templates| match templates {
             Templates::One(source) => Some(source),
