@@ -132,9 +132,9 @@ impl Driver {
             } else {
                 self.router.pairing.turn(order.clone(), self.number, std::mem::replace(&mut self.served, true)).await
             };
-            match chosen {
+            let asked = match chosen {
                 Ok(chosen) if !chosen.nodes.iter().any(|n| order.shunned.contains(&n.id)) => return Ok(chosen),
-                Ok(_) => {}
+                Ok(chosen) => chosen.nodes.iter().map(|node| node.id.clone()).collect(),
                 Err(NoPair::Refused(error)) => return Err(error),
                 Err(NoPair::Absent) => {
                     if let Some(quality) = self.fallback() {
@@ -145,11 +145,12 @@ impl Driver {
                     }
                     let missing = self.router.pairing.missing(&self.request.model.manifest, self.request.quality);
                     self.flow.nobody(ServiceError::new(Code::Unavailable, format!("{missing}: start one, or try again later")))?;
+                    order.shunned.clone()
                 }
-            }
+            };
             self.flow.set_patient(Instant::now() < self.patience);
             // Of different length, so that those who wait for the same node do not ask it all at once.
-            sleep(self.flow.pause()?.mul_f64(rand::random_range(0.5..1.0))).await;
+            sleep(self.flow.pause(&asked)?.mul_f64(rand::random_range(0.5..1.0))).await;
         }
     }
 

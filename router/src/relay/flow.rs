@@ -191,15 +191,16 @@ impl Flow {
         if self.written.is_empty() || self.fruitless >= FRUITLESS { Err(error) } else { Ok(()) }
     }
 
-    /// Only nodes that failed are there to ask. Gives how long to wait before they are; they are forgiven then.
+    /// Of some kind only nodes that failed are there to ask. Gives how long to wait before those that would be `asked` are, which
+    /// are forgiven then; others that failed are not asked yet.
     ///
     /// # Errors
     /// Where that is no use: they have refused a request that nobody has taken on and that has no time to wait.
-    pub(super) fn pause(&mut self) -> Result<Duration, ServiceError> {
+    pub(super) fn pause(&mut self, asked: &[NodeId]) -> Result<Duration, ServiceError> {
         if let Some(error) = self.last.take_if(|e| e.retry == Retry::Later && !self.accepted && !self.patient) {
             return Err(error);
         }
-        self.failed.clear();
+        self.failed.retain(|node| !asked.contains(node));
         let pause = PAUSE * 2u32.pow(self.pauses.min(10));
         self.pauses += 1;
         Ok(pause.min(LONGEST_PAUSE))
@@ -267,12 +268,22 @@ mod tests {
     }
 
     #[test]
+    fn only_nodes_that_are_asked_again_are_forgiven() {
+        let mut flow = begun();
+        for node in ["d1", "p"] {
+            flow.failed(lost(node)).unwrap();
+        }
+        flow.pause(&[NodeId::new("p"), NodeId::new("d2")]).unwrap();
+        assert_eq!(flow.failed_nodes(), [NodeId::new("d1")], "the only prefill node is asked again, and another decode node");
+    }
+
+    #[test]
     fn want_of_room_is_waited_out_once_the_request_was_taken_on() {
         let mut flow = begun();
         let mut before = Duration::ZERO;
         for code in [Code::Preempted, Code::ResourceExhausted].into_iter().cycle().take(40) {
             flow.failed(refused(code)).unwrap();
-            let pause = flow.pause().unwrap();
+            let pause = flow.pause(&[NodeId::new("d")]).unwrap();
             assert!(pause >= before && pause <= LONGEST_PAUSE && flow.failed_nodes().is_empty());
             before = pause;
             flow.attempt();
@@ -282,21 +293,21 @@ mod tests {
         let mut flow = Flow::default();
         flow.attempt();
         flow.failed(refused(Code::ResourceExhausted)).unwrap();
-        assert_eq!(flow.pause().unwrap_err().code, Code::ResourceExhausted, "refused by all: told at once");
+        assert_eq!(flow.pause(&[NodeId::new("d")]).unwrap_err().code, Code::ResourceExhausted, "refused by all: told at once");
         flow.failed(refused(Code::Preempted)).unwrap();
         flow.failed(refused(Code::ResourceExhausted)).unwrap();
-        assert!(flow.pause().is_ok());
+        assert!(flow.pause(&[NodeId::new("d")]).is_ok());
 
         let mut flow = Flow::default();
         flow.set_patient(true);
         for _ in 0..40 {
             flow.attempt();
             flow.failed(refused(Code::ResourceExhausted)).unwrap();
-            assert!(flow.pause().is_ok() && !flow.accepted());
+            assert!(flow.pause(&[NodeId::new("d")]).is_ok() && !flow.accepted());
         }
         flow.set_patient(false);
         flow.failed(refused(Code::ResourceExhausted)).unwrap();
-        assert_eq!(flow.pause().unwrap_err().code, Code::ResourceExhausted);
+        assert_eq!(flow.pause(&[NodeId::new("d")]).unwrap_err().code, Code::ResourceExhausted);
     }
 
     #[test]
