@@ -19,7 +19,7 @@ mod service;
 use overfill_cluster::Discovery;
 use overfill_lifecycle::{Drain, Parts};
 use overfill_model::Placement;
-use overfill_node::{Life, NodeListeners};
+use overfill_node::{Life, NodeListeners, admin};
 use overfill_proto::DESCRIPTORS;
 use overfill_transport::calls::Signals;
 use overfill_transport::server;
@@ -38,7 +38,7 @@ pub use overfill_node::RunError;
 /// # Errors
 /// Where the pair cannot be loaded, or where a part of the node ended or hangs.
 pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
-    let NodeListeners { grpc: listener, metrics: scraped } = listeners.into();
+    let NodeListeners { grpc: listener, admin } = listeners.into();
     let listening = listener.local_addr()?;
     // Before anything is loaded: a flag that is missing is told at once.
     let address = if discovery.registers() { Some(config.node.advertised(listening)?) } else { None };
@@ -51,25 +51,25 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
     let (info, held) = (address.map(|address| node.info(address)), node.held());
     let Assembled { engine, pulse, routes, blocks, metrics, .. } = node;
 
-    let (mut parts, end) = (Parts::default(), signals.end.clone());
+    let (mut parts, end, security) = (Parts::default(), signals.end.clone(), discovery.security().clone());
     let seen = discovery.clone();
     metrics.etcd(move || seen.etcd_connected())?;
-    if let Some(listener) = scraped {
-        parts.task("metrics server", metrics.serve(listener, end.clone()));
+    let (routes, health) = server::with_health(routes, Some(DESCRIPTORS)).await?;
+    if let Some(listener) = admin {
+        parts.task("admin server", admin::serve(listener, metrics, health.clone(), signals.clone()));
     }
     let (until, engine_placement) = (end.clone(), placement);
     parts.thread("decode engine", move || {
         engine_placement.apply_to_caller();
         engine.run(&until);
     })?;
-    let (routes, health) = server::with_health(routes, Some(DESCRIPTORS)).await?;
 
     tracing::info!(address = %listening, node = %id, pair = pair.short(), %model, blocks = blocks.total(), threads = config.node.threads(), "decode node ready");
     let life = Life {
         parts,
         pulse,
         step_timeout: config.node.step_timeout(),
-        server: server::serve_peers(listener, routes, end),
+        server: server::serve_peers(listener, routes, end, security),
         health,
         discovery,
         info,

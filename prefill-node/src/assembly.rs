@@ -9,13 +9,13 @@ use overfill_node::{Faults, Pulse, RunError};
 use overfill_proto::MAX_MESSAGE;
 use overfill_proto::v1::node_server::NodeServer;
 use overfill_transport::calls::{NodeService, Signals};
-use overfill_transport::push::Pushes;
 use overfill_types::{Limits, NodeId, NodeInfo, PairManifest, PeerAddress, Role, ServedPair};
 use tonic::service::Routes;
 
 use crate::Counts;
 use crate::compute::Compute;
 use crate::config::PrefillConfig;
+use crate::decode_nodes::DecodeNodes;
 use crate::engine::{Engine, Settings};
 use crate::load::Loaded;
 use crate::metrics::Metrics;
@@ -42,7 +42,7 @@ pub struct Assembled<C> {
     counts: Arc<Counts>,
 }
 
-/// Puts a prefill node together, which hands over by `pushes`.
+/// Puts a prefill node together, which hands over to `decode_nodes`.
 ///
 /// # Errors
 /// Where its metrics are malformed.
@@ -50,7 +50,7 @@ pub fn assemble<C: Compute>(
     id: NodeId,
     config: &PrefillConfig,
     loaded: Loaded<C>,
-    pushes: Pushes,
+    decode_nodes: DecodeNodes,
     signals: &Signals,
 ) -> Result<Assembled<C>, RunError> {
     let Loaded { manifests, compute, blocks, guides } = loaded;
@@ -78,7 +78,7 @@ pub fn assemble<C: Compute>(
         max_queue: config.max_queue as usize,
         prefix_cache: config.prefix_cache,
         guides,
-        pushes,
+        decode_nodes,
     };
     let service = Arc::new(PrefillService::new(served, jobs, counts.clone(), metrics, signals.clone()));
     let service = NodeService::new(service, signals.clone());

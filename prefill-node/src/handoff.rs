@@ -72,7 +72,13 @@ pub(crate) fn handoff(target: HandoffTarget, geometry: KvGeometry, wire: WireFor
     let (frames, received) = mpsc::channel(FRAMES_AHEAD);
     let (committed, when) = oneshot::channel();
     let given_up = CancellationToken::new();
-    let push = Push { address: target.address.clone(), frames: received, committed: when, given_up: given_up.clone() };
+    let push = Push {
+        address: target.address.clone(),
+        fingerprint: target.fingerprint.clone(),
+        frames: received,
+        committed: when,
+        given_up: given_up.clone(),
+    };
     let sender = Sender {
         layers: vec![Layer { available: 0, sent: target.held_tokens }; geometry.layers],
         target,

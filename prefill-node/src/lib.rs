@@ -7,6 +7,7 @@
 mod assembly;
 mod compute;
 pub mod config;
+mod decode_nodes;
 mod engine;
 mod handoff;
 mod load;
@@ -24,16 +25,16 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use overfill_cluster::Discovery;
 use overfill_lifecycle::{Drain, Parts};
 use overfill_model::Placement;
-use overfill_node::{Life, NodeListeners};
+use overfill_node::{Life, NodeListeners, admin};
 use overfill_proto::DESCRIPTORS;
 use overfill_transport::calls::Signals;
-use overfill_transport::push::Pushes;
 use overfill_transport::server;
 use overfill_types::NodeId;
 
 pub use crate::assembly::{Assembled, assemble};
 pub use crate::compute::{CachedRows, Compute, OnLayer};
 pub use crate::config::PrefillConfig;
+pub use crate::decode_nodes::DecodeNodes;
 pub use crate::engine::{Broken, Engine};
 pub use crate::load::Loaded;
 pub use crate::rows::Piece;
@@ -45,7 +46,7 @@ pub use overfill_node::RunError;
 /// # Errors
 /// Where the pair cannot be loaded, or where a part of the node ended or hangs.
 pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
-    let NodeListeners { grpc: listener, metrics: scraped } = listeners.into();
+    let NodeListeners { grpc: listener, admin } = listeners.into();
     let listening = listener.local_addr()?;
     // Before anything is loaded: a flag that is missing is told at once.
     let address = if discovery.registers() { Some(config.node.advertised(listening)?) } else { None };
@@ -53,22 +54,22 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
     let loaded = load::load(&config, &placement).await?;
     let id = NodeId::new(format!("prefill-{}", uuid::Uuid::new_v4()));
     let signals = Signals { drain, ..Signals::default() };
-    let node = assemble(id.clone(), &config, loaded, Pushes::default(), &signals)?;
+    let node = assemble(id.clone(), &config, loaded, DecodeNodes::found_by(&discovery), &signals)?;
     let (info, held) = (address.map(|address| node.info(address)), node.held());
     let Assembled { engine, pulse, routes, blocks, metrics, pairs, .. } = node;
 
-    let (mut parts, end) = (Parts::default(), signals.end.clone());
+    let (mut parts, end, security) = (Parts::default(), signals.end.clone(), discovery.security().clone());
     let seen = discovery.clone();
     metrics.etcd(move || seen.etcd_connected())?;
-    if let Some(listener) = scraped {
-        parts.task("metrics server", metrics.serve(listener, end.clone()));
+    let (routes, health) = server::with_health(routes, Some(DESCRIPTORS)).await?;
+    if let Some(listener) = admin {
+        parts.task("admin server", admin::serve(listener, metrics, health.clone(), signals.clone()));
     }
     let until = end.clone();
     parts.thread("prefill engine", move || {
         placement.apply_to_caller();
         engine.run(&until);
     })?;
-    let (routes, health) = server::with_health(routes, Some(DESCRIPTORS)).await?;
 
     for pair in &pairs {
         tracing::info!(model = %pair.model, pair = pair.fingerprint.short(), "prefills for");
@@ -78,7 +79,7 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
         parts,
         pulse,
         step_timeout: config.node.step_timeout(),
-        server: server::serve_peers(listener, routes, end),
+        server: server::serve_peers(listener, routes, end, security),
         health,
         discovery,
         info,

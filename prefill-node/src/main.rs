@@ -20,7 +20,7 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
     let telemetry = cli.log.init("prefill-node")?;
     let listeners = cli.config.node.listen(cli.listen).await?;
     let drain = Drain::on_signal()?;
-    let discovery = cli.discovery.connect();
+    let discovery = cli.discovery.connect()?;
     let ran = overfill_prefill_node::run(cli.config, listeners, discovery, drain).await;
     telemetry.finish().await;
     Ok(ran?)

@@ -2,8 +2,7 @@
 
 use overfill_lifecycle::Trace;
 use overfill_proto::v1::{HandoffDone, KvFrame, kv_frame};
-use overfill_transport::push::Pushes;
-use overfill_types::{Code, ServiceError};
+use overfill_types::{Code, Fingerprint, ServiceError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
@@ -11,6 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
+use crate::decode_nodes::DecodeNodes;
 use crate::metrics::Metrics;
 
 /// When a handoff's parts were there.
@@ -26,6 +26,8 @@ pub(crate) struct Times {
 pub(crate) struct Push {
     /// `host:port` of the decode node.
     pub(crate) address: String,
+    /// The pair that the prompt was read for.
+    pub(crate) fingerprint: Fingerprint,
     pub(crate) frames: mpsc::Receiver<KvFrame>,
     /// Told with the commit.
     pub(crate) committed: oneshot::Receiver<Times>,
@@ -37,7 +39,12 @@ impl Push {
     ///
     /// # Errors
     /// What the decode node refused, or [`Code::Unavailable`] where it is gone; the sentence names it.
-    pub(crate) async fn run(self, pushes: &Pushes, metrics: &Metrics, trace: &Trace) -> Result<Option<HandoffDone>, ServiceError> {
+    pub(crate) async fn run(
+        self,
+        decode_nodes: &DecodeNodes,
+        metrics: &Metrics,
+        trace: &Trace,
+    ) -> Result<Option<HandoffDone>, ServiceError> {
         let (frames_sent, bytes_sent) = (metrics.frames_sent.clone(), metrics.bytes_sent.clone());
         let frames = ReceiverStream::new(self.frames).map(move |frame| {
             if let Some(kv_frame::Body::Rows(rows)) = &frame.body {
@@ -47,7 +54,7 @@ impl Push {
             frame
         });
         let summary = tokio::select! {
-            pushed = pushes.push(&self.address, frames, trace.headers(&Span::current())) => pushed?,
+            pushed = decode_nodes.push(&self.address, &self.fingerprint, frames, trace.headers(&Span::current())) => pushed?,
             () = self.given_up.cancelled() => return Ok(None),
         };
         let acknowledged = Instant::now();

@@ -12,13 +12,13 @@ use overfill_node::Refusals;
 use overfill_proto::convert;
 use overfill_proto::v1::{self, HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, call, prefill_event};
 use overfill_transport::calls::{EventReceiver, Serving, Signals};
-use overfill_transport::push::Pushes;
 use overfill_types::{Code, Epoch, Fingerprint, Limits, NodeId, ServiceError, Ticket};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tonic::codegen::http::HeaderMap;
 use tracing::{Instrument, debug_span, info_span};
 
+use crate::decode_nodes::DecodeNodes;
 use crate::engine::Job;
 use crate::handoff::{HandoffTarget, handoff};
 use crate::metrics::{HandoffEnd, Metrics};
@@ -40,8 +40,8 @@ pub(crate) struct Served {
     pub(crate) prefix_cache: bool,
     /// Compiles what answers have to look like.
     pub(crate) guides: Arc<Guides>,
-    /// To decode nodes.
-    pub(crate) pushes: Pushes,
+    /// What prompts are handed over to.
+    pub(crate) decode_nodes: DecodeNodes,
 }
 
 pub(crate) struct PrefillService {
@@ -136,12 +136,12 @@ impl PrefillService {
         })?;
         if let Some(push) = push {
             // Owned by the answer: it ends when the router has gone, when the engine gave up, or when all is pushed.
-            let (metrics, pushes) = (self.metrics.clone(), self.served.pushes.clone());
+            let (metrics, decode_nodes) = (self.metrics.clone(), self.served.decode_nodes.clone());
             let span = trace.span().clone();
             let pushing = async move {
                 let _counted = counted;
                 let ended = tokio::select! {
-                    ended = push.run(&pushes, &metrics, &trace).instrument(debug_span!("push", otel.kind = "client")) => ended,
+                    ended = push.run(&decode_nodes, &metrics, &trace).instrument(debug_span!("push", otel.kind = "client")) => ended,
                     () = events.closed() => return metrics.handoff(HandoffEnd::GivenUp),
                 };
                 let event = match ended {

@@ -73,8 +73,9 @@ pub fn from_status(status: &Status, peer: &str) -> ServiceError {
         None => match status.code() {
             tonic::Code::InvalidArgument | tonic::Code::OutOfRange => Code::InvalidArgument,
             tonic::Code::NotFound => Code::NotFound,
-            tonic::Code::Unauthenticated => Code::Unauthenticated,
             tonic::Code::ResourceExhausted => Code::ResourceExhausted,
+            // Of no request, but of our process: the peer does not know it.
+            tonic::Code::Unauthenticated => Code::Unavailable,
             // A stream that is reset is how a peer that goes away looks from here.
             tonic::Code::Unavailable | tonic::Code::Cancelled => Code::Unavailable,
             tonic::Code::DeadlineExceeded => Code::DeadlineExceeded,

@@ -9,6 +9,7 @@ use overfill_cluster::DiscoveryArgs;
 use overfill_guide::GuideArgs;
 use overfill_lifecycle::telemetry::LogArgs;
 use overfill_transport::connections::ConnectionLimits;
+use overfill_transport::security::{Identity, ServerTls, Unusable};
 use overfill_types::Quality;
 use overfill_types::flags::{parse_bytes, parse_seconds};
 use tokio::runtime::{Builder, Runtime};
@@ -25,8 +26,8 @@ pub struct Cli {
     /// Where it listens for gRPC
     #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:8001")]
     pub grpc: SocketAddr,
-    /// Where it answers those who run the cluster: /metrics, /docs, probes, and gRPC's reflection, which are not at the doors then
-    /// [default: at the doors]
+    /// Where it answers those who run the cluster: /metrics, /docs, probes, profiles, and gRPC's reflection, which are not at the
+    /// doors then [default: at the doors, but for profiles]
     #[arg(long, env = "OVERFILL_ADMIN")]
     pub admin: Option<SocketAddr>,
     /// The pairs that it serves: their folders, separated by commas (pair.json and the tokenizer are read)
@@ -146,6 +147,32 @@ impl ConnectionArgs {
     }
 }
 
+/// TLS of both doors. Metrics and probes at a listener of their own (`--admin`) are told in plain text.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TlsArgs {
+    /// Certificate (PEM, with its chain) that is shown to clients, who are served by TLS alone then. It is read again when it
+    /// changes, as are the two other files
+    #[arg(long, env = "OVERFILL_TLS_CERT", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, env = "OVERFILL_TLS_KEY", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Certificates of an authority (PEM): only clients whose certificate it leads to are served
+    #[arg(long, env = "OVERFILL_TLS_CA", requires_all = ["tls_cert", "tls_key"])]
+    pub tls_ca: Option<PathBuf>,
+}
+
+impl TlsArgs {
+    /// TLS of a door, if it is wanted.
+    ///
+    /// # Errors
+    /// Where a file cannot be used.
+    pub(crate) fn open(&self, grpc: bool) -> Result<Option<ServerTls>, Unusable> {
+        let (Some(cert), Some(key)) = (self.tls_cert.clone(), self.tls_key.clone()) else { return Ok(None) };
+        ServerTls::new(Identity { cert, key }, self.tls_ca.clone(), grpc).map(Some)
+    }
+}
+
 /// What bounds a request, and all of them, and what they may fall back to.
 #[derive(Args, Clone, Debug)]
 pub struct RequestBounds {
@@ -186,6 +213,9 @@ pub struct RequestBounds {
     /// What bounds connections.
     #[command(flatten)]
     pub connections: ConnectionArgs,
+    /// TLS of both doors.
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// Seconds after SIGTERM in which all that comes is still served, while whoever sends it learns that this router leaves
     #[arg(long, env = "OVERFILL_DRAIN_DELAY", default_value_t = 5.0, value_parser = parse_seconds)]
     pub drain_delay: f64,
@@ -223,6 +253,8 @@ pub struct RouterConfig {
     pub prefix_sharing: PrefixSharing,
     /// What bounds connections.
     pub connections: ConnectionArgs,
+    /// TLS of both doors.
+    pub tls: TlsArgs,
     /// How long all that comes is still served at a drain.
     pub drain_delay: Duration,
     /// Seconds that requests get to finish at a drain.
@@ -246,6 +278,7 @@ impl RouterConfig {
             special_tokens_in_messages: bounds.special_tokens_in_messages,
             prefix_sharing: bounds.prefix_sharing,
             connections: bounds.connections,
+            tls: bounds.tls,
             drain_delay: Duration::from_secs_f64(bounds.drain_delay),
             drain_timeout: bounds.router_drain_timeout,
         }

@@ -12,6 +12,9 @@ pub enum RunError {
     /// The reflection service could not be made.
     #[error("the gRPC descriptors are malformed")]
     Reflection(#[from] tonic_reflection::server::Error),
+    /// TLS of a door cannot be set up.
+    #[error("TLS cannot be spoken at the doors")]
+    Tls(#[from] overfill_transport::security::Unusable),
     /// A socket failed.
     #[error("a socket failed")]
     System(#[from] std::io::Error),

@@ -20,7 +20,7 @@ mod status_streams;
 mod suspicions;
 mod tokenising;
 
-use std::os::unix::fs::MetadataExt;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -30,6 +30,7 @@ use overfill_proto::DESCRIPTORS;
 use overfill_proto::kserve::grpc_inference_service_server::GrpcInferenceServiceServer;
 use overfill_proto::v1::inference_server::InferenceServer;
 use overfill_text::TextModel;
+use overfill_transport::security::watched::{LOOKED_AT, stamp};
 use overfill_transport::server::{self, Closing, Health, Settings};
 use overfill_transport::{Connector, Peers};
 use overfill_types::Quality;
@@ -51,8 +52,6 @@ use crate::relay::RetryBudget;
 use crate::suspicions::Suspicions;
 use crate::tokenising::Tokenising;
 
-/// How often it is looked whether the file of keys has changed.
-const KEYS_LOOKED_AT: Duration = Duration::from_secs(1);
 /// How long connections get to close once everything is finished.
 const CLOSING: Duration = Duration::from_secs(4);
 
@@ -96,21 +95,27 @@ pub struct Listeners {
 /// # Errors
 /// Where a pair cannot be opened or a transport fails.
 pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
+    // What is wrong in a file is told before anything is loaded.
+    let [grpc_tls, http_tls] = [config.tls.open(true)?, config.tls.open(false)?];
     let models = Models::open(&config.pair, &config.guides, config.special_tokens_in_messages)?;
-    let router = Router::new(config, models, &discovery, Connector::default(), drain.clone())?;
+    let router = Router::new(config, models, &discovery, discovery.connector(), drain.clone())?;
     let descriptors = if listeners.admin.is_some() { None } else { Some(DESCRIPTORS) };
     let (grpc, health) = server::with_health(Routes::from(router.grpc()), descriptors).await?;
     tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.models.names().collect::<Vec<_>>(), "router ready");
 
+    for listener in [&listeners.http, &listeners.grpc] {
+        router.warn_where_open(listener.local_addr()?);
+    }
+
     let (mut parts, end) = (Parts::default(), Drain::new());
     let closing = Closing { leaving: drain.clone(), end: end.clone() };
-    let settings = |grpc| Settings { grpc, limits: router.config.connections.limits(), busy_from_head: false };
-    parts.task("gRPC server", server::serve(listeners.grpc, grpc, settings(true), closing.clone()));
+    let settings = |grpc, tls| Settings { grpc, limits: router.config.connections.limits(), busy_from_head: false, tls };
+    parts.task("gRPC server", server::serve(listeners.grpc, grpc, settings(true, grpc_tls), closing.clone()));
     let http = if listeners.admin.is_some() { router.http() } else { router.http().merge(frontend::http::admin(router.clone(), false)) };
-    parts.task("HTTP server", server::serve(listeners.http, http, settings(false), closing.clone()));
+    parts.task("HTTP server", server::serve(listeners.http, http, settings(false, http_tls), closing.clone()));
     if let Some(listener) = listeners.admin {
         let admin = frontend::http::admin(router.clone(), true).merge(server::reflection(DESCRIPTORS)?);
-        let settings = Settings { busy_from_head: true, ..settings(false) };
+        let settings = Settings { busy_from_head: true, ..settings(false, None) };
         parts.task("admin server", server::serve(listener, admin, settings, closing));
     }
     parts.task("followers of the nodes' status", ended_by(end.clone(), router.clone().follow()));
@@ -149,11 +154,10 @@ async fn ended_by(end: Drain, work: impl Future<Output = ()>) -> Result<(), &'st
 /// Takes the file of keys anew when it has changed. Never ends.
 async fn follow_keys(router: Arc<Router>) {
     let Some(file) = &router.config.keys else { return std::future::pending().await };
-    let state = || std::fs::metadata(file).ok().map(|file| (file.modified().ok(), file.len(), file.ino()));
-    let mut known = state();
+    let mut known = stamp(file);
     loop {
-        tokio::time::sleep(KEYS_LOOKED_AT).await;
-        let now = state();
+        tokio::time::sleep(LOOKED_AT).await;
+        let now = stamp(file);
         if now != known {
             known = now;
             match router.clients.reload(file) {
@@ -263,6 +267,20 @@ impl Router {
     /// Requests under way, those that wait for room on the nodes among them.
     pub fn under_way(&self) -> usize {
         self.config.max_requests as usize - self.permits.available_permits()
+    }
+
+    /// Says it once where whoever reaches `listening` is served, and what is sent there can be read, unless only this machine is.
+    fn warn_where_open(&self, listening: SocketAddr) {
+        let missing = match (&self.config.keys, &self.config.tls.tls_cert) {
+            _ if listening.ip().is_loopback() => return,
+            (Some(_), Some(_)) => return,
+            (None, None) => "no keys are asked for (--keys), and nothing is encrypted (--tls-cert, --tls-key)",
+            // Who has to show a certificate is known.
+            (None, Some(_)) if self.config.tls.tls_ca.is_some() => return,
+            (None, Some(_)) => "no keys are asked for (--keys)",
+            (Some(_), None) => "nothing is encrypted (--tls-cert, --tls-key)",
+        };
+        tracing::warn!(%listening, "{missing}: whoever comes by the network this door is on is trusted");
     }
 
     /// Whether a prefill and a decode node of some pair are there.

@@ -32,7 +32,7 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
         None => None,
     };
     let drain = Drain::on_signal()?;
-    let discovery = cli.discovery.connect();
+    let discovery = cli.discovery.connect()?;
     let ran = overfill_router::run(RouterConfig::new(cli.pair, cli.bounds), Listeners { http, grpc, admin }, discovery, drain).await;
     telemetry.finish().await;
     Ok(ran?)

@@ -172,7 +172,7 @@ async fn echo(address: &str) {
 
 async fn serve(address: &str, routes: Routes) {
     let listener = TcpListener::bind(address).await.unwrap();
-    transport::serve_peers(listener, routes.into_axum_router(), Drain::new()).await.unwrap();
+    transport::serve_peers(listener, routes.into_axum_router(), Drain::new(), overfill_transport::PeerSecurity::default()).await.unwrap();
 }
 
 /// As the executable starts one.

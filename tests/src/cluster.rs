@@ -17,6 +17,7 @@ use tonic::transport::Channel;
 
 use crate::nodes::status;
 use crate::processes::binary;
+use crate::security;
 
 /// How the cluster of a test is made.
 pub struct Builder {
@@ -27,6 +28,7 @@ pub struct Builder {
     prefill_flags: Vec<String>,
     decode_flags: Vec<String>,
     router_flags: Vec<String>,
+    peer_flags: Vec<String>,
 }
 
 /// A running cluster; dropping it ends everything.
@@ -53,6 +55,7 @@ impl Builder {
             prefill_flags: vec![],
             decode_flags: vec![],
             router_flags: vec![],
+            peer_flags: security::peer_flags(),
         }
     }
 
@@ -86,9 +89,15 @@ impl Builder {
         self
     }
 
+    /// Flags that say how its processes know each other: they are those of its discovery.
+    pub fn peer_flags(mut self, flags: Vec<String>) -> Self {
+        self.peer_flags = flags;
+        self
+    }
+
     /// Starts it and waits until every node is listed.
     pub async fn start(self) -> Cluster {
-        let discovery = Discovery::memory();
+        let discovery = Discovery::memory().secured(security::peers(&self.peer_flags));
         let mut tasks = Vec::new();
         let mut metrics = Vec::new();
         let each: Vec<String> = [&self.pair].into_iter().chain(&self.also).map(|p| p.display().to_string()).collect();
@@ -116,11 +125,12 @@ impl Builder {
             tasks.push(spawn(Box::pin(async move { run.await.unwrap() })));
         }
         let mut flags: Vec<String> = ["router", "--pair", &pairs, "--guide-compiler", &compiler].map(str::to_owned).to_vec();
+        flags.extend(security::door_flags());
         flags.extend(self.router_flags);
         let cli = overfill_router::config::Cli::parse_from(flags);
         let listeners = overfill_router::Listeners { http: listener().await, grpc: listener().await, admin: None };
-        let url = |l: &TcpListener| format!("http://{}", l.local_addr().unwrap());
-        let (http, grpc) = (url(&listeners.http), url(&listeners.grpc));
+        let url = |l: &TcpListener, grpc| format!("http://{}", security::without_tls(&l.local_addr().unwrap().to_string(), grpc));
+        let (http, grpc) = (url(&listeners.http, false), url(&listeners.grpc, true));
         metrics.insert(0, format!("{http}/metrics"));
         let config = overfill_router::RouterConfig::new(cli.pair, cli.bounds);
         let run = overfill_router::run(config, listeners, discovery.clone(), Drain::new());
@@ -140,7 +150,7 @@ async fn listener() -> TcpListener {
 async fn sockets(metrics: &mut Vec<String>) -> NodeListeners {
     let scraped = listener().await;
     metrics.push(format!("http://{}/metrics", scraped.local_addr().unwrap()));
-    NodeListeners { grpc: listener().await, metrics: Some(scraped) }
+    NodeListeners { grpc: listener().await, admin: Some(scraped) }
 }
 
 impl Cluster {

@@ -1,8 +1,10 @@
 //! What the end-to-end tests share: tiny random pairs, clusters in this process and of real processes, clients.
 
+pub mod authority;
 pub mod cluster;
 pub mod nodes;
 pub mod process_cluster;
 pub mod processes;
 pub mod scrape;
+pub mod security;
 pub mod tiny;

@@ -3,13 +3,14 @@
 use std::path::Path;
 use std::time::Duration;
 
-use overfill_cluster::EtcdSettings;
+use overfill_cluster::{Discovery, EtcdSecurity, EtcdSettings};
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_types::SamplingParams;
 use tonic::Status;
 
 use crate::cluster::{request, tokens};
 use crate::processes::{Etcd, Process, eventually, free_port};
+use crate::security;
 
 /// How long it may take until something has come about.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -42,7 +43,10 @@ impl ProcessCluster {
         let (http, grpc) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
         let pair = pair.display().to_string();
         let found = ["--etcd", &etcd.address, "--cluster", NAME, "--lease-ttl", LEASE];
-        let router = Process::ours("router", &[&["--pair", &pair, "--http", &http, "--grpc", &grpc][..], &found].concat());
+        let secured = [security::peer_flags(), security::door_flags()].concat();
+        let secured: Vec<&str> = secured.iter().map(String::as_str).collect();
+        let router = Process::ours("router", &[&["--pair", &pair, "--http", &http, "--grpc", &grpc][..], &found, &secured].concat());
+        let (http, grpc) = (security::without_tls(&http, false), security::without_tls(&grpc, true));
         let mut cluster =
             Self { router, prefill: vec![], decode: vec![], http: format!("http://{http}"), grpc: format!("http://{grpc}"), etcd, pair };
         cluster.prefill = (0..prefill).map(|_| cluster.node("prefill-node")).collect();
@@ -53,12 +57,23 @@ impl ProcessCluster {
     /// Starts another node, by its binary's name.
     pub fn node(&self, name: &str) -> Process {
         let flags = ["--pair", &self.pair, "--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M"];
-        Process::ours(name, &[&flags[..], &["--etcd", &self.etcd.address, "--cluster", NAME, "--lease-ttl", LEASE]].concat())
+        let secured = security::peer_flags();
+        let secured: Vec<&str> = secured.iter().map(String::as_str).collect();
+        Process::ours(name, &[&flags[..], &["--etcd", &self.etcd.address, "--cluster", NAME, "--lease-ttl", LEASE], &secured].concat())
     }
 
-    /// What it takes to see its nodes as the router does.
-    pub fn settings(&self) -> EtcdSettings {
-        EtcdSettings { endpoints: vec![self.etcd.address.parse().unwrap()], cluster: NAME.into(), lease_ttl: Duration::from_secs(2) }
+    fn settings(&self) -> EtcdSettings {
+        EtcdSettings {
+            endpoints: vec![self.etcd.address.parse().unwrap()],
+            cluster: NAME.into(),
+            lease_ttl: Duration::from_secs(2),
+            security: EtcdSecurity::default(),
+        }
+    }
+
+    /// Its nodes as the router sees them.
+    pub fn discovery(&self) -> Discovery {
+        Discovery::etcd(self.settings()).secured(security::peers(&security::peer_flags()))
     }
 
     /// Whether the router says that it is ready.

@@ -1,7 +1,7 @@
 //! Real processes: etcd and our binaries, on free ports, ended with the test.
 
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,11 @@ impl Process {
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
     }
 
+    /// Descriptors that it has open.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
     /// Sends a signal by name, e.g. `TERM`.
     pub fn signal(&self, signal: &str) {
         let sent = Command::new("kill").args([&format!("-{signal}"), &self.child.id().to_string()]).status().unwrap();
@@ -84,10 +89,11 @@ impl Drop for Process {
     }
 }
 
-/// Where a binary of ours lies; the test command builds all of them first.
+/// Where a binary of ours lies: beside this program, or above it where that is a test. The test command builds all of them first.
 pub fn binary(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let path = test.parent().and_then(Path::parent).unwrap().join(name);
+    let this = std::env::current_exe().unwrap();
+    let above = this.ancestors().skip(1).take(2).map(|folder| folder.join(name));
+    let path = above.clone().find(|path| path.exists()).or_else(|| above.last()).unwrap();
     assert!(path.exists(), "{} is not there: build the binaries first (`cargo build --release --bins`)", path.display());
     path
 }
@@ -109,26 +115,33 @@ pub struct Etcd {
     peer: u16,
     data: TempDir,
     process: Option<Process>,
+    /// Of its clients' TLS, if it speaks it.
+    tls: Vec<String>,
 }
 
 impl Etcd {
     /// Starts one on free ports.
     pub fn start() -> Self {
-        let mut etcd =
-            Self { address: format!("127.0.0.1:{}", free_port()), peer: free_port(), data: tempfile::tempdir().unwrap(), process: None };
+        Self::with_tls(vec![])
+    }
+
+    /// One that speaks TLS with its clients, as its flags say it.
+    pub fn with_tls(tls: Vec<String>) -> Self {
+        let address = format!("127.0.0.1:{}", free_port());
+        let mut etcd = Self { address, peer: free_port(), data: tempfile::tempdir().unwrap(), process: None, tls };
         etcd.resume();
         etcd
     }
 
     /// Starts it again with its data.
     pub fn resume(&mut self) {
-        let client = format!("http://{}", self.address);
+        let client = format!("{}://{}", if self.tls.is_empty() { "http" } else { "https" }, self.address);
         let peer = format!("http://127.0.0.1:{}", self.peer);
         let mut command = Command::new("etcd");
         command.args(["--name", "test", "--data-dir"]).arg(self.data.path());
         command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client, "--listen-peer-urls", &peer]);
         command.args(["--initial-advertise-peer-urls", &peer, "--initial-cluster", &format!("test={peer}")]);
-        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.args(&self.tls).stdout(Stdio::null()).stderr(Stdio::null());
         self.process = Some(Process::start(command, "etcd (Debian's package etcd-server has it)"));
     }
 

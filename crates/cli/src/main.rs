@@ -78,7 +78,7 @@ impl PairArgs {
 #[derive(Subcommand)]
 enum Command {
     /// Router, one prefill node and one decode node in one process
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Answer one prompt
     Generate(generate::GenerateArgs),
     /// Make a key for a client
@@ -136,7 +136,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         sigpipe::reset();
     }
     match cli.command {
-        Command::Serve(args) => serve::run(args, &cli.home, &log),
+        Command::Serve(args) => serve::run(*args, &cli.home, &log),
         Command::Generate(args) => generate::run(args, &cli.home),
         Command::Fetch(args) => fetch::run(args, &cli.home),
         Command::Key(args) => key::run(args),

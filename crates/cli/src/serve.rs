@@ -12,6 +12,7 @@ use overfill_node::NodeArgs;
 use overfill_prefill_node::PrefillConfig;
 use overfill_router::config::RequestBounds;
 use overfill_router::{Listeners, RouterConfig};
+use overfill_transport::PeerSecurity;
 use overfill_types::flags::parse_bytes;
 use tokio::net::TcpListener;
 
@@ -30,12 +31,16 @@ pub(crate) struct ServeArgs {
     /// Where it listens for gRPC
     #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:8001")]
     grpc: SocketAddr,
-    /// Where the prefill node answers scrapes of Prometheus [default: nowhere; the router's metrics are at /metrics of --http]
-    #[arg(long, env = "OVERFILL_PREFILL_METRICS_LISTEN")]
-    prefill_metrics_listen: Option<SocketAddr>,
+    /// Where the router answers those who run it: /metrics, /docs, probes, profiles, and gRPC's reflection, which are not at the doors
+    /// then [default: at the doors, but for profiles]
+    #[arg(long, env = "OVERFILL_ADMIN")]
+    admin: Option<SocketAddr>,
+    /// Where the prefill node does: /metrics, probes, profiles [default: nowhere]
+    #[arg(long, env = "OVERFILL_PREFILL_ADMIN")]
+    prefill_admin: Option<SocketAddr>,
     /// Where the decode node does [default: nowhere]
-    #[arg(long, env = "OVERFILL_DECODE_METRICS_LISTEN")]
-    decode_metrics_listen: Option<SocketAddr>,
+    #[arg(long, env = "OVERFILL_DECODE_ADMIN")]
+    decode_admin: Option<SocketAddr>,
     /// Compute threads of each of the two models [default: all cores; they mostly take turns]
     #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -62,10 +67,15 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
         let drain = Drain::on_signal()?;
         let http = TcpListener::bind(args.http).await.with_context(|| format!("cannot listen on {}", args.http))?;
         let grpc = TcpListener::bind(args.grpc).await.with_context(|| format!("cannot listen on {}", args.grpc))?;
-        let discovery = Discovery::memory();
+        let admin = match args.admin {
+            Some(admin) => Some(TcpListener::bind(admin).await.with_context(|| format!("cannot listen on {admin}"))?),
+            None => None,
+        };
+        // The nodes are this process's alone, whoever else is on this machine.
+        let discovery = Discovery::memory().secured(PeerSecurity::of_one_process()?);
         let node = NodeArgs {
             advertise: None,
-            metrics_listen: args.prefill_metrics_listen,
+            admin: args.prefill_admin,
             threads: args.threads,
             cpus: Vec::new(),
             device: args.device,
@@ -88,7 +98,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
             nice: args.prefill_nice,
             prefix_cache: true,
         };
-        let node = NodeArgs { metrics_listen: args.decode_metrics_listen, ..node };
+        let node = NodeArgs { admin: args.decode_admin, ..node };
         let decode = DecodeConfig {
             pair: pair.clone(),
             node,
@@ -106,8 +116,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
         let decode = overfill_decode_node::run(decode, for_decode, discovery.clone(), nodes.clone());
         let router = async {
             let served =
-                overfill_router::run(RouterConfig::new(vec![pair], args.bounds), Listeners { http, grpc, admin: None }, discovery, drain)
-                    .await;
+                overfill_router::run(RouterConfig::new(vec![pair], args.bounds), Listeners { http, grpc, admin }, discovery, drain).await;
             nodes.start();
             served.context("the router failed")
         };

@@ -1,8 +1,9 @@
-//! One small interface over the three sources.
+//! One small interface over the three sources, and how those who find each other know each other.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use overfill_transport::{Connector, PeerSecurity};
 use overfill_types::{NodeInfo, PeerAddress};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -17,11 +18,12 @@ use crate::{etcd, fixed, memory};
 /// How long a withdrawal may take before the lease's end has to do.
 const WITHDRAWAL_LIMIT: Duration = Duration::from_secs(3);
 
-/// Where nodes register and are found: etcd, a fixed list, or this process. Clones share it.
+/// Where nodes register and are found: etcd, a fixed list, or this process; and how they know each other. Clones share it.
 #[derive(Clone)]
 pub struct Discovery {
     view: watch::Sender<Arc<Snapshot>>,
     source: Source,
+    security: PeerSecurity,
     /// Keeps the view current, from when it is first asked for; ends with the last clone. A node asks for none.
     follower: Arc<OnceLock<Option<AbortOnDropHandle<()>>>>,
 }
@@ -35,7 +37,7 @@ enum Source {
 
 impl Discovery {
     fn new(source: Source) -> Self {
-        Self { view: watch::Sender::default(), source, follower: Arc::default() }
+        Self { view: watch::Sender::default(), source, security: PeerSecurity::default(), follower: Arc::default() }
     }
 
     /// Within this process.
@@ -53,15 +55,30 @@ impl Discovery {
         Self::new(Source::Etcd(Arc::new(Etcd::new(settings))))
     }
 
+    /// The same, of nodes that know each other by `security`. To be said before anything is asked.
+    pub fn secured(self, security: PeerSecurity) -> Self {
+        Self { security, ..self }
+    }
+
+    /// How the processes that find each other here know each other.
+    pub fn security(&self) -> &PeerSecurity {
+        &self.security
+    }
+
+    /// What connects to nodes that are found here.
+    pub fn connector(&self) -> Connector {
+        Connector::secured(self.security.clone())
+    }
+
     /// The current view, and every later one. While the source is away it keeps those nodes that answer.
     /// Must be called inside a tokio runtime.
     pub fn watch(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.follower.get_or_init(|| {
-            let view = self.view.clone();
+            let (view, connector) = (self.view.clone(), self.connector());
             let following = match &self.source {
                 Source::Memory => return None,
-                Source::Fixed(addresses) => tokio::spawn(fixed::follow(addresses.clone(), view)),
-                Source::Etcd(etcd) => tokio::spawn(etcd::follow(etcd.clone(), view)),
+                Source::Fixed(addresses) => tokio::spawn(fixed::follow(addresses.clone(), connector, view)),
+                Source::Etcd(etcd) => tokio::spawn(etcd::follow(etcd.clone(), connector, view)),
             };
             Some(AbortOnDropHandle::new(following))
         });
@@ -79,6 +96,14 @@ impl Discovery {
     /// Whether nodes register here, and so need an address to register.
     pub fn registers(&self) -> bool {
         !matches!(self.source, Source::Fixed(_))
+    }
+
+    /// Whether all decode nodes are found here: a list may be the router's alone.
+    pub fn knows_decode_nodes(&self) -> bool {
+        match &self.source {
+            Source::Fixed(addresses) => !addresses.decode.is_empty(),
+            Source::Memory | Source::Etcd(_) => true,
+        }
     }
 
     /// Lists a node as ready until the registration is withdrawn or dropped. Returns at once: if the source is away,

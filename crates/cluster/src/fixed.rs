@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use overfill_proto::v1::Phase;
+use overfill_transport::Connector;
 use overfill_types::{Fingerprint, NodeId, NodeInfo, PeerAddress, Role, ServedPair};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -23,20 +24,20 @@ pub(crate) struct Addresses {
 }
 
 /// Keeps the view current, for as long as it runs.
-pub(crate) async fn follow(addresses: Addresses, view: watch::Sender<Arc<Snapshot>>) {
+pub(crate) async fn follow(addresses: Addresses, connector: Connector, view: watch::Sender<Arc<Snapshot>>) {
     let Addresses { prefill, decode } = addresses;
     let of = |role, addresses: Vec<PeerAddress>| addresses.into_iter().map(move |address| (role, address));
     let nodes: BTreeSet<(Role, PeerAddress)> = of(Role::Prefill, prefill).chain(of(Role::Decode, decode)).collect();
     loop {
         // As many at a time as were named.
-        let asked: JoinSet<_> = nodes.iter().cloned().map(|(role, address)| ask(role, address)).collect();
+        let asked: JoinSet<_> = nodes.iter().cloned().map(|(role, address)| ask(connector.clone(), role, address)).collect();
         publish(&view, Snapshot::new(asked.join_all().await.into_iter().flatten()));
         tokio::time::sleep(INTERVAL).await;
     }
 }
 
-async fn ask(role: Role, address: PeerAddress) -> Option<NodeInfo> {
-    let status = probe::ask(role, &address).await.ok()?;
+async fn ask(connector: Connector, role: Role, address: PeerAddress) -> Option<NodeInfo> {
+    let status = probe::ask(&connector, role, &address).await.ok()?;
     (status.phase() == Phase::Ready).then(|| NodeInfo {
         id: NodeId::new(status.node_id),
         role,

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use overfill_proto::v1::node_client::NodeClient;
 use overfill_proto::v1::{self, NodeStatus, StatusRequest};
+use overfill_transport::Connector;
 use overfill_types::{PeerAddress, Role};
 use tokio::time::timeout;
-use tonic::transport::Endpoint;
 
 /// Time for an answer, connecting included.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -24,21 +24,25 @@ pub(crate) enum NoStatus {
 
 /// What the node at `address` says of itself. The connection is a new one each time: whether one can be made is part of
 /// what is asked.
-pub(crate) async fn ask(role: Role, address: &PeerAddress) -> Result<NodeStatus, NoStatus> {
+pub(crate) async fn ask(connector: &Connector, role: Role, address: &PeerAddress) -> Result<NodeStatus, NoStatus> {
     let role = match role {
         Role::Prefill => v1::Role::Prefill,
         Role::Decode => v1::Role::Decode,
     };
-    match timeout(LIMIT, status(address)).await {
+    match timeout(LIMIT, status(connector, address)).await {
         Ok(Ok(status)) if status.role() == role => Ok(status),
         Ok(Ok(_)) => Err(NoStatus::Silent),
         Ok(Err(error)) if refused(&*error) => Err(NoStatus::Refused),
-        Ok(Err(_)) | Err(_) => Err(NoStatus::Silent),
+        Ok(Err(error)) => {
+            tracing::debug!(%address, error, "a node gives no status");
+            Err(NoStatus::Silent)
+        }
+        Err(_) => Err(NoStatus::Silent),
     }
 }
 
-async fn status(address: &PeerAddress) -> Result<NodeStatus, Box<dyn Error + Send + Sync>> {
-    let channel = Endpoint::from_shared(format!("http://{address}"))?.connect().await?;
+async fn status(connector: &Connector, address: &PeerAddress) -> Result<NodeStatus, Box<dyn Error + Send + Sync>> {
+    let channel = connector.connect(address.as_str())?;
     Ok(NodeClient::new(channel).status(StatusRequest {}).await?.into_inner())
 }
 
@@ -62,10 +66,10 @@ mod tests {
         let address: PeerAddress = listener.local_addr().unwrap().to_string().parse().unwrap();
         for role in [Role::Prefill, Role::Decode] {
             let begun = Instant::now();
-            assert_eq!(ask(role, &address).await.unwrap_err(), NoStatus::Silent, "it is bound, and nobody accepts");
+            assert_eq!(ask(&Connector::default(), role, &address).await.unwrap_err(), NoStatus::Silent, "it is bound, and nobody accepts");
             assert!(begun.elapsed() >= LIMIT);
         }
         drop(listener);
-        assert_eq!(ask(Role::Decode, &address).await.unwrap_err(), NoStatus::Refused);
+        assert_eq!(ask(&Connector::default(), Role::Decode, &address).await.unwrap_err(), NoStatus::Refused);
     }
 }

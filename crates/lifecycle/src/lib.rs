@@ -3,6 +3,7 @@
 pub mod drain;
 pub mod metrics;
 pub mod parts;
+pub mod profile;
 pub mod telemetry;
 pub mod trace;
 

@@ -19,9 +19,9 @@ pub struct NodeArgs {
     /// machine, the one that is not loopback]
     #[arg(long, env = "OVERFILL_ADVERTISE", value_name = "HOST:PORT")]
     pub advertise: Option<PeerAddress>,
-    /// Where it answers scrapes of Prometheus (HTTP, /metrics) [default: nowhere]
-    #[arg(long, env = "OVERFILL_METRICS_LISTEN")]
-    pub metrics_listen: Option<SocketAddr>,
+    /// Where it answers those who run the cluster (HTTP): /metrics, /live, /ready, /profile [default: nowhere]
+    #[arg(long, env = "OVERFILL_ADMIN")]
+    pub admin: Option<SocketAddr>,
     /// Compute threads [default: one for each of --cpus, or for each core]
     #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -90,17 +90,17 @@ impl NodeArgs {
         }
     }
 
-    /// The node's sockets: `grpc`, and that of its metrics.
+    /// The node's sockets: `grpc`, and the one for those who run the cluster.
     ///
     /// # Errors
     /// Where it cannot listen there.
     pub async fn listen(&self, grpc: SocketAddr) -> Result<NodeListeners, ListenError> {
         let at = async |address| TcpListener::bind(address).await.map_err(|source| ListenError { address, source });
-        let metrics = match self.metrics_listen {
+        let admin = match self.admin {
             Some(address) => Some(at(address).await?),
             None => None,
         };
-        Ok(NodeListeners { grpc: at(grpc).await?, metrics })
+        Ok(NodeListeners { grpc: at(grpc).await?, admin })
     }
 
     /// How long the engine may take for a step.
@@ -145,12 +145,12 @@ fn parse_step_timeout(text: &str) -> Result<f64, String> {
 pub struct NodeListeners {
     /// gRPC.
     pub grpc: TcpListener,
-    /// Where it answers scrapes, if it does.
-    pub metrics: Option<TcpListener>,
+    /// For those who run the cluster: see [`admin`](crate::admin).
+    pub admin: Option<TcpListener>,
 }
 
 impl From<TcpListener> for NodeListeners {
     fn from(grpc: TcpListener) -> Self {
-        Self { grpc, metrics: None }
+        Self { grpc, admin: None }
     }
 }

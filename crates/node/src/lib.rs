@@ -1,5 +1,6 @@
-//! What both kinds of node have: flags and sockets, the sign of life of an engine, and their own life from ready to ended.
+//! What both kinds of node have: flags and sockets, what those are answered who run it, the sign of life of an engine, and their own life from ready to ended.
 
+pub mod admin;
 mod advertise;
 mod error;
 pub mod faults;

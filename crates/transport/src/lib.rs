@@ -2,7 +2,7 @@
 //!
 //! `server` is what every server has, over `connections` that are bounded, `connection` a connection to a peer, `peers` those that a router keeps. A router asks a
 //! node by `calls` on one stream and hears its `status` on another; a prefill node `push`es KV caches to decode nodes.
-//! `gathering` makes one system call of many small writes, `deadline` keeps what a client's `grpc-timeout` says, and a node's
+//! `security` says who may talk to whom. `gathering` makes one system call of many small writes, `deadline` keeps what a client's `grpc-timeout` says, and a node's
 //! `fault` ends all its calls with why.
 //!
 //! **Invariant:** both halves of a protocol are here, so what one says the other knows. What a call holds is free when its
@@ -17,8 +17,10 @@ mod gathering;
 pub mod node_status;
 pub mod peers;
 pub mod push;
+pub mod security;
 pub mod server;
 
 pub use connection::Connector;
 pub use fault::Fault;
 pub use peers::Peers;
+pub use security::{PeerSecurity, PeerSecurityArgs};

@@ -5,8 +5,10 @@
 use std::time::Duration;
 
 use overfill_lifecycle::Drain;
+use overfill_proto::error::from_status;
 use overfill_proto::v1::node_client::NodeClient;
 use overfill_proto::v1::{NodeStatus, StatusRequest};
+use overfill_types::ServiceError;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -25,10 +27,20 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 
 /// Tells `told` what the node at `address` says of itself, as long as it runs. Never ends.
 pub async fn follow(peers: &Peers, address: &str, told: impl Fn(NodeStatus)) {
-    let mut pause = PAUSES.0;
+    let (mut pause, mut why) = (PAUSES.0, None);
+    let error = |status| from_status(&status, "it");
     loop {
-        let opening = async { NodeClient::new(peers.channel(address).ok()?).watch_status(StatusRequest {}).await.ok() };
-        if let Ok(Some(stream)) = timeout(SILENCE, opening).await {
+        let opening = async { NodeClient::new(peers.channel(address)?).watch_status(StatusRequest {}).await.map_err(error) };
+        let opened: Result<Result<_, ServiceError>, _> = timeout(SILENCE, opening).await;
+        // Once for each reason: what stays wrong stays so for as long as the node is listed.
+        if let Ok(Err(error)) = &opened
+            && why.as_ref() != Some(&error.message)
+        {
+            tracing::warn!(node = address, %error, "a node does not tell its status");
+            why = Some(error.message.clone());
+        }
+        if let Ok(Ok(stream)) = opened {
+            why = None;
             let mut stream = stream.into_inner();
             while let Ok(Ok(Some(status))) = timeout(SILENCE, stream.message()).await {
                 told(status);

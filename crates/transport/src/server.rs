@@ -3,6 +3,8 @@
 use std::convert::Infallible;
 use std::io;
 use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router as Routes;
@@ -16,15 +18,17 @@ use overfill_lifecycle::Drain;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
+use tokio_util::either::Either;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::HealthReporter;
 use tower::ServiceExt;
 
-use crate::connection::{CONNECTION_WINDOW, PROBE, STREAM_WINDOW};
+use crate::connection::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::connections::{ConnectionLimits, Connections, Entry};
 use crate::deadline::DeadlineLayer;
 use crate::gathering::Gathering;
+use crate::security::{PeerSecurity, ServerTls};
 
 /// Largest HTTP/2 frame that is taken. With HTTP/2's default of 16 KiB a push of 35 MB took 1.4 to 2.3 times as long (`overfill bench handoff`).
 pub const HTTP2_FRAME: u32 = 1 << 20;
@@ -32,6 +36,8 @@ pub const HTTP2_FRAME: u32 = 1 << 20;
 pub const LIVE: &str = "live";
 /// Largest head of a request, in bytes.
 const HEAD: usize = 64 << 10;
+/// How often a connection of HTTP/2 is probed, and how long an answer may take: a client that hangs is let go of in seconds.
+const PROBE: Duration = Duration::from_secs(5);
 /// How long it is waited after a connection could not be accepted.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 /// How long connections get to close once everything is finished.
@@ -41,6 +47,7 @@ const CLOSING_LIMIT: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub struct Health {
     reporter: HealthReporter,
+    ready: Arc<AtomicBool>,
 }
 
 impl Health {
@@ -49,11 +56,17 @@ impl Health {
         let (reporter, service) = tonic_health::server::health_reporter();
         reporter.set_service_status("", ServingStatus::NotServing).await;
         reporter.set_service_status(LIVE, ServingStatus::Serving).await;
-        (Self { reporter }, service)
+        (Self { reporter, ready: Arc::default() }, service)
+    }
+
+    /// What was said last.
+    pub fn ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
     }
 
     /// Says whether the server takes requests.
     pub async fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::Release);
         let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
         self.reporter.set_service_status("", status).await;
     }
@@ -93,7 +106,7 @@ pub fn reflection(descriptors: &'static [u8]) -> Result<Routes, tonic_reflection
 }
 
 /// What a listener is for, and what bounds its connections.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 pub struct Settings {
     /// gRPC alone (HTTP/2), or HTTP of either version.
     pub grpc: bool,
@@ -102,6 +115,8 @@ pub struct Settings {
     /// Requests keep their connection busy from their head on. Else whoever serves them says from when on:
     /// [`Connection::busy`](crate::connections::Connection::busy).
     pub busy_from_head: bool,
+    /// TLS, where it is spoken.
+    pub tls: Option<ServerTls>,
 }
 
 /// What ends a server.
@@ -114,15 +129,16 @@ pub struct Closing {
     pub end: Drain,
 }
 
-/// Serves gRPC to peers of our own, until the end is given and running calls are over, or a little longer at most. Peers are few,
-/// and trusted to send what they begin: what bounds them is that no process may run out of descriptors.
+/// Serves gRPC to peers of our own, which are known by `security`, until the end is given and running calls are over, or a little
+/// longer at most. Peers are few, and trusted to send what they begin: what bounds them is that no process may run out of descriptors.
 ///
 /// # Errors
 /// As [`serve`].
-pub async fn serve_peers(listener: TcpListener, app: Routes, end: Drain) -> io::Result<()> {
+pub async fn serve_peers(listener: TcpListener, app: Routes, end: Drain, security: PeerSecurity) -> io::Result<()> {
+    security.warn_where_open(listener.local_addr()?);
     let limits = ConnectionLimits { most: 4096, first: Duration::from_secs(30), idle: Duration::from_secs(3600), streams: 4096 };
-    let settings = Settings { grpc: true, limits, busy_from_head: true };
-    serve(listener, app, settings, Closing { leaving: end.clone(), end }).await
+    let settings = Settings { grpc: true, limits, busy_from_head: true, tls: security.server_tls() };
+    serve(listener, security.guard(app), settings, Closing { leaving: end.clone(), end }).await
 }
 
 /// Serves `app` until the end is given and running requests are over, or a little longer at most.
@@ -131,7 +147,7 @@ pub async fn serve_peers(listener: TcpListener, app: Routes, end: Drain) -> io::
 /// Where the listener fails.
 pub async fn serve(listener: TcpListener, app: Routes, settings: Settings, closing: Closing) -> io::Result<()> {
     let limits = ConnectionLimits { most: descriptors_for(settings.limits.most), ..settings.limits };
-    let (connections, builder) = (Connections::new(limits), builder(settings));
+    let (connections, builder) = (Connections::new(limits), builder(&settings));
     let mut running = JoinSet::new();
     for number in 0_u64.. {
         let accepted = tokio::select! {
@@ -145,7 +161,7 @@ pub async fn serve(listener: TcpListener, app: Routes, settings: Settings, closi
                 let Some(entry) = connections.enter(number) else { continue };
                 // Where it cannot be set, messages are later by some milliseconds.
                 let _ = stream.set_nodelay(true);
-                running.spawn(serve_connection(stream, app.clone(), (builder.clone(), settings), entry, closing.clone()));
+                running.spawn(serve_connection(stream, app.clone(), (builder.clone(), settings.clone()), entry, closing.clone()));
             }
             // The client has gone before it was accepted, or there are no descriptors for a moment.
             Err(error) => {
@@ -170,7 +186,7 @@ fn descriptors_for(most: usize) -> usize {
     most.min((descriptors / 4).max(1))
 }
 
-fn builder(settings: Settings) -> Builder<TokioExecutor> {
+fn builder(settings: &Settings) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     if settings.grpc {
         builder = builder.http2_only();
@@ -196,6 +212,26 @@ async fn serve_connection(
     entry: Entry,
     closing: Closing,
 ) {
+    let stream = match &settings.tls {
+        Some(tls) => {
+            let peer = stream.peer_addr();
+            let greeting = async {
+                tls.accept(stream).await.inspect_err(|error| {
+                    let peer = peer.map_or_else(|_| "a client".to_owned(), |peer| peer.to_string());
+                    tracing::info!(peer, %error, "a connection was refused: its TLS does not fit");
+                })
+            };
+            let greeted = tokio::select! {
+                greeted = greeting => greeted,
+                () = entry.displaced() => return,
+                () = entry.waited_too_long() => return,
+                () = closing.end.signaled() => return,
+            };
+            let Ok(stream) = greeted else { return };
+            Either::Right(stream)
+        }
+        None => Either::Left(stream),
+    };
     let (of_requests, leaving) = (entry.connection(), closing.leaving.clone());
     let service = service_fn(move |request: Request<Incoming>| {
         let (app, leaving, mut request) = (app.clone(), leaving.clone(), request.map(Body::new));

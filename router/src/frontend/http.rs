@@ -7,6 +7,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router as Routes};
+use overfill_lifecycle::profile;
 use overfill_text::TextModel;
 use overfill_types::{Code, ServiceError};
 use serde_json::{Value, json};
@@ -52,7 +53,7 @@ fn probes() -> Routes<Arc<Router>> {
 
 /// What those ask who run the cluster, beside the clients or, with probes, at a listener of their own.
 pub(crate) fn admin(router: Arc<Router>, own_listener: bool) -> Routes {
-    let routes = if own_listener { probes() } else { Routes::new() };
+    let routes = if own_listener { probes().route("/profile", profile::route()) } else { Routes::new() };
     routes
         .route("/docs", get(docs::page))
         .route("/openapi.json", get(docs::document))

@@ -143,7 +143,7 @@ impl Network {
             let mut state = self.lock();
             state.cut.insert(hosts.clone());
             // It was answered some time ago.
-            PROBE + PROBE.mul_f64(state.random.random_range(0.0..1.0))
+            PROBE.1 + PROBE.0.mul_f64(state.random.random_range(0.0..1.0))
         };
         self.cuts.send_replace(());
         let (network, hosts, mut cuts) = (self.clone(), hosts.clone(), self.cuts.subscribe());
@@ -250,7 +250,7 @@ impl Drop for Listening {
                 let (network, connection) = (network.clone(), connection.clone());
                 // The reset is on its way; where it does not pass, the client's probes tell it.
                 let told = async move {
-                    let _ = tokio::time::timeout(2 * PROBE, network.pass(&connection)).await;
+                    let _ = tokio::time::timeout(PROBE.0 + PROBE.1, network.pass(&connection)).await;
                     connection.broken(End::Client).cancel();
                 };
                 // Outside of the runtime, which has ended, nobody is to be told.

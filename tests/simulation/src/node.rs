@@ -13,9 +13,8 @@ use overfill_guide::Guides;
 use overfill_kv::BlockPool;
 use overfill_lifecycle::{Drain, PartEnded, Parts};
 use overfill_node::{Life, NodeArgs, Pulse};
-use overfill_prefill_node::PrefillConfig;
+use overfill_prefill_node::{DecodeNodes, PrefillConfig};
 use overfill_transport::calls::Signals;
-use overfill_transport::push::Pushes;
 use overfill_transport::server::Health;
 use overfill_types::{NodeId, NodeInfo, PairManifest, PeerAddress, Role};
 use rand::Rng;
@@ -77,13 +76,13 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a prefill node, which hands over by `pushes`. The pairs have one full model, and share their guides with it.
-    pub async fn prefill(config: &PrefillConfig, pairs: &[Pair], pushes: Pushes, plan: Plan) -> Self {
+    /// Starts a prefill node, which hands over to `decode_nodes`. The pairs have one full model, and share their guides with it.
+    pub async fn prefill(config: &PrefillConfig, pairs: &[Pair], decode_nodes: DecodeNodes, plan: Plan) -> Self {
         let signals = Signals::default();
         let manifests: Vec<PairManifest> = pairs.iter().map(|pair| pair.manifest.clone()).collect();
         let compute = Model::new(Half::Full, &manifests[0], plan.blocks, config.node.block_tokens as usize);
         let loaded = overfill_prefill_node::Loaded { manifests, compute, blocks: plan.blocks, guides: pairs[0].guides.clone() };
-        let node = overfill_prefill_node::assemble(plan.id.clone(), config, loaded, pushes, &signals).unwrap();
+        let node = overfill_prefill_node::assemble(plan.id.clone(), config, loaded, decode_nodes, &signals).unwrap();
         let (info, held) = (node.info(plan.address.clone()), node.held());
         let overfill_prefill_node::Assembled { engine, pulse, routes, blocks, .. } = node;
         Self::begin(&config.node, plan, (engine, pulse), (routes, blocks), (info, held), signals).await
@@ -251,7 +250,7 @@ mod tests {
 
     async fn prefill(discovery: &Discovery) -> Node {
         let cli = overfill_prefill_node::config::Cli::parse_from(["prefill-node", "--pair", "none", "--chunk-tokens", "5"]);
-        Node::prefill(&cli.config, std::slice::from_ref(&*PAIR), Pushes::default(), plan(discovery, "prefill")).await
+        Node::prefill(&cli.config, std::slice::from_ref(&*PAIR), DecodeNodes::default(), plan(discovery, "prefill")).await
     }
 
     fn stop(max_tokens: usize) -> StopConditions {

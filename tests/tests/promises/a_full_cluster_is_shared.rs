@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use overfill_proto::v1::{DecodeRequest, StopTokens};
 use overfill_tests::cluster::{Builder, Cluster, request, tokens};
 use overfill_tests::nodes;
+use overfill_tests::processes::{binary, eventually};
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::{Role, SamplingParams};
 use serde_json::{Value, json};
@@ -143,4 +144,31 @@ async fn a_quick_client_finds_its_place_free() {
     for i in 0..200 {
         grpc(&cluster, i, 2).await.unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_made_is_taken_without_a_restart_and_one_that_is_taken_out_is_not() {
+    let pair = tiny::pair(Kind::Identity, 62);
+    let made = |name: &str| {
+        let output = std::process::Command::new(binary("overfill")).args(["key", "--name", name]).output().unwrap();
+        let told = String::from_utf8(output.stdout).unwrap();
+        let after = |what: &str| told.lines().find_map(|line| line.split_once(what)).unwrap().1.to_owned();
+        let (key, entry): (String, Value) = (after("kept nowhere: "), serde_json::from_str(&after("file of keys: ")).unwrap());
+        assert!(!entry.to_string().contains(&key) && key.len() > 40, "the file of keys does not hold the key: {told}");
+        (key, entry)
+    };
+    let ((first, of_first), (second, of_second)) = (made("first"), made("second"));
+    assert_ne!(first, second);
+    let file = pair.dir.join("made.json");
+    let write = |clients: &[&Value]| std::fs::write(&file, json!({ "clients": clients }).to_string()).unwrap();
+    write(&[&of_first]);
+    let cluster = Builder::new(&pair.dir).router_flags(&["--keys", file.to_str().unwrap()]).start().await;
+    let status = async |key: &str| {
+        let url = format!("{}/v1/models", cluster.http);
+        reqwest::Client::new().get(url).bearer_auth(key).send().await.unwrap().status().as_u16()
+    };
+    assert_eq!((status(&first).await, status(&second).await), (200, 401));
+    write(&[&of_second]);
+    eventually(Duration::from_secs(10), "the file is read again", || async { status(&second).await == 200 }).await;
+    assert_eq!(status(&first).await, 401);
 }

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use overfill_cluster::Registration;
 use overfill_kv::{Assembler, Commit, Expected, RowsHeader};
 use overfill_proto::v1::decode_server::{Decode, DecodeServer};
 use overfill_proto::v1::node_server::NodeServer;
@@ -45,10 +46,12 @@ struct Served {
     stub: Stub,
     address: String,
     _server: AbortOnDropHandle<()>,
+    _registered: Registration,
 }
 
 impl Stub {
-    async fn serve(allowed: usize, refuses_after: Option<usize>) -> Served {
+    /// A decode node beside those of the cluster.
+    async fn serve(cluster: &Cluster, allowed: usize, refuses_after: Option<usize>) -> Served {
         let stub = Stub { allowed: Arc::new(Semaphore::new(allowed)), refuses_after, taken: Arc::default() };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -59,7 +62,11 @@ impl Stub {
             .add_service(DecodeServer::new(stub.clone()).max_decoding_message_size(overfill_proto::MAX_MESSAGE))
             .add_service(NodeServer::new(NodeService::new(Arc::new(stub.clone()), Signals::default())))
             .serve_with_incoming(TcpListenerStream::new(listener));
-        Served { stub, address, _server: AbortOnDropHandle::new(tokio::spawn(async move { server.await.unwrap() })) }
+        let _server = AbortOnDropHandle::new(tokio::spawn(async move { server.await.unwrap() }));
+        let prefill = cluster.nodes(Role::Prefill).remove(0);
+        let id = NodeId::new(format!("stub at {address}"));
+        let _registered = cluster.discovery.register(NodeInfo { id, role: Role::Decode, address: address.parse().unwrap(), ..prefill });
+        Served { stub, address, _server, _registered }
     }
 }
 
@@ -177,7 +184,7 @@ async fn others_go_on_while_rows_wait_in_the_cache() {
     let other = async |i| tokens(cluster.client().await, request(&tiny::prompt(300, i), &SamplingParams::greedy(), 20)).await.unwrap();
     let expected = [other(1).await, other(2).await];
 
-    let slow = Stub::serve(0, None).await;
+    let slow = Stub::serve(&cluster, 0, None).await;
     let prompt = tiny::prompt(3000, 9);
     let begun = Instant::now();
     let mut events = prefill(&cluster, &slow.address, &prompt, 0).await.unwrap();
@@ -218,7 +225,7 @@ async fn others_go_on_while_rows_wait_in_the_cache() {
 async fn who_goes_away_while_rows_wait_leaves_nothing() {
     let pair = tiny::pair(Kind::Identity, 31);
     let cluster = Builder::new(&pair.dir).prefill_flags(&["--chunk-tokens", "16"]).start().await;
-    let slow = Stub::serve(0, None).await;
+    let slow = Stub::serve(&cluster, 0, None).await;
     for i in 0..3 {
         let mut events = prefill(&cluster, &slow.address, &tiny::prompt(3000, i), 0).await.unwrap();
         first_token(&mut events).await;
@@ -233,9 +240,7 @@ async fn a_deadline_ends_what_waits() {
     let pair = tiny::pair(Kind::Identity, 31);
     let cluster = Builder::new(&pair.dir).nodes(1, 0).router_flags(&["--request-timeout", "1"]).start().await;
     let prefill = cluster.nodes(Role::Prefill).remove(0);
-    let slow = Stub::serve(3, None).await;
-    let node = NodeInfo { id: NodeId::new("slow"), role: Role::Decode, address: slow.address.parse().unwrap(), ..prefill.clone() };
-    let _registration = cluster.discovery.register(node);
+    let _slow = Stub::serve(&cluster, 3, None).await;
     let mut view = cluster.discovery.watch();
     tokio::time::timeout(SECOND, view.wait_for(|v| v.nodes.len() == 2)).await.unwrap().unwrap();
     let error = tokens(cluster.client().await, request(&tiny::prompt(3000, 1), &SamplingParams::greedy(), 20)).await.unwrap_err();
@@ -252,7 +257,7 @@ async fn a_refusal_is_told_as_it_was_said() {
     let pair = tiny::pair(Kind::Identity, 31);
     let cluster = Builder::new(&pair.dir).prefill_flags(&["--chunk-tokens", "16"]).start().await;
     for (i, after) in [0, 1, 3, 10].into_iter().cycle().take(24).enumerate() {
-        let refusing = Stub::serve(Semaphore::MAX_PERMITS / 2, Some(after)).await;
+        let refusing = Stub::serve(&cluster, Semaphore::MAX_PERMITS / 2, Some(after)).await;
         let mut events = prefill(&cluster, &refusing.address, &tiny::prompt(1500, i as u64), 0).await.unwrap();
         let error = loop {
             match events.message().await {
@@ -275,7 +280,7 @@ async fn what_the_decode_node_holds_is_not_sent() {
     let mut whole = None;
     // The first time all is computed, later nearly all is in the cache.
     for held in [0, 0, 17, 160, 992, 999, 1000] {
-        let node = Stub::serve(Semaphore::MAX_PERMITS / 2, None).await;
+        let node = Stub::serve(&cluster, Semaphore::MAX_PERMITS / 2, None).await;
         let mut events = prefill(&cluster, node.address.as_str(), &prompt, held).await.unwrap();
         let first = first_token(&mut events).await;
         assert_eq!(done(&mut events).await.bytes as usize, (prompt.len() - held) * TOKEN_BYTES);

@@ -187,7 +187,7 @@ fn frame(reserved: &Reserved, epoch: u64, index: u32, body: kv_frame::Body) -> K
 }
 
 async fn push(reserved: &Reserved, frames: Vec<KvFrame>) -> Result<PushSummary, Status> {
-    let mut client = DecodeClient::connect(format!("http://{}", reserved.node.address)).await.unwrap();
+    let mut client = DecodeClient::new(nodes::connector().connect(reserved.node.address.as_str()).unwrap());
     Ok(client.push_kv(tokio_stream::iter(frames)).await?.into_inner())
 }
 

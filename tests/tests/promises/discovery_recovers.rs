@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use clap::Parser;
-use overfill_cluster::{Discovery, EtcdSettings, Snapshot};
+use overfill_cluster::{Discovery, EtcdSecurity, EtcdSettings, Snapshot};
 use overfill_lifecycle::Drain;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_tests::cluster::request;
@@ -24,7 +24,12 @@ use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 fn settings(etcd: &Etcd, cluster: &str) -> EtcdSettings {
-    EtcdSettings { endpoints: vec![etcd.address.parse().unwrap()], cluster: cluster.into(), lease_ttl: Duration::from_secs(2) }
+    EtcdSettings {
+        endpoints: vec![etcd.address.parse().unwrap()],
+        cluster: cluster.into(),
+        lease_ttl: Duration::from_secs(2),
+        security: EtcdSecurity::default(),
+    }
 }
 
 /// An entry without a node behind it: nobody listens at its address.
@@ -168,7 +173,7 @@ async fn no_request_is_refused_while_etcd_is_silent_or_forgets() {
         let expected = cluster.answer(&tiny::prompt(20, 1), 5).await.unwrap();
         let mut fewest = usize::MAX;
         let (view, _discovery) = {
-            let discovery = Discovery::etcd(cluster.settings());
+            let discovery = cluster.discovery();
             (discovery.watch(), discovery)
         };
         until_seen(&view, 4).await;
@@ -228,7 +233,7 @@ async fn a_node_that_is_killed_goes_though_etcd_cannot_tell() {
     let pair = tiny::pair(Kind::Identity, 5);
     for (name, befall, undo) in faults {
         let mut cluster = ProcessCluster::start(&pair.dir, 1, 2);
-        let discovery = Discovery::etcd(cluster.settings());
+        let discovery = cluster.discovery();
         let view = discovery.watch();
         until_seen(&view, 3).await;
         cluster.until_ready().await;
@@ -252,7 +257,7 @@ async fn a_node_that_drains_is_left_out_while_it_finishes() {
     let pair = tiny::pair(Kind::Identity, 5);
     let cluster = ProcessCluster::start(&pair.dir, 1, 1);
     cluster.until_ready().await;
-    let discovery = Discovery::etcd(cluster.settings());
+    let discovery = cluster.discovery();
     let view = discovery.watch();
     until_seen(&view, 2).await;
     let mut request = request(&tiny::prompt(100, 1), &SamplingParams::greedy(), 3900);

@@ -231,7 +231,7 @@ async fn what_goes_wrong_is_counted() {
         index: 0,
         body: Some(kv_frame::Body::Rows(rows)),
     };
-    let mut client = DecodeClient::connect(format!("http://{}", node.address)).await.unwrap();
+    let mut client = DecodeClient::new(nodes::connector().connect(node.address.as_str()).unwrap());
     assert_eq!(client.push_kv(tokio_stream::iter([frame])).await.unwrap_err().code(), Code::DataLoss);
     events.message().await.unwrap_err();
     // No frame at all.

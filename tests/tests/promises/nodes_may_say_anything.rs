@@ -77,7 +77,12 @@ async fn stubs(prefill: Script, decode: Script) -> Stubs {
         let address = listener.local_addr().unwrap().to_string().parse().unwrap();
         let routes = Routes::new(NodeServer::new(NodeService::new(Arc::new(stub.clone()), Signals::default())))
             .add_service(DecodeServer::new(stub.clone()));
-        let server = overfill_transport::server::serve_peers(listener, routes.into_axum_router(), Drain::new());
+        let server = overfill_transport::server::serve_peers(
+            listener,
+            routes.into_axum_router(),
+            Drain::new(),
+            cluster.discovery.security().clone(),
+        );
         servers.push(AbortOnDropHandle::new(tokio::spawn(async move { server.await.unwrap() })));
         let pairs = vec![ServedPair { model: "tiny".into(), fingerprint: Fingerprint::new(fingerprint.as_str()) }];
         let node = NodeInfo { id: NodeId::new(format!("{role}-stub")), role, address, pairs, max_context: 4096 };

@@ -161,3 +161,32 @@ async fn a_fixed_list_of_nodes_needs_no_etcd() {
     eventually(PATIENCE, "a dead node is no longer listed", || async { !ready().await }).await;
     drop((first, router));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_answers_those_who_run_it() {
+    let pair = tiny::pair(Kind::Identity, 5);
+    for name in ["prefill-node", "decode-node"] {
+        let admin = format!("127.0.0.1:{}", free_port());
+        let flags = ["--pair", pair.dir.to_str().unwrap(), "--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M"];
+        let mut node = Process::ours(name, &[&flags[..], &["--admin", &admin, "--drain-delay", "1"]].concat());
+        let get = |path: &'static str| {
+            let url = format!("http://{admin}{path}");
+            async move {
+                let answer = reqwest::get(url).await.ok()?;
+                Some((answer.status().as_u16(), answer.text().await.ok()?))
+            }
+        };
+        let status = |path| async move { get(path).await.map(|(status, _)| status) };
+        eventually(PATIENCE, "the node is ready", || async { status("/ready").await == Some(200) }).await;
+        assert_eq!(status("/live").await, Some(200));
+        let (metrics, profile) = tokio::join!(get("/metrics"), get("/profile?seconds=1"));
+        assert!(metrics.unwrap().1.contains("vllm:num_requests_running"));
+        let (taken, stacks) = profile.unwrap();
+        assert_eq!(taken, 200, "{stacks}");
+        assert!(stacks.lines().all(|line| line.is_empty() || line.rsplit_once(' ').unwrap().1.parse::<u64>().is_ok()), "{stacks}");
+        assert_eq!((status("/profile?seconds=3600").await, status("/elsewhere").await), (Some(400), Some(404)));
+        node.signal("TERM");
+        eventually(PATIENCE, "it says that it leaves", || async { status("/ready").await == Some(503) }).await;
+        assert_eq!(node.wait(PATIENCE), Some(0));
+    }
+}

@@ -179,3 +179,29 @@ async fn a_second_signal_ends_a_router_at_once() {
     cluster.router.signal("TERM");
     assert_eq!(cluster.router.wait(Duration::from_secs(2)), Some(1));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_connection_has_so_many_requests_at_a_time() {
+    let pair = tiny::pair(Kind::Identity, 44);
+    let cluster = Builder::new(&pair.dir).router_flags(&["--max-streams", "3"]).start().await;
+    let long = |seed| {
+        let mut asked = request(&tiny::prompt(50, seed), &SamplingParams::greedy(), 1500);
+        asked.ignore_eos = true;
+        asked
+    };
+    let (shared, other) = (cluster.client().await, cluster.client().await);
+    let mut answers = Vec::new();
+    for seed in 0..3 {
+        answers.push(shared.clone().generate(long(seed)).await.unwrap().into_inner());
+    }
+    let fourth = shared.clone();
+    let fourth = tokio::spawn(async move { tokens(fourth, request(&[1, 2, 3], &SamplingParams::greedy(), 1)).await });
+    assert_eq!(
+        tokens(other, request(&[1, 2, 3], &SamplingParams::greedy(), 1)).await.unwrap().len(),
+        1,
+        "others have connections of their own"
+    );
+    assert!(!fourth.is_finished(), "it waits within its client until one of the three is through");
+    answers.pop();
+    assert_eq!(fourth.await.unwrap().unwrap().len(), 1);
+}

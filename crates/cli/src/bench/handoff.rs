@@ -87,7 +87,7 @@ type Started = (Bench, Running<overfill_prefill_node::RunError>, Running<overfil
 async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Drain) -> anyhow::Result<Started> {
     let node = NodeArgs {
         advertise: None,
-        metrics_listen: None,
+        admin: None,
         threads: Some(args.threads),
         cpus: Vec::new(),
         device: "cpu".into(),

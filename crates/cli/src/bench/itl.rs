@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::{GenerateRequest, Sampling, TokenIds, generate_event, generate_request};
-use overfill_transport::connection::{self, Channel};
+use overfill_transport::Connector;
+use overfill_transport::connection::Channel;
 use serde_json::json;
 use tokio::task::JoinSet;
 
@@ -62,7 +63,7 @@ struct Shared {
 pub(crate) fn run(args: &ItlArgs) -> anyhow::Result<()> {
     tokio::runtime::Runtime::new()?.block_on(async {
         let shared = Arc::new(Shared {
-            client: InferenceClient::new(connection::connect(&args.router)?),
+            client: InferenceClient::new(Connector::default().connect(&args.router)?),
             phase: AtomicU8::new(Phase::Warming as u8),
             prompts: AtomicUsize::new(0),
             vocabulary: args.vocabulary,

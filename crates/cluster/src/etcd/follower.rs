@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use etcd_client::{Error, EventType, GetOptions, KeyValue, WatchOptions};
 use overfill_proto::v1::Phase;
+use overfill_transport::Connector;
 use overfill_types::NodeInfo;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, sleep_until};
@@ -37,7 +38,7 @@ enum Word {
 }
 
 /// Keeps the view current, for as long as it runs.
-pub(crate) async fn follow(etcd: Arc<Etcd>, view: watch::Sender<Arc<Snapshot>>) {
+pub(crate) async fn follow(etcd: Arc<Etcd>, connector: Connector, view: watch::Sender<Arc<Snapshot>>) {
     let mut membership = Membership::new(etcd.prefix());
     let (sender, mut words) = mpsc::channel(MOST_WAITING);
     let _listening = AbortOnDropHandle::new(tokio::spawn(listen(etcd, sender)));
@@ -45,7 +46,7 @@ pub(crate) async fn follow(etcd: Arc<Etcd>, view: watch::Sender<Arc<Snapshot>>) 
     loop {
         let room = MOST_ASKED.saturating_sub(asked.len());
         for (key, node) in membership.due(room, Instant::now()) {
-            asked.spawn(key, ask(node));
+            asked.spawn(key, ask(connector.clone(), node));
         }
         if let Some(snapshot) = membership.changed_view() {
             publish(&view, snapshot);
@@ -65,8 +66,8 @@ pub(crate) async fn follow(etcd: Arc<Etcd>, view: watch::Sender<Arc<Snapshot>>) 
     }
 }
 
-async fn ask(node: NodeInfo) -> Answer {
-    match probe::ask(node.role, &node.address).await {
+async fn ask(connector: Connector, node: NodeInfo) -> Answer {
+    match probe::ask(&connector, node.role, &node.address).await {
         Ok(status) if status.node_id == node.id.as_str() && status.phase() == Phase::Ready => Answer::Ready,
         Ok(_) | Err(NoStatus::Refused) => Answer::Gone,
         Err(NoStatus::Silent) => Answer::Silent,

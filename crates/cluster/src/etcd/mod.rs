@@ -5,6 +5,7 @@
 
 mod follower;
 mod registration;
+mod security;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -15,7 +16,9 @@ use rand::Rng;
 use tokio::time::timeout;
 
 pub(crate) use follower::follow;
+pub use overfill_transport::security::Unusable;
 pub(crate) use registration::hold;
+pub use security::EtcdSecurity;
 
 /// Time for one answer of etcd.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -30,6 +33,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 pub struct EtcdSettings {
     /// Its members.
     pub endpoints: Vec<PeerAddress>,
+    /// How it is known, and knows us.
+    pub security: EtcdSecurity,
     /// Nodes of other clusters are not seen.
     pub cluster: String,
     /// How long etcd lists a node that has died.
@@ -55,11 +60,9 @@ impl Etcd {
     }
 
     async fn connect(&self) -> Result<Client, Error> {
-        let options = ConnectOptions::new()
-            .with_connect_timeout(LIMIT)
-            .with_timeout(LIMIT)
-            .with_keep_alive(KEEP_ALIVE, LIMIT)
-            .with_keep_alive_while_idle(false);
+        let options = self.settings.security.add_to(ConnectOptions::new()).map_err(|error| Error::InvalidArgs(error.to_string()))?;
+        let options =
+            options.with_connect_timeout(LIMIT).with_timeout(LIMIT).with_keep_alive(KEEP_ALIVE, LIMIT).with_keep_alive_while_idle(false);
         let endpoints: Vec<&str> = self.settings.endpoints.iter().map(PeerAddress::as_str).collect();
         within(Client::connect(&endpoints, Some(options))).await
     }

@@ -16,17 +16,15 @@ mod read;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use axum::Router;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
 use prometheus::core::Collector;
 use prometheus::{HistogramOpts, Opts, TextEncoder};
-use tokio::net::TcpListener;
+
+use tokio::runtime::Handle;
 
 pub use prometheus::{Error, Histogram, IntCounter, IntCounterVec, IntGauge};
 
-use crate::drain::Drain;
 use crate::metrics::read::{Kind, ReadAtScrape};
 
 /// The media type of Prometheus' text format.
@@ -48,7 +46,13 @@ impl Registry {
     pub fn new(engine: &str, model_name: Option<&str>) -> Result<Self, Error> {
         let labels = HashMap::from([("engine".to_owned(), engine.to_owned())]);
         let model_name = model_name.map(str::to_owned);
-        Ok(Self { inner: prometheus::Registry::new_custom(None, Some(labels))?, model_name })
+        let registry = Self { inner: prometheus::Registry::new_custom(None, Some(labels))?, model_name };
+        // Where servers share a process they share its tasks.
+        if let Ok(runtime) = Handle::try_current() {
+            let tasks = move || runtime.metrics().num_alive_tasks() as f64;
+            registry.read_gauge("overfill_tasks", "Tasks of the process's runtime that have not ended.", &[], tasks)?;
+        }
+        Ok(registry)
     }
 
     /// The same registry; what is made here is of this model.
@@ -146,18 +150,6 @@ impl Registry {
         match self.text() {
             Ok(text) => ([(header::CONTENT_TYPE, TEXT)], text).into_response(),
             Err(error) => (axum::http::StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
-        }
-    }
-
-    /// Answers scrapes at `/metrics` until `end`.
-    ///
-    /// # Errors
-    /// Where the socket fails.
-    pub async fn serve(self, listener: TcpListener, end: Drain) -> std::io::Result<()> {
-        let app = Router::new().route("/metrics", get(move || async move { self.respond() }));
-        tokio::select! {
-            served = axum::serve(listener, app) => served,
-            () = end.signaled() => Ok(()),
         }
     }
 }

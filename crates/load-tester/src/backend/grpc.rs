@@ -6,7 +6,8 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::{Chat, ChatMessage, GenerateRequest, ListModelsRequest, Sampling, TokenIds, generate_event, generate_request};
-use overfill_transport::connection::{self, Channel};
+use overfill_transport::Connector;
+use overfill_transport::connection::Channel;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue, MetadataMap};
 
 use super::{Answer, Prompt};
@@ -25,9 +26,14 @@ pub(super) struct Grpc {
 }
 
 impl Grpc {
-    pub(super) fn new(address: &str, headers: Vec<(String, String)>, sampling: Sampling, ignore_eos: bool) -> anyhow::Result<Self> {
+    pub(super) fn new(url: &str, headers: Vec<(String, String)>, sampling: Sampling, ignore_eos: bool) -> anyhow::Result<Self> {
+        let (connector, address) = match url.split_once("://") {
+            Some(("https", address)) => (Connector::to_servers()?, address),
+            Some(("http", address)) => (Connector::default(), address),
+            _ => (Connector::default(), url),
+        };
         let client =
-            || anyhow::Ok(InferenceClient::new(connection::connect(address).with_context(|| format!("'{address}' is no host:port"))?));
+            || anyhow::Ok(InferenceClient::new(connector.connect(address).with_context(|| format!("'{address}' is no host:port"))?));
         let mut metadata = MetadataMap::new();
         for (name, value) in headers {
             let fit = (AsciiMetadataKey::from_bytes(name.to_lowercase().as_bytes()), AsciiMetadataValue::try_from(&value));

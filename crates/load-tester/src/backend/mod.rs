@@ -26,7 +26,8 @@ pub(super) struct TargetArgs {
     /// What the server speaks
     #[arg(long, env = "OVERFILL_BENCH_BACKEND", value_enum, default_value = "openai")]
     pub(super) backend: Door,
-    /// Where it is, e.g. http://127.0.0.1:8000; instead of --host and --port
+    /// Where it is, e.g. http://127.0.0.1:8000, or https://…, whose authority the system or the variable SSL_CERT_FILE names; instead of --host
+    /// and --port
     #[arg(long, env = "OVERFILL_BENCH_BASE_URL", conflicts_with_all = ["host", "port"])]
     base_url: Option<String>,
     /// [default: 127.0.0.1]
@@ -158,7 +159,7 @@ impl Backend {
                     args.endpoint.is_none() && args.extra_body.is_none(),
                     "--endpoint and --extra-body are for HTTP: leave them out with --backend grpc"
                 );
-                Wire::Grpc(grpc::Grpc::new(&args.address(), args.headers(), sampling.wire(), ignore_eos)?)
+                Wire::Grpc(grpc::Grpc::new(&args.url(), args.headers(), sampling.wire(), ignore_eos)?)
             }
             door => Wire::OpenAi(openai::OpenAi::new(args, door, sampling, ignore_eos)?),
         };
@@ -232,12 +233,6 @@ impl TargetArgs {
                 if host.contains(':') { format!("http://[{host}]:{port}") } else { format!("http://{host}:{port}") }
             }
         }
-    }
-
-    /// `host:port`.
-    fn address(&self) -> String {
-        let url = self.url();
-        url.strip_prefix("http://").unwrap_or(&url).to_owned()
     }
 
     /// Names and values of all headers.

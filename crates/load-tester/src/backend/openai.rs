@@ -30,7 +30,7 @@ pub(super) struct OpenAi {
 impl OpenAi {
     pub(super) fn new(args: &TargetArgs, door: Door, sampling: &SamplingArgs, ignore_eos: bool) -> anyhow::Result<Self> {
         let base = args.url();
-        ensure!(base.starts_with("http://"), "--base-url is {base}: only http:// is spoken");
+        ensure!(base.starts_with("http://") || base.starts_with("https://"), "--base-url is {base}: http:// and https:// are spoken");
         let mut headers = HeaderMap::new();
         for (name, value) in args.headers() {
             let fit = (HeaderName::try_from(&name), HeaderValue::try_from(&value));

@@ -233,6 +233,7 @@ mod tests {
     use tonic::service::Routes;
 
     use super::*;
+    use crate::PeerSecurity;
     use crate::calls::{EventReceiver, NodeService, Serving, Signals};
     use crate::peers::Peers;
     use crate::server::serve_peers;
@@ -287,7 +288,9 @@ mod tests {
                 Arc::new(Node(held.clone())),
                 Signals { end: end.clone(), ..Signals::default() },
             )));
-            runtime.spawn(async move { serve_peers(TcpListener::from_std(listener).unwrap(), routes.into_axum_router(), end).await });
+            runtime.spawn(async move {
+                serve_peers(TcpListener::from_std(listener).unwrap(), routes.into_axum_router(), end, PeerSecurity::default()).await
+            });
             Self { held, runtime: Some(runtime) }
         }
 
