@@ -127,7 +127,8 @@ impl ModelText {
         let malformed =
             |name: &str, e: &dyn std::fmt::Display| ServiceError::new(Code::InvalidArgument, format!("{name} cannot be read: {e}"));
         // The library panics at some files that are no JSON, and at some that are and make no sense.
-        serde_json::from_slice::<serde::de::IgnoredAny>(tokenizer).map_err(|e| malformed(TOKENIZER_FILE, &e))?;
+        let text = std::str::from_utf8(tokenizer).map_err(|e| malformed(TOKENIZER_FILE, &e))?;
+        serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|e| malformed(TOKENIZER_FILE, &e))?;
         let tokenizer = std::panic::catch_unwind(|| Tokenizer::from_bytes(tokenizer))
             .map_err(|_| malformed(TOKENIZER_FILE, &"it makes no sense to the library that reads it"))?
             .map_err(|e| malformed(TOKENIZER_FILE, &e))?;

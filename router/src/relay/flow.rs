@@ -271,6 +271,7 @@ mod tests {
     fn only_nodes_that_are_asked_again_are_forgiven() {
         let mut flow = begun();
         for node in ["d1", "p"] {
+            flow.attempt();
             flow.failed(lost(node)).unwrap();
         }
         flow.pause(&[NodeId::new("p"), NodeId::new("d2")]).unwrap();

@@ -12,7 +12,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
@@ -42,6 +42,8 @@ pub(crate) struct ClientTls {
     config: Arc<Watched<Arc<ClientConfig>>>,
     /// What the peer's certificate has to be for, whatever its address is.
     name: Option<ServerName<'static>>,
+    /// Whether it shows a certificate.
+    known: bool,
 }
 
 impl ServerTls {
@@ -107,7 +109,7 @@ impl ClientTls {
             config.alpn_protocols = vec![HTTP[0].to_vec()];
             Ok(Arc::new(config))
         };
-        Ok(Self { config: Arc::new(Watched::new(files, read)?), name })
+        Ok(Self { config: Arc::new(Watched::new(files, read)?), name, known: true })
     }
 
     /// Talks to those whose certificate an authority of the system's vouches for, and shows none.
@@ -125,7 +127,7 @@ impl ClientTls {
         let mut config = builder.with_root_certificates(roots).with_no_client_auth();
         config.alpn_protocols = vec![HTTP[0].to_vec()];
         let config = Arc::new(config);
-        Ok(Self { config: Arc::new(Watched::new(Vec::new(), move || Ok(config.clone()))?), name: None })
+        Ok(Self { config: Arc::new(Watched::new(Vec::new(), move || Ok(config.clone()))?), name: None, known: false })
     }
 
     /// Greets the peer at `host`.
@@ -136,7 +138,13 @@ impl ClientTls {
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
         let of_host = || ServerName::try_from(host).unwrap_or(ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into()));
         let name = self.name.clone().unwrap_or_else(of_host);
-        TlsConnector::from(self.config.current()).connect(name, stream).await
+        let mut stream = TlsConnector::from(self.config.current()).connect(name, stream).await?;
+        if self.known {
+            // TLS 1.3 lets a client be through before its certificate was looked at. A server of HTTP/2 speaks first, or says why not:
+            // after a request was sent, why would be lost.
+            stream.fill_buf().await?;
+        }
+        Ok(stream)
     }
 }
 
