@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use overfill_transport::security::Unusable;
 use overfill_transport::{PeerSecurity, PeerSecurityArgs};
 use overfill_types::PeerAddress;
 
 use crate::discovery::Discovery;
-use crate::etcd::{EtcdSecurity, EtcdSettings, Unusable};
+use crate::etcd::{EtcdSecurity, EtcdSettings};
 
 /// Where nodes are found: etcd, or a fixed list of addresses.
 #[derive(Args, Clone, Debug)]
@@ -67,9 +68,10 @@ impl DiscoveryArgs {
         if self.etcd.is_empty() {
             return Ok(Discovery::fixed(self.prefill_nodes.clone(), self.decode_nodes.clone()).secured(security));
         }
-        let tls = self.etcd_ca.is_some() || self.etcd.iter().any(|member| member.tls);
+        if self.etcd_ca.is_none() && self.etcd.iter().any(|member| member.tls) {
+            return Err(Unusable("etcd is to be spoken to by TLS: write --etcd-ca FILE, the authority of its certificate".into()));
+        }
         let of_etcd = EtcdSecurity {
-            tls,
             ca: self.etcd_ca.clone(),
             identity: self.etcd_cert.clone().zip(self.etcd_key.clone()),
             user: self.etcd_user.clone().zip(self.etcd_password_file.clone()),

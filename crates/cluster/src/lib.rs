@@ -14,5 +14,5 @@ mod snapshot;
 
 pub use args::DiscoveryArgs;
 pub use discovery::{Discovery, Registration};
-pub use etcd::{EtcdSecurity, EtcdSettings, Unusable};
+pub use etcd::{EtcdSecurity, EtcdSettings};
 pub use snapshot::Snapshot;

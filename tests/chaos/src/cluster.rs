@@ -80,12 +80,12 @@ pub struct Member {
 
 /// All of it.
 pub struct Cluster {
+    /// All processes. They end before their hosts do.
+    pub members: Vec<Member>,
     /// What connects them.
     pub network: Network,
     /// This program's own host.
     pub own: Host,
-    /// All processes.
-    pub members: Vec<Member>,
     shape: Shape,
     client: reqwest::Client,
 }

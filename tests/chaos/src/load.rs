@@ -138,10 +138,7 @@ impl Load {
         load
     }
 
-    /// Waits until all streams have ended their last answer.
-    ///
-    /// # Panics
-    /// Where one does not within `limit`.
+    /// Waits until all streams have ended their last answer; those that have not within `limit` failed.
     pub async fn end(mut self, limit: Duration) -> Outcome {
         self.stop.store(true, Ordering::Relaxed);
         let ended = tokio::time::timeout(limit, async { while self.streams.join_next().await.is_some() {} }).await;

@@ -10,7 +10,7 @@ use overfill_chaos::fault::Fault;
 use overfill_chaos::load::{Ended, Load, undisturbed};
 use overfill_chaos::report::HEADER;
 use overfill_chaos::run::{Times, scenario};
-use overfill_chaos::storm::{compared, had, storm};
+use overfill_chaos::storm::{Has, has, storm};
 use overfill_tests::processes::eventually;
 use overfill_tests::tiny;
 use rand::rngs::StdRng;
@@ -181,13 +181,13 @@ async fn storms(args: StormArgs) -> bool {
     // What is made once, and kept, is there before it is measured.
     storm(&cluster, args.requests / 2, tokens, seed).await;
     quiet(&cluster).await;
-    let before = had(&cluster).await;
+    let before = has(&cluster).await;
     let ends = storm(&cluster, args.requests, tokens, seed + 1000).await;
     println!("{} aborted, {} whole, {} failed", ends.aborted, ends.whole, ends.failed.len());
     ends.failed.iter().take(5).for_each(|why| eprintln!("  {why}"));
     let held = quiet(&cluster).await;
     held.iter().for_each(|held| println!("held: {held}"));
-    left(before, had(&cluster).await) & held.is_empty() & ends.failed.is_empty()
+    left(before, has(&cluster).await) & held.is_empty() & ends.failed.is_empty()
 }
 
 /// Waits until nothing is held and connections that were left have gone; what still is.
@@ -198,14 +198,14 @@ async fn quiet(cluster: &Cluster) -> Vec<String> {
 }
 
 /// Tells what is left, and whether it is as it was.
-fn left(before: Vec<(String, u64, u64, usize)>, after: Vec<(String, u64, u64, usize)>) -> bool {
+fn left(before: Vec<Has>, after: Vec<Has>) -> bool {
     println!("| process | memory, MB | tasks | descriptors |\n|---|---|---|---|");
     let mut as_before = true;
-    for left in compared(before, after) {
-        let [memory, memory_after] = left.memory.map(|bytes| bytes as f64 / 1e6);
-        let ([tasks, tasks_after], [open, open_after]) = (left.tasks, left.descriptors);
-        println!("| {} | {memory:.1} → {memory_after:.1} | {tasks} → {tasks_after} | {open} → {open_after} |", left.process);
-        as_before &= memory_after < memory * 1.05 && tasks_after <= tasks + 4 && open_after <= open + 8;
+    for (before, after) in before.into_iter().zip(after) {
+        let [memory, memory_after] = [before.memory, after.memory].map(|bytes| bytes as f64 / 1e6);
+        let (tasks, tasks_after, open, open_after) = (before.tasks, after.tasks, before.descriptors, after.descriptors);
+        println!("| {} | {memory:.1} → {memory_after:.1} | {tasks} → {tasks_after} | {open} → {open_after} |", before.process);
+        as_before &= memory_after < memory * 1.05 && tasks_after <= tasks + 4.0 && open_after <= open + 8;
     }
     as_before
 }
@@ -217,7 +217,7 @@ async fn soak(args: SoakArgs) -> bool {
     let until = Instant::now() + Duration::from_secs(60 * args.minutes);
     storm(&cluster, 2000, tokens, seed).await;
     quiet(&cluster).await;
-    let mut before = had(&cluster).await;
+    let mut before = has(&cluster).await;
     let (mut kept, mut round) = (true, 0);
     while Instant::now() < until {
         round += 1;
@@ -236,11 +236,11 @@ async fn soak(args: SoakArgs) -> bool {
         println!("round {round}: {ok} ok, {failed} failed, {} wrong, {} aborted, {} held", outcome.wrong, ends.aborted, held.len());
         outcome.failed.iter().chain(&outcome.broken_off).chain(&ends.failed).take(3).for_each(|why| eprintln!("  {why}"));
         kept &= failed == 0 && outcome.wrong == 0 && held.is_empty() && code == Some(0);
-        let now = had(&cluster).await;
+        let now = has(&cluster).await;
         let place = cluster.of(Kind::Router).len() + one - cluster.of(Kind::Prefill)[0];
         before[place] = now[place].clone();
     }
-    kept & left(before, had(&cluster).await)
+    kept & left(before, has(&cluster).await)
 }
 
 async fn roll(args: ClusterArgs) -> bool {

@@ -16,17 +16,17 @@ const AT_A_TIME: usize = 64;
 /// The latest moment of an abort: past the first tokens.
 const LATEST: Duration = Duration::from_millis(400);
 
-/// What was there before a storm and after it.
-#[derive(Debug)]
-pub struct Left {
+/// What a process has at one moment.
+#[derive(Clone, Debug)]
+pub struct Has {
     /// Which process.
     pub process: String,
-    /// Resident memory in bytes, before and after.
-    pub memory: [u64; 2],
-    /// Tasks of its runtime, before and after.
-    pub tasks: [u64; 2],
-    /// Open descriptors, before and after.
-    pub descriptors: [usize; 2],
+    /// Resident memory in bytes.
+    pub memory: u64,
+    /// Tasks of its runtime.
+    pub tasks: f64,
+    /// Open descriptors.
+    pub descriptors: usize,
 }
 
 /// How requests of a storm ended.
@@ -74,27 +74,19 @@ pub async fn storm(cluster: &Cluster, requests: usize, tokens: usize, seed: u64)
     all
 }
 
-/// What each process of ours has now: memory, tasks, descriptors.
-pub async fn had(cluster: &Cluster) -> Vec<(String, u64, u64, usize)> {
-    let mut had = Vec::new();
+/// What each process of ours has now.
+///
+/// # Panics
+/// Where one does not tell.
+pub async fn has(cluster: &Cluster) -> Vec<Has> {
+    let mut all = Vec::new();
     for kind in [Kind::Router, Kind::Prefill, Kind::Decode] {
         for (number, member) in cluster.of(kind).into_iter().enumerate() {
             let process = cluster.process(member);
-            let tasks = cluster.metric(member, "overfill_tasks").await.unwrap_or(f64::NAN) as u64;
-            had.push((format!("{} {number}", kind.name()), process.resident_bytes(), tasks, process.descriptors()));
+            let tasks = cluster.metric(member, "overfill_tasks").await.filter(|tasks| *tasks > 0.0).expect("a process tells its tasks");
+            let (memory, descriptors) = (process.resident_bytes(), process.descriptors());
+            all.push(Has { process: format!("{} {number}", kind.name()), memory, tasks, descriptors });
         }
     }
-    had
-}
-
-/// Both beside each other.
-pub fn compared(before: Vec<(String, u64, u64, usize)>, after: Vec<(String, u64, u64, usize)>) -> Vec<Left> {
-    let both = before.into_iter().zip(after);
-    both.map(|((process, memory, tasks, descriptors), after)| Left {
-        process,
-        memory: [memory, after.1],
-        tasks: [tasks, after.2],
-        descriptors: [descriptors, after.3],
-    })
-    .collect()
+    all
 }

@@ -16,7 +16,6 @@ use rand::Rng;
 use tokio::time::timeout;
 
 pub(crate) use follower::follow;
-pub use overfill_transport::security::Unusable;
 pub(crate) use registration::hold;
 pub use security::EtcdSecurity;
 

@@ -9,9 +9,7 @@ use overfill_transport::security::Unusable;
 /// Files that are read for each connection to etcd: what is renewed is taken with the next one.
 #[derive(Clone, Debug, Default)]
 pub struct EtcdSecurity {
-    /// Whether TLS is spoken.
-    pub tls: bool,
-    /// Authority of etcd's certificate.
+    /// Authority of etcd's certificate: with it TLS is spoken.
     pub ca: Option<PathBuf>,
     /// Certificate that is shown, and its private key.
     pub identity: Option<(PathBuf, PathBuf)>,
@@ -23,11 +21,8 @@ impl EtcdSecurity {
     /// Reads all files once.
     ///
     /// # Errors
-    /// Where one cannot be used, or TLS is wanted and nothing says which etcd is the right one.
+    /// Where one cannot be used.
     pub fn check(&self) -> Result<(), Unusable> {
-        if self.tls && self.ca.is_none() {
-            return Err(Unusable("etcd is to be spoken to by TLS: write --etcd-ca FILE, the authority of its certificate".into()));
-        }
         self.add_to(ConnectOptions::new()).map(|_| ())
     }
 

@@ -1,7 +1,6 @@
 //! TLS of one side of a connection, by rustls. Its files are read again when they change: whoever connects from then on meets
 //! the new certificate, and connections that stand stay.
 
-use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -135,9 +134,10 @@ impl ClientTls {
     /// # Errors
     /// Why the two do not come together.
     pub(crate) async fn connect(&self, host: &str, stream: TcpStream) -> std::io::Result<client::TlsStream<TcpStream>> {
-        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        let of_host = || ServerName::try_from(host).unwrap_or(ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into()));
-        let name = self.name.clone().unwrap_or_else(of_host);
+        let name = match &self.name {
+            Some(name) => name.clone(),
+            None => ServerName::try_from(host.trim_matches(['[', ']']).to_owned()).map_err(std::io::Error::other)?,
+        };
         let mut stream = TlsConnector::from(self.config.current()).connect(name, stream).await?;
         if self.known {
             // TLS 1.3 lets a client be through before its certificate was looked at. A server of HTTP/2 speaks first, or says why not:
