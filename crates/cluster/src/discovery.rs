@@ -113,7 +113,10 @@ impl Discovery {
         let task = match &self.source {
             Source::Fixed(_) => None,
             Source::Memory => Some(tokio::spawn(memory::hold(self.view.clone(), node, stop.clone()))),
-            Source::Etcd(etcd) => Some(tokio::spawn(etcd::hold(etcd.clone(), node, stop.clone()))),
+            Source::Etcd(etcd) => {
+                let watches = self.follower.get().is_some();
+                Some(tokio::spawn(etcd::hold(etcd.clone(), node, watches, stop.clone())))
+            }
         };
         Registration { stop, task }
     }

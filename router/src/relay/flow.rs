@@ -11,8 +11,9 @@ use std::time::Duration;
 use overfill_proto::v1::Token;
 use overfill_types::{Blame, Code, NodeId, Retry, ServiceError};
 
-/// Attempts in a row that bring no token: the first and two more.
-const FRUITLESS: u32 = 3;
+/// Attempts in a row that bring no token: the first and three more. A router that is cut off for some seconds sees all its nodes
+/// fail, and its attempts to reach them again: three were over before a cut of 8 s was.
+const FRUITLESS: u32 = 4;
 /// Attempts of one request that fail for another reason than want of room: a prompt that ends every node which it meets, after a
 /// token on each, is not to meet them all.
 const IN_ALL: u32 = 8;
@@ -198,7 +199,8 @@ impl Flow {
     /// Where that is no use: they have refused a request that nobody has taken on and that has no time to wait.
     pub(super) fn pause(&mut self, asked: &[NodeId]) -> Result<Duration, ServiceError> {
         if let Some(error) = self.last.take_if(|e| e.retry == Retry::Later && !self.accepted && !self.patient) {
-            return Err(error);
+            let message = format!("the cluster is full: {}", error.message);
+            return Err(ServiceError { message, ..error });
         }
         self.failed.retain(|node| !asked.contains(node));
         let pause = PAUSE * 2u32.pow(self.pauses.min(10));
@@ -259,12 +261,12 @@ mod tests {
 
         let mut flow = begun();
         flow.next(&token(1, 1)).unwrap();
-        for node in ["a", "b", "c"] {
+        for node in ["a", "b", "c", "d"] {
             flow.failed(lost(node)).unwrap();
             flow.attempt();
         }
-        assert_eq!(flow.failed_nodes().len(), 3);
-        assert_eq!(flow.failed(lost("d")).unwrap_err().code, Code::Unavailable);
+        assert_eq!(flow.failed_nodes().len(), 4);
+        assert_eq!(flow.failed(lost("e")).unwrap_err().code, Code::Unavailable);
     }
 
     #[test]
@@ -294,7 +296,9 @@ mod tests {
         let mut flow = Flow::default();
         flow.attempt();
         flow.failed(refused(Code::ResourceExhausted)).unwrap();
-        assert_eq!(flow.pause(&[NodeId::new("d")]).unwrap_err().code, Code::ResourceExhausted, "refused by all: told at once");
+        let error = flow.pause(&[NodeId::new("d")]).unwrap_err();
+        assert_eq!(error.code, Code::ResourceExhausted, "refused by all: told at once");
+        assert!(error.message.starts_with("the cluster is full: decode node d"), "{error}");
         flow.failed(refused(Code::Preempted)).unwrap();
         flow.failed(refused(Code::ResourceExhausted)).unwrap();
         assert!(flow.pause(&[NodeId::new("d")]).is_ok());

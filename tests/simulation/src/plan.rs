@@ -177,9 +177,14 @@ struct Requests {
 
 impl Requests {
     fn of(pairs: usize, routers: usize, random: &mut StdRng) -> Self {
+        let families = (0..3).map(|_| tokens(random.random_range(0..80), random)).collect();
+        // Shares show where many wait for the same for long.
+        if random.random_ratio(1, 12) {
+            let alike = Some((random.random_range(0..pairs), quality(random)));
+            return Self { how_many: random.random_range(60..120), pairs, routers, families, burst: true, alike };
+        }
         let few = random.random_ratio(1, 2);
         let how_many = random.random_range(if few { 1..6 } else { 6..30 });
-        let families = (0..3).map(|_| tokens(random.random_range(0..80), random)).collect();
         let alike = random.random_ratio(1, 3).then(|| (random.random_range(0..pairs), quality(random)));
         Self { how_many, pairs, routers, families, burst: random.random_ratio(1, 3), alike }
     }
@@ -219,7 +224,8 @@ impl Requests {
             client: random.random_range(0..CLIENTS.len()),
             pair,
             prompt,
-            max_tokens: random.random_range(1..40),
+            // One token is the prefill node's alone: it does not want the same as others.
+            max_tokens: random.random_range(if self.alike.is_some() { 2..40 } else { 1..40 }),
             quality,
             timeout: if random.random_ratio(1, 8) { millis(random, 50..3000) } else { millis(random, 20_000..40_000) },
             leaves,

@@ -5,7 +5,6 @@
 //! change of etcd's from being seen.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use etcd_client::{Error, EventType, GetOptions, KeyValue, WatchOptions};
@@ -80,7 +79,7 @@ async fn listen(etcd: Arc<Etcd>, words: mpsc::Sender<Word>) {
     loop {
         let mut listed = false;
         let ended = list_and_watch(&etcd, &words, &mut listed).await;
-        etcd.watching.store(false, Ordering::Relaxed);
+        etcd.watching.send_replace(false);
         if let Err(error) = ended {
             tracing::warn!(%error, "etcd is away: the last view stays, as far as its nodes answer");
         }
@@ -104,7 +103,7 @@ async fn list_and_watch(etcd: &Etcd, words: &mpsc::Sender<Word>, listed: &mut bo
     }
     let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
     let mut changes = within(client.watch(prefix.as_str(), Some(options))).await?;
-    etcd.watching.store(true, Ordering::Relaxed);
+    etcd.watching.send_replace(true);
     while let Some(change) = changes.message().await?.filter(|change| !change.canceled()) {
         let events = change.events().iter().filter_map(|event| {
             let kv = event.kv()?;

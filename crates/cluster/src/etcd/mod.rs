@@ -13,6 +13,7 @@ use std::time::Duration;
 use etcd_client::{Client, ConnectOptions, Error};
 use overfill_types::PeerAddress;
 use rand::Rng;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 pub(crate) use follower::follow;
@@ -43,19 +44,19 @@ pub struct EtcdSettings {
 pub(crate) struct Etcd {
     settings: EtcdSettings,
     /// Whether the watch over the nodes is up.
-    watching: AtomicBool,
+    watching: watch::Sender<bool>,
     /// Whether this process's node was registered when etcd was last asked.
     registered: AtomicBool,
 }
 
 impl Etcd {
     pub(crate) fn new(settings: EtcdSettings) -> Self {
-        Self { settings, watching: AtomicBool::new(false), registered: AtomicBool::new(false) }
+        Self { settings, watching: watch::Sender::new(false), registered: AtomicBool::new(false) }
     }
 
     /// Whether it answers, as far as this process has to do with it.
     pub(crate) fn connected(&self) -> bool {
-        self.watching.load(Ordering::Relaxed) || self.registered.load(Ordering::Relaxed)
+        *self.watching.borrow() || self.registered.load(Ordering::Relaxed)
     }
 
     async fn connect(&self) -> Result<Client, Error> {

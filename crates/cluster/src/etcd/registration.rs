@@ -14,8 +14,9 @@ use tokio_util::sync::CancellationToken;
 use super::{Etcd, pause, within};
 use crate::membership::key_of;
 
-/// Keeps `node` registered until `stop`.
-pub(crate) async fn hold(etcd: Arc<Etcd>, node: NodeInfo, stop: CancellationToken) {
+/// Keeps `node` registered until `stop`. One that looks for others itself is registered once it watches them: whoever finds
+/// it may send it to any of them, also when etcd goes away right then.
+pub(crate) async fn hold(etcd: Arc<Etcd>, node: NodeInfo, watches: bool, stop: CancellationToken) {
     let key = key_of(&etcd.prefix(), &node);
     let value = match serde_json::to_string(&node) {
         Ok(value) => value,
@@ -24,6 +25,13 @@ pub(crate) async fn hold(etcd: Arc<Etcd>, node: NodeInfo, stop: CancellationToke
             return;
         }
     };
+    if watches {
+        let mut watching = etcd.watching.subscribe();
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = watching.wait_for(|watching| *watching) => {}
+        }
+    }
     let mut failures = 0;
     loop {
         let mut registered = false;
