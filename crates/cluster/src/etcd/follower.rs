@@ -91,22 +91,29 @@ async fn listen(etcd: Arc<Etcd>, words: mpsc::Sender<Word>) {
     }
 }
 
-/// Lists all nodes, then follows every change. Returns where the watch ended (etcd went away, or compacted what was due).
+/// Lists all nodes, and follows every change. Returns where the watch ended (etcd went away, or gave it up).
+///
+/// The watch comes first. One that begins at a revision which is over by then is told of changes when etcd gets round to it, some
+/// tenth of a second later: long enough for a node to be known to a router and not to those that it is sent to.
 async fn list_and_watch(etcd: &Etcd, words: &mpsc::Sender<Word>, listed: &mut bool) -> Result<(), Error> {
     let mut client = etcd.connect().await?;
     let prefix = etcd.prefix();
+    let mut changes = within(client.watch(prefix.as_str(), Some(WatchOptions::new().with_prefix()))).await?;
+    // The first message says that it is up: whatever changes from then on comes.
+    if within(changes.message()).await?.is_none_or(|begun| begun.canceled()) {
+        return Ok(());
+    }
     let list = within(client.get(prefix.as_str(), Some(GetOptions::new().with_prefix()))).await?;
     let revision = list.header().map_or(0, |h| h.revision());
     *listed = true;
     if words.send(Word::Listed(list.kvs().iter().map(entry).collect())).await.is_err() {
         return Ok(());
     }
-    let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
-    let mut changes = within(client.watch(prefix.as_str(), Some(options))).await?;
     etcd.watching.send_replace(true);
     while let Some(change) = changes.message().await?.filter(|change| !change.canceled()) {
         let events = change.events().iter().filter_map(|event| {
-            let kv = event.kv()?;
+            // What came before the list is in it.
+            let kv = event.kv().filter(|kv| kv.mod_revision() > revision)?;
             Some(match event.event_type() {
                 EventType::Put => Event::Put(entry(kv)),
                 EventType::Delete => Event::Deleted(key(kv)),
