@@ -16,6 +16,8 @@ const PER_REQUEST: f64 = 0.1;
 const FLOOR: f64 = 20.0;
 /// How much of the floor may be saved up: 200 retries, three full decode nodes.
 const SAVED: Duration = Duration::from_secs(10);
+/// Rounding may leave less to wait for than a clock can tell.
+const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 
 /// The retries of one router.
 pub(crate) struct RetryBudget {
@@ -40,7 +42,7 @@ impl RetryBudget {
         while let Err(wait) = self.with(|left| left.take(1.0, Instant::now().into_std())) {
             waited = true;
             // Longer by a part that differs, so that those who wait do not come together.
-            sleep(wait.mul_f64(rand::random_range(1.0..2.0))).await;
+            sleep(wait.max(SHORTEST_WAIT).mul_f64(rand::random_range(1.0..2.0))).await;
         }
         waited
     }

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use overfill_proto::convert;
 use overfill_proto::v1::{
-    self, DecodeEvent, DecodeRequest, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, call, decode_event, prefill_event, said,
+    self, DecodeEvent, DecodeRequest, FirstToken, PrefillEvent, PrefillRequest, ServedBy, Token, TokenLogprob, call, decode_event,
+    prefill_event, said,
 };
 use overfill_schedule::{Order, QueueNumber};
 use overfill_transport::calls::CallEvents;
@@ -234,7 +235,19 @@ impl Driver {
                     Ok(None) => return Err(Failure::broken(DECODE, &both.decode.id)),
                     Err(error) => {
                         let failure = Failure::of(error, DECODE, &both.decode.id);
-                        return Err(judged(failure, &mut prefill, PREFILL, &both.prefill.id).await);
+                        let mut told = Vec::new();
+                        let failure = judged(failure, &mut prefill, PREFILL, &both.prefill.id, &mut told).await;
+                        // Where the first token is the whole answer nothing is handed over, and the decode node may be heard first.
+                        let first = told.into_iter().find_map(|told| match told.event {
+                            Some(prefill_event::Event::FirstToken(first)) => Some(first),
+                            _ => None,
+                        });
+                        if let Some(first) = first
+                            && self.began(first, &both.prefill.id).await?
+                        {
+                            return Ok(());
+                        }
+                        return Err(failure);
                     }
                 },
                 event = prefill.message(), if reading => match event {
@@ -242,12 +255,8 @@ impl Driver {
                         begun = true;
                         chosen.read();
                         drop(std::mem::replace(&mut stage, debug_span!("decode")));
-                        let Some(token) = first.token else { return Err(Failure::broken(PREFILL, &both.prefill.id)) };
-                        if self.flow.first(&token).map_err(Failure::of_request)? {
-                            self.begin(first.cached_tokens, first.prompt_logprobs).await;
-                            if self.pass_on(token).await {
-                                return Ok(());
-                            }
+                        if self.began(first, &both.prefill.id).await? {
+                            return Ok(());
                         }
                         for event in std::mem::take(&mut early) {
                             if self.decoded(event).await? {
@@ -262,7 +271,7 @@ impl Driver {
                     Err(error) => {
                         let failure = Failure::of(error, PREFILL, &both.prefill.id);
                         let Some(decode) = &mut decode else { return Err(failure) };
-                        return Err(judged(failure, &mut decode.events, DECODE, &both.decode.id).await);
+                        return Err(judged(failure, &mut decode.events, DECODE, &both.decode.id, &mut Vec::new()).await);
                     }
                 },
                 // Both have said all that they will, and the answer is not whole.
@@ -323,6 +332,16 @@ impl Driver {
             cache_salt: self.request.cache_salt.clone(),
         };
         self.call(PREFILL, node, call::What::Prefill(request)).await
+    }
+
+    /// The prompt was read, and this is the full model's token; true at the answer's end.
+    async fn began(&mut self, first: FirstToken, node: &NodeId) -> Result<bool, Failure> {
+        let Some(token) = first.token else { return Err(Failure::broken(PREFILL, node)) };
+        if !self.flow.first(&token).map_err(Failure::of_request)? {
+            return Ok(false);
+        }
+        self.begin(first.cached_tokens, first.prompt_logprobs).await;
+        Ok(self.pass_on(token).await)
     }
 
     /// The prompt was read.
@@ -399,28 +418,30 @@ impl Driver {
 }
 
 /// A failure of one node, which may only be the first to notice that the way to its peer is broken: what does the peer say?
-async fn judged<T: TryFrom<said::What>>(failure: Failure, events: &mut CallEvents<T>, kind: &str, peer: &NodeId) -> Failure {
+/// What it `told` before that is kept.
+async fn judged<T: TryFrom<said::What>>(
+    failure: Failure,
+    events: &mut CallEvents<T>,
+    kind: &str,
+    peer: &NodeId,
+    told: &mut Vec<T>,
+) -> Failure {
     if !failure.is_of_way() {
         return failure;
     }
-    match last_word(events).await {
-        Some(error) if error.blame != Blame::Way => Failure::of(error, kind, peer),
-        _ => failure.of_way_to(peer),
-    }
-}
-
-/// The error that a stream ends with, if it does soon.
-async fn last_word<T: TryFrom<said::What>>(events: &mut CallEvents<T>) -> Option<ServiceError> {
     let asked = async {
         loop {
             match events.message().await {
-                Ok(Some(_)) => {}
+                Ok(Some(event)) => told.push(event),
                 Ok(None) => return None,
                 Err(error) => return Some(error),
             }
         }
     };
-    timeout(SECOND_OPINION, asked).await.ok().flatten()
+    match timeout(SECOND_OPINION, asked).await.ok().flatten() {
+        Some(error) if error.blame != Blame::Way => Failure::of(error, kind, peer),
+        _ => failure.of_way_to(peer),
+    }
 }
 
 /// A reservation and the stream that it writes to.

@@ -179,7 +179,7 @@ impl Requests {
     fn of(pairs: usize, routers: usize, random: &mut StdRng) -> Self {
         let families = (0..3).map(|_| tokens(random.random_range(0..80), random)).collect();
         // Shares show where many wait for the same for long.
-        if random.random_ratio(1, 12) {
+        if random.random_ratio(1, 24) {
             let alike = Some((random.random_range(0..pairs), quality(random)));
             return Self { how_many: random.random_range(60..120), pairs, routers, families, burst: true, alike };
         }

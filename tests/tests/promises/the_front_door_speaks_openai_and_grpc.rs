@@ -5,6 +5,7 @@ use std::time::Duration;
 use overfill_proto::v1::{Chat, ChatMessage, FinishReason, ListModelsRequest, generate_event, generate_request};
 use overfill_tests::cluster::{Builder, Cluster, request};
 use overfill_tests::processes::{Process, eventually, free_port};
+use overfill_tests::scrape::Scrape;
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::SamplingParams;
 use serde_json::{Value, json};
@@ -102,6 +103,23 @@ async fn http() {
     let ended = post(&cluster, "/v1/completions", &ending).await;
     assert_eq!(ended["usage"]["completion_tokens"], json!(first + 1));
     assert_eq!(ended["choices"][0]["finish_reason"], "stop");
+}
+
+/// The prefill node hands nothing over then, which the decode node may tell of before the router has the token.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_its_first_token_ends_is_written_once() {
+    let pair = tiny::pair(Kind::Identity, 21);
+    let cluster = Builder::new(&pair.dir).start().await;
+    let mut ask = json!({ "prompt": [1, 2, 3], "max_tokens": 8, "temperature": 0, "return_token_ids": true });
+    let ids = post(&cluster, "/v1/completions", &ask).await["choices"][0]["token_ids"].clone();
+    ask["stop_token_ids"] = json!([ids[0]]);
+    for _ in 0..100 {
+        let ended = post(&cluster, "/v1/completions", &ask).await;
+        assert_eq!((&ended["usage"]["completion_tokens"], &ended["choices"][0]["finish_reason"]), (&json!(1), &json!("stop")));
+    }
+    let counted = Scrape::of(&cluster.metrics[0]).await;
+    assert_eq!((counted.sum("overfill_attempts_total", &[]), counted.sum("overfill_attempts_failed_total", &[])), (101.0, 0.0));
+    cluster.nothing_is_held(Duration::from_secs(5)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
