@@ -343,6 +343,7 @@ mod tests {
         expect(&SamplingParams { top_k: 2, ..params() }, [0.0, e[1], 0.0, 0.0, e[4], 0.0]);
         expect(&SamplingParams { top_p: 0.5, ..params() }, [0.0, e[1], 0.0, 0.0, e[4], 0.0]);
         expect(&SamplingParams { top_p: 0.01, ..params() }, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
+        expect(&SamplingParams { top_p: 0.0, ..params() }, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
         expect(&SamplingParams { min_p: 0.3, ..params() }, [0.0, e[1], e[2], 0.0, e[4], 0.0]);
     }
 

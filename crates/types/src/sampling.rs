@@ -92,14 +92,9 @@ impl SamplingParams {
         };
         // Ranges are written so that NaN fails every one of them.
         check((0.0..=100.0).contains(&self.temperature), "temperature", self.temperature, "from 0 to 100")?;
-        check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")?;
+        check((0.0..=1.0).contains(&self.top_p), "top_p", self.top_p, "from 0 to 1")?;
         check((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "from 0 to 1")?;
-        check(
-            self.repetition_penalty > 0.0 && self.repetition_penalty <= 10.0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "above 0 and at most 10",
-        )?;
+        check((0.01..=10.0).contains(&self.repetition_penalty), "repetition_penalty", self.repetition_penalty, "from 0.01 to 10")?;
         check((-2.0..=2.0).contains(&self.presence_penalty), "presence_penalty", self.presence_penalty, "from -2 to 2")?;
         check((-2.0..=2.0).contains(&self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "from -2 to 2")?;
         let refuse = |message: String| Err(ServiceError::new(Code::InvalidArgument, message));

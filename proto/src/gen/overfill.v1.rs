@@ -6,7 +6,7 @@ pub struct Sampling {
     /// 0 is greedy; default 1
     #[prost(float, optional, tag = "1")]
     pub temperature: ::core::option::Option<f32>,
-    /// in (0, 1\]; default 1
+    /// in \[0, 1\], 0 is the most likely token alone; default 1
     #[prost(float, optional, tag = "2")]
     pub top_p: ::core::option::Option<f32>,
     /// 0 is off; default 0
@@ -15,7 +15,7 @@ pub struct Sampling {
     /// in \[0, 1\]; default 0
     #[prost(float, optional, tag = "4")]
     pub min_p: ::core::option::Option<f32>,
-    /// above 0; default 1
+    /// in \[0.01, 10\]; default 1
     #[prost(float, optional, tag = "5")]
     pub repetition_penalty: ::core::option::Option<f32>,
     /// in \[-2, 2\]; default 0

@@ -1,4 +1,5 @@
-//! Clients that we did not write, as they come from the package index: OpenAI's SDK, Triton's client, gRPC by reflection, Prometheus' parser.
+//! Clients that we did not write, as they come from the package index: OpenAI's SDK, Triton's client, gRPC by reflection, Prometheus' parser,
+//! schemathesis.
 //! Against the real pair they all get the same words; against a tiny one whose template knows tools, tools are called.
 
 use std::path::{Path, PathBuf};
@@ -66,4 +67,13 @@ async fn same_words_and_tools() {
     let pair = tiny::pair_with_tools(Kind::Identity, 5);
     let cluster = Builder::new(&pair.dir).start().await;
     client("openai_tools.py", &[&cluster.http]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_http_door_is_as_it_is_described() {
+    let pair = tiny::pair_with_tools(Kind::Identity, 5);
+    let cluster = Builder::new(&pair.dir).router_flags(&["--default-max-tokens", "16"]).start().await;
+    let told = client("openapi.py", &[&cluster.http, "--max-examples", "20", "--seed", "1"]).await;
+    assert!(told.contains("Tested: 9"), "{told}");
+    cluster.nothing_is_held(Duration::from_secs(5)).await;
 }

@@ -3,7 +3,10 @@
 use overfill_text::tools::{BEGIN, END};
 use overfill_types::{Code, Guide, ServiceError};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+
+use crate::frontend::openai::object::Object;
+use crate::frontend::openai::whole;
 
 /// Most tools of one request, and most texts to choose from.
 const MOST: usize = 128;
@@ -12,7 +15,7 @@ const MOST: usize = 128;
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct GuideFields {
-    pub(super) response_format: Option<ResponseFormat>,
+    pub(super) response_format: Option<Object<ResponseFormat>>,
     /// JSON of this schema.
     pub(super) guided_json: Option<Value>,
     /// Text that the whole of this expression matches.
@@ -23,8 +26,9 @@ pub(crate) struct GuideFields {
     pub(super) guided_grammar: Option<String>,
     /// Whitespace between the parts of JSON; there is none without it.
     pub(super) guided_whitespace_pattern: Option<String>,
-    pub(super) structured_outputs: Option<StructuredOutputs>,
+    pub(super) structured_outputs: Option<Object<StructuredOutputs>>,
     /// These tokens first, and then anything.
+    #[serde(deserialize_with = "whole::numbers")]
     pub(super) forced_token_ids: Option<Vec<u32>>,
 }
 
@@ -39,7 +43,7 @@ pub(crate) enum ResponseFormat {
     /// JSON of a schema.
     JsonSchema {
         /// The schema and its name.
-        json_schema: NamedSchema,
+        json_schema: Object<NamedSchema>,
     },
 }
 
@@ -68,7 +72,7 @@ pub(crate) struct Tool {
     /// `function`.
     #[serde(rename = "type")]
     kind: String,
-    function: Option<Function>,
+    function: Option<Object<Function>>,
 }
 
 /// `tools[…].function`.
@@ -78,7 +82,7 @@ pub(crate) struct Function {
     name: String,
     description: Option<String>,
     /// JSON schema of the arguments, an object.
-    parameters: Option<Value>,
+    parameters: Option<Map<String, Value>>,
 }
 
 /// `tool_choice`.
@@ -89,9 +93,20 @@ pub(crate) enum ToolChoice {
     Word(String),
     /// `{"type": "function", "function": {"name": …}}`.
     Named {
+        /// `function`.
+        #[serde(rename = "type")]
+        _kind: Kind,
         /// The function to call.
-        function: Name,
+        function: Object<Name>,
     },
+}
+
+/// What can be named.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Kind {
+    /// A function.
+    Function,
 }
 
 /// A function's name.
@@ -129,13 +144,13 @@ fn refuse<T>(message: impl Into<String>) -> Result<T, ServiceError> {
 /// [`Code::InvalidArgument`] where there are several, or one is malformed in itself; compiling tells the rest.
 pub(crate) fn of(fields: GuideFields) -> Result<Option<Guide>, ServiceError> {
     let mut found: Vec<(&str, Guide)> = Vec::new();
-    let outputs = fields.structured_outputs.unwrap_or_default();
+    let Object(outputs) = fields.structured_outputs.unwrap_or_default();
     let whitespace = fields.guided_whitespace_pattern.or(outputs.whitespace_pattern);
     let json = |schema: Option<Value>| json_of(schema.unwrap_or_else(any_object), whitespace.as_deref());
-    match fields.response_format {
+    match fields.response_format.map(|Object(format)| format) {
         None | Some(ResponseFormat::Text) => {}
         Some(ResponseFormat::JsonObject) => found.push(("response_format", json(None))),
-        Some(ResponseFormat::JsonSchema { json_schema: NamedSchema { schema } }) => found.push(("response_format", json(schema))),
+        Some(ResponseFormat::JsonSchema { json_schema: Object(NamedSchema { schema }) }) => found.push(("response_format", json(schema))),
     }
     for (name, schema) in [("guided_json", fields.guided_json), ("structured_outputs.json", outputs.json)] {
         match schema {
@@ -204,13 +219,13 @@ fn quoted(text: &str) -> String {
 ///
 /// # Errors
 /// [`Code::InvalidArgument`] naming the field.
-pub(super) fn tools(tools: Vec<Tool>, choice: Option<ToolChoice>, several: bool) -> Result<Tools, ServiceError> {
+pub(super) fn tools(tools: Vec<Object<Tool>>, choice: Option<ToolChoice>, several: bool) -> Result<Tools, ServiceError> {
     if tools.len() > MOST {
         return refuse(format!("tools: {} were sent; at most {MOST} are taken", tools.len()));
     }
     let mut functions = Vec::with_capacity(tools.len());
-    for tool in tools {
-        let Some(function) = tool.function.filter(|_| tool.kind == "function") else {
+    for Object(tool) in tools {
+        let Some(Object(function)) = tool.function.filter(|_| tool.kind == "function") else {
             return refuse(format!("tools: one of type '{}' was sent; only functions are known", tool.kind));
         };
         let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
@@ -233,7 +248,7 @@ pub(super) fn tools(tools: Vec<Tool>, choice: Option<ToolChoice>, several: bool)
             "required" => Ok(Tools { described, calls: Some(Calls::Free), guide: Some(calls(&functions, several)) }),
             _ => refuse(format!("tool_choice: '{word}' is not known; none, auto, required and an object that names a function are")),
         },
-        Some(ToolChoice::Named { function: Name { name } }) => match functions.into_iter().find(|f| f.name == name) {
+        Some(ToolChoice::Named { function: Object(Name { name }), .. }) => match functions.into_iter().find(|f| f.name == name) {
             Some(function) => Ok(Tools { described, calls: Some(Calls::Named), guide: Some(calls(&[function], false)) }),
             None => refuse(format!("tool_choice: '{name}' is not among the tools")),
         },
@@ -256,7 +271,7 @@ fn calls(functions: &[Function], several: bool) -> Guide {
 impl Function {
     /// The schema of its arguments, as a grammar takes it.
     fn arguments(&self) -> Value {
-        spaced(self.parameters.clone().unwrap_or_else(any_object), None)
+        spaced(self.parameters.clone().map_or_else(any_object, Value::Object), None)
     }
 
     fn described(&self) -> Value {
@@ -264,7 +279,7 @@ impl Function {
         if let Some(description) = &self.description {
             function["description"] = json!(description);
         }
-        function["parameters"] = self.parameters.clone().unwrap_or_else(|| json!({ "type": "object", "properties": {} }));
+        function["parameters"] = self.parameters.clone().map_or_else(|| json!({ "type": "object", "properties": {} }), Value::Object);
         json!({ "type": "function", "function": function })
     }
 }
@@ -316,7 +331,8 @@ mod tests {
 
     #[test]
     fn a_choice_of_tools_is_checked() {
-        let tool = || -> Vec<Tool> { serde_json::from_value(json!([{ "type": "function", "function": { "name": "f" } }])).unwrap() };
+        let tool =
+            || -> Vec<Object<Tool>> { serde_json::from_value(json!([{ "type": "function", "function": { "name": "f" } }])).unwrap() };
         let choice = |value: Value| Some(serde_json::from_value::<ToolChoice>(value).unwrap());
         let of = |value| tools(tool(), choice(value), true);
         assert!(of(json!("none")).unwrap().described.is_empty());

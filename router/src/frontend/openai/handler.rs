@@ -25,6 +25,7 @@ use crate::frontend;
 use crate::frontend::openai::answer::{Choice, Frame};
 use crate::frontend::openai::choices::{self, NumberedEvents};
 use crate::frontend::openai::failed::Failed;
+use crate::frontend::openai::object::Object;
 use crate::frontend::openai::request::{Body, Common, OpenAiRequest, Shape};
 use crate::relay::Event;
 
@@ -63,7 +64,8 @@ struct Begun {
 async fn begin<R: OpenAiRequest>(router: &Arc<Router>, client: &Arc<Client>, body: Bytes, trace: &Trace) -> Result<Begun, Failed> {
     // Several times, so that an error names the field: with all parts in one the path to it is lost.
     let common: Common = parse(&body)?;
-    let (stream, include_usage) = (common.stream.unwrap_or(false), common.stream_options.and_then(|o| o.include_usage).unwrap_or(false));
+    let (stream, include_usage) =
+        (common.stream.unwrap_or(false), common.stream_options.and_then(|Object(o)| o.include_usage).unwrap_or(false));
     let token_ids = common.return_token_ids.unwrap_or(false);
     let parsed = R::parsed(Body { own: parse(&body)?, sampling: parse(&body)?, guide: parse(&body)?, common })?;
     let n = parsed.asked.n;

@@ -1,13 +1,16 @@
 //! The OpenAI API, as JSON: requests (`request`, `guide`), the answers of one request side by side (`choices`), how they
-//! look (`answer`) and how they are sent (`handler`), tokens without an answer (`tokens`), errors (`failed`).
+//! look (`answer`) and how they are sent (`handler`), tokens without an answer (`tokens`), errors (`failed`), what JSON's
+//! numbers and objects are (`whole`, `object`).
 
 mod answer;
 mod choices;
 mod failed;
 mod guide;
 mod handler;
+mod object;
 mod request;
 mod tokens;
+mod whole;
 
 pub(crate) use failed::Failed;
 pub(crate) use guide::{GuideFields, of as guide_of};

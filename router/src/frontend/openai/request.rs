@@ -12,6 +12,8 @@ use serde_json::{Map, Value};
 
 use crate::admission::{ClientRequest, Input};
 use crate::frontend::openai::guide::{self, Calls, GuideFields};
+use crate::frontend::openai::object::Object;
+use crate::frontend::openai::whole::{self, Whole};
 
 /// Tokens of a completion that does not say how many it wants (the OpenAI API's default).
 const COMPLETION_TOKENS: usize = 16;
@@ -25,6 +27,7 @@ pub(crate) struct SamplingFields {
     /// Only the most likely tokens that add up to this. Default 1: all.
     top_p: Option<f32>,
     /// Only this many of the most likely tokens. Default 0: all.
+    #[serde(deserialize_with = "whole::number")]
     top_k: Option<i64>,
     /// Only tokens at least this times as likely as the most likely one. Default 0: all.
     min_p: Option<f32>,
@@ -35,22 +38,27 @@ pub(crate) struct SamplingFields {
     /// From -2 to 2: above 0, tokens become less likely with each time that the answer holds them. Default 0.
     frequency_penalty: Option<f32>,
     /// The same seed gives the same answer. Default: drawn.
+    #[serde(deserialize_with = "whole::number")]
     seed: Option<i64>,
     /// From token id to what is added to its logit, from -100 to 100.
     logit_bias: Option<HashMap<String, f32>>,
     /// The answer ends before the first of these.
     stop: Option<OneOrMore>,
     /// The answer ends with the first of these.
+    #[serde(deserialize_with = "whole::numbers")]
     stop_token_ids: Option<Vec<u32>>,
     /// Write on past the model's end-of-sequence tokens.
     ignore_eos: Option<bool>,
     /// Most tokens of the answer.
+    #[serde(deserialize_with = "whole::number")]
     max_tokens: Option<i64>,
     /// As `max_tokens`, which it overrides.
+    #[serde(deserialize_with = "whole::number")]
     max_completion_tokens: Option<i64>,
     /// Which models write: `overfill` (the default), `full` or `decode`.
     quality: Option<Quality>,
     /// Where requests wait: among those of the same key a lower number goes first. Default 0.
+    #[serde(deserialize_with = "whole::number")]
     priority: Option<i32>,
     /// KV caches are shared with requests of the same salt only.
     cache_salt: Option<String>,
@@ -63,10 +71,11 @@ pub(crate) struct Common {
     /// Name of a model, as `/v1/models` gives it. May be absent where there is one only.
     model: Option<String>,
     /// Answers to each prompt, from 1 to 128. Default 1.
+    #[serde(deserialize_with = "whole::number")]
     n: Option<i64>,
     /// Send the answer in pieces, as server-sent events.
     pub(super) stream: Option<bool>,
-    pub(super) stream_options: Option<StreamOptions>,
+    pub(super) stream_options: Option<Object<StreamOptions>>,
     /// Give token ids beside text.
     pub(super) return_token_ids: Option<bool>,
 }
@@ -95,11 +104,11 @@ pub(crate) struct ChatRequest {
     #[serde(default)]
     logprobs: Option<bool>,
     /// And those of so many most likely tokens, at most 20.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole::number")]
     top_logprobs: Option<u32>,
     /// Tools that the model may call.
     #[serde(default)]
-    tools: Option<Vec<guide::Tool>>,
+    tools: Option<Vec<Object<guide::Tool>>>,
     /// `none`, `auto` (the default), `required`, or the one to call.
     #[serde(default)]
     tool_choice: Option<guide::ToolChoice>,
@@ -113,12 +122,12 @@ pub(crate) struct ChatRequest {
 
 /// One message.
 #[derive(Debug, Deserialize)]
-struct ChatMessage {
+pub(super) struct ChatMessage {
     /// `system`, `user`, `assistant`, `tool`: what the template knows.
     role: String,
     content: Option<Content>,
     #[serde(default)]
-    tool_calls: Option<Vec<Value>>,
+    tool_calls: Option<Vec<Map<String, Value>>>,
     /// Whatever else the template may read.
     #[serde(flatten)]
     rest: Map<String, Value>,
@@ -129,15 +138,15 @@ struct ChatMessage {
 #[serde(untagged)]
 enum Content {
     Text(String),
-    Parts(Vec<Part>),
+    Parts(Vec<Object<Part>>),
 }
 
 #[derive(Debug, Deserialize)]
 struct Part {
     #[serde(rename = "type")]
     kind: String,
-    #[serde(default)]
-    text: String,
+    /// Of a part of type `text`.
+    text: Option<String>,
 }
 
 /// `POST /v1/completions`.
@@ -146,14 +155,14 @@ pub(crate) struct CompletionRequest {
     /// A text, token ids, or several of either.
     prompt: Prompt,
     /// Give the log-probability of each token and of so many most likely ones, at most 20.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole::number")]
     logprobs: Option<u32>,
     /// Give the prompt before the answer, with its log-probabilities if any are given; `max_tokens` may be 0 then.
     #[serde(default)]
     echo: Option<bool>,
     #[serde(default)]
     suffix: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole::number")]
     best_of: Option<i64>,
 }
 
@@ -161,9 +170,9 @@ pub(crate) struct CompletionRequest {
 #[serde(untagged)]
 enum Prompt {
     Text(String),
-    Ids(Vec<u32>),
+    Ids(Vec<Whole<u32>>),
     Texts(Vec<String>),
-    IdLists(Vec<Vec<u32>>),
+    IdLists(Vec<Vec<Whole<u32>>>),
 }
 
 fn refuse<T>(message: impl Into<String>) -> Result<T, ServiceError> {
@@ -304,9 +313,9 @@ impl OpenAiRequest for CompletionRequest {
         }
         let inputs = match own.prompt {
             Prompt::Text(text) => vec![Input::Text(text)],
-            Prompt::Ids(ids) => vec![Input::TokenIds(ids)],
+            Prompt::Ids(ids) => vec![Input::TokenIds(whole::plain(ids))],
             Prompt::Texts(texts) => texts.into_iter().map(Input::Text).collect(),
-            Prompt::IdLists(lists) => lists.into_iter().map(Input::TokenIds).collect(),
+            Prompt::IdLists(lists) => lists.into_iter().map(|ids| Input::TokenIds(whole::plain(ids))).collect(),
         };
         let mut asked = common.named(sampling.asked(inputs, Some(COMPLETION_TOKENS))?)?;
         let echo = own.echo.unwrap_or(false);
@@ -336,16 +345,18 @@ impl Common {
 
 impl ChatMessage {
     /// As templates read it: content as one text, arguments of calls as objects.
-    fn into_value(self) -> Result<Value, ServiceError> {
+    pub(super) fn into_value(self) -> Result<Value, ServiceError> {
         let content = match self.content {
             None if self.tool_calls.is_none() => return refuse("messages: a message has no content"),
             None => String::new(),
             Some(Content::Text(text)) => text,
             Some(Content::Parts(parts)) => {
-                if let Some(part) = parts.iter().find(|p| p.kind != "text") {
-                    return refuse(format!("messages: a part of type '{}' was sent; only text is read", part.kind));
-                }
-                parts.into_iter().map(|p| p.text).collect()
+                let text = |Object(Part { kind, text })| match text.filter(|_| kind == "text") {
+                    Some(text) => Ok(text),
+                    None if kind == "text" => refuse("messages: a part of type 'text' has no text"),
+                    None => refuse(format!("messages: a part of type '{kind}' was sent; only text is read")),
+                };
+                parts.into_iter().map(text).collect::<Result<_, _>>()?
             }
         };
         let mut message = Map::new();

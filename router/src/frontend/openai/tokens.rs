@@ -13,7 +13,11 @@ use serde_json::{Map, Value, json};
 
 use crate::Router;
 use crate::frontend::openai::failed::Failed;
+use crate::frontend::openai::guide::{self, Tool};
 use crate::frontend::openai::handler::parse;
+use crate::frontend::openai::object::Object;
+use crate::frontend::openai::request::ChatMessage;
+use crate::frontend::openai::whole::{self, Whole};
 
 /// `POST /tokenize`: a prompt or a chat.
 #[derive(Debug, Default, Deserialize)]
@@ -21,8 +25,8 @@ use crate::frontend::openai::handler::parse;
 pub(crate) struct TokenizeRequest {
     model: Option<String>,
     prompt: Option<String>,
-    messages: Option<Vec<Value>>,
-    tools: Option<Vec<Value>>,
+    messages: Option<Vec<ChatMessage>>,
+    tools: Option<Vec<Object<Tool>>>,
     /// Whether what the tokenizer puts before every text is put before a prompt. Default true.
     add_special_tokens: Option<bool>,
     /// Whether the chat goes up to where the assistant's answer begins. Default true.
@@ -37,7 +41,7 @@ pub(crate) struct TokenizeRequest {
 pub(crate) struct DetokenizeRequest {
     #[serde(default)]
     model: Option<String>,
-    tokens: Vec<u32>,
+    tokens: Vec<Whole<u32>>,
 }
 
 pub(crate) async fn tokenize(State(router): State<Arc<Router>>, body: Bytes) -> Response {
@@ -65,7 +69,9 @@ async fn tokens(router: &Router, request: TokenizeRequest) -> Result<Value, Serv
         (None, Some(messages)) => {
             let mut variables = request.chat_template_kwargs.unwrap_or_default();
             variables.insert("add_generation_prompt".into(), request.add_generation_prompt.unwrap_or(true).into());
-            let chat = Chat { messages, tools: request.tools.unwrap_or_default(), variables };
+            let messages = messages.into_iter().map(ChatMessage::into_value).collect::<Result<Vec<_>, _>>()?;
+            let tools = guide::tools(request.tools.unwrap_or_default(), None, true)?.described;
+            let chat = Chat { messages, tools, variables };
             router.tokenising.run(chat.bytes(), move || its.encode_whole_chat(&chat)).await?
         }
         _ => return Err(ServiceError::new(Code::InvalidArgument, "prompt: send either it or messages")),
@@ -77,9 +83,10 @@ async fn tokens(router: &Router, request: TokenizeRequest) -> Result<Value, Serv
 
 fn text(router: &Router, request: DetokenizeRequest) -> Result<Value, ServiceError> {
     let model = router.models.find(request.model.as_deref().unwrap_or_default())?;
-    if let Some(id) = request.tokens.iter().find(|&&id| id as usize >= model.manifest.vocab_size()) {
+    let tokens = whole::plain(request.tokens);
+    if let Some(id) = tokens.iter().find(|&&id| id as usize >= model.manifest.vocab_size()) {
         let message = format!("tokens: {id} is out of range, the vocabulary has {} tokens", model.manifest.vocab_size());
         return Err(ServiceError::new(Code::InvalidArgument, message));
     }
-    Ok(json!({ "prompt": model.decode(&request.tokens, true) }))
+    Ok(json!({ "prompt": model.decode(&tokens, true) }))
 }
