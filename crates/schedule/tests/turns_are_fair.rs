@@ -3,7 +3,7 @@
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -36,18 +36,30 @@ struct Simulation {
     number: u64,
     /// Tokens that each client was given.
     tokens: Vec<usize>,
-    /// Tokens that were given of nodes of `c`, and of all others.
-    given: [usize; 2],
-    /// The longest wait of each client: tokens that were given meanwhile of the same nodes.
+    /// Tokens that were given of each node.
+    given: BTreeMap<&'static str, usize>,
+    /// The longest wait of each client: tokens that were given meanwhile of nodes that it waited for, of the kind of which more were.
     longest: Vec<usize>,
 }
 
 struct Waiting {
     client: usize,
     tokens: usize,
-    of_c: bool,
-    /// What was given of its nodes when it came.
-    since: usize,
+    pair: &'static str,
+    quality: Quality,
+    /// What had been given when it came.
+    since: BTreeMap<&'static str, usize>,
+}
+
+impl Waiting {
+    /// What of nodes that it could be served by was given meanwhile.
+    fn passed(&self, given: &BTreeMap<&'static str, usize>) -> usize {
+        let of = |kind: char, unwanted: Quality| -> usize {
+            let its = given.iter().filter(|(name, _)| name.starts_with(kind) && name[1..].contains(self.pair) && self.quality != unwanted);
+            its.map(|(name, given)| given - self.since[name]).sum()
+        };
+        of('p', Quality::Decode).max(of('d', Quality::Full))
+    }
 }
 
 impl Simulation {
@@ -76,7 +88,7 @@ impl Simulation {
             running: Vec::new(),
             waiting: HashMap::new(),
             number: 0,
-            given: [0; 2],
+            given: nodes.iter().map(|(name, _)| (*name, 0)).collect(),
         };
         simulation.fill_up();
         simulation
@@ -103,8 +115,7 @@ impl Simulation {
                 };
                 self.number += 1;
                 let number = QueueNumber(self.number);
-                let of_c = pair == "c";
-                self.waiting.insert(number, Waiting { client, tokens: size, of_c, since: self.given[usize::from(of_c)] });
+                self.waiting.insert(number, Waiting { client, tokens: size, pair, quality, since: self.given.clone() });
                 match self.scheduler.submit(order, number, false, self.now) {
                     Submitted::Now(turn) => self.has_turn(number, turn),
                     Submitted::Waits => {}
@@ -115,15 +126,19 @@ impl Simulation {
     }
 
     fn has_turn(&mut self, number: QueueNumber, turn: Turn) {
-        let Waiting { client, tokens, of_c, since } = self.waiting.remove(&number).unwrap();
-        let given = &mut self.given[usize::from(of_c)];
-        self.longest[client] = self.longest[client].max(*given - since);
-        *given += tokens;
+        let waited = self.waiting.remove(&number).unwrap();
+        let Waiting { client, tokens, .. } = waited;
+        self.longest[client] = self.longest[client].max(waited.passed(&self.given));
         self.tokens[client] += tokens;
-        match turn {
-            Turn::Two(NodePair { taken, .. }) | Turn::One(One { taken, .. }) => self.running.push(taken),
+        let (nodes, taken) = match turn {
+            Turn::Two(NodePair { prefill, decode, taken }) => (vec![prefill, decode], taken),
+            Turn::One(One { node, taken }) => (vec![node], taken),
             other => panic!("{other:?}"),
+        };
+        for (name, given) in &mut self.given {
+            *given += if nodes.iter().any(|node| node.id.as_str() == *name) { tokens } else { 0 };
         }
+        self.running.push(taken);
     }
 
     /// One that runs ends, and those whose turn it is get its room. Gives their clients.
@@ -146,8 +161,8 @@ impl Simulation {
     /// The longest wait of each client, of those that still wait too.
     fn longest(&self) -> Vec<usize> {
         let mut longest = self.longest.clone();
-        for Waiting { client, of_c, since, .. } in self.waiting.values() {
-            longest[*client] = longest[*client].max(self.given[usize::from(*of_c)] - since);
+        for waiting in self.waiting.values() {
+            longest[waiting.client] = longest[waiting.client].max(waiting.passed(&self.given));
         }
         longest
     }
