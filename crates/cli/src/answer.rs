@@ -1,7 +1,8 @@
 //! `overfill answer`: a file of prompts becomes a file of conversations, answered by one arm of a pair in bulk.
 //!
 //! Answers are appended as they are written, in the order of the prompts and by whole lines. Run again, it goes on after
-//! the last whole line, and the file becomes the same as if it had never been stopped.
+//! the last whole line, and the file becomes the same as if it had never been stopped. With `--self-prompt` the model writes the
+//! prompts too (`self_prompt`).
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -17,6 +18,7 @@ use overfill_text::TextModel;
 use overfill_types::{Quality, SamplingParams};
 
 use crate::progress::bar;
+use crate::self_prompt::{self, SelfPromptArgs};
 use crate::threads::ThreadArgs;
 use crate::{Home, PairArgs};
 
@@ -24,36 +26,46 @@ use crate::{Home, PairArgs};
 #[command(after_help = "Prompts are lines like {\"prompt\": …} or {\"messages\": […]}. What else a line says is carried along.")]
 pub(crate) struct AnswerArgs {
     #[command(flatten)]
-    pair: PairArgs,
+    pub(crate) pair: PairArgs,
     /// JSON lines of prompts
-    #[arg(long, env = "OVERFILL_DATA")]
-    data: PathBuf,
+    #[arg(long, env = "OVERFILL_DATA", required_unless_present = "self_prompt")]
+    data: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) self_prompt: SelfPromptArgs,
     /// Where the answered lines go; what is there already is kept and gone on from
     #[arg(long, env = "OVERFILL_OUT")]
-    out: PathBuf,
+    pub(crate) out: PathBuf,
     /// Who answers: full, decode or overfill
     #[arg(long, env = "OVERFILL_MODE", default_value = "full")]
-    mode: Quality,
+    pub(crate) mode: Quality,
     /// 0 is greedy
     #[arg(long, env = "OVERFILL_TEMPERATURE", default_value_t = 0.5)]
-    temperature: f32,
+    pub(crate) temperature: f32,
     /// Key of the draws; the number of its line is added for each prompt
     #[arg(long, env = "OVERFILL_SEED", default_value_t = 0)]
-    seed: u64,
+    pub(crate) seed: u64,
     /// Most tokens of an answer; one that is cut off there says so
     #[arg(long, env = "OVERFILL_MAX_TOKENS", default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..))]
-    max_tokens: u16,
+    pub(crate) max_tokens: u16,
     /// Longest prompt in tokens; longer ones are left out and counted
     #[arg(long, env = "OVERFILL_MAX_PROMPT", default_value_t = 1024)]
-    max_prompt: usize,
+    pub(crate) max_prompt: usize,
     /// Answers at a time
     #[arg(long, env = "OVERFILL_BATCH", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    batch: u16,
+    pub(crate) batch: u16,
     #[command(flatten)]
-    threads: ThreadArgs,
+    pub(crate) threads: ThreadArgs,
 }
 
 pub(crate) fn run(args: AnswerArgs, home: &Home) -> anyhow::Result<()> {
+    match (args.self_prompt.self_prompt, args.data.clone()) {
+        (Some(conversations), _) => self_prompt::run(&args, conversations.get(), home),
+        (None, Some(data)) => answer_file(args, &data, home),
+        (None, None) => bail!("there are no prompts: name a file of them with --data, or have the model write them with --self-prompt"),
+    }
+}
+
+fn answer_file(args: AnswerArgs, data: &Path, home: &Home) -> anyhow::Result<()> {
     let sampling = SamplingParams { temperature: args.temperature, seed: args.seed, ..SamplingParams::greedy() };
     sampling.validate()?;
     let dir = args.pair.dir(home)?;
@@ -61,11 +73,11 @@ pub(crate) fn run(args: AnswerArgs, home: &Home) -> anyhow::Result<()> {
     let max_tokens = usize::from(args.max_tokens);
     let max_prompt = args.max_prompt.min(text.manifest.max_context().saturating_sub(max_tokens));
 
-    let prompts = read_prompts(&args.data)?;
+    let prompts = read_prompts(data)?;
     let all = prompts.len();
     let mut fitting = VecDeque::new();
     for (at, prompt) in prompts.into_iter().enumerate() {
-        let tokens = text.encode_chat(&prompt.messages).with_context(|| format!("{}, conversation {}", args.data.display(), at + 1))?;
+        let tokens = text.encode_chat(&prompt.messages).with_context(|| format!("{}, conversation {}", data.display(), at + 1))?;
         if tokens.len() <= max_prompt {
             let sampling = SamplingParams { seed: args.seed.wrapping_add(at as u64), ..sampling.clone() };
             fitting.push_back((prompt, Question { prompt: tokens, sampling, max_tokens }));
@@ -77,7 +89,7 @@ pub(crate) fn run(args: AnswerArgs, home: &Home) -> anyhow::Result<()> {
     if let Some(last) = last {
         let same = fitting.get(done - 1).is_some_and(|(prompt, _)| last.conversation.messages == prompt.messages);
         if !same {
-            bail!("{} holds answers to other prompts than those of {}: name another file", args.out.display(), args.data.display());
+            bail!("{} holds answers to other prompts than those of {}: name another file", args.out.display(), data.display());
         }
         fitting.drain(..done);
     }

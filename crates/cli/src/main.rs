@@ -11,6 +11,7 @@ mod key;
 mod pair;
 mod progress;
 mod prune;
+mod self_prompt;
 mod serve;
 mod threads;
 mod train;

@@ -17,6 +17,7 @@ pub mod product;
 pub mod prune;
 mod read;
 pub mod score;
+pub mod self_prompt;
 pub mod vector;
 
 pub use answer::{Question, Writing, answer};

@@ -2,6 +2,7 @@
 
 mod a_full_cluster_is_shared;
 mod a_lost_engine_loses_no_answer;
+mod a_model_asks_itself;
 mod a_slow_decode_node_stalls_nobody;
 mod abort_in_any_state_frees_everything;
 mod an_answer_goes_on_after_a_failure;
