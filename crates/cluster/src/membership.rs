@@ -8,7 +8,8 @@
 //! **Invariants:**
 //! - A node that answers, under its own id, that it is ready is in the view, whatever etcd says.
 //! - One that etcd does not vouch for leaves the view after [`TRIES`] probes without an answer, or after the first where nobody
-//!   listens any more. It is hidden and asked on, rather than forgotten, as long as its entry may be there: after a cut in
+//!   listens any more. Where neither etcd nor any node answers it is this process that is cut off: then nobody leaves by silence, and
+//!   answers that are under way are still there to go on when the cut is over. It is hidden and asked on, rather than forgotten, as long as its entry may be there: after a cut in
 //!   the network nothing else could bring it back.
 //! - A value that is no node's never reaches the view.
 
@@ -22,7 +23,9 @@ use crate::snapshot::Snapshot;
 /// Time between two questions to a node that is doubted.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Probes in a row without an answer after which a node is given up.
-const TRIES: u32 = 2;
+pub(crate) const TRIES: u32 = 2;
+/// After so long without an answer of etcd's or of any node's this process is taken to be cut off.
+const DEAF: Duration = Duration::from_secs(3);
 /// Keys of malformed values that are remembered, so that each is warned of once; beyond it they are left out in silence.
 const MOST_REMEMBERED: usize = 1024;
 
@@ -60,6 +63,8 @@ pub(crate) struct Membership {
     malformed: BTreeSet<String>,
     /// Whether etcd is away, so that nobody can register.
     away: bool,
+    /// When a node last answered, or its machine for it.
+    heard: Option<Instant>,
     /// Whether the view may differ from when it was last taken.
     changed: bool,
 }
@@ -101,7 +106,7 @@ impl Doubt {
 impl Membership {
     /// No node, of those whose keys begin with `prefix`; etcd was not reached yet.
     pub(crate) fn new(prefix: String) -> Self {
-        Self { prefix, nodes: BTreeMap::new(), malformed: BTreeSet::new(), away: true, changed: false }
+        Self { prefix, nodes: BTreeMap::new(), malformed: BTreeSet::new(), away: true, heard: None, changed: false }
     }
 
     /// etcd answers, and these are all entries that it has.
@@ -173,6 +178,14 @@ impl Membership {
 
     /// What came of asking a node. One that has registered again meanwhile needs no answer.
     pub(crate) fn answered(&mut self, key: &str, answer: Answer, now: Instant) {
+        let cut_off = self.away && self.heard.is_none_or(|heard| now.saturating_duration_since(heard) > DEAF);
+        if answer != Answer::Silent {
+            self.heard = Some(now);
+            if cut_off {
+                // What the others did not answer until now says nothing of them.
+                self.nodes.values_mut().filter_map(|known| known.doubt.as_mut()).for_each(|doubt| doubt.silent = 0);
+            }
+        }
         let Some(known) = self.nodes.get_mut(key) else { return };
         let Some(doubt) = known.doubt.as_mut().filter(|doubt| doubt.due.is_none()) else { return };
         if answer == Answer::Ready {
@@ -184,6 +197,10 @@ impl Membership {
         doubt.silent += 1;
         if answer == Answer::Silent && doubt.silent < TRIES {
             doubt.due = Some(now);
+            return;
+        }
+        if answer == Answer::Silent && cut_off && !doubt.hidden {
+            doubt.due = Some(now + INTERVAL);
             return;
         }
         if !doubt.hidden {
@@ -458,7 +475,35 @@ mod tests {
         }
         asked.sort();
         assert_eq!(asked, ["a", "a", "b", "b", "c", "c", "d", "d"]);
-        assert!(names(&membership).is_empty());
+    }
+
+    #[test]
+    fn who_hears_nobody_at_all_gives_nobody_up() {
+        let mut now = Instant::now();
+        let mut membership = of(&["a", "b"], now);
+        membership.away(now);
+        let answered = |membership: &mut Membership, now: Instant, answers: [Answer; 2]| {
+            assert_eq!(due(membership, now), ["a", "b"]);
+            ["a", "b"].iter().zip(answers).for_each(|(id, answer)| membership.answered(&key(id), answer, now));
+        };
+        now += INTERVAL;
+        answered(&mut membership, now, [Answer::Ready, Answer::Ready]);
+        now += INTERVAL;
+        answered(&mut membership, now, [Answer::Silent, Answer::Silent]);
+        // As long as both probes take.
+        now += DEAF;
+        for _ in 0..10 {
+            answered(&mut membership, now, [Answer::Silent, Answer::Silent]);
+            assert_eq!(names(&membership), ["a", "b"]);
+            now += INTERVAL;
+        }
+        // The cut is over. A probe that was lost in it says nothing, and one of them has died meanwhile, with its machine.
+        assert_eq!(due(&mut membership, now), ["a", "b"]);
+        membership.answered(&key("b"), Answer::Ready, now);
+        membership.answered(&key("a"), Answer::Silent, now);
+        assert_eq!((names(&membership), due(&mut membership, now)), (vec!["a".into(), "b".into()], vec!["a".into()]));
+        membership.answered(&key("a"), Answer::Silent, now);
+        assert_eq!(names(&membership), ["b"]);
     }
 
     #[test]
