@@ -3,7 +3,7 @@
 
     scripts/bench/tls.py [--bin FOLDER] [--pair FOLDER] [--rounds 5]
 
-Needs openssl. Each round asks either cluster for the same requests: one at a time, sixteen at a time, and new connections. Prints the
+Needs openssl. Each round asks either cluster for the same requests: one at a time, eight at a time, and new connections. Prints the
 median of each figure over the rounds, and its ratio to plain text.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pathlib
+import secrets
 import ssl
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ import time
 import urllib.request
 
 BASE = 17600
-LOADS = {"1 at a time": ["--num-prompts", "12", "--max-concurrency", "1"], "16 at a time": ["--num-prompts", "64", "--max-concurrency", "16"]}
+LOADS = {"1 at a time": ["--num-prompts", "12", "--max-concurrency", "1"], "8 at a time": ["--num-prompts", "48", "--max-concurrency", "8"]}
 FIGURES = {"output_throughput": "tokens/s", "mean_ttft_ms": "mean TTFT, ms", "mean_itl_ms": "mean ITL, ms", "p99_itl_ms": "p99 ITL, ms"}
 
 
@@ -35,7 +36,7 @@ def certificates(folder):
     (folder / "names").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
     signed = ["-CA", folder / "ca.pem", "-CAkey", folder / "ca.key", "-CAcreateserial", "-days", "2", "-extfile", folder / "names"]
     sh("openssl", "x509", "-req", "-in", folder / "request.pem", "-out", folder / "cert.pem", *signed)
-    (folder / "token").write_text("a token that is long enough to be taken\n")
+    (folder / "token").write_text(secrets.token_hex(32) + "\n")
 
 
 class Cluster:
@@ -54,7 +55,7 @@ class Cluster:
             ["prefill-node", *node, "--listen", prefill, "--decode-nodes", decode],
             ["router", "--pair", options.pair, "--http", f"127.0.0.1:{port}", "--prefill-nodes", prefill, "--decode-nodes", decode],
         ]
-        environment = {**os.environ, "OVERFILL_LOG": "error"}
+        environment = {**os.environ, "OVERFILL_LOG": "off"}
         self.processes = []
         for command in commands:
             more = (peer + (door if command[0] == "router" else [])) if secured else []
@@ -68,6 +69,8 @@ class Cluster:
 
     def until_ready(self):
         for _ in range(300):
+            if any(process.poll() is not None for process in self.processes):
+                break
             try:
                 if urllib.request.urlopen(self.url + "/ready", context=self.context()).status == 200:
                     return
@@ -78,7 +81,7 @@ class Cluster:
     def bench(self, options, load):
         results = self.folder / "results"
         command = [str(pathlib.Path(options.bin) / "overfill"), "bench", "serve", "--base-url", self.url, *load, "--result-dir", str(results)]
-        command += ["--dataset-name", "random", "--input-len", "256", "--output-len", "64", "--save-result", "--result-filename", "one.json"]
+        command += ["--dataset-name", "random", "--input-len", "64", "--output-len", "128", "--save-result", "--result-filename", "one.json"]
         environment = {**os.environ, "SSL_CERT_FILE": str(self.folder / "ca.pem")}
         (results / "one.json").unlink(missing_ok=True)
         subprocess.run(command, check=True, capture_output=True, env=environment)
