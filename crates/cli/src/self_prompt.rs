@@ -23,6 +23,9 @@ use crate::Home;
 use crate::answer::AnswerArgs;
 use crate::progress::bar;
 
+/// Chunks in a row that bring nothing, after which the model is taken to be none that makes up conversations.
+const MOST_IN_VAIN: u32 = 8;
+
 #[derive(Args)]
 pub(crate) struct SelfPromptArgs {
     /// Have the full model make up so many conversations, the user's words too, in the place of --data
@@ -87,10 +90,15 @@ pub(crate) fn run(args: &AnswerArgs, conversations: u64, home: &Home) -> anyhow:
 
     let (mut out, mut made) = reopen(&args.out, args.seed, own.chunk.into(), conversations)?;
     let (were, mut left_out) = (made.conversations, LeftOut::default());
+    let mut in_vain = 0;
     let bar = bar(conversations, "conversations");
     while made.conversations < conversations {
         bar.set_position(made.conversations);
         let done = prompter.chunk(made.next_chunk, &mut made.doubles, &mut left_out, &mut write)?;
+        in_vain = if done.is_empty() { in_vain + 1 } else { 0 };
+        if in_vain == MOST_IN_VAIN {
+            bail!("the last {} attempts brought no conversation of use: {left_out}", MOST_IN_VAIN * u32::from(own.chunk));
+        }
         let mut lines = String::new();
         for conversation in done.iter().take(usize::try_from(conversations - made.conversations).unwrap_or(usize::MAX)) {
             made.conversations += 1;

@@ -50,7 +50,10 @@ struct Known(BTreeMap<Place, (NodeInfo, u32)>);
 impl Known {
     /// What each place answered: a node that is ready, or that none is.
     fn answered(&mut self, answers: Vec<(Place, Result<Option<NodeInfo>, NoStatus>)>) {
-        let cut_off = answers.iter().all(|(_, answer)| matches!(answer, Err(NoStatus::Silent)));
+        if answers.iter().all(|(_, answer)| matches!(answer, Err(NoStatus::Silent))) {
+            // It is this process that is cut off: that says nothing of any node.
+            return;
+        }
         for (place, answer) in answers {
             match answer {
                 Ok(Some(node)) => drop(self.0.insert(place, (node, 0))),
@@ -58,7 +61,7 @@ impl Known {
                 Err(NoStatus::Silent) => {
                     let given_up = self.0.get_mut(&place).is_some_and(|(_, silent)| {
                         *silent += 1;
-                        *silent >= TRIES && !cut_off
+                        *silent >= TRIES
                     });
                     if given_up {
                         self.0.remove(&place);
@@ -109,6 +112,7 @@ mod tests {
         for _ in 0..5 {
             assert_eq!(after(vec![silent(1), silent(2)]), ["1", "2"], "it is this process that is cut off");
         }
+        assert_eq!(after(vec![silent(1), ready(2)]), ["1", "2"], "a probe that was lost in the cut says nothing either");
         assert_eq!(after(vec![silent(1), ready(2)]), ["2"]);
         assert_eq!(after(vec![ready(1), (place(2), Err(NoStatus::Refused))]), ["1"]);
         assert_eq!(after(vec![(place(1), Ok(None)), ready(2)]), ["2"], "it drains");
