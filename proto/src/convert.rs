@@ -1,7 +1,8 @@
 //! Wire messages to our words and back. What the wire leaves out gets its documented default here.
 
 use overfill_types::{
-    Code, FinishReason, Guide, Quality, SamplingParams, ServedPair, ServiceError, StopConditions, TokenLogprob, TopLogprob, WireFormat,
+    Code, FinishReason, GenerationConfig, Guide, Quality, SamplingParams, ServedPair, ServiceError, StopConditions, TokenLogprob,
+    TopLogprob, WireFormat,
 };
 
 use crate::v1;
@@ -35,6 +36,18 @@ pub fn sampling(wire: Option<&v1::Sampling>, default_seed: u64) -> Result<Sampli
     };
     params.validate()?;
     Ok(params)
+}
+
+/// What a client says of how tokens are chosen, unchecked: what it leaves out is the model's to say.
+pub fn generation(wire: Option<&v1::Sampling>) -> GenerationConfig {
+    let said = wire.cloned().unwrap_or_default();
+    GenerationConfig {
+        temperature: said.temperature,
+        top_p: said.top_p,
+        top_k: said.top_k,
+        min_p: said.min_p,
+        repetition_penalty: said.repetition_penalty,
+    }
 }
 
 /// Sampling parameters for a peer: every field is set.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use overfill_lifecycle::Trace;
 use overfill_schedule::Share;
 use overfill_text::{Chat, StopMatcher, TextModel};
-use overfill_types::{Code, Limits, Quality, RequestId, SamplingParams, ServiceError, StopConditions};
+use overfill_types::{Code, GenerationConfig, Limits, Quality, RequestId, SamplingParams, ServiceError, StopConditions};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tracing::Instrument;
@@ -40,6 +40,8 @@ pub(crate) struct ClientRequest {
     /// Which models write.
     pub(crate) quality: Quality,
     pub(crate) sampling: SamplingParams,
+    /// What of it the client has said itself: the rest is as the model has it.
+    pub(crate) said: GenerationConfig,
     /// `None` for the router's default.
     pub(crate) max_tokens: Option<usize>,
     pub(crate) stop: Vec<String>,
@@ -99,7 +101,7 @@ impl Router {
     async fn check(
         &self,
         client: &Arc<Client>,
-        asked: ClientRequest,
+        mut asked: ClientRequest,
         trace: &Trace,
         arrived: Instant,
     ) -> Result<Vec<ValidRequest>, ServiceError> {
@@ -118,6 +120,7 @@ impl Router {
         let mut allowances = client.begin(answers)?.into_iter();
         let model = self.models.find(&asked.model)?;
         let counters = self.metrics.of(&model.manifest.name)?;
+        asked.sampling = asked.said.or(model.manifest.generation).fill(asked.sampling);
         asked.sampling.validate()?;
         let stop_strings = StopMatcher::new(asked.stop)?;
         let limits = Limits { max_context: self.max_context(&model), vocab_size: model.manifest.vocab_size() };

@@ -12,6 +12,7 @@ use overfill_transport::connections::ConnectionLimits;
 use overfill_transport::security::{Identity, ServerTls, Unusable};
 use overfill_types::Quality;
 use overfill_types::flags::{parse_bytes, parse_seconds};
+use overfill_types::generation::GenerationSource;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::clients::Client;
@@ -204,6 +205,10 @@ pub struct RequestBounds {
     /// What guides may cost.
     #[command(flatten)]
     pub guides: GuideArgs,
+    /// How tokens are chosen where a request does not say it: auto (as each pair says), none (temperature 1, nothing left out), or a
+    /// generation_config.json as Hugging Face has it
+    #[arg(long, env = "OVERFILL_GENERATION_CONFIG", default_value = "auto")]
+    pub generation_config: GenerationSource,
     /// What special tokens mean that stand in messages of a chat
     #[arg(long, env = "OVERFILL_SPECIAL_TOKENS_IN_MESSAGES", value_enum, default_value_t = SpecialInMessages::Plain)]
     pub special_tokens_in_messages: SpecialInMessages,
@@ -247,6 +252,8 @@ pub struct RouterConfig {
     pub fallback: Fallback,
     /// What guides may cost.
     pub guides: GuideArgs,
+    /// How tokens are chosen where a request does not say it.
+    pub generation_config: GenerationSource,
     /// What special tokens mean that stand in messages.
     pub special_tokens_in_messages: SpecialInMessages,
     /// Whose requests share KV caches.
@@ -275,6 +282,7 @@ impl RouterConfig {
             request_timeout: bounds.request_timeout,
             fallback: bounds.fallback,
             guides: bounds.guides,
+            generation_config: bounds.generation_config,
             special_tokens_in_messages: bounds.special_tokens_in_messages,
             prefix_sharing: bounds.prefix_sharing,
             connections: bounds.connections,

@@ -97,7 +97,7 @@ pub struct Listeners {
 pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
     // What is wrong in a file is told before anything is loaded.
     let [grpc_tls, http_tls] = [config.tls.open(true)?, config.tls.open(false)?];
-    let models = Models::open(&config.pair, &config.guides, config.special_tokens_in_messages)?;
+    let models = Models::open(&config)?;
     let router = Router::new(config, models, &discovery, discovery.connector(), drain.clone())?;
     let descriptors = if listeners.admin.is_some() { None } else { Some(DESCRIPTORS) };
     let (grpc, health) = server::with_health(Routes::from(router.grpc()), descriptors).await?;

@@ -4,11 +4,12 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use overfill_guide::{GuideArgs, Guides};
+use overfill_guide::Guides;
 use overfill_text::TextModel;
-use overfill_types::{Code, Fingerprint, ServiceError};
+use overfill_types::generation::GenerationSource;
+use overfill_types::{Code, Fingerprint, GenerationConfig, ServiceError};
 
-use crate::config::SpecialInMessages;
+use crate::config::{RouterConfig, SpecialInMessages};
 
 /// The models of one router. Clones share what was opened.
 #[derive(Clone)]
@@ -18,14 +19,21 @@ pub struct Models {
 }
 
 impl Models {
-    /// Opens the pairs in these folders.
+    /// Opens the pairs.
     ///
     /// # Errors
     /// Where one cannot be opened, or two have one name ([`Code::InvalidArgument`]).
-    pub fn open(pairs: &[PathBuf], guides: &GuideArgs, special: SpecialInMessages) -> Result<Self, ServiceError> {
+    pub fn open(config: &RouterConfig) -> Result<Self, ServiceError> {
+        let RouterConfig { pair: pairs, guides, .. } = config;
+        let generation = match &config.generation_config {
+            GenerationSource::Auto => None,
+            GenerationSource::None => Some(GenerationConfig::default()),
+            GenerationSource::File(file) => Some(GenerationSource::read(file)?),
+        };
         let open = |dir: &PathBuf| {
             let mut text = TextModel::open(dir)?;
-            if special == SpecialInMessages::Special {
+            text.manifest.generation = generation.unwrap_or(text.manifest.generation);
+            if config.special_tokens_in_messages == SpecialInMessages::Special {
                 text.trust_messages();
             }
             Ok(Arc::new(text))

@@ -8,7 +8,7 @@ use overfill_cluster::Discovery;
 use overfill_lifecycle::Drain;
 use overfill_node::NodeListeners;
 use overfill_proto::v1::inference_client::InferenceClient;
-use overfill_proto::v1::{GenerateRequest, NodeStatus, Sampling, TokenIds, generate_event, generate_request};
+use overfill_proto::v1::{Finished, GenerateRequest, NodeStatus, Quality, Sampling, TokenIds, generate_event, generate_request};
 use overfill_types::{Endpoint, Role, SamplingParams};
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
@@ -174,6 +174,22 @@ impl Cluster {
         statuses
     }
 
+    /// Asks until each node of `role` has answered, at most `limit`: one that is listed is not asked before it has said what it
+    /// holds, as long as there are others.
+    pub async fn each_has_answered(&self, role: Role, limit: Duration) {
+        let mut unseen: Vec<String> = self.nodes(role).into_iter().map(|node| node.id.to_string()).collect();
+        let client = self.client().await;
+        let quality = if role == Role::Prefill { Quality::Full } else { Quality::Decode };
+        let asking = async {
+            while !unseen.is_empty() {
+                let ask = GenerateRequest { quality: quality.into(), ..request(&[7], &SamplingParams::greedy(), 1) };
+                let by = answer(client.clone(), ask).await.unwrap().1.served_by.unwrap();
+                unseen.retain(|id| *id != by.prefill_node && *id != by.decode_node);
+            }
+        };
+        tokio::time::timeout(limit, asking).await.expect("each node answers");
+    }
+
     /// What the router holds for requests, a line of its metrics each.
     async fn held_by_the_router(&self) -> Vec<String> {
         let metrics = reqwest::get(format!("{}/metrics", self.http)).await.unwrap().text().await.unwrap();
@@ -207,21 +223,28 @@ pub fn request(prompt: &[u32], sampling: &SamplingParams, max_tokens: u32) -> Ge
     }
 }
 
-/// The answer's token ids.
+/// The answer's token ids, and what is said at its end.
 ///
 /// # Errors
 /// The status that the request or its stream ended with.
-pub async fn tokens(mut client: InferenceClient<Channel>, request: GenerateRequest) -> Result<Vec<u32>, Status> {
+pub async fn answer(mut client: InferenceClient<Channel>, request: GenerateRequest) -> Result<(Vec<u32>, Finished), Status> {
     let mut events = client.generate(request).await?.into_inner();
     let mut ids = Vec::new();
-    let mut finished = false;
+    let mut end = None;
     while let Some(event) = events.message().await? {
         match event.event.unwrap() {
             generate_event::Event::Delta(delta) => ids.extend(delta.tokens.iter().map(|t| t.id)),
-            generate_event::Event::Finished(_) => finished = true,
+            generate_event::Event::Finished(finished) => end = Some(finished),
             generate_event::Event::Started(_) => {}
         }
     }
-    assert!(finished, "an answer ends with `finished` or an error");
-    Ok(ids)
+    Ok((ids, end.expect("an answer ends with `finished` or an error")))
+}
+
+/// As [`answer`], the token ids alone.
+///
+/// # Errors
+/// The status that the request or its stream ended with.
+pub async fn tokens(client: InferenceClient<Channel>, request: GenerateRequest) -> Result<Vec<u32>, Status> {
+    Ok(answer(client, request).await?.0)
 }

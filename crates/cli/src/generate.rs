@@ -9,7 +9,7 @@ use clap::Args;
 use overfill_model::solo::Solo;
 use overfill_model::{Pair, ThreadPool};
 use overfill_text::{Message, StopMatcher, TextModel};
-use overfill_types::{FinishReason, Limits, Quality, SamplingParams, StopConditions};
+use overfill_types::{FinishReason, GenerationConfig, Limits, Quality, SamplingParams, StopConditions};
 use serde_json::json;
 
 use crate::progress::spinner;
@@ -38,21 +38,21 @@ pub(crate) struct GenerateArgs {
     /// Most tokens to write
     #[arg(long, env = "OVERFILL_MAX_TOKENS", default_value_t = 256)]
     max_tokens: usize,
-    /// 0 is greedy
-    #[arg(long, env = "OVERFILL_TEMPERATURE", default_value_t = 0.0)]
-    temperature: f32,
-    /// Keep the most likely tokens that together have this probability
-    #[arg(long, env = "OVERFILL_TOP_P", default_value_t = 1.0)]
-    top_p: f32,
-    /// Keep this many of the most likely tokens; 0 keeps all
-    #[arg(long, env = "OVERFILL_TOP_K", default_value_t = 0)]
-    top_k: u32,
-    /// Keep tokens at least this times as likely as the most likely one
-    #[arg(long, env = "OVERFILL_MIN_P", default_value_t = 0.0)]
-    min_p: f32,
-    /// Divides the logits of tokens that were seen; 1 is off
-    #[arg(long, env = "OVERFILL_REPETITION_PENALTY", default_value_t = 1.0)]
-    repetition_penalty: f32,
+    /// 0 is greedy [default: the pair's own, else 0]
+    #[arg(long, env = "OVERFILL_TEMPERATURE")]
+    temperature: Option<f32>,
+    /// Keep the most likely tokens that together have this probability [default: the pair's own, else 1: all]
+    #[arg(long, env = "OVERFILL_TOP_P")]
+    top_p: Option<f32>,
+    /// Keep this many of the most likely tokens; 0 keeps all [default: the pair's own, else 0]
+    #[arg(long, env = "OVERFILL_TOP_K")]
+    top_k: Option<u32>,
+    /// Keep tokens at least this times as likely as the most likely one [default: the pair's own, else 0]
+    #[arg(long, env = "OVERFILL_MIN_P")]
+    min_p: Option<f32>,
+    /// Divides the logits of tokens that were seen; 1 is off [default: the pair's own, else 1]
+    #[arg(long, env = "OVERFILL_REPETITION_PENALTY")]
+    repetition_penalty: Option<f32>,
     /// Subtracted from the logits of tokens that the answer holds
     #[arg(long, env = "OVERFILL_PRESENCE_PENALTY", default_value_t = 0.0, allow_hyphen_values = true)]
     presence_penalty: f32,
@@ -82,7 +82,7 @@ pub(crate) fn run(args: GenerateArgs, home: &Home) -> anyhow::Result<()> {
     let dir = args.pair.dir(home)?;
     let text = TextModel::open(&dir)?;
     let prompt = args.prompt_tokens(&text)?;
-    let sampling = args.sampling();
+    let sampling = args.sampling(text.manifest.generation);
     sampling.validate()?;
     let stop = StopConditions { max_tokens: args.max_tokens, stop_token_ids: Vec::new(), ignore_eos: args.ignore_eos };
     Limits { max_context: text.manifest.max_context(), vocab_size: text.manifest.vocab_size() }.check(&prompt, &stop)?;
@@ -167,17 +167,19 @@ impl GenerateArgs {
         Ok(text.encode_chat(&messages)?)
     }
 
-    fn sampling(&self) -> SamplingParams {
-        SamplingParams {
+    fn sampling(&self, of_pair: GenerationConfig) -> SamplingParams {
+        let said = GenerationConfig {
             temperature: self.temperature,
             top_p: self.top_p,
             top_k: self.top_k,
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
+        };
+        said.or(of_pair).fill(SamplingParams {
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
             seed: self.seed,
             ..SamplingParams::greedy()
-        }
+        })
     }
 }

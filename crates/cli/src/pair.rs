@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use overfill_model::pair_make::generation;
 use overfill_model::{KvSpec, MakePair};
+use overfill_types::generation::GenerationSource;
 use overfill_types::pair::WeightFormat;
-use overfill_types::{KvFormat, KvFormats, WireFormat};
+use overfill_types::{GenerationConfig, KvFormat, KvFormats, SamplingParams, WireFormat};
 
 use crate::progress::spinner;
 
@@ -36,6 +38,13 @@ pub(crate) struct MakePairArgs {
     /// Name that clients ask for [default: the folder's]
     #[arg(long, env = "OVERFILL_NAME")]
     name: Option<String>,
+    /// How tokens are chosen where a request does not say it: auto (as the full model's generation_config.json says), none, or
+    /// another such file
+    #[arg(long, env = "OVERFILL_GENERATION_CONFIG", default_value = "auto")]
+    generation_config: GenerationSource,
+    /// What is said there otherwise, as a JSON object: {"temperature": 0.2, "top_p": 0.9}
+    #[arg(long, env = "OVERFILL_OVERRIDE_GENERATION_CONFIG", value_parser = parse_generation)]
+    override_generation_config: Option<GenerationConfig>,
     /// How the full model's weights are held: native, f32, bf16 or f16
     #[arg(long, env = "OVERFILL_FULL_WEIGHTS", default_value = "native")]
     full_weights: WeightFormat,
@@ -44,11 +53,23 @@ pub(crate) struct MakePairArgs {
     decode_weights: WeightFormat,
 }
 
+fn parse_generation(text: &str) -> Result<GenerationConfig, String> {
+    let config: GenerationConfig = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    config.fill(SamplingParams::greedy()).validate().map_err(|e| e.message)?;
+    Ok(config)
+}
+
 pub(crate) fn run(args: MakePairArgs) -> anyhow::Result<()> {
     let name = match args.name {
         Some(name) => name,
         None => args.out.file_name().context("--out names no folder")?.to_string_lossy().into_owned(),
     };
+    let said = match &args.generation_config {
+        GenerationSource::Auto => generation(&args.full)?,
+        GenerationSource::None => GenerationConfig::default(),
+        GenerationSource::File(file) => GenerationSource::read(file)?,
+    };
+    let generation = args.override_generation_config.unwrap_or_default().or(said);
     let MakePairArgs { full, decode, kv, out, full_weights, decode_weights, .. } = args;
     let making = MakePair {
         name,
@@ -58,6 +79,7 @@ pub(crate) fn run(args: MakePairArgs) -> anyhow::Result<()> {
         decode_weights,
         kv,
         kv_formats: KvFormats { cache: args.kv_cache, wire: args.kv_wire },
+        generation,
         provenance: serde_json::Map::new(),
     };
     let waiting = spinner("hashing weights");

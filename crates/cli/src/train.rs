@@ -1,7 +1,7 @@
 //! `overfill train`: the decode model learns to write after prompts that the full model has read.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
@@ -13,7 +13,8 @@ use overfill_model::pair::weights_sha256;
 use overfill_model::{Device, Llama, LlamaConfig, Pair, ThreadPool, Transform, Weights, Workspace};
 use overfill_text::ModelText;
 use overfill_train::{
-    AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainOptions, train,
+    AdamOptions, Carry, Divergence, Event, FullModel, LessonCache, Materials, OnPolicy, Outcome, Reading, Record, Schedule, Set,
+    TrainOptions, Written, train,
 };
 use overfill_types::pair::WeightFormat;
 use overfill_types::{KvFormat, KvFormats, KvTransform, PruneStrategy, WireFormat};
@@ -82,6 +83,18 @@ pub(crate) struct TrainArgs {
     /// Weight of the cross-entropy beside the divergence
     #[arg(long, default_value_t = 0.5)]
     ce_weight: f32,
+    /// Which divergence from the full model is minimised: kl, reverse-kl, jsd:B, skewed-kl:A or skewed-reverse-kl:A
+    #[arg(long, default_value = "kl")]
+    divergence: Divergence,
+    /// Share of the batches whose answers the decode model writes itself, as it is at that moment
+    #[arg(long)]
+    on_policy: Option<f32>,
+    /// Most tokens of such an answer
+    #[arg(long, default_value_t = 128, requires = "on_policy")]
+    rollout_tokens: usize,
+    /// Temperature at which they are written
+    #[arg(long, default_value_t = 1.0, requires = "on_policy")]
+    rollout_temperature: f32,
     /// Weight of the distance from the full model's last hidden states beside the other losses; a map to them is trained too
     #[arg(long, default_value_t = 0.0)]
     hidden_weight: f32,
@@ -191,6 +204,9 @@ pub(crate) fn run(args: TrainArgs) -> anyhow::Result<()> {
             eprintln!("{name}: {examples} conversations with {tokens} response tokens, {left_out} left out ({})", path.display());
         }
     }
+    if args.valid.is_none() {
+        eprintln!("no --valid: nothing tells whether training helps, and the last weights are kept, not the best");
+    }
     let provenance = args.provenance(&source, &train_set, &valid_set)?;
     let full = if options.needs_full() { Some(source.full_model(options.projection, threads)?) } else { None };
     let cache = match (&args.cache, &full) {
@@ -200,7 +216,7 @@ pub(crate) fn run(args: TrainArgs) -> anyhow::Result<()> {
         _ => None,
     };
     let materials =
-        Materials { init: source.init.clone(), full, cache, train: train_set, valid: valid_set, format: args.format, provenance };
+        Materials { init: source.init.clone(), full, cache, train: train_set, valid: valid_set, end, format: args.format, provenance };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("threads cannot be started")?;
     let mut shown = Shown::default();
     let outcome = pool.install(|| train(&options, materials, &args.out, &mut |event| shown.tell(&event)))?;
@@ -221,10 +237,12 @@ impl TrainArgs {
             reading,
             ce_weight: if distill { self.ce_weight } else { 1.0 },
             distill_weight: if distill { 1.0 } else { 0.0 },
+            divergence: self.divergence,
             hidden_weight: self.hidden_weight,
             // Asked also where only cross-entropy is minimised: validations then tell the divergence.
             top: self.top,
             projection: self.projection,
+            on_policy: self.on_policy.map(|share| OnPolicy { share, temperature: self.rollout_temperature, tokens: self.rollout_tokens }),
             adam: AdamOptions { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay },
             schedule: Schedule { peak: self.lr, warmup: self.warmup, last: self.last_lr },
             clip: self.clip,
@@ -345,12 +363,17 @@ impl Source {
     }
 }
 
-/// What is shown while a run goes on: a bar on a terminal, and a line for each validation.
+/// How often a line tells of the steps where there is no terminal to show a bar on.
+const LINE: Duration = Duration::from_secs(60);
+
+/// What is shown while a run goes on: a bar on a terminal, else a line now and then; and a line for each validation.
 #[derive(Default)]
 struct Shown {
     bar: Option<ProgressBar>,
+    steps: u64,
     tokens: usize,
     begun: Option<Instant>,
+    told: Option<Instant>,
 }
 
 impl Shown {
@@ -360,13 +383,22 @@ impl Shown {
                 let bar = bar(*steps, "training");
                 bar.set_position(*step);
                 self.bar = Some(bar);
-                self.begun = Some(Instant::now());
+                self.steps = *steps;
+                (self.begun, self.told) = (Some(Instant::now()), Some(Instant::now()));
             }
             Event::Told(Record::Step(step)) => {
                 self.tokens += step.tokens;
                 let seconds = self.begun.map_or(0.0, |b| b.elapsed().as_secs_f64());
+                let mut message = format!("loss {:.3}, {:.0} tokens/s", step.loss, self.tokens as f64 / seconds.max(1e-9));
+                if let Some(Written { answers, circles, length_ratio, .. }) = step.written {
+                    message += &format!(", own answers {length_ratio:.2} as long as the data's, {circles} of {answers} cut off");
+                }
                 if let Some(bar) = &self.bar {
-                    bar.set_message(format!("loss {:.3}, {:.0} tokens/s", step.loss, self.tokens as f64 / seconds.max(1e-9)));
+                    if bar.is_hidden() && self.told.is_some_and(|told| told.elapsed() >= LINE) {
+                        println!("step {} of {}: {message}", step.step, self.steps);
+                        self.told = Some(Instant::now());
+                    }
+                    bar.set_message(message);
                     bar.set_position(step.step);
                 }
             }
@@ -395,6 +427,11 @@ impl Shown {
         println!("{} steps{why}", outcome.steps);
         if let Some((step, loss)) = outcome.best {
             println!("kept: the weights after step {step}, validation loss {loss:.4}");
+            if step == 0 {
+                println!(
+                    "training has not helped: no validation was better than the one before the first step; try a lower --lr or larger batches"
+                );
+            }
         }
         println!("{}", outcome.model.display());
     }

@@ -145,7 +145,7 @@ impl Checkpoint {
                 let text = std::fs::read_to_string(&path).map_err(|source| CompressError::File { path: path.clone(), source })?;
                 serde_json::from_str(&text).map_err(|e| CompressError::Refused(format!("{} is no JSON: {e}", path.display())))?
             }
-            Weights::Gguf(_) => from_shape(self.config())?,
+            Weights::Gguf(_) | Weights::Memory(..) => from_shape(self.config())?,
         };
         json["hidden_size"] = config.hidden_size.into();
         json["intermediate_size"] = config.intermediate_size.into();

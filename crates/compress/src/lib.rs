@@ -16,6 +16,7 @@ pub mod matrix;
 pub mod product;
 pub mod prune;
 mod read;
+pub mod repeats;
 pub mod score;
 pub mod self_prompt;
 pub mod vector;

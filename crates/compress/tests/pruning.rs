@@ -241,6 +241,7 @@ fn every_method_makes_half_a_pair() {
             decode_weights: WeightFormat::Native,
             kv,
             kv_formats: KvFormats::default(),
+            generation: overfill_types::GenerationConfig::default(),
             provenance: serde_json::Map::new(),
         };
         making.make(&made.folder.path().join("pair")).unwrap();

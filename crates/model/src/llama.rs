@@ -40,13 +40,20 @@ impl Llama {
     /// # Errors
     /// [`ModelError::Read`] and [`ModelError::Format`] where the files are not there or not whole, naming the tensor.
     pub fn load(path: &Path, format: WeightFormat, device: &Device, pool: &ThreadPool) -> Result<Self, ModelError> {
-        let weights = Weights::open(path)?;
+        Self::of(&Weights::open(path)?, format, device, pool)
+    }
+
+    /// Of opened weights; `pool` packs them.
+    ///
+    /// # Errors
+    /// [`ModelError::Read`] and [`ModelError::Format`] where a tensor cannot be read.
+    pub fn of(weights: &Weights, format: WeightFormat, device: &Device, pool: &ThreadPool) -> Result<Self, ModelError> {
         let form = if device.is_cpu() {
-            Form::Cpu(CpuLlama::load(&weights, format, pool)?)
+            Form::Cpu(CpuLlama::load(weights, format, pool)?)
         } else {
-            Form::Gpu(GpuLlama::load(&weights, format, device)?)
+            Form::Gpu(GpuLlama::load(weights, format, device)?)
         };
-        Ok(Self::new(&weights, device, form))
+        Ok(Self::new(weights, device, form))
     }
 
     fn new(weights: &Weights, device: &Device, form: Form) -> Self {

@@ -9,7 +9,7 @@ use overfill_kernels::ThreadPool;
 use overfill_text::gguf::GgufVocabulary;
 use overfill_text::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 use overfill_types::pair::{PAIR_FILE, PAIR_FORMAT, TokenizerManifest, WeightFormat};
-use overfill_types::{Fingerprint, KvFormats, KvTransform, PairManifest, PruneStrategy};
+use overfill_types::{Fingerprint, GenerationConfig, KvFormats, KvTransform, PairManifest, PruneStrategy};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -66,6 +66,8 @@ pub struct MakePair {
     pub kv: KvSpec,
     /// What its numbers are stored and sent as.
     pub kv_formats: KvFormats,
+    /// How tokens are chosen where a request does not say it.
+    pub generation: GenerationConfig,
     /// How the decode model was made, for people.
     pub provenance: Map<String, Value>,
 }
@@ -123,6 +125,7 @@ impl MakePair {
             kv,
             kv_formats: self.kv_formats,
             tokenizer: TokenizerManifest { sha256: hex::encode(Sha256::digest(&tokenizer.tokenizer)), eos_token_ids },
+            generation: self.generation,
             provenance: self.provenance.clone(),
         };
         if let Some(made) = provenance(&self.decode)? {
@@ -175,6 +178,20 @@ impl MakePair {
     }
 }
 
+/// What a checkpoint says of how its tokens are chosen: a folder's `generation_config.json`. Nothing where there is none, as
+/// in a GGUF file.
+///
+/// # Errors
+/// [`ModelError::Read`] and [`ModelError::Format`] where the file cannot be read.
+pub fn generation(checkpoint: &Path) -> Result<GenerationConfig, ModelError> {
+    let path = checkpoint.join("generation_config.json");
+    if !path.exists() {
+        return Ok(GenerationConfig::default());
+    }
+    let text = hugging_face::read(&path)?;
+    GenerationConfig::from_hugging_face(&text).map_err(|e| ModelError::Format { path, what: e.message })
+}
+
 /// The files that the text side opens.
 pub struct TokenizerFiles {
     /// Content of `tokenizer.json`.
@@ -192,6 +209,7 @@ impl TokenizerFiles {
         match weights {
             Weights::HuggingFace(_) => Self::from_folder(path),
             Weights::Gguf(file) => Self::from_gguf(path, file),
+            Weights::Memory(..) => Err(ModelError::Format { path: path.to_owned(), what: "numbers in memory have no tokenizer".into() }),
         }
     }
 

@@ -1,6 +1,7 @@
-//! Where a model's tensors come from: safetensors or GGUF, under Hugging Face's names.
+//! Where a model's tensors come from: safetensors, GGUF or memory, under Hugging Face's names.
 
-use std::path::Path;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use overfill_types::pair::WeightFormat;
@@ -19,6 +20,8 @@ pub enum Weights {
     HuggingFace(HuggingFaceFolder),
     /// One `.gguf` file.
     Gguf(GgufFile),
+    /// No file: numbers in memory, as those of a model that is being trained.
+    Memory(LlamaConfig, HashMap<String, Tensor>),
 }
 
 impl Weights {
@@ -34,11 +37,27 @@ impl Weights {
         Ok(weights)
     }
 
+    /// Of numbers in memory, which are copied: each tensor's name, shape and numbers in row-major order.
+    ///
+    /// # Errors
+    /// [`ModelError::Format`], naming the tensor that is missing or of another shape than the configuration says.
+    pub fn of_numbers<'n>(
+        config: LlamaConfig,
+        tensors: impl IntoIterator<Item = (String, Vec<usize>, &'n [f32])>,
+    ) -> Result<Self, ModelError> {
+        let tensor = |(name, shape, numbers): (String, Vec<usize>, &[f32])| Ok((name, Tensor::from_slice(numbers, shape, &Device::Cpu)?));
+        let tensors = tensors.into_iter().map(tensor).collect::<Result<_, ModelError>>()?;
+        let weights = Self::Memory(config, tensors);
+        weights.check()?;
+        Ok(weights)
+    }
+
     /// Its shape.
     pub fn config(&self) -> &LlamaConfig {
         match self {
             Self::HuggingFace(folder) => &folder.config,
             Self::Gguf(file) => &file.config,
+            Self::Memory(config, _) => config,
         }
     }
 
@@ -51,6 +70,7 @@ impl Weights {
         match self {
             Self::HuggingFace(folder) => folder.shape(name),
             Self::Gguf(file) => file.shape(name),
+            Self::Memory(_, tensors) => tensors.get(name).map(|tensor| tensor.dims().to_vec()),
         }
     }
 
@@ -95,6 +115,7 @@ impl Weights {
     pub fn matrix(&self, name: &str, format: WeightFormat, device: &Device) -> Result<Weight, ModelError> {
         let tensor = match self {
             Self::HuggingFace(folder) => folder.tensor(name, device)?,
+            Self::Memory(_, tensors) => self.held(tensors, name, device)?,
             Self::Gguf(file) => match (file.tensor(name, device)?, format) {
                 (Weight::Quantised(q), WeightFormat::Native) => return Ok(Weight::Quantised(q)),
                 (Weight::Quantised(q), _) => q.dequantize(device)?,
@@ -120,6 +141,7 @@ impl Weights {
     pub fn vector(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
         let tensor = match self {
             Self::HuggingFace(folder) => folder.tensor(name, device)?,
+            Self::Memory(_, tensors) => self.held(tensors, name, device)?,
             Self::Gguf(file) => match file.tensor(name, device)? {
                 Weight::Dense(t) => t,
                 Weight::Quantised(q) => q.dequantize(device)?,
@@ -138,6 +160,7 @@ impl Weights {
     pub fn numbers(&self, name: &str) -> Result<(Vec<f32>, Vec<usize>), ModelError> {
         let tensor = match self {
             Self::HuggingFace(folder) => folder.tensor(name, &Device::Cpu)?,
+            Self::Memory(_, tensors) => self.held(tensors, name, &Device::Cpu)?,
             Self::Gguf(file) => match file.tensor(name, &Device::Cpu)? {
                 Weight::Dense(t) => t,
                 Weight::Quantised(q) => q.dequantize(&Device::Cpu)?,
@@ -147,10 +170,16 @@ impl Weights {
         Ok((values::read(&tensor, <[f32]>::to_vec)?, tensor.dims().to_vec()))
     }
 
+    fn held(&self, tensors: &HashMap<String, Tensor>, name: &str, device: &Device) -> Result<Tensor, ModelError> {
+        let tensor = tensors.get(name).ok_or_else(|| self.format_error(format!("tensor {name} is missing")))?;
+        Ok(tensor.to_device(device)?)
+    }
+
     fn format_error(&self, what: String) -> ModelError {
         let path = match self {
             Self::HuggingFace(folder) => folder.path.clone(),
             Self::Gguf(file) => file.path.clone(),
+            Self::Memory(..) => PathBuf::from("a model in memory"),
         };
         ModelError::Format { path, what }
     }

@@ -73,6 +73,7 @@ fn make_pair(case: &Fixture, out: &std::path::Path) -> Pair {
         decode_weights: WeightFormat::F32,
         kv,
         kv_formats: KvFormats::default(),
+        generation: overfill_types::GenerationConfig::default(),
         provenance: serde_json::Map::new(),
     };
     making.make(out).unwrap()

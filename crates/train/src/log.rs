@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
+use crate::rollout::Written;
 
 /// File name of the log.
 pub const LOG_FILE: &str = "log.jsonl";
@@ -43,6 +44,9 @@ pub struct Step {
     pub gradient: f64,
     /// Tokens that were learned from.
     pub tokens: usize,
+    /// What the decode model wrote for it, where some of its batches are its own answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub written: Option<Written>,
     /// Seconds that the step took.
     pub seconds: f64,
     /// Seconds of them in which the full model read, or its reading was fetched.
@@ -146,6 +150,7 @@ mod tests {
                 rate: 1e-4,
                 gradient: 2.0,
                 tokens: 9,
+                written: Some(Written::default()),
                 seconds: 0.3,
                 reading: 0.1,
             })

@@ -11,7 +11,8 @@ use sha2::{Digest, Sha256};
 use crate::adam::AdamOptions;
 use crate::batches::Reading;
 use crate::error::TrainError;
-use crate::net::Mix;
+use crate::net::{Divergence, Mix};
+use crate::rollout::OnPolicy;
 use crate::schedule::Schedule;
 use overfill_text::ModelText;
 
@@ -24,12 +25,16 @@ pub struct TrainOptions {
     pub ce_weight: f32,
     /// Weight of the divergence from the full model.
     pub distill_weight: f32,
+    /// Which divergence that is.
+    pub divergence: Divergence,
     /// Weight of the distance from the full model's hidden states.
     pub hidden_weight: f32,
     /// How many of the full model's most likely tokens are known at each place; 0 where it is not asked.
     pub top: usize,
     /// Whether a projection of the full model's keys and values is trained too.
     pub projection: bool,
+    /// How much is learned from answers that the decode model writes itself.
+    pub on_policy: Option<OnPolicy>,
     /// The optimiser.
     pub adam: AdamOptions,
     /// The learning rate.
@@ -61,7 +66,12 @@ pub struct TrainOptions {
 impl TrainOptions {
     /// The losses' weights.
     pub fn mix(&self) -> Mix {
-        Mix { ce: self.ce_weight, distill: self.distill_weight, states: self.hidden_weight }
+        Mix { ce: self.ce_weight, distill: self.distill_weight, divergence: self.divergence, states: self.hidden_weight }
+    }
+
+    /// The same where the decode model wrote the answers itself: it is not taught to write them again.
+    pub fn mix_on_policy(&self) -> Mix {
+        Mix { ce: 0.0, ..self.mix() }
     }
 
     /// Refuses what no run can be made of.
@@ -100,6 +110,9 @@ impl TrainOptions {
         }
         if self.distill_weight + self.hidden_weight > 0.0 && self.top == 0 {
             return Err(TrainError::Refused("--top must be more than 0 to learn from the full model's distribution or states".into()));
+        }
+        if let Some(on_policy) = self.on_policy {
+            on_policy.check(self)?;
         }
         if self.projection && self.reading == Reading::Nothing {
             return Err(TrainError::Refused(

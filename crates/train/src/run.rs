@@ -3,8 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use overfill_compress::Example;
 use overfill_compress::checkpoint::{Checkpoint, Format, Writer};
 use overfill_model::config::LlamaConfig;
+use overfill_model::{Llama, Weights};
+use overfill_types::pair::WeightFormat;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -17,6 +20,7 @@ use crate::lesson::{FullModel, Lesson, Question};
 use crate::log::{Log, Record, Step, Validation};
 use crate::net::{Batch, Entry, Net, Objective, RowLoss, STATE_MAP, Sequence, Shape, State, Target, Teacher};
 use crate::options::{Set, TrainOptions};
+use crate::rollout::{self, OnPolicy, Written};
 use crate::rounding::Rounded;
 use crate::state::{self, Progress, STATE_FILE};
 
@@ -39,6 +43,8 @@ pub struct Materials {
     pub train: Set,
     /// What the learning is measured with; may be empty.
     pub valid: Set,
+    /// Token that ends an answer.
+    pub end: u32,
     /// What the written weights are stored as.
     pub format: Format,
     /// How the run came to be, for people.
@@ -122,7 +128,7 @@ impl<'o> Run<'o> {
             let done = out.join(MODEL_FOLDER);
             return Err(TrainError::Refused(format!("{} exists already: the run is over; name another folder", done.display())));
         }
-        let weights = overfill_model::Weights::open(&materials.init)?;
+        let weights = Weights::open(&materials.init)?;
         let mut shape = Shape::of(&weights, &materials.init)?;
         if options.projection {
             let rows = materials.full.as_ref().map(|full| full.rows().0);
@@ -192,7 +198,7 @@ impl<'o> Run<'o> {
     }
 
     /// What the full model says about an example.
-    fn lesson(materials: &mut Materials, example: &overfill_compress::Example, question: Question) -> Result<Lesson, TrainError> {
+    fn lesson(materials: &mut Materials, example: &Example, question: Question) -> Result<Lesson, TrainError> {
         match (&mut materials.full, &mut materials.cache) {
             (Some(full), Some(cache)) => cache.lesson(full, example, question),
             (Some(full), None) => full.read(example, question),
@@ -200,39 +206,84 @@ impl<'o> Run<'o> {
         }
     }
 
-    /// Reads what a batch is made of; `cut` says how much of each example the full model reads.
-    fn fetch(&mut self, valid: bool, batch: &[usize], cuts: &[usize]) -> Result<Vec<Part>, TrainError> {
+    /// Reads what a batch is made of.
+    fn fetch(&mut self, batch: &[Taken], valid: bool) -> Result<Vec<Part>, TrainError> {
         let (top, states) = (self.options.top, self.options.hidden_weight > 0.0);
         let mut parts = Vec::with_capacity(batch.len());
-        for (&index, &cut) in batch.iter().zip(cuts) {
-            let set = if valid { &self.materials.valid } else { &self.materials.train };
-            let example = set.examples[index].clone();
+        for Taken { index, example, cut, own } in batch {
             let all = example.prompt.len() + example.response.len();
-            let kept = if !valid && self.options.reading.wants_response() { all - 1 } else { cut };
+            let kept = if !valid && self.options.reading.wants_response() { all - 1 } else { *cut };
             let question = Question { kept, top, states };
-            let mut lesson = if kept > 0 || top > 0 { Self::lesson(&mut self.materials, &example, question)? } else { Lesson::default() };
-            lesson.context.truncate(cut);
-            parts.push(Part::new(index, &example, cut, lesson));
+            let mut lesson = match &mut self.materials.full {
+                _ if kept == 0 && top == 0 => Lesson::default(),
+                // What was written a moment ago is never read again.
+                Some(full) if *own => full.read(example, question)?,
+                _ => Self::lesson(&mut self.materials, example, question)?,
+            };
+            lesson.context.truncate(*cut);
+            parts.push(Part::new(*index, example, *cut, lesson));
         }
         Ok(parts)
+    }
+
+    /// What the step's batches are made of: the data's answers, or the decode model's own, as it is now.
+    fn take(&mut self, epoch: u64, batches: &[Vec<usize>]) -> Result<(Vec<Vec<Taken>>, Option<Written>), TrainError> {
+        let options = self.options;
+        let first = self.progress.step * options.accumulate as u64;
+        let on_policy = |at: usize| options.on_policy.is_some_and(|how| how.takes(first + at as u64));
+        let examples = &self.materials.train.examples;
+        let mut taken: Vec<Vec<Taken>> = batches
+            .iter()
+            .enumerate()
+            .map(|(at, batch)| {
+                let new = |&index: &usize| Taken { index, example: examples[index].clone(), cut: 0, own: on_policy(at) };
+                batch.iter().map(new).collect()
+            })
+            .collect();
+        let own: Vec<(&mut Example, u64)> = taken
+            .iter_mut()
+            .flatten()
+            .filter(|taken| taken.own)
+            .map(|taken| (&mut taken.example, draw_key(options.seed, epoch, taken.index)))
+            .collect();
+        let written = match options.on_policy {
+            Some(how) if !own.is_empty() => Some(self.write_own(how, own)?),
+            _ => None,
+        };
+        for taken in taken.iter_mut().flatten() {
+            taken.cut = options.reading.cut(&taken.example, options.seed, epoch, taken.index);
+        }
+        Ok((taken, written))
+    }
+
+    /// Has the decode model of this moment answer.
+    fn write_own(&mut self, how: OnPolicy, mut examples: Vec<(&mut Example, u64)>) -> Result<Written, TrainError> {
+        let Some(full) = &mut self.materials.full else {
+            return Err(TrainError::Refused("--on-policy asks the full model: name the pair or the full model".into()));
+        };
+        let weights = self.rounded.as_ref().map_or(self.parameters.as_slice(), Rounded::weights);
+        let tensors = self.entries.iter().filter(|e| e.of_model()).map(|e| (e.name.clone(), e.shape.clone(), &weights[e.range.clone()]));
+        let config = LlamaConfig { tied_embeddings: self.net.shape.tied, ..self.init.config().clone() };
+        let weights = Weights::of_numbers(config, tensors)?;
+        let decode = Llama::of(&weights, WeightFormat::F32, full.model.device(), full.workspace.pool())?;
+        rollout::write(full, &decode, self.options.reading, how, &[self.materials.end], &mut examples)
     }
 
     fn step(&mut self, epoch: u64, batches: &[Vec<usize>], observe: &mut dyn FnMut(Event<'_>)) -> Result<(), TrainError> {
         let begun = Instant::now();
         let number = self.progress.step + 1;
-        let (options, examples) = (self.options, &self.materials.train.examples);
-        let cut = |&i: &usize| options.reading.cut(&examples[i], options.seed, epoch, i);
-        let cuts: Vec<Vec<usize>> = batches.iter().map(|batch| batch.iter().map(cut).collect()).collect();
-        let pairs = batches.iter().flatten().zip(cuts.iter().flatten());
-        let tokens: usize = pairs.map(|(&i, &cut)| learned(&examples[i], cut).len()).sum();
-        let objective = Objective { mix: options.mix(), scale: 1.0 / tokens as f32 };
+        let options = self.options;
         self.round();
+        let (batches, written) = self.take(epoch, batches)?;
+        let tokens: usize = batches.iter().flatten().map(|taken| learned(&taken.example, taken.cut).len()).sum();
         let mut reading = 0.0;
         let mut sums = [0.0f64; 4];
-        for (i, (batch, cuts)) in batches.iter().zip(&cuts).enumerate() {
+        for (i, batch) in batches.iter().enumerate() {
             let fetching = Instant::now();
-            let parts = self.fetch(false, batch, cuts)?;
+            let parts = self.fetch(batch, false)?;
             reading += fetching.elapsed().as_secs_f64();
+            let own = batch.iter().any(|taken| taken.own);
+            let objective = Objective { mix: if own { options.mix_on_policy() } else { options.mix() }, scale: 1.0 / tokens as f32 };
             let (sequences, targets, owners) = laid_out(&parts, options.top, 0);
             let batch = Batch { sequences: &sequences, targets: &targets };
             let weights = self.rounded.as_ref().map_or(self.parameters.as_slice(), Rounded::weights);
@@ -254,7 +305,7 @@ impl<'o> Run<'o> {
         self.progress.tokens += tokens as u64;
         let [loss, ce, kl, states] = sums.map(|s| s / tokens as f64);
         let seconds = begun.elapsed().as_secs_f64();
-        let record = Record::Step(Step { step: number, epoch, loss, ce, kl, states, rate, gradient, tokens, seconds, reading });
+        let record = Record::Step(Step { step: number, epoch, loss, ce, kl, states, rate, gradient, tokens, written, seconds, reading });
         observe(Event::Told(&record));
         self.log.write(record)
     }
@@ -269,12 +320,15 @@ impl<'o> Run<'o> {
         let mix = self.options.mix();
         self.round();
         for batch in in_order(&self.materials.valid.examples, self.options.batch_tokens) {
-            let cuts: Vec<usize> = batch.iter().map(|&i| reading.cut(&self.materials.valid.examples[i], 0, 0, i)).collect();
-            let parts = self.fetch(true, &batch, &cuts)?;
+            let valid = &self.materials.valid.examples;
+            let new =
+                |&index: &usize| Taken { index, example: valid[index].clone(), cut: reading.cut(&valid[index], 0, 0, index), own: false };
+            let batch: Vec<Taken> = batch.iter().map(new).collect();
+            let parts = self.fetch(&batch, true)?;
             let (sequences, targets, _) = laid_out(&parts, self.options.top, 1);
             let weights = self.rounded.as_ref().map_or(self.parameters.as_slice(), Rounded::weights);
             self.net.run(weights, &sequences, &mut self.validating, &mut |_, _, _| {});
-            let losses = self.net.loss(weights, &targets, &mut self.validating);
+            let losses = self.net.loss(weights, &targets, mix.divergence, &mut self.validating);
             add(&mut sums, &losses, mix);
             tokens += losses.len();
             agreeing += losses.iter().filter(|l| l.agrees).count();
@@ -410,11 +464,27 @@ fn check_tokens(config: &LlamaConfig, sets: [&Set; 2]) -> Result<(), TrainError>
 }
 
 /// Which response tokens are learned when the decode model begins to read at `cut`: those that something is read before.
-fn learned(example: &overfill_compress::Example, cut: usize) -> std::ops::Range<usize> {
+fn learned(example: &Example, cut: usize) -> std::ops::Range<usize> {
     (cut + 1).saturating_sub(example.prompt.len())..example.response.len()
 }
 
-/// One example of a batch.
+/// Key of what is drawn for an example in an epoch.
+fn draw_key(seed: u64, epoch: u64, index: usize) -> u64 {
+    seed ^ (epoch << 40 | index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// An example as a batch has it.
+struct Taken {
+    index: usize,
+    /// With the data's answer or the decode model's own.
+    example: Example,
+    /// How much of it the full model reads.
+    cut: usize,
+    /// Whether the answer is the decode model's own.
+    own: bool,
+}
+
+/// What is learned from one example of a batch.
 struct Part {
     index: usize,
     lesson: Lesson,
@@ -425,7 +495,7 @@ struct Part {
 }
 
 impl Part {
-    fn new(index: usize, example: &overfill_compress::Example, cut: usize, lesson: Lesson) -> Self {
+    fn new(index: usize, example: &Example, cut: usize, lesson: Lesson) -> Self {
         let all: Vec<u32> = example.prompt.iter().chain(&example.response).copied().collect();
         let tokens = all[cut..all.len() - 1].to_vec();
         let prompt = example.prompt.len();

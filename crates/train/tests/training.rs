@@ -8,16 +8,20 @@ use std::path::{Path, PathBuf};
 use overfill_compress::checkpoint::Format;
 use overfill_compress::export::{GgufFormats, Stored, gguf};
 use overfill_compress::product::Precision;
-use overfill_compress::{Arm, Example, score};
-use overfill_model::{Device, Llama, ThreadPool, Transform, Weights, Workspace};
+use overfill_compress::repeats::first_repeat;
+use overfill_compress::{Arm, Example, Question, Writing, answer, score};
+use overfill_model::{Device, Llama, ModelError, ThreadPool, Transform, Weights, Workspace};
 use overfill_text::gguf::GgufVocabulary;
 use overfill_train::{
-    AdamOptions, Carry, Event, FullModel, LessonCache, Materials, Outcome, Reading, Record, Schedule, Set, TrainError, TrainOptions,
-    Validation, train,
+    AdamOptions, Carry, Divergence, Event, FullModel, LessonCache, Materials, OnPolicy, Outcome, Reading, Record, Schedule, Set,
+    TrainError, TrainOptions, Validation, train,
 };
 use overfill_types::pair::WeightFormat;
-use overfill_types::{KvFormats, KvTransform};
+use overfill_types::{KvFormats, KvTransform, SamplingParams};
 use serde_json::{Map, Value};
+
+/// Ends an answer.
+const END: u32 = 5;
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
@@ -70,7 +74,16 @@ fn materials(folder: &Path, train: Vec<Example>, valid: Vec<Example>, options: &
     let cache = LessonCache::open(&folder.join("cache"), "fixture", 1 << 20).unwrap();
     let full = full_model(options.projection);
     let (train, valid) = (set(train), set(valid));
-    Materials { init: init(folder), full: Some(full), cache: Some(cache), train, valid, format: Format::F32, provenance: Map::new() }
+    Materials {
+        init: init(folder),
+        full: Some(full),
+        cache: Some(cache),
+        train,
+        valid,
+        end: END,
+        format: Format::F32,
+        provenance: Map::new(),
+    }
 }
 
 fn options() -> TrainOptions {
@@ -78,9 +91,11 @@ fn options() -> TrainOptions {
         reading: Reading::Prompt,
         ce_weight: 0.5,
         distill_weight: 1.0,
+        divergence: Divergence::Kl,
         hidden_weight: 0.0,
         top: 8,
         projection: false,
+        on_policy: None,
         adam: AdamOptions { weight_decay: 0.01, ..AdamOptions::default() },
         schedule: Schedule { peak: 3e-3, warmup: 0.1, last: 0.1 },
         clip: 1.0,
@@ -163,10 +178,19 @@ fn two_steps_are_pytorchs() {
 /// In every way of reading: killed twice, at moments that no state was saved at, it ends in the same bits, on another number of threads.
 #[test]
 fn a_stopped_run_goes_on_as_if_it_had_not() {
-    let readings = [(Reading::Prompt, false), (Reading::Random, false), (Reading::Share(0.5), true), (Reading::Nothing, false)];
-    for (reading, projection) in readings {
+    let own = Some(OnPolicy { share: 0.4, temperature: 1.0, tokens: 9 });
+    let ways = [
+        (Reading::Prompt, false, None),
+        (Reading::Random, false, None),
+        (Reading::Share(0.5), true, None),
+        (Reading::Nothing, false, None),
+        (Reading::Prompt, false, own),
+        (Reading::Random, false, own),
+        (Reading::Nothing, false, own),
+    ];
+    for (reading, projection, on_policy) in ways {
         let hidden_weight = if projection { 0.3 } else { 0.0 };
-        let options = TrainOptions { reading, projection, hidden_weight, ..options() };
+        let options = TrainOptions { reading, projection, on_policy, hidden_weight, ..options() };
         let folder = tempfile::tempdir().unwrap();
         let new = || materials(folder.path(), examples(20), examples(4), &options);
         let (outcome, whole) = run(&options, new(), &folder.path().join("whole"), 0);
@@ -183,7 +207,7 @@ fn a_stopped_run_goes_on_as_if_it_had_not() {
         assert!(matches!(run(&other, new(), &out, 0).0, Err(TrainError::Refused(_))));
         let again = pool.install(|| run(&options, new(), &out, 0)).0.unwrap();
         assert_eq!((again.steps, again.best), (outcome.steps, outcome.best));
-        assert!(weights(&again.model) == weights(&outcome.model), "{reading:?}");
+        assert!(weights(&again.model) == weights(&outcome.model), "{reading:?}, {on_policy:?}");
         if projection {
             let file = |model: &Path| std::fs::read(model.join("projection.safetensors")).unwrap();
             assert!(file(&again.model) == file(&outcome.model));
@@ -201,6 +225,63 @@ fn a_stopped_run_goes_on_as_if_it_had_not() {
         assert!(std::fs::read_to_string(out.join("curve.svg")).unwrap().ends_with("</svg>\n"));
         // It is over, and says so.
         assert!(matches!(run(&options, new(), &out, 0).0, Err(TrainError::Refused(_))));
+    }
+}
+
+/// What the decode model writes itself is what the pair would answer at that moment; and learning from nothing else brings what it
+/// says there nearer to the full model.
+#[test]
+fn it_learns_from_its_own_answers() {
+    let folder = tempfile::tempdir().unwrap();
+    let own = OnPolicy { share: 1.0, temperature: 0.0, tokens: 12 };
+    let all = examples(20);
+    let longest = all.iter().map(|e| e.prompt.len()).max().unwrap() + own.tokens;
+    // One step of all examples: its answers are those of the model before the first step.
+    let options = TrainOptions { on_policy: Some(own), batch_tokens: 10_000, accumulate: 1, most_steps: Some(1), epochs: 1, ..options() };
+    let (_, records) = run(&options, materials(folder.path(), all.clone(), Vec::new(), &options), &folder.path().join("one"), 0);
+    let [Record::Step(step)] = records.as_slice() else { panic!("one step: {records:?}") };
+    let written = step.written.unwrap();
+
+    let mut workspace = Workspace::new(ThreadPool::new(1, &[]).unwrap());
+    let (full, decode) = (load("full", workspace.pool()), load("narrow", workspace.pool()));
+    let kv = full.config().kv;
+    let transform = Transform::load(&KvTransform::Identity, Path::new("."), kv, kv, workspace.pool()).unwrap();
+    let arm = Arm::Overfill { decode: &decode, transform: &transform };
+    let writing = Writing { batch: 3, positions: longest, formats: KvFormats::default(), end: vec![END] };
+    let asked = all.iter().map(|e| Question { prompt: e.prompt.clone(), sampling: SamplingParams::greedy(), max_tokens: own.tokens });
+    let (mut examples, mut circles, mut tokens) = (Vec::new(), 0, 0);
+    answer(&full, arm, &writing, &mut workspace, asked, |i, mut answer: Vec<u32>| {
+        tokens += answer.len();
+        if let Some(again) = first_repeat(&answer) {
+            circles += 1;
+            answer.truncate(again + 1);
+        }
+        let response = if answer.len() < 2 { all[i].response.clone() } else { answer };
+        examples.push(Example { prompt: all[i].prompt.clone(), response });
+        Ok::<_, ModelError>(())
+    })
+    .unwrap();
+    assert_eq!((written.circles, step.tokens), (circles, examples.iter().map(|e| e.response.len() - 1).sum()));
+    let theirs: usize = all.iter().map(|e| e.response.len().min(own.tokens)).sum();
+    assert!((written.length_ratio - tokens as f64 / theirs as f64).abs() < 1e-9);
+    let scored = score(&full, &[arm], KvFormats::default(), &mut workspace, &examples, |_| {}).unwrap();
+    let served = scored[0].iter().map(|s| s.loss(false)).sum::<f64>() / step.tokens as f64;
+    assert!((step.ce - served).abs() < 1e-4, "training {}, serving {served}", step.ce);
+    // Nobody says that its own tokens were the right ones.
+    assert!((step.loss - step.kl).abs() < 1e-9);
+
+    for divergence in ["kl", "reverse-kl", "jsd:0.5", "skewed-kl:0.1", "skewed-reverse-kl:0.1"] {
+        let sampled = OnPolicy { temperature: 1.0, ..own };
+        let divergence = divergence.parse().unwrap();
+        let options =
+            TrainOptions { on_policy: Some(sampled), divergence, batch_tokens: 60, most_steps: None, epochs: 40, ..options.clone() };
+        let materials = materials(folder.path(), all.clone(), Vec::new(), &options);
+        let (_, records) = run(&options, materials, &folder.path().join(format!("{divergence:?}")), 0);
+        let told: Vec<f64> = records.iter().filter_map(|r| if let Record::Step(s) = r { Some(s.loss) } else { None }).collect();
+        let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+        let quarter = told.len() / 4;
+        let (first, last) = (mean(&told[..quarter]), mean(&told[3 * quarter..]));
+        assert!(last < 0.9 * first, "{divergence:?}: {first} at first, {last} at last");
     }
 }
 
@@ -351,6 +432,11 @@ fn what_cannot_be_trained_is_refused() {
     refused(&|o, _| o.reading = Reading::Share(1.5), "--prompt-share");
     refused(&|o, _| o.top = 0, "--top");
     refused(&|_, m| m.full = None, "full model");
+    let own = |share| Some(OnPolicy { share, temperature: 1.0, tokens: 8 });
+    refused(&|o, _| o.on_policy = own(1.5), "--on-policy");
+    refused(&|o, _| (o.on_policy, o.ce_weight, o.distill_weight) = (own(0.5), 1.0, 0.0), "--loss distill");
+    refused(&|o, _| (o.on_policy, o.projection) = (own(0.5), true), "--projection");
+    refused(&|o, _| (o.on_policy, o.reading) = (own(0.5), Reading::Share(0.5)), "--prompt-share");
     refused(&|_, m| m.train.examples[1].prompt[0] = 5000, "conversation 2");
     refused(&|_, m| m.init = PathBuf::from("/nowhere"), "nowhere");
     let file = folder.path().join("file");

@@ -6,6 +6,7 @@
 pub mod address;
 pub mod error;
 pub mod flags;
+pub mod generation;
 pub mod id;
 pub mod kv;
 pub mod node;
@@ -18,6 +19,7 @@ pub mod sampling;
 
 pub use address::{AddressError, PeerAddress};
 pub use error::{Blame, Code, Retry, ServiceError};
+pub use generation::GenerationConfig;
 pub use id::{Epoch, Fingerprint, NodeId, RequestId, Ticket};
 pub use kv::{KvFormat, KvFormats, KvGeometry, KvTransform, PruneStrategy, WireFormat};
 pub use node::{Endpoint, NodeInfo, Role, ServedPair};

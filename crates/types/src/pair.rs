@@ -6,8 +6,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Code, ServiceError};
+use crate::generation::GenerationConfig;
 use crate::id::Fingerprint;
 use crate::kv::{KvFormats, KvGeometry, KvTransform};
+use crate::sampling::SamplingParams;
 
 /// File name of the manifest in a pair's folder.
 pub const PAIR_FILE: &str = "pair.json";
@@ -16,7 +18,7 @@ pub const PAIR_FILE: &str = "pair.json";
 pub const PAIR_FORMAT: u32 = 1;
 
 /// A pair: full model, decode model, and how the one's KV cache becomes the other's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PairManifest {
     /// Format of this file: [`PAIR_FORMAT`].
@@ -36,6 +38,9 @@ pub struct PairManifest {
     pub kv_formats: KvFormats,
     /// The tokenizer that both share.
     pub tokenizer: TokenizerManifest,
+    /// How tokens are chosen where a request does not say it; not part of the fingerprint, since the request may say it.
+    #[serde(default, skip_serializing_if = "GenerationConfig::is_empty")]
+    pub generation: GenerationConfig,
     /// How the decode model was made, for people; not part of the fingerprint.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub provenance: serde_json::Map<String, serde_json::Value>,
@@ -123,6 +128,7 @@ impl PairManifest {
                 ),
             ));
         }
+        manifest.generation.fill(SamplingParams::greedy()).validate()?;
         let computed = manifest.compute_fingerprint();
         if computed != manifest.fingerprint {
             return Err(ServiceError::new(
@@ -148,7 +154,8 @@ impl PairManifest {
     }
 
     /// Hash of all that decides which tokens the pair writes: weights and how they are held, KV geometry of both,
-    /// transform and number formats, tokenizer, end-of-sequence ids. The name, the paths and the provenance are left out.
+    /// transform and number formats, tokenizer, end-of-sequence ids. The name, the paths, the generation defaults and the provenance
+    /// are left out.
     pub fn compute_fingerprint(&self) -> Fingerprint {
         let model = |m: &ModelManifest| {
             format!(
@@ -212,6 +219,7 @@ mod tests {
             kv: KvTransform::Identity,
             kv_formats: KvFormats::default(),
             tokenizer: TokenizerManifest { sha256: "cc".into(), eos_token_ids: vec![2] },
+            generation: GenerationConfig { temperature: Some(0.2), ..GenerationConfig::default() },
             provenance: serde_json::Map::new(),
         };
         pair.fingerprint = pair.compute_fingerprint();
@@ -233,6 +241,8 @@ mod tests {
         let error = PairManifest::from_json(&text.replace("\"format\":1", "\"format\":9")).unwrap_err();
         assert!(error.message.contains("format 9"), "{error}");
         assert!(PairManifest::from_json("{").is_err());
+        let error = PairManifest::from_json(&text.replace("\"temperature\":0.2", "\"temperature\":-1")).unwrap_err();
+        assert!(error.message.contains("temperature"), "{error}");
     }
 
     #[test]

@@ -103,6 +103,7 @@ fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<ClientRe
         n: 1,
         quality,
         sampling: convert::sampling(request.sampling.as_ref(), rand::random())?,
+        said: convert::generation(request.sampling.as_ref()),
         max_tokens: request.max_tokens.map(|n| n as usize),
         stop: request.stop,
         stop_token_ids: request.stop_token_ids,

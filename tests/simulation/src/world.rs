@@ -8,9 +8,8 @@ use std::time::Duration;
 
 use clap::Parser;
 use overfill_cluster::Discovery;
-use overfill_guide::{GuideArgs, Guides};
+use overfill_guide::Guides;
 use overfill_lifecycle::Drain;
-use overfill_router::config::SpecialInMessages;
 use overfill_router::{Models, Router, RouterConfig};
 use overfill_tests::tiny::{self, TinyPair};
 use overfill_types::PairManifest;
@@ -53,11 +52,12 @@ impl Shared {
         let tiny: Vec<TinyPair> =
             (0..2).map(|number| tiny::pair_named(&client::pair(number), tiny::Kind::Identity, number as u64)).collect();
         let folders: Vec<PathBuf> = tiny.iter().map(|pair| pair.dir.clone()).collect();
-        let guides = GuideArgs::default();
-        let models = Models::open(&folders, &guides, SpecialInMessages::Plain).expect("tiny pairs can be opened");
+        let cli = overfill_router::config::Cli::parse_from(["router", "--pair", "opened"]);
+        let config = RouterConfig::new(folders, cli.bounds);
+        let models = Models::open(&config).expect("tiny pairs can be opened");
         let pair = |(number, tiny): (usize, &TinyPair)| {
             let opened = tiny.open();
-            Pair { number, guides: Guides::open(&opened.dir, &opened.manifest, &guides), manifest: opened.manifest }
+            Pair { number, guides: Guides::open(&opened.dir, &opened.manifest, &config.guides), manifest: opened.manifest }
         };
         let pairs = tiny.iter().enumerate().map(pair).collect();
         let folder = tempfile::tempdir().expect("there is a folder for the clients' keys");

@@ -145,6 +145,7 @@ async fn of_a_node_that_is_drained_and_does_not_wait() {
     let (listener, drain) = (tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap(), Drain::new());
     let second = tokio::spawn(overfill_decode_node::run(config, listener, cluster.discovery.clone(), drain.clone()));
     eventually(SECOND * 30, "the second node is listed", || async { cluster.nodes(Role::Decode).len() == 2 }).await;
+    cluster.each_has_answered(Role::Decode, SECOND * 10).await;
 
     let client = cluster.client().await;
     let answers: Vec<_> =

@@ -8,16 +8,14 @@ use clap::Parser;
 use overfill_lifecycle::Drain;
 use overfill_model::solo::Solo;
 use overfill_model::{Device, Sampled, ThreadPool};
-use overfill_proto::v1::inference_client::InferenceClient;
-use overfill_proto::v1::{self, Finished, GenerateRequest, ServedBy, generate_event};
-use overfill_tests::cluster::{Builder, Cluster, request};
+use overfill_proto::v1::{self, GenerateRequest, ServedBy, generate_event};
+use overfill_tests::cluster::{Builder, Cluster, answer, request};
 use overfill_tests::nodes::status;
 use overfill_tests::processes::eventually;
 use overfill_tests::tiny::{self, Kind, TinyPair};
 use overfill_types::{Quality, Role, SamplingParams, StopConditions};
 use serde_json::{Value, json};
-use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::Code;
 
 const SECOND: Duration = Duration::from_secs(1);
 const QUALITIES: [Quality; 3] = [Quality::Full, Quality::Decode, Quality::Overfill];
@@ -58,19 +56,6 @@ fn asked(quality: Quality, prompt: &[u32], sampling: &SamplingParams, new: usize
         Quality::Decode => v1::Quality::Decode,
     };
     GenerateRequest { quality: wire.into(), ignore_eos: true, ..request(prompt, sampling, new as u32) }
-}
-
-async fn answer(mut client: InferenceClient<Channel>, request: GenerateRequest) -> Result<(Vec<u32>, Finished), Status> {
-    let mut events = client.generate(request).await?.into_inner();
-    let mut ids = Vec::new();
-    while let Some(event) = events.message().await? {
-        match event.event.unwrap() {
-            generate_event::Event::Delta(delta) => ids.extend(delta.tokens.iter().map(|t| t.id)),
-            generate_event::Event::Finished(finished) => return Ok((ids, finished)),
-            generate_event::Event::Started(_) => {}
-        }
-    }
-    panic!("an answer ends with `finished` or an error");
 }
 
 /// Which models and kinds of node an answer names.
@@ -145,17 +130,8 @@ async fn goes_on_elsewhere(role: Role, quality: Quality) {
         }
     };
     eventually(SECOND * 30, "the second node is listed", || async { cluster.nodes(role).len() == 2 }).await;
+    cluster.each_has_answered(role, SECOND * 10).await;
     let client = cluster.client().await;
-    // As long as a node has not said what it holds, one that has is asked first.
-    let mut unseen: Vec<String> = cluster.nodes(role).into_iter().map(|node| node.id.to_string()).collect();
-    let both_have_answered = async {
-        while !unseen.is_empty() {
-            let asked = asked(quality, &[7], &SamplingParams::greedy(), 1);
-            let by = answer(client.clone(), asked).await.unwrap().1.served_by.unwrap();
-            unseen.retain(|id| *id != by.prefill_node && *id != by.decode_node);
-        }
-    };
-    tokio::time::timeout(SECOND * 10, both_have_answered).await.unwrap();
     let answers: Vec<_> =
         requests.iter().map(|(prompt, sampling)| tokio::spawn(answer(client.clone(), asked(quality, prompt, sampling, 1200)))).collect();
     eventually(SECOND * 10, "both nodes write", || async {

@@ -45,12 +45,18 @@ async fn ready(http: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_everywhere() {
     let pair = pair().display().to_string();
-    let paris = generate(PROMPTS[0], &[]);
+    let paris = generate(PROMPTS[0], &["--temperature", "0"]);
     assert!(paris["text"].as_str().unwrap().contains("Paris"), "{paris}");
     let greedy = json!({ "temperature": 0 });
     let sampled = json!({ "temperature": 0.8, "top_p": 0.9, "seed": 7 });
     let sampled_flags = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "7"];
-    let expected: Vec<[Value; 2]> = PROMPTS.iter().map(|p| [generate(p, &[]), generate(p, &sampled_flags)]).collect();
+    // Where nothing else is said, as the pair has it.
+    let seeded = json!({ "seed": 7 });
+    let expected: Vec<[Value; 3]> = PROMPTS
+        .iter()
+        .map(|p| [generate(p, &["--temperature", "0"]), generate(p, &sampled_flags), generate(p, &["--seed", "7"])])
+        .collect();
+    assert!(expected.iter().any(|[greedy, _, seeded]| greedy["token_ids"] != seeded["token_ids"]));
 
     let etcd = Etcd::start();
     let (serve, cluster) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
@@ -66,8 +72,8 @@ async fn the_same_everywhere() {
     for http in [&serve, &cluster] {
         let http = format!("http://{http}");
         ready(&http).await;
-        for (prompt, [one, other]) in PROMPTS.iter().zip(&expected) {
-            for (sampling, expected) in [(&greedy, one), (&sampled, other)] {
+        for (prompt, expected) in PROMPTS.iter().zip(&expected) {
+            for (sampling, expected) in [&greedy, &sampled, &seeded].into_iter().zip(expected) {
                 let answer = chat(&http, prompt, sampling).await;
                 let choice = &answer["choices"][0];
                 assert_eq!(choice["token_ids"], expected["token_ids"], "{prompt} on {http}");

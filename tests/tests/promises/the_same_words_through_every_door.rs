@@ -11,7 +11,7 @@ use overfill_proto::kserve::{
 use overfill_proto::v1::{Guide, Sampling, generate_event, generate_request, guide};
 use overfill_tests::cluster::{Builder, Cluster, request};
 use overfill_tests::tiny::{self, Kind};
-use overfill_types::SamplingParams;
+use overfill_types::{GenerationConfig, SamplingParams};
 use serde_json::{Value, json};
 use tonic::codec::CompressionEncoding;
 use tonic::transport::Channel;
@@ -189,6 +189,40 @@ async fn by_every_door() {
         assert_eq!(over_kserve(&mut kserve, &guided).await, vec![expected.clone(); 6]);
     }
     cluster.nothing_is_held(std::time::Duration::from_secs(1)).await;
+}
+
+/// The pair says it, or the router's flag; the request goes before both.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_request_does_not_say_is_the_models() {
+    let says_nothing = tiny::pair(Kind::Identity, 33);
+    let greedy = GenerationConfig { temperature: Some(0.0), ..GenerationConfig::default() };
+    let says_greedy = tiny::pair(Kind::Identity, 33).choosing(greedy);
+    let file = says_nothing.dir.join("generation_config.json");
+    std::fs::write(&file, r#"{"eos_token_id": 2, "temperature": 0, "top_p": 0.5}"#).unwrap();
+    let file = file.display().to_string();
+    let seeded = json!({ "seed": 5 });
+    let drawn = json!({ "seed": 5, "temperature": 1, "top_p": 1 });
+    let mut told = Vec::new();
+    for (pair, flags, like) in [
+        (&says_nothing, &[][..], &drawn),
+        (&says_greedy, &[][..], &json!({ "temperature": 0 })),
+        (&says_greedy, &["--generation-config", "none"][..], &drawn),
+        (&says_nothing, &["--generation-config", &file][..], &json!({ "temperature": 0 })),
+    ] {
+        let cluster = Builder::new(&pair.dir).router_flags(flags).start().await;
+        let mut kserve = GrpcInferenceServiceClient::connect(cluster.grpc.clone()).await.unwrap();
+        let expected = post(&cluster, &asked(like, json!({}))).await["choices"][0]["text"].as_str().unwrap().to_owned();
+        let unsaid = post(&cluster, &asked(&seeded, json!({}))).await["choices"][0]["text"].as_str().unwrap().to_owned();
+        assert_eq!(unsaid, expected, "{flags:?}");
+        assert_eq!(over_grpc(&cluster, &seeded, None).await, expected, "{flags:?}");
+        assert_eq!(over_kserve(&mut kserve, &asked(&seeded, json!({}))).await, vec![expected.clone(); 6], "{flags:?}");
+        // What it says itself is as it says.
+        let said = post(&cluster, &asked(&drawn, json!({}))).await["choices"][0]["text"].as_str().unwrap().to_owned();
+        told.push((expected, said));
+    }
+    let (drawn, greedy) = (&told[0].0, &told[1].0);
+    assert!(drawn != greedy && &told[2].0 == drawn && &told[3].0 == greedy);
+    assert!(told.iter().all(|(_, said)| said == drawn));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,7 +9,7 @@ use overfill_model::LlamaConfig;
 use overfill_model::config::{Rope, RopeScaling};
 use overfill_train::AdamOptions;
 use overfill_train::adam::{Adam, norm};
-use overfill_train::net::{Batch, Context, KvRows, Mix, Net, Objective, Sequence, Shape, State, Target, Teacher};
+use overfill_train::net::{Batch, Context, Divergence, KvRows, Mix, Net, Objective, Sequence, Shape, State, Target, Teacher};
 use overfill_types::KvGeometry;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -124,7 +124,8 @@ fn measure(args: &TrainArgs, config: &LlamaConfig) -> Vec<f64> {
         }));
     }
     let batch = Batch { sequences: &sequences, targets: &targets };
-    let objective = Objective { mix: Mix { ce: 0.5, distill: 1.0, states: 0.0 }, scale: 1.0 / targets.len() as f32 };
+    let objective =
+        Objective { mix: Mix { ce: 0.5, distill: 1.0, divergence: Divergence::Kl, states: 0.0 }, scale: 1.0 / targets.len() as f32 };
     let net = Net::new(shape, config);
     let mut adam = Adam::new(AdamOptions::default(), parameters.len());
     let mut gradients = vec![0.0; parameters.len()];

@@ -1,9 +1,10 @@
 //! Evaluation: how a pair's arms, and baselines, score on the same conversations.
 //!
-//! Loss, KL divergence to the full model and top-1 agreement are teacher-forced over the given answers; task scores are of
-//! greedy answers. All of it runs on the engine that serves.
+//! Loss, KL divergence to the full model and top-1 agreement are teacher-forced over the given answers; task scores, and all
+//! that is told of the answers' manner, are of greedy answers. All of it runs on the engine that serves.
 
 pub mod estimate;
+mod manner;
 mod plot;
 mod report;
 pub mod words;
@@ -14,11 +15,12 @@ use overfill_types::{Code, KvFormats, SamplingParams, ServiceError};
 
 use crate::answer::{Question, Writing, answer};
 use crate::data::{Conversation, Example, Metric};
+use crate::eval::manner::{Manner, PLACES, place};
 use crate::read::Arm;
-use crate::score::score;
+use crate::score::{Scored, score};
 
 pub use plot::plot;
-pub use report::{Comparison, Contender, Figures, Report};
+pub use report::{AgreementAt, Comparison, Contender, Figures, Report};
 
 /// What is measured with, besides the models.
 #[derive(Clone, Debug)]
@@ -82,11 +84,76 @@ pub(crate) struct Outcome {
     loss: f64,
     divergence: f64,
     agreements: f64,
+    /// Agreements and tokens at each of [`PLACES`].
+    agreements_at: [f64; PLACES.len()],
+    tokens_at: [f64; PLACES.len()],
     exact: f64,
     f1: f64,
     contains: f64,
     /// The one of the last three that the sample asks for.
     score: f64,
+    /// Of what was written.
+    manner: Manner,
+    /// Tokens that the full model writes there.
+    full_tokens: f64,
+    /// The full model's loss on what was written, summed over its tokens.
+    full_loss: f64,
+}
+
+impl Outcome {
+    /// What the given answer's tokens tell.
+    fn of(scored: &Scored) -> Self {
+        let mut of = Self {
+            tokens: scored.log_probs.len() as f64,
+            loss: scored.loss(true),
+            divergence: scored.divergences.iter().map(|d| f64::from(*d)).sum(),
+            agreements: scored.agrees.iter().filter(|agrees| **agrees).count() as f64,
+            ..Self::default()
+        };
+        for (at, agrees) in scored.agrees.iter().enumerate() {
+            of.agreements_at[place(at)] += f64::from(*agrees);
+            of.tokens_at[place(at)] += 1.0;
+        }
+        of
+    }
+
+    /// And how well the arm answered.
+    fn with_answer(self, conversation: &Conversation, answer: &str) -> Self {
+        let own = [conversation.response.clone()];
+        let right = if conversation.answers.is_empty() { &own[..] } else { &conversation.answers };
+        let [exact, f1, contains] = [Metric::Exact, Metric::F1, Metric::Contains].map(|metric| words::score(metric, answer, right));
+        let score = match conversation.metric {
+            Metric::Exact => exact,
+            Metric::F1 => f1,
+            Metric::Contains => contains,
+        };
+        Self { exact, f1, contains, score, ..self }
+    }
+}
+
+/// An arm's greedy answers to all samples.
+fn answers(
+    full: &Llama,
+    arm: Arm<'_>,
+    samples: &Samples,
+    how: &Measuring,
+    workspace: &mut Workspace,
+    progress: &mut dyn FnMut(),
+) -> Result<Vec<Vec<u32>>, ModelError> {
+    let longest = samples.examples.iter().map(|e| e.prompt.len()).max().unwrap_or(0);
+    let writing = Writing { batch: how.batch, positions: longest + how.max_tokens, formats: how.formats, end: how.end.clone() };
+    let asked = samples.examples.iter().map(|example| Question {
+        prompt: example.prompt.clone(),
+        sampling: SamplingParams::greedy(),
+        max_tokens: how.max_tokens,
+    });
+    let mut all = Vec::with_capacity(samples.count());
+    answer(full, arm, &writing, workspace, asked, |_, written| -> Result<(), ModelError> {
+        progress();
+        all.push(written);
+        Ok(())
+    })?;
+    Ok(all)
 }
 
 /// Measures every arm on all samples. `progress` is told of each sample that an arm has been scored on or has answered.
@@ -107,39 +174,31 @@ pub fn evaluate(
         (told * arms.len()..done * arms.len()).for_each(|_| progress());
         told = done;
     })?;
+    let mut written = Vec::with_capacity(arms.len());
+    for (_, arm) in arms {
+        written.push(answers(full, *arm, samples, how, workspace, &mut progress)?);
+    }
+    // How long the full model's answers are is told in any case.
+    let of_full = match arms.iter().position(|(_, arm)| matches!(arm, Arm::Full)) {
+        Some(at) => written[at].clone(),
+        None => answers(full, Arm::Full, samples, how, workspace, &mut || {})?,
+    };
     let mut outcomes: Vec<Vec<Outcome>> = Vec::with_capacity(arms.len());
-    for ((_, arm), scored) in arms.iter().zip(&all) {
-        let of_tokens = scored.iter().map(|scored| Outcome {
-            tokens: scored.log_probs.len() as f64,
-            loss: scored.loss(true),
-            divergence: scored.divergences.iter().map(|d| f64::from(*d)).sum(),
-            agreements: scored.agrees.iter().filter(|agrees| **agrees).count() as f64,
-            ..Outcome::default()
-        });
-        let mut of_tokens: Vec<Outcome> = of_tokens.collect();
-        let longest = samples.examples.iter().map(|e| e.prompt.len()).max().unwrap_or(0);
-        let writing = Writing { batch: how.batch, positions: longest + how.max_tokens, formats: how.formats, end: how.end.clone() };
-        let asked = samples.examples.iter().map(|example| Question {
-            prompt: example.prompt.clone(),
-            sampling: SamplingParams::greedy(),
-            max_tokens: how.max_tokens,
-        });
-        answer(full, *arm, &writing, workspace, asked, |sample, written| -> Result<(), ModelError> {
-            progress();
-            let conversation = &samples.conversations[sample];
-            let own = [conversation.response.clone()];
-            let right = if conversation.answers.is_empty() { &own[..] } else { &conversation.answers };
-            let answer = text.decode(&written, false);
-            let [exact, f1, contains] = [Metric::Exact, Metric::F1, Metric::Contains].map(|metric| words::score(metric, &answer, right));
-            let score = match conversation.metric {
-                Metric::Exact => exact,
-                Metric::F1 => f1,
-                Metric::Contains => contains,
-            };
-            of_tokens[sample] = Outcome { exact, f1, contains, score, ..of_tokens[sample] };
-            Ok(())
-        })?;
-        outcomes.push(of_tokens);
+    for (scored, written) in all.iter().zip(written) {
+        let asked = samples.examples.iter().zip(&written);
+        let read: Vec<Example> = asked.map(|(asked, own)| Example { prompt: asked.prompt.clone(), response: own.clone() }).collect();
+        let of_written = score(full, &[Arm::Full], how.formats, workspace, &read, |_| {})?;
+        let of_written: Vec<Scored> = of_written.into_iter().flatten().collect();
+        let outcome = |sample: usize| {
+            let answer = text.decode(&written[sample], false);
+            Outcome {
+                manner: Manner::of(&written[sample], &answer),
+                full_tokens: of_full[sample].len() as f64,
+                full_loss: of_written[sample].loss(true),
+                ..Outcome::of(&scored[sample]).with_answer(&samples.conversations[sample], &answer)
+            }
+        };
+        outcomes.push((0..samples.count()).map(outcome).collect());
     }
     Ok(Report::new(arms, samples, &outcomes))
 }
@@ -168,6 +227,7 @@ mod tests {
             decode_weights: WeightFormat::F32,
             kv: KvSpec::Identity,
             kv_formats: KvFormats::default(),
+            generation: overfill_types::GenerationConfig::default(),
             provenance: serde_json::Map::new(),
         };
         let pair = making.make(&folder.path().join("pair")).unwrap();
@@ -208,6 +268,11 @@ mod tests {
         assert!((pair.mean.loss.value - itself.mean.loss.value).abs() < 1e-6 && pair.mean.kl.value < 1e-6);
         assert_eq!((pair.mean.agreement.value, pair.mean.exact.value), (1.0, 1.0));
         assert_eq!(pair.mean.score, itself.mean.score);
+        assert_eq!((pair.mean.length_ratio.value, itself.mean.length_ratio.value), (1.0, 1.0));
+        // The full model's greedy words are likely to it; others' are less so.
+        assert!(pair.mean.full_loss == itself.mean.full_loss && other.mean.full_loss.value > itself.mean.full_loss.value);
+        assert!(pair.mean.agreement_at.iter().all(|at| at.agreement.value == 1.0) && pair.mean.agreement_at[0].from == 1);
+        assert!((0.0..=1.0).contains(&other.mean.circles.value) && (0.0..=1.0).contains(&other.mean.distinct_4.value));
         assert!(other.mean.kl.value > 1e-3 && other.mean.kl.low <= other.mean.kl.value && other.mean.kl.value <= other.mean.kl.high);
         assert!(other.mean.exact.value < 1.0);
         let [comparison] = report.comparisons.as_slice() else { panic!("one arm works alone") };
@@ -217,7 +282,9 @@ mod tests {
         assert!(picture.starts_with("<svg") && picture.trim_end().ends_with("</svg>") && picture.contains("narrow &lt;&amp;&gt;"));
         let told = report.to_string();
         assert!(
-            ["even", "odd", "KL to full", "of the gap", "1 conversations did not fit"].iter().all(|what| told.contains(what)),
+            ["even", "odd", "KL to full", "loops", "top-1, tokens 1 to 8", "of the gap", "1 conversations did not fit"]
+                .iter()
+                .all(|what| told.contains(what)),
             "{told}"
         );
         assert!(serde_json::to_value(&report).unwrap()["arms"][0]["tasks"]["odd"]["f1"]["high"].is_number());

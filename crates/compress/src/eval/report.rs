@@ -6,6 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::eval::estimate::{Draw, Estimate, draws, estimate};
+use crate::eval::manner::PLACES;
 use crate::eval::{Outcome, Samples};
 use crate::read::Arm;
 
@@ -29,6 +30,29 @@ pub struct Figures {
     pub contains: Estimate,
     /// Mean of the score that each sample asks for.
     pub score: Estimate,
+    /// Share of answers that go round in circles: a block of four tokens or more stands in them three times in a row, or a
+    /// sentence of five words or more twice.
+    pub circles: Estimate,
+    /// Tokens of the answers over tokens of the full model's, both cut off at the most that were asked for.
+    pub length_ratio: Estimate,
+    /// Share of the runs of four tokens that are different from all others of their answer.
+    pub distinct_4: Estimate,
+    /// The full model's loss on the arm's answers, nats a token.
+    pub full_loss: Estimate,
+    /// Share of tokens at which the full model's most likely token is this arm's, by their place in the given answer; over the
+    /// tokens of all tasks together.
+    pub agreement_at: Vec<AgreementAt>,
+}
+
+/// Agreement at some places.
+#[derive(Clone, Debug, Serialize)]
+pub struct AgreementAt {
+    /// The first place, counted from 1.
+    pub from: usize,
+    /// The last; none where there is no last.
+    pub to: Option<usize>,
+    /// Share of tokens.
+    pub agreement: Estimate,
 }
 
 /// One arm.
@@ -114,7 +138,27 @@ fn figures(draws: &[Draw], outcomes: &[Outcome], tasks: std::ops::Range<usize>) 
         f1: of(|o| o.f1, |_| 1.0),
         contains: of(|o| o.contains, |_| 1.0),
         score: of(|o| o.score, |_| 1.0),
+        circles: of(|o| o.manner.circles, |_| 1.0),
+        length_ratio: of(|o| o.manner.tokens, |o| o.full_tokens),
+        distinct_4: of(|o| o.manner.different, |o| o.manner.runs),
+        full_loss: of(|o| o.full_loss, |o| o.manner.tokens),
+        agreement_at: (0..PLACES.len()).filter_map(|at| agreement_at(draws, outcomes, tasks.clone(), at)).collect(),
     }
+}
+
+/// Agreement at one of [`PLACES`]; none where no answer is as long.
+fn agreement_at(draws: &[Draw], outcomes: &[Outcome], tasks: std::ops::Range<usize>, at: usize) -> Option<AgreementAt> {
+    let all = |draw: &Draw| {
+        let of = draw[tasks.clone()].iter().flatten().map(|sample| &outcomes[*sample]);
+        of.fold((0.0, 0.0), |(agree, tokens), o| (agree + o.agreements_at[at], tokens + o.tokens_at[at]))
+    };
+    let agreement = estimate(draws, |draw| {
+        let (agree, tokens) = all(draw);
+        agree / tokens
+    });
+    let from = at.checked_sub(1).map_or(1, |before| PLACES[before] + 1);
+    let to = Some(PLACES[at]).filter(|to| *to < usize::MAX);
+    agreement.value.is_finite().then_some(AgreementAt { from, to, agreement })
 }
 
 /// The mean over `tasks` of each task's sum of `what` over its sum of `weight`.
@@ -149,18 +193,28 @@ impl fmt::Display for Report {
         }
         write!(f, "\n{:16}{:>8}", "mean of tasks", "")?;
         self.arms.iter().try_for_each(|arm| write!(f, "  {:>widest$}", cell(arm.mean.score)))?;
-        let rows: [(&str, Figure); 6] = [
+        let rows: [(&str, Figure); 10] = [
             ("loss, nats", |m| m.loss),
             ("KL to full", |m| m.kl),
             ("top-1 as full", |m| m.agreement),
             ("exact match", |m| m.exact),
             ("F1", |m| m.f1),
             ("contains", |m| m.contains),
+            ("loops", |m| m.circles),
+            ("length to full's", |m| m.length_ratio),
+            ("distinct-4", |m| m.distinct_4),
+            ("full's loss on it, nats", |m| m.full_loss),
         ];
         writeln!(f)?;
         for (name, of) in rows {
             write!(f, "\n{name:24}")?;
             self.arms.iter().try_for_each(|arm| write!(f, "  {:>widest$}", cell(of(&arm.mean))))?;
+        }
+        for (at, AgreementAt { from, to, .. }) in self.arms.first().into_iter().flat_map(|arm| arm.mean.agreement_at.iter().enumerate()) {
+            let name = to.map_or_else(|| format!("top-1, tokens {from} on"), |to| format!("top-1, tokens {from} to {to}"));
+            write!(f, "\n{name:24}")?;
+            let cells = self.arms.iter().filter_map(|arm| arm.mean.agreement_at.get(at));
+            cells.into_iter().try_for_each(|at| write!(f, "  {:>widest$}", cell(at.agreement)))?;
         }
         let percent = |e: Estimate| match e.value.is_finite() {
             true => format!("{:+.1} % [{:+.1}, {:+.1}]", e.value * 100.0, e.low * 100.0, e.high * 100.0),

@@ -3,16 +3,14 @@
 use std::collections::HashMap;
 use std::fmt;
 
+use crate::repeats::{sentence_twice, thrice};
+
 /// Fewest words of the user's.
 const FEWEST_WORDS: usize = 3;
 /// Least part of the letters that are of the Latin alphabet without marks, as English has it.
 const ENGLISH: f64 = 0.97;
 /// Least part of the user's characters that are letters or blanks.
 const LETTERS: f64 = 0.7;
-/// Words of a block that is looked for three times in a row.
-const BLOCK: std::ops::RangeInclusive<usize> = 4..=40;
-/// Fewest words of a sentence that may not stand there twice.
-const SENTENCE: usize = 5;
 
 /// Why something is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -86,21 +84,7 @@ pub(super) fn answer(response: &str) -> Result<(), Why> {
 /// Whether a text goes round in circles: a block of four words or more stands in it three times in a row, or a sentence of five
 /// words or more twice.
 fn repeats(text: &str) -> bool {
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let thrice = |block: usize| {
-        // Words that are the same as those a block before; two blocks of them in a row are three that are alike.
-        let mut alike = 0;
-        words.iter().zip(words.iter().skip(block)).any(|(word, later)| {
-            alike = if word == later { alike + 1 } else { 0 };
-            alike >= 2 * block
-        })
-    };
-    if BLOCK.take_while(|block| block * 3 <= words.len()).any(thrice) {
-        return true;
-    }
-    let mut seen = std::collections::HashSet::new();
-    let sentences = text.split(['.', '!', '?', '\n']).map(str::trim).filter(|sentence| sentence.split_whitespace().count() >= SENTENCE);
-    sentences.into_iter().any(|sentence| !seen.insert(sentence))
+    thrice(&text.split_whitespace().collect::<Vec<&str>>()) || sentence_twice(text)
 }
 
 #[cfg(test)]

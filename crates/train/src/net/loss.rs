@@ -2,12 +2,15 @@
 //!
 //! Of the full model's distribution its most likely tokens are known; all others are one event of the rest's probability. So
 //! the divergence is exact for a distribution that is a little coarser than the true one, and never above the true one.
+//! Which divergence is minimised is a choice ([`Divergence`]); KL is told always, so that runs compare.
 //!
 //! Logits are made for some rows at a time and turned into their gradient where they lie.
 
 use overfill_compress::product::{Multiplier, Onto};
 use overfill_compress::vector::{exp, max, sum, vectorised};
 use rayon::prelude::*;
+
+use super::divergence::{Divergence, Odds};
 
 /// Numbers of logits that exist at a time: 96 MiB.
 const LOGITS: usize = 24 << 20;
@@ -43,6 +46,8 @@ pub struct Mix {
     pub ce: f32,
     /// Of the divergence from the full model, where it is known.
     pub distill: f32,
+    /// Which divergence that is.
+    pub divergence: Divergence,
     /// Of the distance from the full model's hidden states, where they are known.
     pub states: f32,
 }
@@ -52,8 +57,10 @@ pub struct Mix {
 pub struct RowLoss {
     /// Cross-entropy with the token, in nats.
     pub ce: f32,
-    /// Divergence from the full model, in nats; 0 where it is not known.
+    /// KL divergence from the full model, in nats; 0 where it is not known.
     pub kl: f32,
+    /// The divergence that is minimised, in nats; 0 where the full model's distribution is not known.
+    pub divergence: f32,
     /// Mean square distance from the full model's hidden state, whose mean square is 1; 0 where it is not known.
     pub states: f32,
     /// Whether the most likely token is the full model's; only told where no gradient is asked for.
@@ -63,7 +70,7 @@ pub struct RowLoss {
 impl RowLoss {
     /// What is minimised.
     pub fn mixed(&self, mix: Mix) -> f32 {
-        mix.ce * self.ce + mix.distill * self.kl + mix.states * self.states
+        mix.ce * self.ce + mix.distill * self.divergence + mix.states * self.states
     }
 }
 
@@ -126,25 +133,30 @@ fn row_loss(logits: &mut [f32], target: &Target<'_>, mix: Mix, scale: Option<f32
     let mut loss = RowLoss { ce: log_total - gold, agrees, ..RowLoss::default() };
 
     let probabilities: Vec<f32> = log_probs.iter().map(|p| p.exp()).collect();
-    let p_known: f32 = probabilities.iter().sum();
-    let p_rest = if ids.is_empty() || 1.0 - p_known < NO_REST { 0.0 } else { 1.0 - p_known };
-    for ((p, log), x) in probabilities.iter().zip(log_probs).zip(&known) {
-        loss.kl += p * (log - (x - log_total));
-    }
-    if p_rest > 0.0 {
-        loss.kl += p_rest * (p_rest.ln() - (rest.ln() as f32 + most - log_total));
-    }
+    let p_rest = 1.0 - probabilities.iter().sum::<f32>();
+    let p_rest = if ids.is_empty() || p_rest < NO_REST { 0.0 } else { p_rest };
+    let of_known = probabilities.iter().zip(log_probs).zip(&known).map(|((&p, &log_p), x)| {
+        let log_q = x - log_total;
+        Odds { p, log_p, q: log_q.exp(), log_q }
+    });
+    let of_rest = Odds { p: p_rest, log_p: p_rest.ln(), q: (rest / total) as f32, log_q: rest.ln() as f32 + most - log_total };
+    // Where nothing is known all is rest, and there is no distance.
+    let events: Vec<Odds> = if ids.is_empty() { Vec::new() } else { of_known.chain([of_rest]).collect() };
+    let parts: Vec<(f32, f32)> = events.iter().map(|odds| mix.divergence.event(*odds)).collect();
+    loss.kl = events.iter().map(|odds| Divergence::Kl.event(*odds).0).sum();
+    loss.divergence = parts.iter().map(|(distance, _)| distance).sum();
     let Some(scale) = scale else { return loss };
 
-    let distill = if ids.is_empty() { 0.0 } else { mix.distill };
-    let pull = mix.ce + distill * (p_known + p_rest);
+    // By a logit `x` of event `e`: `q_x (slope_e / q_e - sum of slopes)`, where slopes are by `q` times `q`.
+    let slopes: f32 = parts.iter().map(|(_, slope)| slope).sum();
+    let pull = mix.ce - mix.distill * slopes;
     // Of every exponential of the rest.
-    let of_rest = f64::from(pull) / total - if p_rest > 0.0 { f64::from(distill * p_rest) / rest } else { 0.0 };
-    let of_rest = of_rest as f32 * scale;
+    let push = parts.last().map_or(0.0, |(_, slope)| if rest > 0.0 { f64::from(mix.distill * slope) / rest } else { 0.0 });
+    let of_rest = (f64::from(pull) / total + push) as f32 * scale;
     vectorised(|| logits.iter_mut().for_each(|x| *x *= of_rest));
-    for ((id, p), x) in ids.iter().zip(&probabilities).zip(&known) {
+    for ((id, x), (_, slope)) in ids.iter().zip(&known).zip(&parts) {
         let q = (f64::from(*x - most).exp() / total) as f32;
-        logits[*id as usize] = scale * (pull * q - distill * p);
+        logits[*id as usize] = scale * (pull * q + mix.distill * slope);
     }
     logits[target.token as usize] -= scale * mix.ce;
     loss

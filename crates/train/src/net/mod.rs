@@ -12,6 +12,7 @@
 
 mod attention;
 mod batch;
+mod divergence;
 mod layer;
 mod layer_shape;
 mod loss;
@@ -24,6 +25,7 @@ mod states;
 mod tests;
 
 pub use batch::{Context, KvRows, Packed, Sequence};
+pub use divergence::Divergence;
 pub use layer::{LayerBuffers, LayerGradients, LayerWeights, Saved};
 pub use layer_shape::LayerShape;
 pub use loss::{Mix, RowLoss, Target, Teacher};

@@ -5,6 +5,7 @@ use overfill_model::LlamaConfig;
 use overfill_model::rope::Frequencies;
 
 use super::batch::{KvRows, Packed, Sequence};
+use super::divergence::Divergence;
 use super::layer::{LayerBuffers, LayerGradients, LayerWeights, Saved};
 use super::loss::{HeadGradients, Mix, RowLoss, Target, head_loss};
 use super::parameters::Shape;
@@ -118,9 +119,9 @@ impl Net {
     }
 
     /// Loss of each target after a forward pass.
-    pub fn loss(&self, parameters: &[f32], targets: &[Target<'_>], state: &mut State) -> Vec<RowLoss> {
+    pub fn loss(&self, parameters: &[f32], targets: &[Target<'_>], divergence: Divergence, state: &mut State) -> Vec<RowLoss> {
         self.select(parameters, targets, state);
-        let (head, mix) = (&parameters[self.shape.head_range()], Mix { ce: 1.0, distill: 1.0, states: 1.0 });
+        let (head, mix) = (&parameters[self.shape.head_range()], Mix { ce: 1.0, distill: 1.0, divergence, states: 1.0 });
         let mut losses = head_loss(head, &state.head.normed, targets, mix, None, &mut state.head.logits, &mut state.layer.products);
         if self.shape.taught.is_some() {
             let map = &parameters[self.shape.state_map_range()];

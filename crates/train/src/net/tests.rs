@@ -65,19 +65,29 @@ fn targets() -> Vec<Target<'static>> {
     ]
 }
 
-const OBJECTIVE: Objective = Objective { mix: Mix { ce: 0.4, distill: 1.3, states: 0.7 }, scale: 0.2 };
+const OBJECTIVE: Objective = Objective { mix: Mix { ce: 0.4, distill: 1.3, divergence: Divergence::Kl, states: 0.7 }, scale: 0.2 };
 
-fn loss(net: &Net, parameters: &[f32], sequences: &[Sequence<'_>], state: &mut State) -> f64 {
+fn loss(net: &Net, parameters: &[f32], objective: Objective, sequences: &[Sequence<'_>], state: &mut State) -> f64 {
     net.run(parameters, sequences, state, &mut |_, _, _| {});
-    let rows = net.loss(parameters, &targets(), state);
-    rows.iter().map(|r| f64::from(OBJECTIVE.scale) * f64::from(r.mixed(OBJECTIVE.mix))).sum()
+    total(&net.loss(parameters, &targets(), objective.mix.divergence, state), objective)
+}
+
+fn total(rows: &[RowLoss], objective: Objective) -> f64 {
+    rows.iter().map(|r| f64::from(objective.scale) * f64::from(r.mixed(objective.mix))).sum()
 }
 
 /// Of every parameter, and in random directions: the slope that backward tells is the loss's.
 #[test]
 fn gradients_are_slopes() {
-    let kinds = [(true, false, None, None), (false, true, None, Some(7)), (false, false, Some(10), None), (true, true, Some(16), Some(7))];
-    for (tied, biases, projected, taught) in kinds {
+    let kinds = [
+        (true, false, None, None),
+        (false, true, None, Some(7)),
+        (false, false, Some(10), None),
+        (true, true, Some(16), Some(7)),
+        (true, false, None, None),
+    ];
+    for ((tied, biases, projected, taught), divergence) in kinds.into_iter().zip(divergence::EACH) {
+        let objective = Objective { mix: Mix { divergence, ..OBJECTIVE.mix }, ..OBJECTIVE };
         let (net, parameters) = network(tied, biases, projected, taught);
         let row = projected.unwrap_or(16);
         let contexts = [context(6, row, 100), context(11, row, 200)];
@@ -89,9 +99,9 @@ fn gradients_are_slopes() {
         let mut state = State::default();
         let mut gradients = vec![f32::NAN; parameters.len()];
         let batch = Batch { sequences: &sequences, targets: &targets() };
-        let rows = net.train(&parameters, &batch, OBJECTIVE, &mut state, &mut gradients, false);
-        let told: f64 = rows.iter().map(|r| f64::from(OBJECTIVE.scale) * f64::from(r.mixed(OBJECTIVE.mix))).sum();
-        assert!((told - loss(&net, &parameters, &sequences, &mut state)).abs() < 1e-5);
+        let rows = net.train(&parameters, &batch, objective, &mut state, &mut gradients, false);
+        let told = total(&rows, objective);
+        assert!((told - loss(&net, &parameters, objective, &sequences, &mut state)).abs() < 1e-5);
 
         for entry in net.shape.entries() {
             let own = &gradients[entry.range.clone()];
@@ -109,7 +119,7 @@ fn gradients_are_slopes() {
                 let mut at = |step: f64| {
                     let mut moved = parameters.clone();
                     moved[entry.range.clone()].iter_mut().zip(&along).for_each(|(w, a)| *w += (step * a) as f32);
-                    loss(&net, &moved, &sequences, &mut state)
+                    loss(&net, &moved, objective, &sequences, &mut state)
                 };
                 let mut difference = |step: f64| (at(step) - at(-step)) / (2.0 * step);
                 // Two steps, so that what is cubic in the step cancels.
@@ -117,7 +127,7 @@ fn gradients_are_slopes() {
                 let error = (slope - expected).abs();
                 assert!(
                     error < 1e-3 + 0.01 * length,
-                    "{} direction {direction}: slope {slope}, backward says {expected} of {length} (tied {tied}, biases {biases}, projected {projected:?}, taught {taught:?})",
+                    "{} direction {direction}: slope {slope}, backward says {expected} of {length} (tied {tied}, biases {biases}, projected {projected:?}, taught {taught:?}, {divergence:?})",
                     entry.name
                 );
             }
@@ -207,7 +217,7 @@ fn losses_are_those_of_the_definition() {
     let log_q: Vec<f64> = logits.iter().map(|x| f64::from(*x) - total.ln()).collect();
     for log_probs in [TEACHER.1, [-0.001, -8.0, -9.0, -10.0]] {
         let teacher = Some(Teacher { ids: &TEACHER.0, log_probs: &log_probs, state: &STATE });
-        let told = net.loss(&parameters, &[Target { row: 6, token: 11, teacher }], &mut state)[0];
+        let told = net.loss(&parameters, &[Target { row: 6, token: 11, teacher }], Divergence::Kl, &mut state)[0];
         let known: f64 = log_probs.iter().map(|p| f64::from(*p).exp()).sum();
         let q_known: f64 = TEACHER.0.iter().map(|id| log_q[*id as usize].exp()).sum();
         let kl: f64 = TEACHER.0.iter().zip(&log_probs).map(|(id, p)| f64::from(*p).exp() * (f64::from(*p) - log_q[*id as usize])).sum();

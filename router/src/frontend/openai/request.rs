@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use overfill_text::Chat;
-use overfill_types::{Code, Quality, SamplingParams, ServiceError};
+use overfill_types::{Code, GenerationConfig, Quality, SamplingParams, ServiceError};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -22,16 +22,16 @@ const COMPLETION_TOKENS: usize = 16;
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct SamplingFields {
-    /// 0 is greedy. Default 1.
+    /// 0 is greedy. Default: the model's own, else 1.
     temperature: Option<f32>,
-    /// Only the most likely tokens that add up to this. Default 1: all.
+    /// Only the most likely tokens that add up to this. Default: the model's own, else 1: all.
     top_p: Option<f32>,
-    /// Only this many of the most likely tokens. Default 0: all.
+    /// Only this many of the most likely tokens. Default: the model's own, else 0: all.
     #[serde(deserialize_with = "whole::number")]
     top_k: Option<i64>,
-    /// Only tokens at least this times as likely as the most likely one. Default 0: all.
+    /// Only tokens at least this times as likely as the most likely one. Default: the model's own, else 0: all.
     min_p: Option<f32>,
-    /// Above 1, tokens of prompt and answer become less likely. Default 1.
+    /// Above 1, tokens of prompt and answer become less likely. Default: the model's own, else 1.
     repetition_penalty: Option<f32>,
     /// From -2 to 2: above 0, tokens of the answer become less likely. Default 0.
     presence_penalty: Option<f32>,
@@ -193,9 +193,10 @@ impl SamplingFields {
             },
         };
         // -1 is how other servers spell "off".
-        let top_k = match self.top_k.unwrap_or(0) {
-            -1 => 0,
-            k => u32::try_from(k).or_else(|_| refuse(format!("top_k is {k}: it must be 0 (off) or more")))?,
+        let top_k = match self.top_k {
+            None => None,
+            Some(-1) => Some(0),
+            Some(k) => Some(u32::try_from(k).or_else(|_| refuse(format!("top_k is {k}: it must be 0 (off) or more")))?),
         };
         let mut logit_bias = Vec::new();
         for (token, bias) in self.logit_bias.unwrap_or_default() {
@@ -205,12 +206,16 @@ impl SamplingFields {
             }
         }
         logit_bias.sort_unstable_by_key(|(token, _)| *token);
-        let sampling = SamplingParams {
-            temperature: self.temperature.unwrap_or(1.0),
-            top_p: self.top_p.unwrap_or(1.0),
+        let said = GenerationConfig {
+            temperature: self.temperature,
+            top_p: self.top_p,
             top_k,
-            min_p: self.min_p.unwrap_or(0.0),
-            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+        };
+        let sampling = SamplingParams {
+            // OpenAI's default, where neither the request nor the model says one.
+            temperature: 1.0,
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             seed: self.seed.map_or_else(rand::random, |seed| seed as u64),
@@ -218,6 +223,7 @@ impl SamplingFields {
             logprobs: None,
             guide: None,
             prompt_logprobs: None,
+            ..SamplingParams::greedy()
         };
         let stop = match self.stop {
             None => Vec::new(),
@@ -230,6 +236,7 @@ impl SamplingFields {
             n: 1,
             quality: self.quality.unwrap_or_default(),
             sampling,
+            said,
             max_tokens,
             stop,
             stop_token_ids: self.stop_token_ids.unwrap_or_default(),

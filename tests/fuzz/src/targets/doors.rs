@@ -41,7 +41,7 @@ impl Asked {
         let flags = ["router", "--pair", &dir, "--guide-compiler", &compiler, "--guide-seconds", "0.2", "--read-timeout", "1"];
         let cli = overfill_router::config::Cli::parse_from(flags);
         let config = RouterConfig::new(cli.pair, cli.bounds);
-        let models = Models::open(&config.pair, &config.guides, config.special_tokens_in_messages).expect("the pair is whole");
+        let models = Models::open(&config).expect("the pair is whole");
         let router = runtime.block_on(async { Router::new(config, models, &Discovery::memory(), Connector::default(), Drain::new()) });
         Self { runtime: Arc::new(runtime), router: router.expect("a router can be made"), _pair: Arc::new(pair) }
     }

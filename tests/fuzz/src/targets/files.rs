@@ -90,6 +90,7 @@ fn made(full: &Path, decode: &Path) -> Result<(), String> {
         decode_weights: WeightFormat::F32,
         kv: KvSpec::Identity,
         kv_formats: KvFormats::default(),
+        generation: overfill_types::GenerationConfig::default(),
         provenance: serde_json::Map::new(),
     };
     match making.make(&out.path().join("pair")) {
@@ -174,7 +175,7 @@ fn keys(folder: &TempDir, tiny: &TinyPair) -> File {
     fs::write(&path, right.to_string()).expect("a file");
     let cli = overfill_router::config::Cli::parse_from(["router", "--pair", tiny.dir.to_str().unwrap_or_default()]);
     let config = RouterConfig::new(cli.pair, cli.bounds);
-    let models = Models::open(&config.pair, &config.guides, config.special_tokens_in_messages).expect("the pair is whole");
+    let models = Models::open(&config).expect("the pair is whole");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("there is a thread");
     let reads = move |path: &Path| {
         let config = RouterConfig { keys: Some(path.to_owned()), ..config.clone() };
