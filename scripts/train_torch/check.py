@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -115,6 +116,35 @@ def main():
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         print("a pair was made of the last one")
         resumed(folder, environment)
+        written_by_a_cluster(args.overfill, folder, environment)
+
+
+def written_by_a_cluster(overfill, folder, environment):
+    """In the first step a cluster with the same weights writes what the model of the moment does."""
+    made = folder / "served"
+    command = [overfill, "pair", "--full", folder / "full", "--decode", folder / "decode", "--kv", "identity", "--out", made]
+    command += ["--full-weights", "f32", "--decode-weights", "f32", "--kv-cache", "f32", "--kv-wire", "f32"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command = [overfill, "serve", "--pair", made, "--http", "127.0.0.1:29671", "--grpc", "127.0.0.1:29672", "--drain-delay", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        url = "http://127.0.0.1:29671"
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{url}/ready", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        own = ["--on-policy", "1", "--rollout-tokens", "12", "--rollout-temperature", "0", "--steps", "1"]
+        outs = [folder / "own", folder / "cluster"]
+        for out, more, port in zip(outs, [[], ["--rollout-url", url]], [29661, 29662], strict=True):
+            subprocess.run([*torch_command(folder, out, 1, port), *own, *more], check=True, env=environment, stdout=subprocess.DEVNULL)
+        far = difference(*map(losses, outs))
+        assert far < 1e-4, far
+        print(f"answers of a running cluster: largest difference of a loss {far:.1e}")
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def processes_of(out):

@@ -110,6 +110,11 @@ class Reading:
         return cache, (places < torch.tensor(cuts, device=places.device).unsqueeze(-1)).long()
 
 
+def learned(example, cut):
+    """Which of an answer's tokens are learned where the decode model begins to read at `cut`: those that it reads something before."""
+    return range(max(cut + 1 - len(example.prompt), 0), len(example.response))
+
+
 def decode(model, examples, cuts, context, device):
     """The decode model's last states, normed, at the rows that tokens of the answers are predicted from, as far as it has read
     something before them; these tokens; and which of all response tokens they are."""
@@ -124,7 +129,7 @@ def decode(model, examples, cuts, context, device):
     ).last_hidden_state  # fmt: skip
     rows, gold, which, first = [], [], [], 0
     for row, (example, cut) in enumerate(zip(examples, cuts, strict=True)):
-        for place in range(max(cut + 1 - len(example.prompt), 0), len(example.response)):
+        for place in learned(example, cut):
             rows.append(row * tokens.shape[1] + len(example.prompt) - 1 + place - cut)
             gold.append(example.response[place])
             which.append(first + place)

@@ -179,8 +179,7 @@ class Run:
             cuts = [self.cut(example, epoch, index, True) for example, index in zip(examples, indices, strict=True)]
             taken.append((examples, cuts, bool(mine)))
             own.append(on_policy)
-        learned = lambda e, cut: len(e.response) - max(cut + 1 - len(e.prompt), 0)  # noqa: E731
-        tokens = sum(learned(e, cut) for examples, cuts, mine in taken if mine for e, cut in zip(examples, cuts, strict=True))
+        tokens = sum(len(pair.learned(e, cut)) for examples, cuts, mine in taken if mine for e, cut in zip(examples, cuts, strict=True))
         tokens = int(self.summed([tokens])[0])
         sums = [0.0] * 4
         self.adam.zero_grad()
@@ -229,11 +228,9 @@ class Run:
                 if not mine:
                     continue
                 # The first token of an answer is the full model's when the pair is served.
-                if o.mode == "decode":
-                    firsts = torch.tensor([sum(len(e.response) for e in examples[:i]) for i in range(len(examples))], device=self.device)
-                    keep = torch.ones(len(ce), dtype=torch.bool, device=self.device)
-                    keep[firsts] = False
-                    ce, kl, minimised, far, agrees = (x[keep] for x in (ce, kl, minimised, far, agrees))
+                keep = [place > 0 for example, cut in zip(examples, cuts, strict=True) for place in pair.learned(example, cut)]
+                keep = torch.tensor(keep, device=self.device)
+                ce, kl, minimised, far, agrees = (x[keep] for x in (ce, kl, minimised, far, agrees))
                 each = (o.ce_weight if o.loss == "distill" else 1.0) * ce + o.hidden_weight * far
                 each = each + (minimised if o.loss == "distill" else 0.0)
                 of = [each.sum(), ce.sum(), kl.sum(), far.sum(), agrees.sum(), torch.tensor(len(ce))]
