@@ -9,6 +9,7 @@ use overfill_cluster::Snapshot;
 use overfill_schedule::{
     Absent, Cluster, NodePair, One, Order, QueueLimits, QueueNumber, Refusal, Report, Scheduler, Submitted, Taken, TooLarge, Turn,
 };
+use overfill_transport::node_status::SILENCE;
 use overfill_types::{Code, Endpoint, Fingerprint, NodeId, PairManifest, Quality, Role, ServiceError};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, timeout};
@@ -26,6 +27,8 @@ struct Shared {
     scheduler: Scheduler,
     view: watch::Receiver<Arc<Snapshot>>,
     waiting: HashMap<QueueNumber, oneshot::Sender<Result<Chosen, NoPair>>>,
+    /// When any node was heard last.
+    heard: Instant,
 }
 
 /// The nodes of one attempt. Dropping it tells that the attempt is over.
@@ -75,7 +78,7 @@ impl Pairing {
     pub(crate) fn new(view: watch::Receiver<Arc<Snapshot>>, waiting: usize) -> Self {
         let mut scheduler = Scheduler::new(Cluster::new(rand::random()), QueueLimits { waiting });
         scheduler.cluster_mut().update(&view.borrow().nodes, Instant::now().into_std());
-        let shared = Shared { scheduler, view, waiting: HashMap::new() };
+        let shared = Shared { scheduler, view, waiting: HashMap::new(), heard: Instant::now() };
         Self { shared: Arc::new(Mutex::new(shared)), numbers: Arc::default(), seed: rand::random() }
     }
 
@@ -181,8 +184,22 @@ impl Pairing {
 
     /// What a node says of itself.
     pub(crate) fn told(&self, node: &NodeId, report: Report) {
-        self.lock().scheduler.cluster_mut().told(node, report, Instant::now().into_std());
+        {
+            let (mut shared, now) = (self.lock(), Instant::now());
+            shared.heard = now;
+            shared.scheduler.cluster_mut().told(node, report, now.into_std());
+        }
         self.serve();
+    }
+
+    /// A node has answered.
+    pub(crate) fn hears(&self) {
+        self.lock().heard = Instant::now();
+    }
+
+    /// Whether no node has been heard for longer than any is silent: then it is this router that is cut off.
+    pub(crate) fn hears_nobody(&self) -> bool {
+        self.lock().heard.elapsed() > SILENCE
     }
 
     /// Leaves a node alone for a while.

@@ -38,20 +38,34 @@ pub(crate) fn attend_segment<S: Simd, T: Number>(
     let Segment { shape, blocks, kv_head, from, count } = segment;
     let (head_dim, width) = (shape.head_dim, 2 + shape.padded());
     let rows = queries.len() / head_dim;
-    for tile in 0..count.div_ceil(16) {
-        let position = from + tile * 16;
-        let block = blocks[position / shape.block_tokens] as usize;
-        let offset = position % shape.block_tokens;
-        let keys = &kv.k[shape.k_at(block, kv_head) + offset..];
-        // Blocks lie anywhere, so the processor does not foresee them: the values that these keys' scores will weigh, and the next keys.
-        prefetch(s, &kv.v[shape.v_at(block, kv_head) + offset * shape.padded()..], 16 * shape.padded());
-        if let Some(&next) = blocks.get((position + 16) / shape.block_tokens)
-            && position + 16 < from + count
-            && shape.block_tokens == 16
-        {
-            prefetch(s, &kv.k[shape.k_at(next as usize, kv_head)..], 16 * head_dim);
+    let tiles = count.div_ceil(16);
+    let most = tiles_together::<S>(rows);
+    let mut tile = 0;
+    while tile < tiles {
+        let together = if tiles - tile < most { 1 } else { most };
+        let mut keys: [&[T]; MOST_TILES] = [&[]; MOST_TILES];
+        for (i, keys) in keys.iter_mut().enumerate().take(together) {
+            let position = from + (tile + i) * 16;
+            let block = blocks[position / shape.block_tokens] as usize;
+            let offset = position % shape.block_tokens;
+            *keys = &kv.k[shape.k_at(block, kv_head) + offset..];
+            // Blocks lie anywhere, so the processor does not foresee them: the values that these keys' scores will weigh, and the next keys.
+            prefetch(s, &kv.v[shape.v_at(block, kv_head) + offset * shape.padded()..], 16 * shape.padded());
+            let after = position + together * 16;
+            if let Some(&next) = blocks.get(after / shape.block_tokens)
+                && after < from + count
+                && shape.block_tokens == 16
+            {
+                prefetch(s, &kv.k[shape.k_at(next as usize, kv_head)..], 16 * head_dim);
+            }
         }
-        score_rows(s, keys, shape.block_tokens, queries, head_dim, rows, &mut scores[tile * 16..]);
+        let to = &mut scores[tile * 16..];
+        match together {
+            4 => score_rows::<S, T, 4>(s, [keys[0], keys[1], keys[2], keys[3]], shape.block_tokens, queries, head_dim, rows, to),
+            2 => score_rows::<S, T, 2>(s, [keys[0], keys[1]], shape.block_tokens, queries, head_dim, rows, to),
+            _ => score_rows::<S, T, 1>(s, [keys[0]], shape.block_tokens, queries, head_dim, rows, to),
+        }
+        tile += together;
     }
     for r in 0..rows {
         let scores = &mut scores[r * SEGMENT..][..count.next_multiple_of(16)];
@@ -59,6 +73,20 @@ pub(crate) fn attend_segment<S: Simd, T: Number>(
         part[r * width..][..2].copy_from_slice(&softmax_numerators(s, scores));
     }
     sum_values(s, &kv.v, segment, scores, rows, part);
+}
+
+/// Most tiles of 16 positions whose scores are computed together.
+const MOST_TILES: usize = 4;
+
+/// How many tiles are. A row's score is one chain of multiply-adds, each of which waits for the one before: a few rows alone leave
+/// the processor waiting, and several tiles give it other chains to go on with, as far as there are registers.
+fn tiles_together<S: Simd>(rows: usize) -> usize {
+    match (S::LANES, rows) {
+        (16, ..=3) => 4,
+        (16, ..=6) => 2,
+        (_, ..=2) => 2,
+        _ => 1,
+    }
 }
 
 /// Asks for the first `count` numbers.
@@ -69,9 +97,18 @@ fn prefetch<S: Simd, T>(s: S, numbers: &[T], count: usize) {
     }
 }
 
-/// Scores of all rows for 16 positions, whose keys are `[head_dim, step]` from `keys` on; `to` is `[rows, SEGMENT]` from the first of them on.
+/// Scores of all rows for `N` tiles of 16 positions, whose keys are `[head_dim, step]` each; `to` is `[rows, SEGMENT]` from the first
+/// of them on.
 #[inline(always)]
-fn score_rows<S: Simd, T: Number>(s: S, keys: &[T], step: usize, queries: &[f32], head_dim: usize, rows: usize, to: &mut [f32]) {
+fn score_rows<S: Simd, T: Number, const N: usize>(
+    s: S,
+    keys: [&[T]; N],
+    step: usize,
+    queries: &[f32],
+    head_dim: usize,
+    rows: usize,
+    to: &mut [f32],
+) {
     let mut row = 0;
     while row < rows {
         let most = if S::LANES == 16 { 12 } else { 6 };
@@ -80,47 +117,61 @@ fn score_rows<S: Simd, T: Number>(s: S, keys: &[T], step: usize, queries: &[f32]
         macro_rules! rows {
             ($($n:literal)*) => {
                 match count {
-                    $($n if S::LANES == 16 => score_tile::<S, T, $n, 1>(s, keys, step, queries, head_dim, to),
-                    $n => score_tile::<S, T, $n, 2>(s, keys, step, queries, head_dim, to),)*
+                    $($n if S::LANES == 16 => score_tile::<S, T, $n, N, 1>(s, keys, step, queries, head_dim, to),
+                    $n => score_tile::<S, T, $n, N, 2>(s, keys, step, queries, head_dim, to),)*
                     _ => unreachable!("a tile has at most 12 rows"),
                 }
             };
         }
-        rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+        // More than one tile is taken together only of few rows.
+        if N == 4 {
+            rows!(1 2 3);
+        } else if N == 2 {
+            rows!(1 2 3 4 5 6);
+        } else {
+            rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+        }
         row += count;
     }
 }
 
-/// One chain of multiply-adds over the head for each row and position.
+/// One chain of multiply-adds over the head for each of `R` rows and 16 positions, `P` vectors, of each of `N` tiles.
 #[inline(always)]
-fn score_tile<S: Simd, T: Number, const R: usize, const P: usize>(
+fn score_tile<S: Simd, T: Number, const R: usize, const N: usize, const P: usize>(
     s: S,
-    keys: &[T],
+    keys: [&[T]; N],
     step: usize,
     queries: &[f32],
     head_dim: usize,
     to: &mut [f32],
 ) {
-    assert!(keys.len() >= (head_dim - 1) * step + 16 && queries.len() >= R * head_dim && to.len() >= (R - 1) * SEGMENT + 16);
-    let mut sums = [[s.splat(0.0); P]; R];
+    assert!(keys.iter().all(|keys| keys.len() >= (head_dim - 1) * step + 16));
+    assert!(queries.len() >= R * head_dim && to.len() >= (R - 1) * SEGMENT + N * 16);
+    let mut sums = [[[s.splat(0.0); P]; N]; R];
     for d in 0..head_dim {
-        let mut line = [s.splat(0.0); P];
-        for (p, line) in line.iter_mut().enumerate() {
-            // SAFETY: 16 keys are there, `P` vectors.
-            *line = unsafe { T::load(s, keys.as_ptr().add(d * step + p * S::LANES)) };
+        let mut lines = [[s.splat(0.0); P]; N];
+        for (keys, line) in keys.iter().zip(&mut lines) {
+            for (p, line) in line.iter_mut().enumerate() {
+                // SAFETY: 16 keys are there, `P` vectors.
+                *line = unsafe { T::load(s, keys.as_ptr().add(d * step + p * S::LANES)) };
+            }
         }
         for (r, sums) in sums.iter_mut().enumerate() {
             // SAFETY: there are `R * head_dim` queries.
             let q = s.splat(unsafe { *queries.get_unchecked(r * head_dim + d) });
-            for (sum, key) in sums.iter_mut().zip(line) {
-                *sum = s.fma(q, key, *sum);
+            for (sums, line) in sums.iter_mut().zip(lines) {
+                for (sum, key) in sums.iter_mut().zip(line) {
+                    *sum = s.fma(q, key, *sum);
+                }
             }
         }
     }
     for (r, sums) in sums.into_iter().enumerate() {
-        for (p, sum) in sums.into_iter().enumerate() {
-            // SAFETY: 16 scores have room in each row.
-            unsafe { s.store(to.as_mut_ptr().add(r * SEGMENT + p * S::LANES), sum) };
+        for (n, sums) in sums.into_iter().enumerate() {
+            for (p, sum) in sums.into_iter().enumerate() {
+                // SAFETY: 16 scores of each tile have room in each row.
+                unsafe { s.store(to.as_mut_ptr().add(r * SEGMENT + n * 16 + p * S::LANES), sum) };
+            }
         }
     }
 }

@@ -236,14 +236,47 @@ pub fn quantise(source: &Path, target: &Path, dtype: GgmlDType, mut progress: im
         let tensor = if stored.dtype() == wanted { stored } else { QTensor::quantize(&stored.dequantize(&Device::Cpu)?, wanted)? };
         tensors.push((name.as_str(), tensor));
     }
-    let mut metadata: Vec<(&str, &Value)> =
-        file.content().metadata.iter().filter(|(k, _)| *k != "general.file_type").map(|(k, v)| (k.as_str(), v)).collect();
+    let kind = kind(tensors.iter().map(|(name, tensor)| (*name, tensor)));
+    let mut metadata: Vec<(&str, &Value)> = file.content().metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    metadata.retain(|(key, _)| kind.iter().all(|(new, _)| new != key));
+    metadata.extend(kind.iter().map(|(key, value)| (*key, value)));
     metadata.sort_unstable_by_key(|m| m.0);
     let failed = |source| ModelError::Read { path: target.to_owned(), source };
     let mut to = std::io::BufWriter::new(File::create(target).map_err(failed)?);
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(n, t)| (*n, t)).collect();
     candle_core::quantized::gguf_file::write(&mut to, &metadata, &tensors)?;
     to.into_inner().map_err(|e| failed(e.into_error()))?.sync_all().map_err(failed)
+}
+
+/// What loaders want to know of a file before they look at its tensors: `general.file_type`, llama.cpp's number for the format
+/// that most weights of the layers have, and the version of the formats where any is quantised.
+pub(crate) fn kind<'t>(tensors: impl Iterator<Item = (&'t str, &'t QTensor)>) -> Vec<(&'static str, Value)> {
+    // As llama.cpp's `llama_ftype` numbers them.
+    let numbered = [
+        (GgmlDType::F32, 0),
+        (GgmlDType::F16, 1),
+        (GgmlDType::Q4_0, 2),
+        (GgmlDType::Q4_1, 3),
+        (GgmlDType::Q8_0, 7),
+        (GgmlDType::Q5_0, 8),
+        (GgmlDType::Q5_1, 9),
+    ];
+    let mut weights = [0; 7];
+    let mut quantised = false;
+    for (name, tensor) in tensors {
+        let Some(at) = numbered.iter().position(|(dtype, _)| *dtype == tensor.dtype()) else { continue };
+        quantised |= at > 1;
+        if name.starts_with("blk.") && tensor.rank() > 1 {
+            weights[at] += tensor.shape().elem_count();
+        }
+    }
+    let most = (0..weights.len()).max_by_key(|&at| (weights[at], std::cmp::Reverse(at))).unwrap_or(0);
+    let mut told = vec![("general.file_type", Value::U32(numbered[most].1))];
+    if quantised {
+        // GGML_QNT_VERSION.
+        told.push(("general.quantization_version", Value::U32(2)));
+    }
+    told
 }
 
 /// A tensor's blocks, where our kernels multiply them as they are.

@@ -9,10 +9,11 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use overfill_text::gguf::GgufVocabulary;
+use sha2::{Digest as _, Sha256};
 
 use crate::config::{LlamaConfig, RopeScaling};
 use crate::error::ModelError;
-use crate::gguf::file_name;
+use crate::gguf::{file_name, kind};
 use crate::rope::Frequencies;
 
 /// Where a GGUF file says how it was made: a JSON object as text.
@@ -45,10 +46,10 @@ impl GgufWriter {
         Ok(writer)
     }
 
-    /// How the model was made, for people.
+    /// How the model was made, for people. Of long lists (the numbers of kept neurons) their length and hash go into the file.
     pub fn provenance(&mut self, provenance: &serde_json::Map<String, serde_json::Value>) {
         // Our own keys and values are text, which JSON can always hold.
-        let text = serde_json::to_string(provenance).unwrap_or_default();
+        let text = serde_json::to_string(&summary(&serde_json::Value::Object(provenance.clone()))).unwrap_or_default();
         self.put(PROVENANCE_KEY, Value::String(text));
     }
 
@@ -81,6 +82,9 @@ impl GgufWriter {
     /// [`ModelError::Read`] where it cannot be written.
     pub fn write(mut self, path: &Path) -> Result<(), ModelError> {
         self.tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        for (key, value) in kind(self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))) {
+            self.put(key, value);
+        }
         let failed = |source| ModelError::Read { path: path.to_owned(), source };
         let mut to = BufWriter::new(File::create(path).map_err(failed)?);
         let metadata: Vec<(&str, &Value)> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
@@ -153,6 +157,23 @@ impl GgufWriter {
         let tensor = Tensor::from_slice(&factors, factors.len(), &Device::Cpu)?;
         self.tensors.push(("rope_freqs.weight".into(), QTensor::quantize(&tensor, GgmlDType::F32)?));
         Ok(())
+    }
+}
+
+/// Longest list of a provenance that a file holds as it is.
+const LONG_LIST: usize = 64;
+
+/// The same with long lists told by their length and the hash of their JSON.
+fn summary(value: &serde_json::Value) -> serde_json::Value {
+    use serde_json::Value;
+    match value {
+        Value::Array(list) if list.len() > LONG_LIST => {
+            let hash = Sha256::digest(serde_json::to_string(list).unwrap_or_default());
+            serde_json::json!({ "values": list.len(), "sha256": hex::encode(hash) })
+        }
+        Value::Array(list) => Value::Array(list.iter().map(summary).collect()),
+        Value::Object(all) => Value::Object(all.iter().map(|(key, value)| (key.clone(), summary(value))).collect()),
+        other => other.clone(),
     }
 }
 

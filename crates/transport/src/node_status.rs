@@ -21,7 +21,7 @@ pub const INTERVAL: Duration = Duration::from_millis(50);
 /// Longest silence of a stream whose node lives.
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Silence after which a stream is given up.
-const SILENCE: Duration = HEARTBEAT.saturating_mul(3);
+pub const SILENCE: Duration = HEARTBEAT.saturating_mul(3);
 /// Pauses before a stream is begun anew: the first, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 

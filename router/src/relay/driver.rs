@@ -27,6 +27,10 @@ use crate::relay::{End, Event, PromptRead};
 pub(super) const PREFILL: &str = "prefill node";
 /// See [`PREFILL`].
 pub(super) const DECODE: &str = "decode node";
+/// How long an answer waits for a router that is cut off to hear its nodes again; then its attempts count as any others.
+const LONGEST_CUT: Duration = Duration::from_secs(30);
+/// How often it looks whether there is something to hear.
+const LISTENS: Duration = Duration::from_millis(100);
 /// How long the other node gets to say what it knows when one has failed, so that the more telling error is given.
 const SECOND_OPINION: Duration = Duration::from_millis(100);
 
@@ -99,15 +103,21 @@ impl Driver {
                 }
             };
             let Err(failure) = attempt.instrument(span).await else { return Ok(()) };
-            let Failure { error, suspect, .. } = &failure;
-            if let Some(node) = suspect {
-                self.router.pairing.suspect(node);
-            }
-            tracing::info!(request = %self.request.id, epoch, written = self.flow.written().len(), code = %error.code, %error, "attempt failed");
-            self.flow.set_patient(Instant::now() < self.patience);
-            let (code, retry) = (error.code, error.retry);
-            self.router.suspicions.failed(&self.request.prompt, code, self.flow.progressed());
-            let goes_on = self.flow.failed(failure);
+            let (code, retry) = (failure.error.code, failure.error.retry);
+            let cut_off = failure.is_of_way() && self.was_cut_off().await;
+            let (written, error) = (self.flow.written().len(), &failure.error);
+            tracing::info!(request = %self.request.id, epoch, written, %code, %error, cut_off, "attempt failed");
+            let goes_on = if cut_off {
+                self.flow.was_cut_off();
+                Ok(())
+            } else {
+                if let Some(node) = &failure.suspect {
+                    self.router.pairing.suspect(node);
+                }
+                self.flow.set_patient(Instant::now() < self.patience);
+                self.router.suspicions.failed(&self.request.prompt, code, self.flow.progressed());
+                self.flow.failed(failure)
+            };
             self.observed.attempt_failed(code, goes_on.is_ok());
             goes_on?;
             if self.flow.accepted() {
@@ -120,6 +130,21 @@ impl Driver {
                 self.observed.retry_waited();
             }
         }
+    }
+
+    /// Waits while this router hears none of the nodes that are there; tells whether it did, and hears them again.
+    async fn was_cut_off(&self) -> bool {
+        let until = Instant::now() + LONGEST_CUT;
+        let mut waited = false;
+        while self.router.pairing.hears_nobody() {
+            let ValidRequest { model, quality, .. } = &self.request;
+            if Instant::now() > until || !self.router.pairing.missing(&model.manifest, *quality).is_empty() {
+                return false;
+            }
+            waited = true;
+            sleep(LISTENS).await;
+        }
+        waited
     }
 
     /// The nodes of the next attempt: of the first in its turn, of later ones at once; where there are none but those that failed,
@@ -284,7 +309,11 @@ impl Driver {
     async fn call<E: TryFrom<said::What>>(&self, kind: &str, node: &Endpoint, what: call::What) -> Result<CallEvents<E>, Failure> {
         let calls = self.router.peers.calls(node.address.as_str()).map_err(|e| Failure::of(e, kind, &node.id))?;
         let events = calls.begin(what, self.request.stop.max_tokens, self.request.trace.headers(&Span::current())).await;
-        events.accepted().await.map_err(|e| Failure::of(e, kind, &node.id))
+        let accepted = events.accepted().await;
+        if accepted.is_ok() {
+            self.router.pairing.hears();
+        }
+        accepted.map_err(|e| Failure::of(e, kind, &node.id))
     }
 
     /// Asks the decode node for a reservation.

@@ -183,6 +183,15 @@ impl Flow {
         Ok(())
     }
 
+    /// An attempt failed since this router was cut off from all nodes, and is not any more: it counts as none.
+    pub(super) fn was_cut_off(&mut self) {
+        if self.progressed() {
+            (self.fruitless, self.pauses) = (0, 0);
+        }
+        self.failed.clear();
+        self.accepted |= !self.written.is_empty();
+    }
+
     /// There is no pair of nodes to ask.
     ///
     /// # Errors
@@ -231,6 +240,20 @@ mod tests {
         assert_eq!(flow.attempt(), 1);
         assert!(flow.first(&token(0, 7)).unwrap());
         flow
+    }
+
+    #[test]
+    fn attempts_of_a_router_that_is_cut_off_are_none() {
+        let mut flow = begun();
+        for _ in 0..20 {
+            flow.attempt();
+            flow.was_cut_off();
+        }
+        assert!(flow.accepted() && flow.failed_nodes().is_empty());
+        for attempt in 1..=FRUITLESS {
+            flow.attempt();
+            assert_eq!(flow.failed(lost("d")).is_ok(), attempt < FRUITLESS);
+        }
     }
 
     #[test]

@@ -217,6 +217,7 @@ fn with_step(of: Map<String, Value>, step: Value) -> Map<String, Value> {
 #[cfg(test)]
 mod tests {
     use overfill_kv::BlockId;
+    use overfill_model::gguf::GgufFile;
     use overfill_model::{Chunk, Device, KvCache, Llama, ThreadPool, Workspace};
     use overfill_types::KvFormat;
     use overfill_types::pair::WeightFormat;
@@ -246,7 +247,9 @@ mod tests {
         };
         for name in ["full", "narrow", "tied", "wide", "qwen2"] {
             let (from, to) = (fixture::model(name), tempfile::tempdir().unwrap());
-            std::fs::write(from.path().join("provenance.json"), r#"{"method": {"name": "told"}}"#).unwrap();
+            let kept: Vec<usize> = (0..500).collect();
+            let told = json!({ "method": { "name": "told", "kept": kept } });
+            std::fs::write(from.path().join("provenance.json"), told.to_string()).unwrap();
             let expected = logits(from.path());
             let spread = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
             for padded in [false, true] {
@@ -263,6 +266,11 @@ mod tests {
             assert!(gguf(from.path(), all("q8_0"), &file, |_, _| ()).is_err(), "nothing is written over");
             let said = overfill_model::pair_make::provenance(&file).unwrap().unwrap();
             assert_eq!((said["method"]["name"].as_str(), said["export"]["layers"].as_str()), (Some("told"), Some("q8_0")));
+            // Kept neurons are told by their number, and loaders find what they ask for.
+            assert_eq!(said["method"]["kept"]["values"], json!(500));
+            let read = GgufFile::open(&file).unwrap();
+            let number = |key: &str| read.metadata(key).and_then(|value| value.to_u32().ok());
+            assert_eq!((number("general.file_type"), number("general.quantization_version")), (Some(7), Some(2)));
 
             let folder = to.path().join("folder");
             hugging_face(&to.path().join("true.gguf"), Format::F32, &folder, |_, _| ()).unwrap();
