@@ -104,7 +104,8 @@ impl Driver {
             };
             let Err(failure) = attempt.instrument(span).await else { return Ok(()) };
             let (code, retry) = (failure.error.code, failure.error.retry);
-            let cut_off = failure.is_of_way() && self.was_cut_off().await;
+            // What is told of a node, or of the way to it, while none is heard is of this router's own way.
+            let cut_off = retry == Retry::Elsewhere && self.was_cut_off().await;
             let (written, error) = (self.flow.written().len(), &failure.error);
             tracing::info!(request = %self.request.id, epoch, written, %code, %error, cut_off, "attempt failed");
             let goes_on = if cut_off {
