@@ -8,9 +8,10 @@
 //! **Invariants:**
 //! - A node that answers, under its own id, that it is ready is in the view, whatever etcd says.
 //! - One that etcd does not vouch for leaves the view after [`TRIES`] probes without an answer, or after the first where nobody
-//!   listens any more. Where neither etcd nor any node answers it is this process that is cut off: then nobody leaves by silence, and
-//!   answers that are under way are still there to go on when the cut is over. It is hidden and asked on, rather than forgotten, as long as its entry may be there: after a cut in
+//!   listens any more. It is hidden and asked on, rather than forgotten, as long as its entry may be there: after a cut in
 //!   the network nothing else could bring it back.
+//! - Where neither etcd nor any node answers it is this process that is cut off: then nobody leaves by silence, and answers
+//!   that are under way find their nodes when the cut is over.
 //! - A value that is no node's never reaches the view.
 
 use std::collections::{BTreeMap, BTreeSet};

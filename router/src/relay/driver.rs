@@ -108,15 +108,14 @@ impl Driver {
             let cut_off = retry == Retry::Elsewhere && self.was_cut_off().await;
             let (written, error) = (self.flow.written().len(), &failure.error);
             tracing::info!(request = %self.request.id, epoch, written, %code, %error, cut_off, "attempt failed");
+            self.router.suspicions.failed(&self.request.prompt, code, self.flow.progressed());
             let goes_on = if cut_off {
-                self.flow.was_cut_off();
-                Ok(())
+                self.flow.was_cut_off(failure)
             } else {
                 if let Some(node) = &failure.suspect {
                     self.router.pairing.suspect(node);
                 }
                 self.flow.set_patient(Instant::now() < self.patience);
-                self.router.suspicions.failed(&self.request.prompt, code, self.flow.progressed());
                 self.flow.failed(failure)
             };
             self.observed.attempt_failed(code, goes_on.is_ok());

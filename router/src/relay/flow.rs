@@ -183,13 +183,19 @@ impl Flow {
         Ok(())
     }
 
-    /// An attempt failed since this router was cut off from all nodes, and is not any more: it counts as none.
-    pub(super) fn was_cut_off(&mut self) {
+    /// An attempt failed since this router was cut off from all nodes, and is not any more: it is none of those in a row, but one
+    /// of all.
+    ///
+    /// # Errors
+    /// Where there is to be no other.
+    pub(super) fn was_cut_off(&mut self, failure: Failure) -> Result<(), ServiceError> {
         if self.progressed() {
             (self.fruitless, self.pauses) = (0, 0);
         }
         self.failed.clear();
         self.accepted |= !self.written.is_empty();
+        self.in_all += 1;
+        if self.in_all >= IN_ALL { Err(failure.error) } else { Ok(()) }
     }
 
     /// There is no pair of nodes to ask.
@@ -243,16 +249,22 @@ mod tests {
     }
 
     #[test]
-    fn attempts_of_a_router_that_is_cut_off_are_none() {
+    fn attempts_of_a_router_that_is_cut_off_are_none_of_those_in_a_row() {
         let mut flow = begun();
-        for _ in 0..20 {
+        for _ in 0..IN_ALL - FRUITLESS {
             flow.attempt();
-            flow.was_cut_off();
+            flow.was_cut_off(lost("d")).unwrap();
         }
         assert!(flow.accepted() && flow.failed_nodes().is_empty());
         for attempt in 1..=FRUITLESS {
             flow.attempt();
             assert_eq!(flow.failed(lost("d")).is_ok(), attempt < FRUITLESS);
+        }
+        // But there is an end to them, too.
+        let mut flow = begun();
+        for attempt in 1..=IN_ALL {
+            flow.attempt();
+            assert_eq!(flow.was_cut_off(lost("d")).is_ok(), attempt < IN_ALL);
         }
     }
 
