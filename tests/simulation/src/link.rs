@@ -121,6 +121,9 @@ impl Way {
                 None => Arrives::End,
             };
             self.pass().await;
+            if self.from == End::Server {
+                self.network.tap.arrived(self.connection.client());
+            }
             let over = matches!(arrives, Arrives::End);
             if to.send(arrives).await.is_err() || over {
                 return;

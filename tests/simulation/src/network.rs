@@ -85,6 +85,8 @@ impl End {
 /// A connection between two hosts.
 pub(crate) struct Connection {
     hosts: Hosts,
+    /// The host that connected.
+    client: String,
     /// The address of the one that listens, and which listener it was.
     server: (String, u64),
     /// Given when the client knows that it is broken, and when the server does.
@@ -95,6 +97,11 @@ impl Connection {
     /// Given when this end knows that the connection is broken.
     pub(crate) fn broken(&self, end: End) -> &CancellationToken {
         &self.broken[end as usize]
+    }
+
+    /// The host that connected.
+    pub(crate) fn client(&self) -> &str {
+        &self.client
     }
 }
 
@@ -290,7 +297,8 @@ impl Dialled {
         let Some(number) = state.listening.get(&self.to).map(|listener| listener.number) else {
             return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "nobody listens"));
         };
-        let connection = Arc::new(Connection { hosts, server: (self.to.clone(), number), broken: Default::default() });
+        let connection =
+            Arc::new(Connection { hosts, client: self.from.clone(), server: (self.to.clone(), number), broken: Default::default() });
         state.connections.push(connection.clone());
         *kept = Some(connection.clone());
         Ok(connection)

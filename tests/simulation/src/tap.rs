@@ -1,12 +1,13 @@
 //! What routers and nodes say to each other on their streams of calls, as it is heard on the way: for invariants that no single
 //! process knows.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use overfill_proto::v1::{Call, Ended, Reply, call, decode_event, prefill_event, said};
+use overfill_transport::node_status::SILENCE;
 use prost::Message;
 use tokio::time::Instant;
 
@@ -23,6 +24,18 @@ struct Heard {
     /// Where in `made` the call of a stream is.
     calls: HashMap<(u64, u64), usize>,
     streams: u64,
+    /// When each host that connects last heard any other.
+    arrivals: BTreeMap<String, Duration>,
+    silences: Vec<Silence>,
+}
+
+/// A time in which a host heard none of those that it had connected to, longer than a node that is well is silent.
+#[derive(Clone, Debug)]
+pub struct Silence {
+    /// The host.
+    pub host: String,
+    /// When it heard one again, since the simulation began.
+    pub until: Duration,
 }
 
 /// A call to a node.
@@ -43,7 +56,14 @@ pub struct NodeCall {
 impl Tap {
     /// Nothing was heard yet.
     pub(crate) fn new() -> Self {
-        Self(Arc::new(Mutex::new(Heard { since: Instant::now(), made: Vec::new(), calls: HashMap::new(), streams: 0 })))
+        Self(Arc::new(Mutex::new(Heard {
+            since: Instant::now(),
+            made: Vec::new(),
+            calls: HashMap::new(),
+            streams: 0,
+            arrivals: BTreeMap::new(),
+            silences: Vec::new(),
+        })))
     }
 
     /// How long the simulation has run.
@@ -54,6 +74,21 @@ impl Tap {
     /// All calls so far, in order.
     pub fn calls(&self) -> Vec<NodeCall> {
         self.lock().made.clone()
+    }
+
+    /// All silences that ended so far, in order.
+    pub fn silences(&self) -> Vec<Silence> {
+        self.lock().silences.clone()
+    }
+
+    /// A host heard one that it had connected to.
+    pub(crate) fn arrived(&self, host: &str) {
+        let mut heard = self.lock();
+        let until = heard.since.elapsed();
+        let last = heard.arrivals.insert(host.to_owned(), until);
+        if last.is_some_and(|last| until - last > SILENCE) {
+            heard.silences.push(Silence { host: host.to_owned(), until });
+        }
     }
 
     /// The number of a stream that begins.

@@ -28,7 +28,7 @@ use crate::mangle::Mangling;
 use crate::network::{Hosts, Network};
 use crate::node::Pair;
 use crate::plan::{Fault, Plan};
-use crate::tap::NodeCall;
+use crate::tap::{NodeCall, Silence};
 
 /// How often it is looked whether a node has ended, and whether all is over.
 const LOOK: Duration = Duration::from_millis(100);
@@ -79,6 +79,8 @@ pub struct Outcome {
     pub answers: Vec<Answer>,
     /// What routers asked nodes.
     pub calls: Vec<NodeCall>,
+    /// When routers and nodes heard nobody.
+    pub silences: Vec<Silence>,
     /// What was still held when all was over.
     pub held: Vec<String>,
 }
@@ -156,7 +158,7 @@ async fn carry_out(shared: &Shared, plan: Plan) -> Outcome {
         }
         held = self::held(&routers, &hosts);
     }
-    let calls = network.tap.calls();
+    let (calls, silences) = (network.tap.calls(), network.tap.silences());
     drop((following, hosts, routers));
     sleep(SETTLES).await;
     let tasks = Handle::current().metrics().num_alive_tasks();
@@ -164,7 +166,7 @@ async fn carry_out(shared: &Shared, plan: Plan) -> Outcome {
         held.push(format!("{tasks} tasks run when everything has ended"));
     }
     let manifests = pairs.iter().map(|pair| pair.manifest.clone()).collect();
-    Outcome { manifests, begun: begun_after, plan, answers, calls, held }
+    Outcome { manifests, begun: begun_after, plan, answers, calls, silences, held }
 }
 
 fn router(shared: &Shared, plan: &Plan, number: usize, network: &Network, discovery: &Discovery) -> Arc<Router> {

@@ -1,11 +1,13 @@
 //! A request is tried no more often than the router allows itself: so many times with nothing to show for it, and so many in all.
-//! Attempts that only want room are not bounded: they wait. Where nothing goes wrong there is one.
+//! Attempts that only want room are not bounded: they wait. One that a router learnt to have failed while it heard no node tells
+//! nothing of the nodes: it counts in all only. Where nothing goes wrong there is one.
 
 use std::collections::BTreeMap;
 
 use overfill_proto::v1::Retry;
 
-use crate::tap::NodeCall;
+use crate::hosts;
+use crate::tap::{NodeCall, Silence};
 use crate::world::Outcome;
 
 /// Attempts in a row of which no node tells a token.
@@ -19,14 +21,32 @@ pub(super) fn check(outcome: &Outcome) -> Result<(), String> {
         of_request.entry(&call.prompt).or_default().push(call);
     }
     for (prompt, calls) in of_request {
-        let attempts: Vec<_> = attempts(&calls).into_iter().filter(|attempt| !attempt.iter().any(|call| wants_room(call))).collect();
-        let longest = attempts.split(|attempt| attempt.iter().any(|call| call.tokens > 0)).map(<[_]>::len).max().unwrap_or(0);
+        let request = outcome.plan.requests.iter().position(|request| request.prompt == prompt).ok_or("nobody asked this")?;
+        let router = hosts::router(outcome.plan.requests[request].router);
+        let attempts = attempts(&calls);
+        let (mut in_all, mut in_a_row, mut longest) = (0, 0, 0);
+        for (number, attempt) in attempts.iter().enumerate() {
+            if attempt.iter().any(|call| wants_room(call)) {
+                continue;
+            }
+            in_all += 1;
+            if attempt.iter().any(|call| call.tokens > 0) {
+                in_a_row = 0;
+                continue;
+            }
+            let next = attempts.get(number + 1).map(|next| next[0].at);
+            let waited_out = |silence: &Silence| silence.host == router && attempt[0].at < silence.until && Some(silence.until) <= next;
+            if !outcome.silences.iter().any(waited_out) {
+                in_a_row += 1;
+                longest = longest.max(in_a_row);
+            }
+        }
         let most = if outcome.plan.faults.is_empty() { 1 } else { IN_ALL };
-        if attempts.len() > most || longest > FRUITLESS {
-            let request = outcome.plan.requests.iter().position(|request| request.prompt == prompt);
+        if in_all > most || longest > FRUITLESS {
             return Err(format!(
-                "{} attempts were made at request {request:?}, {longest} in a row without a token: {attempts:#?}",
-                attempts.len()
+                "{in_all} attempts were made at request {request}, {longest} in a row without a token, and {router} was cut off \
+                 {:?}: {attempts:#?}",
+                outcome.silences
             ));
         }
     }
