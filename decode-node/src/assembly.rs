@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use overfill_kv::BlockPool;
 use overfill_lifecycle::metrics::Registry;
-use overfill_node::{Faults, Pulse, RunError};
+use overfill_node::{Cores, Faults, Pulse, RunError};
 use overfill_proto::MAX_MESSAGE;
 use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::v1::node_server::NodeServer;
@@ -61,7 +61,8 @@ pub fn assemble<C: Compute>(id: NodeId, config: &DecodeConfig, loaded: Loaded<C>
     };
     let (pulse, faults) = (Pulse::default(), Faults::new(config.node.fault.clone()));
     let (commands, told) = Commands::new();
-    let engine = Engine::new(compute, told, settings, metrics.clone(), (pulse.clone(), faults));
+    let cores = Cores::new(&config.node.cores, Role::Decode)?;
+    let engine = Engine::new((compute, cores), told, settings, metrics.clone(), (pulse.clone(), faults));
     let pair = ServedPair { model: manifest.name, fingerprint: manifest.fingerprint };
     let registry = metrics.registry.clone();
     let node = (id.clone(), pair.clone());

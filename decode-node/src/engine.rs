@@ -21,7 +21,7 @@ use overfill_kv::BlockId;
 use overfill_lifecycle::Drain;
 use overfill_model::cache::WireRows;
 use overfill_model::{Chunk, ModelError};
-use overfill_node::{Faults, Pulse, Streak};
+use overfill_node::{Cores, Faults, Pulse, Streak};
 use overfill_types::{Code, ServiceError, Ticket, WireFormat};
 use tokio::time::{Instant, timeout};
 
@@ -52,6 +52,7 @@ pub(crate) struct Settings {
 /// A decode node's engine, which `C` computes for.
 pub struct Engine<C> {
     compute: C,
+    cores: Cores,
     settings: Settings,
     metrics: Arc<Metrics>,
     pulse: Pulse,
@@ -74,14 +75,14 @@ pub struct Broken;
 impl<C: Compute> Engine<C> {
     /// Without sequences; `pulse` beats with each turn.
     pub(crate) fn new(
-        compute: C,
+        (compute, cores): (C, Cores),
         commands: flume::Receiver<Command>,
         settings: Settings,
         metrics: Arc<Metrics>,
         (pulse, faults): (Pulse, Faults),
     ) -> Self {
         let (waiting, running, parts, failed_steps, failed_handoffs) = Default::default();
-        Self { compute, settings, metrics, pulse, faults, commands, waiting, running, parts, failed_steps, failed_handoffs }
+        Self { compute, cores, settings, metrics, pulse, faults, commands, waiting, running, parts, failed_steps, failed_handoffs }
     }
 
     /// Turns on the calling thread, which it keeps, until `end` is given, nobody can tell it anything more, or it is broken.
@@ -288,6 +289,7 @@ impl<C: Compute> Engine<C> {
     /// before is written again, the same.
     fn compute(&mut self, mut batch: Vec<Sequence>, mut counts: Vec<usize>) {
         let (compute, metrics, faults) = (&mut self.compute, &self.metrics, &self.faults);
+        let turn = self.cores.turn(counts.iter().sum());
         let begun = Instant::now();
         let error = match caught("the step", || forward(compute, faults, &batch, &counts)) {
             Ok(()) => {
@@ -298,6 +300,7 @@ impl<C: Compute> Engine<C> {
             }
             Err(error) => error,
         };
+        drop(turn);
         if batch.len() == 1 {
             tracing::error!(%error, "a sequence failed its step");
             return batch.into_iter().for_each(|sequence| {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use overfill_kv::BlockPool;
 use overfill_lifecycle::metrics::Registry;
-use overfill_node::{Faults, Pulse, RunError};
+use overfill_node::{Cores, Faults, Pulse, RunError};
 use overfill_proto::MAX_MESSAGE;
 use overfill_proto::v1::node_server::NodeServer;
 use overfill_transport::calls::{NodeService, Signals};
@@ -66,7 +66,9 @@ pub fn assemble<C: Compute>(
     let (pulse, faults) = (Pulse::default(), Faults::new(config.node.fault.clone()));
     // As many may be on their way to the engine as the node holds.
     let (jobs, told) = flume::bounded(config.max_queue as usize);
-    let engine = Engine::new(compute, told, settings, (blocks.clone(), pace), (counts.clone(), metrics.clone()), (pulse.clone(), faults));
+    let cores = Cores::new(&config.node.cores, Role::Prefill)?;
+    let (kept, counted) = ((blocks.clone(), pace), (counts.clone(), metrics.clone()));
+    let engine = Engine::new((compute, cores), told, settings, kept, counted, (pulse.clone(), faults));
     let offers = Offers::new(&manifests);
     let pairs = offers.served();
     let registry = metrics.registry.clone();

@@ -19,7 +19,7 @@ use std::time::Duration;
 use overfill_kv::{BlockHash, BlockId, BlockPool, ReservedBlocks};
 use overfill_lifecycle::{Drain, Trace};
 use overfill_model::{Chunk, ModelError, Row, Sampled, Sampler};
-use overfill_node::{Faults, Pulse, Streak};
+use overfill_node::{Cores, Faults, Pulse, Streak};
 use overfill_proto::convert;
 use overfill_proto::v1::{FirstToken, PrefillEvent, PrefillFinished, Token, TokenLogprob, prefill_event};
 use overfill_transport::calls::EventSender;
@@ -82,6 +82,7 @@ pub(crate) struct Settings {
 /// A prefill node's engine, which `C` computes for.
 pub struct Engine<C> {
     compute: C,
+    cores: Cores,
     jobs: flume::Receiver<Job>,
     pool: BlockPool,
     pace: Pace,
@@ -137,7 +138,7 @@ struct StepResult {
 impl<C: Compute> Engine<C> {
     /// Without prompts; `pulse` beats with each turn.
     pub(crate) fn new(
-        compute: C,
+        (compute, cores): (C, Cores),
         jobs: flume::Receiver<Job>,
         settings: Settings,
         (pool, pace): (BlockPool, Pace),
@@ -147,6 +148,7 @@ impl<C: Compute> Engine<C> {
         let (waiting, running, let_in, failed_steps, failed_handoffs) = Default::default();
         Self {
             compute,
+            cores,
             jobs,
             pool,
             pace,
@@ -250,7 +252,7 @@ impl<C: Compute> Engine<C> {
         if due.iter().all(|r| *r == 0) {
             return;
         }
-        for (running, given) in self.running.iter_mut().zip(share(&due, self.settings.chunk_tokens)) {
+        for (running, given) in self.running.iter_mut().zip(share(&due, self.cores.chunk(self.settings.chunk_tokens))) {
             running.given = given;
         }
         let readers: Vec<u64> = self.running.iter().filter(|r| r.given > 0).map(|r| r.number).collect();
@@ -262,7 +264,7 @@ impl<C: Compute> Engine<C> {
     fn compute(&mut self, readers: &[u64]) {
         let given: Vec<usize> = self.running.iter().map(|r| if readers.contains(&r.number) { r.given } else { 0 }).collect();
         let begun = Instant::now();
-        let error = match caught("the step", || read(&mut self.compute, &self.faults, &mut self.running, &given)) {
+        let error = match caught("the step", || read(&mut self.compute, (&self.cores, &self.faults), &mut self.running, &given)) {
             Ok(read) => {
                 self.failed_steps.end();
                 let Metrics { step_seconds, step_tokens, .. } = &*self.metrics;
@@ -372,7 +374,12 @@ fn panicked(what: &str) -> ServiceError {
 
 /// One forward pass over the given number of tokens of each prompt; every layer's rows leave as soon as they are there, and
 /// with them what else pushes have room for by now.
-fn read(compute: &mut impl Compute, faults: &Faults, running: &mut [Running], given: &[usize]) -> Result<StepResult, ModelError> {
+fn read(
+    compute: &mut impl Compute,
+    (cores, faults): (&Cores, &Faults),
+    running: &mut [Running],
+    given: &[usize],
+) -> Result<StepResult, ModelError> {
     /// One prompt's part in the step; without tokens if only its rows are on their way.
     struct Part<'a> {
         tokens: &'a [u32],
@@ -417,6 +424,7 @@ fn read(compute: &mut impl Compute, faults: &Faults, running: &mut [Running], gi
         .filter(|p| !p.tokens.is_empty())
         .map(|p| Chunk { tokens: p.tokens, start: p.start, blocks: p.blocks, logits: p.last })
         .collect();
+    let mut turn = cores.turn(given.iter().sum());
     compute.forward(&chunks, &rows_wanted, &mut |layer, cached| {
         for Part { tokens, start, blocks, pair, handoff, number, prompt, .. } in &mut parts {
             let Some(sender) = handoff else { continue };
@@ -431,6 +439,7 @@ fn read(compute: &mut impl Compute, faults: &Faults, running: &mut [Running], gi
                 *handoff = None;
             }
         }
+        turn.give_way();
     })?;
     let computed = Instant::now();
     drop(chunks);

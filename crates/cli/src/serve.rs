@@ -8,7 +8,7 @@ use overfill_cluster::Discovery;
 use overfill_decode_node::DecodeConfig;
 use overfill_lifecycle::Drain;
 use overfill_lifecycle::telemetry::LogArgs;
-use overfill_node::NodeArgs;
+use overfill_node::{Board, CoreArgs, NodeArgs, Prefer};
 use overfill_prefill_node::PrefillConfig;
 use overfill_router::config::RequestBounds;
 use overfill_router::{Listeners, RouterConfig};
@@ -44,9 +44,9 @@ pub(crate) struct ServeArgs {
     /// Compute threads of each of the two models [default: all cores; they mostly take turns]
     #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Nice value of the full model's threads: above 0, running answers go before new prompts where both want a core (Linux)
-    #[arg(long, env = "OVERFILL_PREFILL_NICE", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=19))]
-    prefill_nice: u8,
+    /// What matters most: the two models share the cores
+    #[arg(long, value_enum, env = "OVERFILL_PREFER", default_value = "balanced")]
+    prefer: Prefer,
     /// Where the models compute: cpu or cuda:N
     #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
     device: String,
@@ -86,6 +86,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
             drain_delay: 0.0,
             drain_timeout: args.bounds.router_drain_timeout,
             step_timeout: 30.0,
+            cores: CoreArgs { share_cores: None, prefer: args.prefer, board: Some(Board::of_this_process()?) },
             guides: args.bounds.guides.clone(),
             fault: Vec::new(),
         };
@@ -95,7 +96,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
             chunk_tokens: args.chunk_tokens,
             max_queue: 256,
             queue_seconds: 0.25,
-            nice: args.prefill_nice,
+            nice: 0,
             prefix_cache: true,
         };
         let node = NodeArgs { admin: args.decode_admin, ..node };

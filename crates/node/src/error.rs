@@ -3,6 +3,7 @@
 use overfill_lifecycle::PartEnded;
 
 use crate::advertise::AdvertiseError;
+use crate::cores::CoresError;
 
 /// A node that could not start, or broke.
 #[derive(Debug, thiserror::Error)]
@@ -10,6 +11,9 @@ pub enum RunError {
     /// There is no one address to tell peers.
     #[error("the node has no address to register")]
     Advertise(#[from] AdvertiseError),
+    /// Cores cannot be shared as it was asked to.
+    #[error("the node cannot share cores")]
+    Cores(#[from] CoresError),
     /// The pair cannot be loaded.
     #[error("the pair cannot be loaded")]
     Model(#[from] overfill_model::ModelError),

@@ -10,6 +10,7 @@ use overfill_types::flags::{parse_bytes, parse_seconds};
 use tokio::net::TcpListener;
 
 use crate::advertise::{self, AdvertiseError};
+use crate::cores::CoreArgs;
 use crate::faults::Fault;
 
 /// What a node holds, where it listens, and what it may use.
@@ -50,6 +51,9 @@ pub struct NodeArgs {
     /// elsewhere, and it exits
     #[arg(long, env = "OVERFILL_STEP_TIMEOUT", default_value_t = 30.0, value_parser = parse_step_timeout)]
     pub step_timeout: f64,
+    /// Whether cores are shared with another node, and how.
+    #[command(flatten)]
+    pub cores: CoreArgs,
     /// What guides may cost.
     #[command(flatten)]
     pub guides: GuideArgs,

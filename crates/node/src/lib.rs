@@ -2,6 +2,7 @@
 
 pub mod admin;
 mod advertise;
+mod cores;
 mod error;
 pub mod faults;
 mod flags;
@@ -11,6 +12,7 @@ mod refusals;
 mod streak;
 
 pub use advertise::AdvertiseError;
+pub use cores::{Board, CoreArgs, Cores, CoresError, Prefer, Turn};
 pub use error::RunError;
 pub use faults::Faults;
 pub use flags::{ListenError, NodeArgs, NodeListeners};

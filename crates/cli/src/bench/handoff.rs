@@ -17,7 +17,7 @@ use overfill_guide::GuideArgs;
 use overfill_kv::{HandoffDigest, RowsHeader, wire};
 use overfill_lifecycle::{Drain, TraceHeaders};
 use overfill_model::Pair;
-use overfill_node::NodeArgs;
+use overfill_node::{CoreArgs, NodeArgs};
 use overfill_prefill_node::PrefillConfig;
 use overfill_proto::convert;
 use overfill_proto::v1::node_client::NodeClient;
@@ -97,6 +97,7 @@ async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Dr
         drain_delay: 0.0,
         drain_timeout: 10,
         step_timeout: 30.0,
+        cores: CoreArgs::default(),
         guides: GuideArgs::default(),
         fault: Vec::new(),
     };
