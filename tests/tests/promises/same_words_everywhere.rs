@@ -104,8 +104,8 @@ async fn projection() {
     check(Kind::Projection).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn real_processes_that_etcd_brings_together() {
+/// Real processes, whose nodes have `flags` too.
+async fn check_processes(flags: &[&str]) {
     let pair = tiny::pair(Kind::Identity, 11);
     let requests = requests();
     let expected = reference(&pair, &requests);
@@ -115,8 +115,8 @@ async fn real_processes_that_etcd_brings_together() {
     let by_etcd = ["--pair", &dir, "--etcd", &etcd.address];
     let mut processes = vec![Process::ours("router", &[&by_etcd[..], &["--http", &http, "--grpc", &grpc]].concat())];
     for node in ["prefill-node", "prefill-node", "decode-node", "decode-node"] {
-        let flags = ["--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M"];
-        processes.push(Process::ours(node, &[&by_etcd[..], &flags].concat()));
+        let own = ["--listen", "127.0.0.1:0", "--threads", "1", "--kv-memory", "32M"];
+        processes.push(Process::ours(node, &[&by_etcd[..], &own, flags].concat()));
     }
     eventually(Duration::from_secs(30), "the cluster is ready", || async {
         reqwest::get(format!("http://{http}/ready")).await.is_ok_and(|r| r.status().is_success())
@@ -127,4 +127,18 @@ async fn real_processes_that_etcd_brings_together() {
         assert_eq!(written(&client, &requests, company).await, expected, "{company} at a time");
     }
     drop(processes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn real_processes_that_etcd_brings_together() {
+    check_processes(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn real_processes_that_share_their_cores() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("cores");
+    check_processes(&["--share-cores", &file.display().to_string(), "--prefer", "itl"]).await;
+    let used = std::fs::read(&file).unwrap();
+    assert!(used.iter().any(|byte| *byte != 0), "nobody took a turn");
 }
