@@ -175,11 +175,14 @@ async fn faults(args: FaultArgs) -> bool {
     kept
 }
 
+/// Aborted requests after which allocators hold what they hold at most: after 5,000 a router still grew from 43 to 45 MB.
+const WARM_UP: usize = 40_000;
+
 async fn storms(args: StormArgs) -> bool {
     let Ready { cluster, _tiny, .. } = start(&ClusterArgs { streams: 4, ..args.cluster.clone() }).await;
     let ClusterArgs { tokens, seed, .. } = args.cluster;
     // What is made once, and kept, is there before it is measured.
-    storm(&cluster, args.requests / 2, tokens, seed).await;
+    storm(&cluster, WARM_UP, tokens, seed).await;
     quiet(&cluster).await;
     let before = has(&cluster).await;
     let ends = storm(&cluster, args.requests, tokens, seed + 1000).await;
