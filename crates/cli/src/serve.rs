@@ -41,7 +41,7 @@ pub(crate) struct ServeArgs {
     /// Where the decode node does [default: nowhere]
     #[arg(long, env = "OVERFILL_DECODE_ADMIN")]
     decode_admin: Option<SocketAddr>,
-    /// Compute threads of each of the two models [default: all cores; they mostly take turns]
+    /// Compute threads of each of the two models [default: all cores; they take turns]
     #[arg(long, env = "OVERFILL_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// What matters most: the two models share the cores

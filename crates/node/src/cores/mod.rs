@@ -27,8 +27,8 @@ const SAYS: Duration = Duration::from_millis(20);
 const SILENT: u64 = 4 * SAYS.as_nanos() as u64;
 /// How long one whose turn it is gets to take it, before it is looked again whether it waits.
 const TAKES: Duration = Duration::from_micros(200);
-/// How long another's slice lasts before its process is taken for dead or stopped, at least, and in slices as they were.
-const STUCK: (Duration, u32) = (Duration::from_millis(500), 8);
+/// How long another's slice lasts before its process is taken for dead or stopped: so many slices as they were, but within these.
+const STUCK: (Duration, u32, Duration) = (Duration::from_millis(500), 8, Duration::from_secs(10));
 /// An engine that computed within this time still does.
 const RECENT: u64 = 200_000_000;
 /// Fewest tokens of a chunk that is made short so that decode steps come in time: with fewer, weights are read again too often.
@@ -173,8 +173,14 @@ impl Cores {
             if turn != seen {
                 (seen, since) = (turn, now());
             }
-            let stuck = STUCK.0.max(Duration::from_nanos(other.slice.load(Ordering::Relaxed)) * STUCK.1);
-            if now() - since > stuck.as_nanos() as u64
+            // It may keep the turn for many slices, and tells the end of each.
+            let told = words.kinds.each_ref().map(|kind| kind.ended.load(Ordering::Relaxed)).into_iter().filter(|at| *at <= now()).max();
+            since = since.max(told.unwrap_or(0));
+            // Whoever has it may be of this kind too.
+            let longest = words.kinds.each_ref().map(|kind| kind.slice.load(Ordering::Relaxed)).into_iter().max().unwrap_or(0);
+            // One that was stopped in its slice counts as a very long one.
+            let stuck = Duration::from_nanos(longest).saturating_mul(STUCK.1).clamp(STUCK.0, STUCK.2);
+            if u128::from(now() - since) > stuck.as_nanos()
                 && words.turn.compare_exchange(turn, self.id, Ordering::AcqRel, Ordering::Relaxed).is_ok()
             {
                 tracing::warn!("a process that shares these cores holds its turn for {stuck:?}: this one goes on without it");
@@ -329,16 +335,44 @@ mod tests {
     fn a_turn_whose_process_died_is_taken_away() {
         let board = Board::of_this_process().unwrap();
         let (prefill, decode) = (cores(&board, Role::Prefill, Prefer::Itl), cores(&board, Role::Decode, Prefer::Itl));
-        std::mem::forget(prefill.turn(1));
-        let begun = Instant::now();
-        drop(decode.turn(1));
-        assert!((STUCK.0..STUCK.0 * 4).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+        for waits in [&decode, &cores(&board, Role::Prefill, Prefer::Itl)] {
+            std::mem::forget(prefill.turn(1));
+            let begun = Instant::now();
+            drop(waits.turn(1));
+            assert!((STUCK.0..STUCK.0 * 4).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+        }
         // It waits as one that died in its wait would seem to.
         board.words().kinds[0].waits.store(now(), Ordering::Relaxed);
         board.words().kinds[1].used.fetch_add(1_000_000_000, Ordering::Relaxed);
         let begun = Instant::now();
         drop(decode.turn(1));
         assert!(begun.elapsed() < Duration::from_nanos(SILENT) * 3, "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn who_keeps_the_turn_for_many_slices_is_not_taken_for_dead() {
+        let board = Board::of_this_process().unwrap();
+        let words = board.words();
+        // Decode steps of 90 ms: each puts decode behind by 810 ms of prefill.
+        words.kinds[1].slice.store(90_000_000, Ordering::Relaxed);
+        words.kinds[1].used.store(90_000_000 * 10, Ordering::Relaxed);
+        let computes = AtomicBool::new(false);
+        scope(|threads| {
+            let mut turn = cores(&board, Role::Prefill, Prefer::Ttft).turn(256);
+            let decode = threads.spawn(|| {
+                let begun = Instant::now();
+                let _turn = cores(&board, Role::Decode, Prefer::Ttft).turn(1);
+                assert!(!computes.load(Ordering::SeqCst), "it was taken away");
+                begun.elapsed()
+            });
+            while !decode.is_finished() {
+                computes.store(true, Ordering::SeqCst);
+                sleep(Duration::from_millis(5));
+                computes.store(false, Ordering::SeqCst);
+                turn.give_way();
+            }
+            assert!(decode.join().unwrap() > STUCK.0, "it had to wait");
+        });
     }
 
     #[test]
