@@ -8,8 +8,8 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use overfill_kernels::{
-    Activations, AttentionScratch, BlockFormat, DenseMatrix, Into, KvFormat, KvLayer, KvShape, Matrix, QuantisedMatrix, Reads, Run,
-    ThreadPool, paged_attention, products, rms_norm, swiglu,
+    Activations, AttentionScratch, Bf16Matrix, BlockFormat, DenseMatrix, Into, KvFormat, KvLayer, KvShape, Matrix, QuantisedMatrix, Reads,
+    Run, ThreadPool, paged_attention, products, rms_norm, swiglu,
 };
 
 const HIDDEN: usize = 576;
@@ -38,7 +38,7 @@ fn matrices(pool: &ThreadPool, outputs: usize, inputs: usize) -> Vec<(String, Ma
     let mut all = vec![
         ("f32".to_owned(), Matrix::Dense(DenseMatrix::from_f32(pool, &w, outputs, inputs))),
         ("f16".to_owned(), Matrix::Dense(DenseMatrix::from_f16(pool, &halves, outputs, inputs))),
-        ("bf16".to_owned(), Matrix::Dense(DenseMatrix::from_bf16(pool, &bfloats, outputs, inputs))),
+        ("bf16".to_owned(), Matrix::Bf16(Bf16Matrix::new(pool, &bfloats, outputs, inputs))),
     ];
     for format in
         [BlockFormat::Q4_0, BlockFormat::Q4_1, BlockFormat::Q5_0, BlockFormat::Q5_1, BlockFormat::Q8_0, BlockFormat::Q4K, BlockFormat::Q6K]

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use crate::bf16::{HalfRows, round_row};
 use crate::disjoint::Disjoint;
 use crate::simd::{Simd, dispatch};
 use crate::thread_pool::ThreadPool;
@@ -21,12 +22,15 @@ pub struct Reads {
     pub(crate) exact: bool,
     /// As rounded integers: quantised matrices.
     pub(crate) rounded: bool,
+    /// Rounded to bfloat16: matrices of it.
+    pub(crate) halves: bool,
 }
 
 /// Rows `[rows, width]` that go into a product. Kept from step to step, so that a step allocates nothing.
 ///
 /// Quantised weights are multiplied with rows rounded to integers from -127 to 127 in groups of 32, each group with its
-/// own scale, as llama.cpp does. A row is rounded by itself, so the rows beside it change nothing.
+/// own scale, as llama.cpp does; weights of bfloat16 with rows rounded to it. A row is rounded by itself, so the rows beside it change
+/// nothing.
 #[derive(Default)]
 pub struct Activations {
     rows: usize,
@@ -47,6 +51,8 @@ pub struct Activations {
     halves_by_128: Vec<i32>,
     /// The sum of each group's rounded values, in blocks `[groups, rows of the block]`.
     sums: Vec<f32>,
+    /// Rounded to bfloat16.
+    halves: HalfRows,
 }
 
 /// One block's rounded rows.
@@ -103,6 +109,7 @@ impl Activations {
         self.by_8.resize(rows * groups, 0);
         self.halves_by_128.resize(rows * groups * 2, 0);
         self.sums.resize(rows * groups, 0.0);
+        let halves = self.halves.begin(if reads.halves { rows } else { 0 }, width);
         let values = Disjoint::new(&mut self.values);
         let columns = (!self.columns.is_empty()).then(|| Disjoint::new(&mut self.columns));
         let to = Rounded {
@@ -118,7 +125,7 @@ impl Activations {
             // SAFETY: each row is written once, by the thread that has it.
             let values = unsafe { values.part(row * width, width) };
             fill(row, values);
-            let place = Place::of(row, rows);
+            let place = Place::of(row, rows, BLOCK_ROWS);
             if let Some(columns) = columns {
                 for (i, value) in values.iter().enumerate() {
                     // SAFETY: as above.
@@ -127,6 +134,9 @@ impl Activations {
             }
             if groups > 0 {
                 dispatch!(round(values, place, to));
+            }
+            if reads.halves {
+                dispatch!(round_row(values, row, halves));
             }
         });
     }
@@ -142,6 +152,11 @@ impl Activations {
         let block = self.block(first);
         let all = if self.rows == 1 { &self.values } else { &self.columns };
         (block.len(), &all[block.start * self.width..block.end * self.width])
+    }
+
+    /// All rows rounded to bfloat16.
+    pub(crate) fn halves(&self) -> &HalfRows {
+        &self.halves
     }
 
     /// Rounded rows of the block whose first row is `first`.
@@ -168,20 +183,21 @@ impl Activations {
 
 /// Where a row lies: its block's first row and rows, and its place among them.
 #[derive(Clone, Copy)]
-struct Place {
+pub(crate) struct Place {
     first: usize,
     rows: usize,
     offset: usize,
 }
 
 impl Place {
-    fn of(row: usize, rows: usize) -> Self {
-        let first = row - row % BLOCK_ROWS;
-        Self { first, rows: BLOCK_ROWS.min(rows - first), offset: row - first }
+    /// Row `row` of `rows`, in blocks of `block`.
+    pub(crate) fn of(row: usize, rows: usize, block: usize) -> Self {
+        let first = row - row % block;
+        Self { first, rows: block.min(rows - first), offset: row - first }
     }
 
     /// Index of the row's `n`th of `count` runs of `each` numbers.
-    fn at(self, n: usize, count: usize, each: usize) -> usize {
+    pub(crate) fn at(self, n: usize, count: usize, each: usize) -> usize {
         (self.first * count + n * self.rows + self.offset) * each
     }
 }
@@ -240,13 +256,14 @@ pub(crate) mod tests {
     use super::*;
     use crate::lanes;
 
-    pub(crate) const BOTH: Reads = Reads { exact: true, rounded: true };
-    pub(crate) const EXACT: Reads = Reads { exact: true, rounded: false };
+    pub(crate) const ALL: Reads = Reads { exact: true, rounded: true, halves: true };
+    /// All that do not need whole groups.
+    pub(crate) const ANY_WIDTH: Reads = Reads { exact: true, rounded: false, halves: true };
 
     impl Activations {
         /// The value that a quantised matrix sees.
         pub(crate) fn seen(&self, row: usize, input: usize) -> f64 {
-            let place = Place::of(row, self.rows);
+            let place = Place::of(row, self.rows, BLOCK_ROWS);
             let at = place.at(input / GROUP, self.width / GROUP, 1);
             f64::from(self.codes[at * GROUP + input % GROUP]) * f64::from(self.scales[at])
         }
@@ -260,7 +277,7 @@ pub(crate) mod tests {
                 (0..rows * width).map(|i| ((i * 7919 % 2003) as f32 / 2003.0 - 0.5) * if i % 7 == 0 { 40.0 } else { 0.3 }).collect();
             let make = |threads| {
                 let mut x = Activations::new();
-                x.set(&ThreadPool::new(threads, &[]).unwrap(), &values, width, BOTH);
+                x.set(&ThreadPool::new(threads, &[]).unwrap(), &values, width, ALL);
                 x
             };
             let x = make(2);

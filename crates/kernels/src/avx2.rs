@@ -39,9 +39,12 @@ impl Simd for Avx2 {
         unsafe { _mm256_loadu_ps(p) }
     }
     #[inline(always)]
-    unsafe fn load_bf16(self, p: *const u16) -> __m256 {
+    unsafe fn load_bf16_pairs(self, p: *const u32) -> [__m256; 2] {
         // SAFETY: see above; a bfloat16 is the upper half of an f32.
-        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))) }
+        unsafe {
+            let pairs = _mm256_loadu_si256(p.cast());
+            [_mm256_slli_epi32::<16>(pairs), _mm256_and_si256(pairs, _mm256_set1_epi32(!0xffff))].map(|x| _mm256_castsi256_ps(x))
+        }
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u16) -> __m256 {

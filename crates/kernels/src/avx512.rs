@@ -22,6 +22,17 @@ impl Avx512 {
             && is_x86_feature_detected!("f16c"))
         .then_some(Self(()))
     }
+
+    /// Runs `run`, compiled for these features where it is inlined.
+    #[inline(always)]
+    pub(crate) fn run<R>(self, run: impl FnOnce() -> R) -> R {
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        fn with<R>(run: impl FnOnce() -> R) -> R {
+            run()
+        }
+        // SAFETY: `self` proves the features.
+        unsafe { with(run) }
+    }
 }
 
 // SAFETY of every block below: `self` proves the features that `detect` asks for; what a pointer must bear, the trait's
@@ -47,9 +58,12 @@ impl Simd for Avx512 {
         unsafe { _mm512_loadu_ps(p) }
     }
     #[inline(always)]
-    unsafe fn load_bf16(self, p: *const u16) -> __m512 {
+    unsafe fn load_bf16_pairs(self, p: *const u32) -> [__m512; 2] {
         // SAFETY: see above; a bfloat16 is the upper half of an f32.
-        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))) }
+        unsafe {
+            let pairs = _mm512_loadu_si512(p.cast());
+            [_mm512_slli_epi32::<16>(pairs), _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff))].map(|x| _mm512_castsi512_ps(x))
+        }
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u16) -> __m512 {

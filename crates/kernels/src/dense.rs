@@ -1,4 +1,4 @@
-//! Dense weight matrices: f32, bfloat16 or half precision.
+//! Dense weight matrices: f32 or half precision.
 //!
 //! A matrix is repacked at load into panels of 16 output columns, `[panel][in][16]`, so that a product streams it once and
 //! in order, whatever the batch. A tile of a few rows and one panel is summed over the whole width in registers: one
@@ -6,12 +6,12 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
+use half::f16;
 
 use crate::activations::{Activations, BLOCK_ROWS};
 use crate::destination::{Destination, PANEL, even};
 use crate::disjoint::Disjoint;
-use crate::number::{Bf16, F16, Number};
+use crate::number::{F16, Number};
 use crate::simd::Simd;
 use crate::thread_pool::ThreadPool;
 
@@ -25,7 +25,6 @@ struct Line<T>([T; PANEL]);
 
 enum Lines {
     F32(Vec<Line<f32>>),
-    Bf16(Vec<Line<Bf16>>),
     F16(Vec<Line<F16>>),
 }
 
@@ -66,11 +65,6 @@ impl DenseMatrix {
         Self { outputs, inputs, lines: Lines::F32(pack(pool, weights, outputs, inputs, |w| w)) }
     }
 
-    /// Packs bfloat16 weights `[outputs, inputs]`; products are exact in the weights and sum in f32.
-    pub fn from_bf16(pool: &ThreadPool, weights: &[bf16], outputs: usize, inputs: usize) -> Self {
-        Self { outputs, inputs, lines: Lines::Bf16(pack(pool, weights, outputs, inputs, |w| Bf16(w.to_bits()))) }
-    }
-
     /// Packs half-precision weights `[outputs, inputs]`; products are exact in the weights and sum in f32.
     pub fn from_f16(pool: &ThreadPool, weights: &[f16], outputs: usize, inputs: usize) -> Self {
         Self { outputs, inputs, lines: Lines::F16(pack(pool, weights, outputs, inputs, |w| F16(w.to_bits()))) }
@@ -87,7 +81,6 @@ impl DenseMatrix {
     pub(crate) fn bytes(&self) -> usize {
         match &self.lines {
             Lines::F32(lines) => size_of_val(lines.as_slice()),
-            Lines::Bf16(lines) => size_of_val(lines.as_slice()),
             Lines::F16(lines) => size_of_val(lines.as_slice()),
         }
     }
@@ -99,7 +92,6 @@ impl DenseMatrix {
         let first = output / PANEL * self.inputs;
         match &self.lines {
             Lines::F32(lines) => column(&lines[first..], output % PANEL, to),
-            Lines::Bf16(lines) => column(&lines[first..], output % PANEL, to),
             Lines::F16(lines) => column(&lines[first..], output % PANEL, to),
         }
     }
@@ -110,7 +102,6 @@ impl DenseMatrix {
         assert!(x.width() == self.inputs && x.rows() == to.rows);
         match &self.lines {
             Lines::F32(lines) => multiply(s, lines, x, to, panels),
-            Lines::Bf16(lines) => multiply(s, lines, x, to, panels),
             Lines::F16(lines) => multiply(s, lines, x, to, panels),
         }
     }

@@ -12,6 +12,12 @@ pub(crate) fn allowed(unit: &str) -> bool {
     ONLY.get().is_none_or(|only| only == unit)
 }
 
+/// Whether kernels may run on these vectors, which are not among the fast ones or are.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn preferred(unit: &str, fast: bool) -> bool {
+    ONLY.get().map_or(fast, |only| only == unit)
+}
+
 /// The vector units that this CPU has, the scalar lanes included.
 pub(crate) fn here() -> Vec<&'static str> {
     let mut all = vec!["scalar"];
@@ -19,6 +25,8 @@ pub(crate) fn here() -> Vec<&'static str> {
     {
         all.extend(crate::avx2::Avx2::detect().map(|_| "avx2"));
         all.extend(crate::avx512::Avx512::detect().map(|_| "avx512"));
+        all.extend(crate::avx512_bf16::Avx512Bf16::detect().map(|_| "avx512bf16"));
+        all.extend(crate::amx::Amx::detect().map(|_| "amx"));
     }
     #[cfg(target_arch = "aarch64")]
     {
@@ -81,13 +89,16 @@ mod tests {
     }
 
     #[inline(always)]
-    fn halves<S: Simd>(s: S, bits: &[u16; 16]) -> [[f32; 16]; 2] {
-        let mut to = [[0.0; 16]; 2];
+    fn halves<S: Simd>(s: S, bits: &[u16; 16]) -> [[f32; 16]; 3] {
+        let pairs = bits.map(|bits| u32::from(bits) | u32::from(!bits) << 16);
+        let mut to = [[0.0; 16]; 3];
         for i in (0..16).step_by(S::LANES) {
             // SAFETY: arrays of 16.
             unsafe {
                 s.store(to[0].as_mut_ptr().add(i), s.load_f16(bits.as_ptr().add(i)));
-                s.store(to[1].as_mut_ptr().add(i), s.load_bf16(bits.as_ptr().add(i)));
+                let [lower, upper] = s.load_bf16_pairs(pairs.as_ptr().add(i));
+                s.store(to[1].as_mut_ptr().add(i), lower);
+                s.store(to[2].as_mut_ptr().add(i), upper);
             }
         }
         to
@@ -146,8 +157,8 @@ mod tests {
         for first in (0..=u16::MAX).step_by(16) {
             let raw: [u16; 16] = std::array::from_fn(|i| first + i as u16);
             same(|| bits(dispatch!(halves(&raw)).concat())).unwrap();
-            let want =
-                raw.map(|raw| half::f16::from_bits(raw).to_f32()).into_iter().chain(raw.map(|raw| half::bf16::from_bits(raw).to_f32()));
+            let bfloat = |bits| half::bf16::from_bits(bits).to_f32();
+            let want = [raw.map(|raw| half::f16::from_bits(raw).to_f32()), raw.map(bfloat), raw.map(|raw| bfloat(!raw))].concat();
             assert_eq!(bits(dispatch!(halves(&raw)).concat()), bits(want));
         }
     }

@@ -7,11 +7,16 @@
 //! tested against, bit for bit. No candle, no async.
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16;
+mod bf16;
 mod dense;
 mod destination;
 mod disjoint;
@@ -37,6 +42,7 @@ mod thread_pool;
 
 pub use activations::{Activations, Reads};
 pub use attention::{AttentionScratch, paged_attention};
+pub use bf16::Bf16Matrix;
 pub use dense::DenseMatrix;
 pub use destination::Into;
 pub use ggml::BlockFormat;

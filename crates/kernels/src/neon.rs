@@ -84,11 +84,14 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         unsafe { [vld1q_f32(p), vld1q_f32(p.add(4))] }
     }
     #[inline(always)]
-    unsafe fn load_bf16(self, p: *const u16) -> Self::V {
+    unsafe fn load_bf16_pairs(self, p: *const u32) -> [Self::V; 2] {
         // SAFETY: see above; a bfloat16 is the upper half of an f32.
         unsafe {
-            let raw = vld1q_u16(p);
-            [vmovl_u16(vget_low_u16(raw)), vmovl_high_u16(raw)].map(|wide| vreinterpretq_f32_u32(vshlq_n_u32::<16>(wide)))
+            let pairs = [vld1q_u32(p), vld1q_u32(p.add(4))];
+            [
+                pairs.map(|pairs| vreinterpretq_f32_u32(vshlq_n_u32::<16>(pairs))),
+                pairs.map(|pairs| vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff_0000)))),
+            ]
         }
     }
     #[inline(always)]

@@ -1,4 +1,4 @@
-//! How numbers are stored: f32, half precision, bfloat16. Products and attention compute in f32 whatever the storage.
+//! How numbers are stored: f32 or half precision. Products and attention compute in f32 whatever the storage.
 
 use crate::simd::Simd;
 
@@ -41,24 +41,5 @@ impl Number for F16 {
     }
     fn to_f32(self) -> f32 {
         half::f16::from_bits(self.0).to_f32()
-    }
-}
-
-/// The bits of a bfloat16 number.
-#[derive(Clone, Copy, Default)]
-#[repr(transparent)]
-pub(crate) struct Bf16(pub(crate) u16);
-
-impl Number for Bf16 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V {
-        // SAFETY: the caller's promise; the type is a transparent u16.
-        unsafe { s.load_bf16(p.cast()) }
-    }
-    fn from_f32(x: f32) -> Self {
-        Self(half::bf16::from_f32(x).to_bits())
-    }
-    fn to_f32(self) -> f32 {
-        half::bf16::from_bits(self.0).to_f32()
     }
 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::activations::{Activations, Reads};
+use crate::bf16::Bf16Matrix;
 use crate::dense::DenseMatrix;
 use crate::destination::{Destination, Into, PANEL};
 use crate::disjoint::Disjoint;
@@ -17,8 +18,10 @@ const PARTS: usize = 8;
 
 /// A weight matrix `[out, in]`, packed for the CPU.
 pub enum Matrix {
-    /// f32, bfloat16 or half precision.
+    /// f32 or half precision.
     Dense(DenseMatrix),
+    /// bfloat16.
+    Bf16(Bf16Matrix),
     /// Blocks of small integers.
     Quantised(QuantisedMatrix),
 }
@@ -28,6 +31,7 @@ impl Matrix {
     pub fn outputs(&self) -> usize {
         match self {
             Self::Dense(m) => m.outputs(),
+            Self::Bf16(m) => m.outputs(),
             Self::Quantised(m) => m.outputs(),
         }
     }
@@ -36,6 +40,7 @@ impl Matrix {
     pub fn inputs(&self) -> usize {
         match self {
             Self::Dense(m) => m.inputs(),
+            Self::Bf16(m) => m.inputs(),
             Self::Quantised(m) => m.inputs(),
         }
     }
@@ -44,6 +49,7 @@ impl Matrix {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Dense(m) => m.bytes(),
+            Self::Bf16(m) => m.bytes(),
             Self::Quantised(m) => m.bytes(),
         }
     }
@@ -53,6 +59,7 @@ impl Matrix {
         assert!(output < self.outputs() && to.len() == self.inputs(), "row {output} of {} x {}", self.outputs(), self.inputs());
         match self {
             Self::Dense(m) => m.row(output, to),
+            Self::Bf16(m) => m.row(output, to),
             Self::Quantised(m) => m.row(output, to),
         }
     }
@@ -65,8 +72,11 @@ impl Matrix {
 impl Reads {
     /// How these matrices do.
     pub fn of(matrices: &[&Matrix]) -> Self {
-        let quantised = |m: &&Matrix| matches!(m, Matrix::Quantised(_));
-        Self { exact: !matrices.iter().all(quantised), rounded: matrices.iter().any(quantised) }
+        Self {
+            exact: matrices.iter().any(|m| matches!(m, Matrix::Dense(_))),
+            rounded: matrices.iter().any(|m| matches!(m, Matrix::Quantised(_))),
+            halves: matrices.iter().any(|m| matches!(m, Matrix::Bf16(_))),
+        }
     }
 }
 
@@ -95,7 +105,12 @@ pub fn products(pool: &ThreadPool, x: &Activations, matrices: &[&Matrix], y: &mu
             let range = mine.start.max(panel)..mine.end.min(end);
             if range.start < range.end {
                 let to = Destination { y, rows: x.rows(), width, column, outputs: matrix.outputs(), into };
-                dispatch!(multiply(matrix, x, to, range.start - panel..range.end - panel));
+                let panels = range.start - panel..range.end - panel;
+                match matrix {
+                    Matrix::Dense(m) => dispatch!(dense(m, x, to, panels)),
+                    Matrix::Bf16(m) => m.multiply(x, to, panels),
+                    Matrix::Quantised(m) => dispatch!(quantised(m, x, to, panels)),
+                }
             }
             panel = end;
             column += matrix.outputs();
@@ -104,11 +119,13 @@ pub fn products(pool: &ThreadPool, x: &Activations, matrices: &[&Matrix], y: &mu
 }
 
 #[inline(always)]
-fn multiply<S: Simd>(s: S, matrix: &Matrix, x: &Activations, to: Destination<'_>, panels: Range<usize>) {
-    match matrix {
-        Matrix::Dense(m) => m.multiply(s, x, to, panels),
-        Matrix::Quantised(m) => m.multiply(s, x, to, panels),
-    }
+fn dense<S: Simd>(s: S, matrix: &DenseMatrix, x: &Activations, to: Destination<'_>, panels: Range<usize>) {
+    matrix.multiply(s, x, to, panels);
+}
+
+#[inline(always)]
+fn quantised<S: Simd>(s: S, matrix: &QuantisedMatrix, x: &Activations, to: Destination<'_>, panels: Range<usize>) {
+    matrix.multiply(s, x, to, panels);
 }
 
 #[cfg(test)]
@@ -116,7 +133,7 @@ pub(crate) mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::activations::tests::{BOTH, EXACT};
+    use crate::activations::tests::{ALL, ANY_WIDTH};
     use crate::ggml::BlockFormat;
     use crate::ggml::tests::{FORMATS, blocks};
     use crate::lanes;
@@ -131,7 +148,7 @@ pub(crate) mod tests {
         let h: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
         let mut all = vec![
             ("f32".to_owned(), Matrix::Dense(DenseMatrix::from_f32(pool, &w, outputs, inputs))),
-            ("bf16".to_owned(), Matrix::Dense(DenseMatrix::from_bf16(pool, &b, outputs, inputs))),
+            ("bf16".to_owned(), Matrix::Bf16(Bf16Matrix::new(pool, &b, outputs, inputs))),
             ("f16".to_owned(), Matrix::Dense(DenseMatrix::from_f16(pool, &h, outputs, inputs))),
         ];
         for format in FORMATS.into_iter().filter(|f| inputs.is_multiple_of(f.block())) {
@@ -160,9 +177,10 @@ pub(crate) mod tests {
             for (name, matrix) in matrices(&pool, outputs, inputs) {
                 let y = product(&pool, &matrix, &x);
                 let mut activations = Activations::new();
-                activations.set(&pool, &x, inputs, if inputs.is_multiple_of(32) { BOTH } else { EXACT });
+                activations.set(&pool, &x, inputs, if inputs.is_multiple_of(32) { ALL } else { ANY_WIDTH });
                 let value = |i: usize| match matrix {
                     Matrix::Dense(_) => f64::from(x[i]),
+                    Matrix::Bf16(_) => bf16::from_f32(x[i]).to_f64(),
                     Matrix::Quantised(_) => activations.seen(i / inputs, i % inputs),
                 };
                 let mut weights = vec![0.0; inputs];
@@ -208,7 +226,7 @@ pub(crate) mod tests {
         let b = Matrix::Quantised(QuantisedMatrix::from_blocks(&pool, BlockFormat::Q8_0, &b, 9, inputs).unwrap());
         let (alone_a, alone_b) = (product(&pool, &a, &x), product(&pool, &b, &x));
         let mut activations = Activations::new();
-        activations.set(&pool, &x, inputs, if inputs.is_multiple_of(32) { BOTH } else { EXACT });
+        activations.set(&pool, &x, inputs, if inputs.is_multiple_of(32) { ALL } else { ANY_WIDTH });
         let mut y = vec![1.0; rows * 29];
         products(&pool, &activations, &[&a, &b], &mut y, Into::Sum);
         for r in 0..rows {

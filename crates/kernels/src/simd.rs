@@ -18,9 +18,11 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `LANES` values can be read at `p`.
     unsafe fn load(self, p: *const f32) -> Self::V;
+    /// The lower and the upper halves of pairs of bfloat16.
+    ///
     /// # Safety
-    /// `LANES` bfloat16 values can be read at `p`.
-    unsafe fn load_bf16(self, p: *const u16) -> Self::V;
+    /// `LANES` pairs can be read at `p`.
+    unsafe fn load_bf16_pairs(self, p: *const u32) -> [Self::V; 2];
     /// # Safety
     /// `LANES` half-precision values can be read at `p`.
     unsafe fn load_f16(self, p: *const u16) -> Self::V;
@@ -91,12 +93,7 @@ macro_rules! dispatch {
             if let Some(simd) = $crate::avx512::Avx512::detect()
                 && $crate::simd::allowed("avx512")
             {
-                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-                fn with_avx512<R>(run: impl FnOnce() -> R) -> R {
-                    run()
-                }
-                // SAFETY: `detect` saw the features that `with_avx512` is compiled for.
-                unsafe { with_avx512(#[inline(always)] || $kernel(simd, $($arg),*)) }
+                simd.run(#[inline(always)] || $kernel(simd, $($arg),*))
             } else if let Some(simd) = $crate::avx2::Avx2::detect()
                 && $crate::simd::allowed("avx2")
             {
@@ -139,6 +136,15 @@ pub(crate) fn allowed(_: &str) -> bool {
 #[cfg(test)]
 pub(crate) use crate::lanes::allowed;
 
+/// Whether a unit that is there is used: where it is fast, but for tests that choose it.
+#[cfg(all(target_arch = "x86_64", not(test)))]
+#[inline(always)]
+pub(crate) fn preferred(_: &str, fast: bool) -> bool {
+    fast
+}
+#[cfg(all(target_arch = "x86_64", test))]
+pub(crate) use crate::lanes::preferred;
+
 /// Eight lanes in an array: the reference, and what runs where nothing faster does.
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
@@ -165,10 +171,10 @@ impl Simd for Scalar {
         unsafe { p.cast::<[f32; 8]>().read_unaligned() }
     }
     #[inline(always)]
-    unsafe fn load_bf16(self, p: *const u16) -> [f32; 8] {
+    unsafe fn load_bf16_pairs(self, p: *const u32) -> [[f32; 8]; 2] {
         // SAFETY: as above.
-        let raw = unsafe { p.cast::<[u16; 8]>().read_unaligned() };
-        lanes(|i| half::bf16::from_bits(raw[i]).to_f32())
+        let pairs = unsafe { p.cast::<[u32; 8]>().read_unaligned() };
+        [lanes(|i| f32::from_bits(pairs[i] << 16)), lanes(|i| f32::from_bits(pairs[i] & 0xffff_0000))]
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u16) -> [f32; 8] {

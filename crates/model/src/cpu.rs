@@ -4,7 +4,8 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use overfill_kernels::{
-    Activations, DenseMatrix, Into, Matrix, QuantisedMatrix, Reads, Run, ThreadPool, paged_attention, products, rms_norm, rotate, swiglu,
+    Activations, Bf16Matrix, DenseMatrix, Into, Matrix, QuantisedMatrix, Reads, Run, ThreadPool, paged_attention, products, rms_norm,
+    rotate, swiglu,
 };
 use overfill_kv::BlockId;
 use overfill_types::pair::WeightFormat;
@@ -224,7 +225,7 @@ impl<const N: usize> Linear<N> {
 fn matrix(weights: &Weights, name: &str, format: WeightFormat, pool: &ThreadPool) -> Result<Matrix, ModelError> {
     match weights.matrix(name, format, &Device::Cpu)? {
         Weight::Quantised(q) => Ok(Matrix::Quantised(quantised(name, &q, pool)?)),
-        Weight::Dense(t) => Ok(Matrix::Dense(dense(&t, pool)?)),
+        Weight::Dense(t) => dense(&t, pool),
     }
 }
 
@@ -240,12 +241,12 @@ fn quantised(name: &str, q: &QTensor, pool: &ThreadPool) -> Result<QuantisedMatr
     })
 }
 
-pub(crate) fn dense(t: &Tensor, pool: &ThreadPool) -> Result<DenseMatrix, ModelError> {
+fn dense(t: &Tensor, pool: &ThreadPool) -> Result<Matrix, ModelError> {
     let (outputs, inputs) = t.dims2()?;
     match t.dtype() {
-        DType::BF16 => values::read(t, |w: &[bf16]| DenseMatrix::from_bf16(pool, w, outputs, inputs)),
-        DType::F16 => values::read(t, |w: &[f16]| DenseMatrix::from_f16(pool, w, outputs, inputs)),
-        _ => values::read(&t.to_dtype(DType::F32)?, |w: &[f32]| DenseMatrix::from_f32(pool, w, outputs, inputs)),
+        DType::BF16 => values::read(t, |w: &[bf16]| Matrix::Bf16(Bf16Matrix::new(pool, w, outputs, inputs))),
+        DType::F16 => values::read(t, |w: &[f16]| Matrix::Dense(DenseMatrix::from_f16(pool, w, outputs, inputs))),
+        _ => values::read(&t.to_dtype(DType::F32)?, |w: &[f32]| Matrix::Dense(DenseMatrix::from_f32(pool, w, outputs, inputs))),
     }
 }
 

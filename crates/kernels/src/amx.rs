@@ -1,0 +1,162 @@
+//! AMX: eight registers of 16 rows of 64 bytes, tiles, and the unit that multiplies two of them.
+//!
+//! The instructions are written out, since the compiler's own names for them are not stable. Linux gives a process the tiles when it
+//! asks.
+
+use std::arch::asm;
+use std::sync::OnceLock;
+
+use crate::avx512::Avx512;
+
+/// Rows of a tile.
+pub(crate) const ROWS: usize = 16;
+
+/// Made by [`Amx::detect`] alone: a value is proof that this process may use the unit, and AVX-512 beside it.
+#[derive(Clone, Copy)]
+pub(crate) struct Amx(Avx512);
+
+/// The calling thread's tiles, which have their shape until this is dropped.
+pub(crate) struct Tiles(());
+
+/// f32 `[row tile, panel, 16, 16]`: sums of four tiles, as they are stored.
+#[repr(C, align(64))]
+pub(crate) struct Sums(pub(crate) [[[[f32; 16]; ROWS]; 2]; 2]);
+
+impl Amx {
+    /// The proof, where this CPU and its system can give it.
+    pub(crate) fn detect() -> Option<Self> {
+        static HERE: OnceLock<bool> = OnceLock::new();
+        let avx512 = Avx512::detect()?;
+        HERE.get_or_init(|| has_unit() && is_permitted()).then_some(Self(avx512))
+    }
+
+    /// The vector unit that is there too.
+    pub(crate) fn avx512(self) -> Avx512 {
+        self.0
+    }
+
+    /// Tiles of this thread, for products of up to 32 rows.
+    pub(crate) fn tiles(self) -> Tiles {
+        Tiles(())
+    }
+}
+
+/// Whether the CPU multiplies bfloat16 in tiles.
+fn has_unit() -> bool {
+    /// Bits of what CPUID says in leaf 7: AMX-BF16 and AMX-TILE (Intel's manual, volume 2A).
+    const BF16: u32 = 1 << 22;
+    const TILE: u32 = 1 << 24;
+    let said = std::arch::x86_64::__cpuid_count(7, 0).edx;
+    said & TILE != 0 && said & BF16 != 0
+}
+
+/// Whether the system keeps the tiles for this process, whose every thread has room for them from then on.
+fn is_permitted() -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        /// Of `asm/prctl.h`, and the number of the tiles' state.
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const XTILEDATA: libc::c_long = 18;
+        // SAFETY: the call takes two numbers, and changes nothing but what this process may use.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 }
+    }
+    #[cfg(not(target_os = "linux"))]
+    false
+}
+
+impl Tiles {
+    /// Gives the tiles their shape: left factors and sums of `rows` rows in all, at most 32, of which a tile takes 16.
+    pub(crate) fn shape(&mut self, rows: usize) {
+        /// Palette 1: bytes in a row from 16 on, two for each tile; rows from 48 on, one for each.
+        #[repr(C, align(64))]
+        struct Shapes([u8; 64]);
+        assert!((1..=2 * ROWS).contains(&rows), "two tiles have at most 32 rows");
+        let (first, second) = (rows.min(ROWS), rows.saturating_sub(ROWS));
+        let mut shapes = Shapes([0; 64]);
+        shapes.0[0] = 1;
+        // Sums of the first 16 rows with two panels, of the others; both left factors; both panels.
+        for (tile, rows) in [first, first, second, second, first, second, ROWS, ROWS].into_iter().enumerate() {
+            if rows > 0 {
+                shapes.0[16 + 2 * tile] = 64;
+                shapes.0[48 + tile] = rows as u8;
+            }
+        }
+        // SAFETY: a value of `Amx` proved the unit; the shapes are ones that there are.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) shapes.0.as_ptr(), options(nostack, readonly)) };
+    }
+
+    /// The products of pairs of bfloat16, `steps` of 16 pairs, summed in f32: of the rows that the tiles have been shaped for (more
+    /// than 16 where `SECOND`) with a panel of 16 outputs, or with `TWO`.
+    ///
+    /// For each step, `x` has 64 bytes of each row, and each panel 64 bytes for each pair: the pair's weights of each output.
+    ///
+    /// # Safety
+    /// All that can be read: `steps * rows * 64` bytes at `x`, `steps * 1024` at each of `panels`.
+    #[inline(always)]
+    pub(crate) unsafe fn multiply<const SECOND: bool, const TWO: bool>(
+        &self,
+        x: *const u16,
+        rows: usize,
+        panels: [*const u16; 2],
+        steps: usize,
+        to: &mut Sums,
+    ) {
+        const LINE: usize = 64;
+        // SAFETY: a value of `Amx` proved the unit; what is read is the caller's promise, `to` has room for four tiles. Nothing but this
+        // function uses tiles.
+        unsafe {
+            asm!("tilezero tmm0", out("tmm0") _, options(nostack, nomem));
+            if TWO {
+                asm!("tilezero tmm1", out("tmm1") _, options(nostack, nomem));
+            }
+            if SECOND {
+                asm!("tilezero tmm2", out("tmm2") _, options(nostack, nomem));
+            }
+            if SECOND && TWO {
+                asm!("tilezero tmm3", out("tmm3") _, options(nostack, nomem));
+            }
+            for step in 0..steps {
+                let first = x.add(step * rows * LINE / 2);
+                let second = first.wrapping_add(ROWS * LINE / 2);
+                let [one, two] = panels.map(|panel| panel.wrapping_add(step * ROWS * LINE / 2));
+                asm!("tileloadd tmm4, [{x} + {line}]", "tileloadd tmm6, [{w} + {line}]", "tdpbf16ps tmm0, tmm4, tmm6",
+                    x = in(reg) first, w = in(reg) one, line = in(reg) LINE,
+                    out("tmm0") _, out("tmm4") _, out("tmm6") _, options(nostack, readonly));
+                if TWO {
+                    asm!("tileloadd tmm7, [{w} + {line}]", "tdpbf16ps tmm1, tmm4, tmm7",
+                        w = in(reg) two, line = in(reg) LINE, out("tmm1") _, out("tmm7") _, options(nostack, readonly));
+                }
+                if SECOND {
+                    asm!("tileloadd tmm5, [{x} + {line}]", "tdpbf16ps tmm2, tmm5, tmm6",
+                        x = in(reg) second, line = in(reg) LINE, out("tmm2") _, out("tmm5") _, options(nostack, readonly));
+                }
+                if SECOND && TWO {
+                    asm!("tdpbf16ps tmm3, tmm5, tmm7", out("tmm3") _, options(nostack, nomem));
+                }
+            }
+            let [[a, b], [c, d]] = &mut to.0;
+            macro_rules! store {
+                ($tile:literal, $to:expr) => {
+                    asm!(concat!("tilestored [{to} + {line}], ", $tile), to = in(reg) $to.as_mut_ptr(), line = in(reg) LINE, options(nostack))
+                };
+            }
+            store!("tmm0", a);
+            if TWO {
+                store!("tmm1", b);
+            }
+            if SECOND {
+                store!("tmm2", c);
+            }
+            if SECOND && TWO {
+                store!("tmm3", d);
+            }
+        }
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: a value of `Amx` proved the unit. A thread without tiles is switched to and from faster.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
