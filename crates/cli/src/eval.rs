@@ -31,6 +31,9 @@ pub(crate) struct EvalArgs {
     /// A decode model that reads the prompt itself: a Hugging Face folder or a .gguf file (may be given several times)
     #[arg(long, env = "OVERFILL_BASELINE", value_delimiter = ',')]
     baseline: Vec<PathBuf>,
+    /// How the baselines' weights are held: native, f32, bf16 or f16
+    #[arg(long, env = "OVERFILL_BASELINE_WEIGHTS", default_value = "native")]
+    baseline_weights: WeightFormat,
     /// Most tokens of an answer
     #[arg(long, env = "OVERFILL_MAX_TOKENS", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..))]
     max_tokens: u16,
@@ -86,7 +89,7 @@ pub(crate) fn run(args: EvalArgs, home: &Home) -> anyhow::Result<()> {
     let transform = pair.load_transform(pool)?;
     let load = |path: &PathBuf| {
         let name = path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
-        let model = Llama::load(path, WeightFormat::Native, &Device::Cpu, pool).with_context(|| format!("baseline {}", path.display()));
+        let model = Llama::load(path, args.baseline_weights, &Device::Cpu, pool).with_context(|| format!("baseline {}", path.display()));
         model.map(|model| (name, model))
     };
     let baselines = args.baseline.iter().map(load).collect::<anyhow::Result<Vec<_>>>()?;

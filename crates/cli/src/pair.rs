@@ -46,7 +46,7 @@ pub(crate) struct MakePairArgs {
     #[arg(long, env = "OVERFILL_OVERRIDE_GENERATION_CONFIG", value_parser = parse_generation)]
     override_generation_config: Option<GenerationConfig>,
     /// How the full model's weights are held: native, f32, bf16 or f16
-    #[arg(long, env = "OVERFILL_FULL_WEIGHTS", default_value = "native")]
+    #[arg(long, env = "OVERFILL_FULL_WEIGHTS", default_value = "bf16")]
     full_weights: WeightFormat,
     /// How the decode model's weights are held: native, f32, bf16 or f16
     #[arg(long, env = "OVERFILL_DECODE_WEIGHTS", default_value = "native")]

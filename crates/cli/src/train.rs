@@ -51,7 +51,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, env = "OVERFILL_FULL")]
     full: Option<PathBuf>,
     /// How the full model's weights are held, without a pair
-    #[arg(long, default_value = "native")]
+    #[arg(long, default_value = "bf16")]
     full_weights: WeightFormat,
     /// Which of the full model's layers go over, without a pair, where the decode model has fewer: firstlast, first or last
     #[arg(long, default_value = "firstlast")]

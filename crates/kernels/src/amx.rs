@@ -7,24 +7,29 @@ use std::arch::asm;
 use std::sync::OnceLock;
 
 use crate::avx512::Avx512;
+use crate::bf16::Line;
 
 /// Rows of a tile.
-pub(crate) const ROWS: usize = 16;
+pub const ROWS: usize = 16;
 
 /// Made by [`Amx::detect`] alone: a value is proof that this process may use the unit, and AVX-512 beside it.
 #[derive(Clone, Copy)]
-pub(crate) struct Amx(Avx512);
+pub struct Amx(Avx512);
 
-/// The calling thread's tiles, which have their shape until this is dropped.
-pub(crate) struct Tiles(());
+/// The calling thread's tiles, for products of up to 32 rows with up to 32 outputs.
+pub struct Tiles {
+    /// Rows that they are shaped for; none yet: 0.
+    rows: usize,
+}
 
 /// f32 `[row tile, panel, 16, 16]`: sums of four tiles, as they are stored.
 #[repr(C, align(64))]
-pub(crate) struct Sums(pub(crate) [[[[f32; 16]; ROWS]; 2]; 2]);
+#[derive(Default)]
+pub struct Sums(pub [[[[f32; 16]; ROWS]; 2]; 2]);
 
 impl Amx {
     /// The proof, where this CPU and its system can give it.
-    pub(crate) fn detect() -> Option<Self> {
+    pub fn detect() -> Option<Self> {
         static HERE: OnceLock<bool> = OnceLock::new();
         let avx512 = Avx512::detect()?;
         HERE.get_or_init(|| has_unit() && is_permitted()).then_some(Self(avx512))
@@ -35,9 +40,9 @@ impl Amx {
         self.0
     }
 
-    /// Tiles of this thread, for products of up to 32 rows.
-    pub(crate) fn tiles(self) -> Tiles {
-        Tiles(())
+    /// The calling thread's tiles; it has one such value at a time.
+    pub fn tiles(self) -> Tiles {
+        Tiles { rows: 0 }
     }
 }
 
@@ -66,18 +71,22 @@ fn is_permitted() -> bool {
 
 impl Tiles {
     /// Gives the tiles their shape: left factors and sums of `rows` rows in all, at most 32, of which a tile takes 16.
-    pub(crate) fn shape(&mut self, rows: usize) {
+    pub fn shape(&mut self, rows: usize) {
         /// Palette 1: bytes in a row from 16 on, two for each tile; rows from 48 on, one for each.
         #[repr(C, align(64))]
         struct Shapes([u8; 64]);
         assert!((1..=2 * ROWS).contains(&rows), "two tiles have at most 32 rows");
+        if rows == self.rows {
+            return;
+        }
+        self.rows = rows;
         let (first, second) = (rows.min(ROWS), rows.saturating_sub(ROWS));
         let mut shapes = Shapes([0; 64]);
         shapes.0[0] = 1;
         // Sums of the first 16 rows with two panels, of the others; both left factors; both panels.
         for (tile, rows) in [first, first, second, second, first, second, ROWS, ROWS].into_iter().enumerate() {
             if rows > 0 {
-                shapes.0[16 + 2 * tile] = 64;
+                shapes.0[16 + 2 * tile] = size_of::<Line>() as u8;
                 shapes.0[48 + tile] = rows as u8;
             }
         }
@@ -85,23 +94,42 @@ impl Tiles {
         unsafe { asm!("ldtilecfg [{}]", in(reg) shapes.0.as_ptr(), options(nostack, readonly)) };
     }
 
-    /// The products of pairs of bfloat16, `steps` of 16 pairs, summed in f32: of the rows that the tiles have been shaped for (more
-    /// than 16 where `SECOND`) with a panel of 16 outputs, or with `TWO`.
+    /// The products, summed in f32, of the rows that the tiles are shaped for with a panel of 16 outputs, or with two.
     ///
-    /// For each step, `x` has 64 bytes of each row, and each panel 64 bytes for each pair: the pair's weights of each output.
+    /// `x` is `[steps, rows]` lines: 16 pairs of each row a step; a panel `[steps, 16]`: each pair's weights of all outputs.
+    #[inline(always)]
+    pub fn multiply(&self, x: &[Line], one: &[Line], two: Option<&[Line]>, to: &mut Sums) {
+        let steps = one.len() / ROWS;
+        assert!(
+            self.rows > 0 && x.len() == steps * self.rows && two.is_none_or(|two| two.len() == one.len()),
+            "steps of {} rows",
+            self.rows
+        );
+        // SAFETY: all lines of the steps are there; where there is no second panel, none is read.
+        unsafe {
+            match (self.rows > ROWS, two) {
+                (false, None) => self.steps::<false, false>(x.as_ptr(), one.as_ptr(), one.as_ptr(), steps, to),
+                (false, Some(two)) => self.steps::<false, true>(x.as_ptr(), one.as_ptr(), two.as_ptr(), steps, to),
+                (true, None) => self.steps::<true, false>(x.as_ptr(), one.as_ptr(), one.as_ptr(), steps, to),
+                (true, Some(two)) => self.steps::<true, true>(x.as_ptr(), one.as_ptr(), two.as_ptr(), steps, to),
+            }
+        }
+    }
+
+    /// `SECOND`: more than 16 rows. `TWO`: two panels.
     ///
     /// # Safety
-    /// All that can be read: `steps * rows * 64` bytes at `x`, `steps * 1024` at each of `panels`.
+    /// The tiles are shaped; `steps * rows` lines can be read at `x`, `steps * 16` at each panel.
     #[inline(always)]
-    pub(crate) unsafe fn multiply<const SECOND: bool, const TWO: bool>(
+    unsafe fn steps<const SECOND: bool, const TWO: bool>(
         &self,
-        x: *const u16,
-        rows: usize,
-        panels: [*const u16; 2],
+        x: *const Line,
+        one: *const Line,
+        two: *const Line,
         steps: usize,
         to: &mut Sums,
     ) {
-        const LINE: usize = 64;
+        const LINE: usize = size_of::<Line>();
         // SAFETY: a value of `Amx` proved the unit; what is read is the caller's promise, `to` has room for four tiles. Nothing but this
         // function uses tiles.
         unsafe {
@@ -116,19 +144,17 @@ impl Tiles {
                 asm!("tilezero tmm3", out("tmm3") _, options(nostack, nomem));
             }
             for step in 0..steps {
-                let first = x.add(step * rows * LINE / 2);
-                let second = first.wrapping_add(ROWS * LINE / 2);
-                let [one, two] = panels.map(|panel| panel.wrapping_add(step * ROWS * LINE / 2));
+                let x = x.add(step * self.rows);
                 asm!("tileloadd tmm4, [{x} + {line}]", "tileloadd tmm6, [{w} + {line}]", "tdpbf16ps tmm0, tmm4, tmm6",
-                    x = in(reg) first, w = in(reg) one, line = in(reg) LINE,
+                    x = in(reg) x, w = in(reg) one.add(step * ROWS), line = in(reg) LINE,
                     out("tmm0") _, out("tmm4") _, out("tmm6") _, options(nostack, readonly));
                 if TWO {
                     asm!("tileloadd tmm7, [{w} + {line}]", "tdpbf16ps tmm1, tmm4, tmm7",
-                        w = in(reg) two, line = in(reg) LINE, out("tmm1") _, out("tmm7") _, options(nostack, readonly));
+                        w = in(reg) two.add(step * ROWS), line = in(reg) LINE, out("tmm1") _, out("tmm7") _, options(nostack, readonly));
                 }
                 if SECOND {
                     asm!("tileloadd tmm5, [{x} + {line}]", "tdpbf16ps tmm2, tmm5, tmm6",
-                        x = in(reg) second, line = in(reg) LINE, out("tmm2") _, out("tmm5") _, options(nostack, readonly));
+                        x = in(reg) x.add(ROWS), line = in(reg) LINE, out("tmm2") _, out("tmm5") _, options(nostack, readonly));
                 }
                 if SECOND && TWO {
                     asm!("tdpbf16ps tmm3, tmm5, tmm7", out("tmm3") _, options(nostack, nomem));

@@ -35,10 +35,10 @@ const PAIRS: usize = GROUP / 2;
 /// What is less counts as zero.
 const LEAST: f32 = 1.0 / (1u64 << 50) as f32;
 
-/// A pair of inputs' weights for each of a panel's outputs, the even input first.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line([[u16; 2]; PANEL]);
+/// 16 pairs of bfloat16: an input pair's weights of a panel's outputs, or the pairs of a row's group. The even input is first.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+pub struct Line(pub [[u16; 2]; 16]);
 
 /// A weight matrix `[out, in]` of bfloat16, packed for the CPU.
 pub struct Bf16Matrix {
@@ -69,7 +69,7 @@ impl Bf16Matrix {
     pub fn new(pool: &ThreadPool, weights: &[bf16], outputs: usize, inputs: usize) -> Self {
         assert_eq!(weights.len(), outputs * inputs, "a matrix of {outputs} x {inputs}");
         let (panels, each) = (outputs.div_ceil(PANEL), inputs.div_ceil(GROUP) * PAIRS);
-        let mut lines = vec![Line([[0; 2]; PANEL]); panels * each];
+        let mut lines = vec![Line::default(); panels * each];
         let to = Disjoint::new(&mut lines);
         pool.run(panels, |panel| {
             // SAFETY: each panel is written once.

@@ -8,7 +8,7 @@
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
-mod amx;
+pub mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -42,7 +42,7 @@ mod thread_pool;
 
 pub use activations::{Activations, Reads};
 pub use attention::{AttentionScratch, paged_attention};
-pub use bf16::Bf16Matrix;
+pub use bf16::{Bf16Matrix, Line};
 pub use dense::DenseMatrix;
 pub use destination::Into;
 pub use ggml::BlockFormat;

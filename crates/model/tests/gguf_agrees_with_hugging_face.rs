@@ -206,7 +206,11 @@ fn quantised_weights() {
 
         let native = logits(&file, WeightFormat::Native);
         let theirs = candle_logits(&file);
-        if dtype.block_size() == 1 {
+        if dtype == GgmlDType::BF16 {
+            // What is multiplied with bfloat16 is rounded to it, here alone.
+            let (ours, size) = (deviation(&native, &expected), size(&expected));
+            assert!(ours > 0.0 && ours < 0.01 * size, "{dtype:?}: {ours} of {size}");
+        } else if dtype.block_size() == 1 {
             assert!(all_same_bits(&native, &expected), "{dtype:?}: {}", worst(&native, &expected));
             assert!(worst(&native, &theirs) < 1e-4, "{dtype:?}: {}", worst(&native, &theirs));
         } else {
@@ -243,6 +247,11 @@ fn candle_logits(path: &Path) -> Vec<Vec<f32>> {
         model.forward(&token, position).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
     };
     tokens().iter().enumerate().map(&mut read).collect()
+}
+
+/// Root of the mean square.
+fn size(a: &[Vec<f32>]) -> f32 {
+    deviation(a, &a.iter().map(|a| vec![0.0; a.len()]).collect::<Vec<_>>())
 }
 
 /// Root of the mean squared difference.

@@ -22,7 +22,7 @@ fn load(case: &Fixture, format: WeightFormat) -> Llama {
 
 fn check(name: &str) {
     let case = Fixture::open(&format!("logits/{name}"));
-    // As they are stored: most are bf16, and both ways multiply the same numbers.
+    // As they are stored too: most are bf16, whose products round what they are multiplied with.
     for format in [WeightFormat::F32, WeightFormat::Native] {
         let model = load(&case, format);
         for prompt in 0..PROMPTS {
@@ -32,7 +32,9 @@ fn check(name: &str) {
             assert_eq!(whole.len(), expected.len());
             for (position, (got, expected)) in whole.iter().zip(&expected).enumerate() {
                 let difference = difference(got, expected);
-                assert!(difference < 1e-3, "{name} as {format:?}: {} tokens, position {position}: {difference}", prompt.len());
+                let greatest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+                let most = if format == WeightFormat::F32 { 1e-3 } else { 0.05 * greatest };
+                assert!(difference < most, "{name} as {format:?}: {} tokens, position {position}: {difference}", prompt.len());
             }
             for (cut, threads) in [(1, 2), (3, 1), (16, 3)] {
                 let mut sequence = Sequence::new(model.config().kv, prompt.len(), 16, threads);

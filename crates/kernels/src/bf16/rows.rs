@@ -1,6 +1,6 @@
 //! Rows rounded to bfloat16, laid out for the unit that will multiply them.
 
-use super::{GROUP, PAIRS, number, round};
+use super::{GROUP, Line, PAIRS, number, round};
 use crate::activations::Place;
 #[cfg(target_arch = "x86_64")]
 use crate::amx::Amx;
@@ -18,9 +18,9 @@ pub(super) const BLOCK_ROWS: usize = 24;
 
 /// Rounded rows, widened with zeros to whole groups.
 pub(crate) enum HalfRows {
-    /// In blocks `[groups, rows of the block, 32]`.
+    /// In blocks `[groups, rows of the block]`.
     #[cfg(target_arch = "x86_64")]
-    Tiles(Amx, Vec<u16>),
+    Tiles(Amx, Vec<Line>),
     /// In blocks `[groups * 16, rows of the block]`: the inputs `4i` and `4i + 2` of a group, then `4i + 1` and `4i + 3`, the first of two in
     /// the upper half.
     #[cfg(target_arch = "x86_64")]
@@ -40,7 +40,7 @@ pub(crate) struct RoundTo<'a> {
 #[derive(Clone, Copy)]
 enum To<'a> {
     #[cfg(target_arch = "x86_64")]
-    Tiles(Disjoint<'a, u16>),
+    Tiles(Disjoint<'a, Line>),
     #[cfg(target_arch = "x86_64")]
     Pairs(Disjoint<'a, u32>),
     Singles(Disjoint<'a, f32>),
@@ -76,7 +76,7 @@ impl HalfRows {
         let to = match self {
             #[cfg(target_arch = "x86_64")]
             Self::Tiles(_, all) => {
-                all.resize(count, 0);
+                all.resize(rows * groups, Line::default());
                 To::Tiles(Disjoint::new(all))
             }
             #[cfg(target_arch = "x86_64")]
@@ -105,9 +105,10 @@ pub(crate) fn round_row<S: Simd>(_: S, values: &[f32], row: usize, RoundTo { row
         match to {
             #[cfg(target_arch = "x86_64")]
             To::Tiles(to) => {
-                let at = Place::of(row, rows, TILES_ROWS).at(g, groups, GROUP);
-                // SAFETY: these places are this row's, and one thread has it.
-                unsafe { to.part(at, GROUP) }.copy_from_slice(&codes);
+                let at = Place::of(row, rows, TILES_ROWS).at(g, groups, 1);
+                // SAFETY: this place is this row's, and one thread has it.
+                let line = unsafe { &mut to.part(at, 1)[0] };
+                line.0.as_flattened_mut().copy_from_slice(&codes);
             }
             #[cfg(target_arch = "x86_64")]
             To::Pairs(to) => {
