@@ -26,7 +26,7 @@ pub(crate) struct MakePairArgs {
     /// From the full model's KV cache to the decode model's: identity, prune:firstlast, prune:first, prune:last or projection:FILE
     #[arg(long, env = "OVERFILL_KV")]
     kv: KvSpec,
-    /// How keys and values are stored in the nodes' caches: f32 or f16
+    /// How keys and values are stored in the nodes' caches: f32, f16 or int8
     #[arg(long, env = "OVERFILL_KV_CACHE", default_value_t = KvFormat::F16)]
     kv_cache: KvFormat,
     /// How they go from prefill to decode node: f32, f16, bf16 or int8

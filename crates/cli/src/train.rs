@@ -56,7 +56,7 @@ pub(crate) struct TrainArgs {
     /// Which of the full model's layers go over, without a pair, where the decode model has fewer: firstlast, first or last
     #[arg(long, default_value = "firstlast")]
     keep: PruneStrategy,
-    /// Numbers of the KV caches, without a pair: f32 or f16
+    /// Numbers of the KV caches, without a pair: f32, f16 or int8
     #[arg(long, default_value = "f16")]
     kv: KvFormat,
     /// Numbers of a handoff, without a pair: f32, f16, bf16 or int8
@@ -110,7 +110,7 @@ pub(crate) struct TrainArgs {
     /// Train a projection of the full model's keys and values too
     #[arg(long)]
     projection: bool,
-    /// What the large products read: f32, or bf16, rounded, which is faster on CPUs that multiply it (AVX-512 BF16)
+    /// What the large products read: f32, or bf16, rounded, which is faster on CPUs that multiply it (AMX, AVX-512 BF16)
     #[arg(long, default_value = "f32")]
     precision: Precision,
     /// Learn with the layers' matrices rounded as `overfill export` will store them: q4_0, q4_1, q5_0, q5_1 or q8_0 [default: not rounded]

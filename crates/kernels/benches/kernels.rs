@@ -96,7 +96,7 @@ fn attention(c: &mut Criterion) {
     let mut group = c.benchmark_group("attention");
     let shape = KvShape { kv_heads: 3, head_dim: 64, block_tokens: 16, blocks: 128 };
     let blocks: Vec<u32> = (0..128).collect();
-    for format in [KvFormat::F32, KvFormat::F16] {
+    for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
         let mut layer = KvLayer::new(shape, format);
         let filled = noise(2048 * shape.row());
         layer.write(&pool, &[Run { blocks: &blocks, start: 0, tokens: 2048 }], &filled, &filled, shape.row());

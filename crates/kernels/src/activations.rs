@@ -214,30 +214,37 @@ struct Rounded<'a> {
     sums: Disjoint<'a, f32>,
 }
 
+/// Rounds a group of 16 or of 32 values to integers from -127 to 127; gives the value of code 1.
+#[inline(always)]
+pub(crate) fn round_group<S: Simd>(s: S, x: &[f32], codes: &mut [i8]) -> f32 {
+    assert!(x.len().is_multiple_of(16) && codes.len() == x.len());
+    let mut greatest = s.splat(0.0);
+    for x in x.chunks_exact(S::LANES) {
+        // SAFETY: the chunk has `LANES` values.
+        let v = unsafe { s.load(x.as_ptr()) };
+        greatest = s.max(s.max(v, s.sub(s.splat(0.0), v)), greatest);
+    }
+    let mut lanes = [0.0f32; 16];
+    // SAFETY: there is room for 16.
+    unsafe { s.store(lanes.as_mut_ptr(), greatest) };
+    let greatest = lanes.iter().fold(0.0f32, |m, x| if *x > m { *x } else { m });
+    let inverse = s.splat(if greatest > 0.0 { 127.0 / greatest } else { 0.0 });
+    for (x, codes) in x.chunks_exact(S::LANES).zip(codes.chunks_exact_mut(S::LANES)) {
+        // SAFETY: both chunks have `LANES` places. The product is at least -127 and a rounding error, which rounds to -127; the minimum
+        // turns what is not a number into one, the same on all lanes.
+        unsafe { s.store_i8(codes.as_mut_ptr(), s.min(s.mul(s.load(x.as_ptr()), inverse), s.splat(127.0))) };
+    }
+    greatest / 127.0
+}
+
 /// Rounds one row.
 #[inline(always)]
 fn round<S: Simd>(s: S, x: &[f32], place: Place, to: Rounded<'_>) {
     for (g, x) in x.chunks_exact(GROUP).enumerate() {
-        let mut greatest = s.splat(0.0);
-        for i in (0..GROUP).step_by(S::LANES) {
-            // SAFETY: the group has 32 values.
-            let v = unsafe { s.load(x.as_ptr().add(i)) };
-            greatest = s.max(s.max(v, s.sub(s.splat(0.0), v)), greatest);
-        }
-        let mut lanes = [0.0f32; 16];
-        // SAFETY: there is room for 16.
-        unsafe { s.store(lanes.as_mut_ptr(), greatest) };
-        let greatest = lanes.iter().fold(0.0f32, |m, x| if *x > m { *x } else { m });
-        let scale = greatest / 127.0;
-        let inverse = s.splat(if greatest > 0.0 { 127.0 / greatest } else { 0.0 });
         let at = place.at(g, to.groups, 1);
         // SAFETY: these places are this row's, and one thread has it.
         let codes = unsafe { to.codes.part(at * GROUP, GROUP) };
-        for i in (0..GROUP).step_by(S::LANES) {
-            // SAFETY: the group has 32 values and as many codes. The product is at least -127 and a rounding error, which rounds to
-            // -127; the minimum turns what is not a number into one, the same on all lanes.
-            unsafe { s.store_i8(codes.as_mut_ptr().add(i), s.min(s.mul(s.load(x.as_ptr().add(i)), inverse), s.splat(127.0))) };
-        }
+        let scale = round_group(s, x, codes);
         let [low, high] = [&codes[..16], &codes[16..]].map(|half| half.iter().map(|c| i32::from(*c)).sum::<i32>());
         // SAFETY: as above.
         unsafe {

@@ -9,9 +9,11 @@ use std::cell::RefCell;
 
 use crate::disjoint::Disjoint;
 use crate::exp::exp;
+use crate::kv::int8::Int8;
 use crate::kv::{Both, KvLayer, KvShape, Run, Stored};
 use crate::number::Number;
-use crate::segment::{SEGMENT, Segment, attend_segment};
+use crate::segment::{self, SEGMENT, Segment};
+use crate::segment_int8::{self, IntRows};
 use crate::simd::{Simd, dispatch};
 use crate::thread_pool::ThreadPool;
 
@@ -91,6 +93,7 @@ pub fn paged_attention(
         SCRATCH.with_borrow_mut(|local| match &layer.stored {
             Stored::F32(both) => dispatch!(attend(both, call, spans[task.span].blocks, *task, local)),
             Stored::F16(both) => dispatch!(attend(both, call, spans[task.span].blocks, *task, local)),
+            Stored::Int8(both) => dispatch!(attend(both, call, spans[task.span].blocks, *task, local)),
         });
     };
     // A position costs some ten nanoseconds for each KV head.
@@ -147,6 +150,8 @@ struct Local {
     scores: Vec<f32>,
     /// `[rows, head_dim]`, scaled
     queries: Vec<f32>,
+    /// What an int8 cache makes of them.
+    integers: IntRows,
     /// Of one segment: `[rows, 2 + padded head]`, as the partial results have it.
     part: Vec<f32>,
     /// Of all segments so far, likewise.
@@ -157,13 +162,52 @@ thread_local! {
     static SCRATCH: RefCell<Local> = RefCell::default();
 }
 
+/// Keys and values as one of the formats stores them.
+trait Cached {
+    /// Told of a task's queries, `[rows, head_dim]`, before its first segment.
+    fn begin<S: Simd>(s: S, queries: &[f32], head_dim: usize, integers: &mut IntRows);
+
+    /// What the queries make of a segment: see [`segment::attend_segment`].
+    fn segment<S: Simd>(&self, s: S, segment: Segment<'_>, seen: impl Fn(usize) -> usize, rows: Rows<'_>);
+}
+
+/// The rows of a task, and where a segment's result goes.
+struct Rows<'a> {
+    queries: &'a [f32],
+    integers: &'a mut IntRows,
+    scores: &'a mut [f32],
+    part: &'a mut [f32],
+}
+
+impl<T: Number> Cached for Both<T> {
+    #[inline(always)]
+    fn begin<S: Simd>(_: S, _: &[f32], _: usize, _: &mut IntRows) {}
+
+    #[inline(always)]
+    fn segment<S: Simd>(&self, s: S, segment: Segment<'_>, seen: impl Fn(usize) -> usize, rows: Rows<'_>) {
+        segment::attend_segment(s, self, segment, rows.queries, seen, rows.scores, rows.part);
+    }
+}
+
+impl Cached for Int8 {
+    #[inline(always)]
+    fn begin<S: Simd>(s: S, queries: &[f32], head_dim: usize, integers: &mut IntRows) {
+        integers.set_queries(s, queries, head_dim);
+    }
+
+    #[inline(always)]
+    fn segment<S: Simd>(&self, s: S, segment: Segment<'_>, seen: impl Fn(usize) -> usize, rows: Rows<'_>) {
+        segment_int8::attend_segment(s, self, segment, rows.integers, seen, rows.scores, rows.part);
+    }
+}
+
 #[inline(always)]
-fn attend<S: Simd, T: Number>(s: S, kv: &Both<T>, call: Call<'_>, blocks: &[u32], task: Task, local: &mut Local) {
+fn attend<S: Simd, C: Cached>(s: S, kv: &C, call: Call<'_>, blocks: &[u32], task: Task, local: &mut Local) {
     let Call { shape, group, .. } = call;
     let (head_dim, width) = (shape.head_dim, 2 + shape.padded());
     let rows = task.tokens * group;
     let context = task.position + task.tokens;
-    let Local { scores, queries, part, state } = local;
+    let Local { scores, queries, integers, part, state } = local;
     let scale = 1.0 / (head_dim as f32).sqrt();
     queries.clear();
     for r in 0..rows {
@@ -171,6 +215,7 @@ fn attend<S: Simd, T: Number>(s: S, kv: &Both<T>, call: Call<'_>, blocks: &[u32]
         let at = (task.row + r / group) * call.stride + (task.kv_head * group + r % group) * head_dim;
         queries.extend(call.q[at..at + head_dim].iter().map(|x| x * scale));
     }
+    C::begin(s, queries, head_dim, integers);
     scores.resize(rows * SEGMENT, 0.0);
     part.resize(rows * width, 0.0);
     state.resize(rows * width, 0.0);
@@ -181,7 +226,7 @@ fn attend<S: Simd, T: Number>(s: S, kv: &Both<T>, call: Call<'_>, blocks: &[u32]
         let count = SEGMENT.min(context - from);
         let positions = Segment { shape, blocks, kv_head: task.kv_head, from, count };
         let seen = |r: usize| (task.position + r / group + 1).saturating_sub(from).min(count);
-        attend_segment(s, kv, positions, queries, seen, scores, part);
+        kv.segment(s, positions, seen, Rows { queries, integers, scores, part });
         for r in 0..rows {
             // A segment that a row does not see changes nothing; its first one always is seen.
             if segment == 0 || task.segment.is_some() {
@@ -324,13 +369,15 @@ pub(crate) mod tests {
             (32, 1, 80, 64, 257, 1),
             (9, 3, 64, 32, 120, 150),
         ] {
-            for format in [KvFormat::F32, KvFormat::F16] {
+            for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
                 let case = Case::new(heads, shape(kv_heads, head_dim, block, 24), format, 2);
                 let blocks: Vec<u32> = (0..24).map(|b| b * 7 % 24).filter(|b| b % 24 != 5).collect();
                 let span = Run { blocks: &blocks, start, tokens };
                 let q = case.queries(tokens);
                 for (got, want) in case.run(&q, &[span]).iter().zip(case.reference(&q, span)) {
-                    assert!((got - want).abs() < 1e-5, "{got} is not {want}");
+                    // Queries and weights are rounded too where the cache has integers.
+                    let far = if format == KvFormat::Int8 { 0.02 } else { 1e-5 };
+                    assert!((got - want).abs() < far, "{format:?}: {got} is not {want}");
                 }
             }
         }
@@ -338,8 +385,8 @@ pub(crate) mod tests {
 
     #[test]
     fn a_row_is_the_same_bits_in_any_company_and_on_any_number_of_threads() {
-        for threads in [1, 3] {
-            let case = Case::new(9, shape(3, 64, 16, 60), KvFormat::F16, threads);
+        for (threads, format) in [(1, KvFormat::F16), (3, KvFormat::F16), (1, KvFormat::Int8), (3, KvFormat::Int8)] {
+            let case = Case::new(9, shape(3, 64, 16, 60), format, threads);
             let blocks: Vec<u32> = (0..30).rev().collect();
             let other: Vec<u32> = (30..60).collect();
             let (tokens, row) = (400, 9 * 64);
@@ -364,13 +411,15 @@ pub(crate) mod tests {
 
     #[test]
     fn other_lanes_give_the_same_bits() {
-        let case = Case::new(4, shape(2, 40, 16, 20), KvFormat::F16, 1);
-        let blocks: Vec<u32> = (0..20).collect();
-        let q = case.queries(37);
-        let span = Run { blocks: &blocks, start: 200, tokens: 37 };
-        let want = case.run(&q, &[span]);
-        for unit in lanes::here() {
-            assert!(lanes::on(unit, || case.run(&q, &[span])) == want, "{unit}");
+        for format in [KvFormat::F16, KvFormat::Int8] {
+            let case = Case::new(4, shape(2, 40, 16, 20), format, 1);
+            let blocks: Vec<u32> = (0..20).collect();
+            let q = case.queries(37);
+            let span = Run { blocks: &blocks, start: 200, tokens: 37 };
+            let want = case.run(&q, &[span]);
+            for unit in lanes::here() {
+                assert!(lanes::on(unit, || case.run(&q, &[span])) == want, "{format:?} on {unit}");
+            }
         }
     }
 }

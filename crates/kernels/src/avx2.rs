@@ -177,6 +177,37 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn dot_weights<const R: usize, const P: usize, const LINES: usize>(
+        self,
+        codes: [*const i8; P],
+        x: *const i8,
+    ) -> [[__m256i; P]; R] {
+        // SAFETY: see above. A pair of products is at most 2 x 127 x 127, which fits 16 bits.
+        unsafe {
+            let ones = _mm256_set1_epi16(1);
+            let mut sums = [[_mm256_setzero_si256(); P]; R];
+            for line in 0..LINES {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let quad = _mm256_set1_epi32(x.add(r * 32 + line * 4).cast::<i32>().read_unaligned());
+                    for p in 0..P {
+                        let pairs = _mm256_maddubs_epi16(quad, _mm256_loadu_si256(codes[p].add(line * LINE).cast()));
+                        sums[p] = _mm256_add_epi32(sums[p], _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+            }
+            sums
+        }
+    }
+    #[inline(always)]
+    fn greatest(self, a: __m256) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+    #[inline(always)]
     fn to_f32(self, a: __m256i) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_cvtepi32_ps(a) }

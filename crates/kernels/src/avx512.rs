@@ -189,6 +189,35 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn dot_weights<const R: usize, const P: usize, const LINES: usize>(
+        self,
+        codes: [*const i8; P],
+        x: *const i8,
+    ) -> [[__m512i; P]; R] {
+        // SAFETY: see above.
+        unsafe {
+            let mut sums = [[_mm512_setzero_si512(); P]; R];
+            for line in 0..LINES {
+                let mut lines = [_mm512_setzero_si512(); P];
+                for p in 0..P {
+                    lines[p] = _mm512_loadu_si512(codes[p].add(line * LINE).cast());
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let quad = _mm512_set1_epi32(x.add(r * 32 + line * 4).cast::<i32>().read_unaligned());
+                    for p in 0..P {
+                        sums[p] = _mm512_dpbusd_epi32(sums[p], quad, lines[p]);
+                    }
+                }
+            }
+            sums
+        }
+    }
+    #[inline(always)]
+    fn greatest(self, a: __m512) -> f32 {
+        // SAFETY: see above.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+    #[inline(always)]
     fn to_f32(self, a: __m512i) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_cvtepi32_ps(a) }

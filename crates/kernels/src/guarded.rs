@@ -237,7 +237,7 @@ mod tests {
             let table: Vec<u32> = (0..blocks as u32).collect();
             // A prompt, a piece of one, a step in the first segment, one of three segments, the last place of the cache.
             for (start, tokens) in [(0, 37), (100, 60), (15, 1), (280, 1), (blocks * block - 1, 1), (blocks * block - 20, 20)] {
-                for format in [KvFormat::F32, KvFormat::F16] {
+                for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
                     holds(|| {
                         let case = Case::new(heads, shape(kv_heads, head_dim, block, blocks), format, 1);
                         case.run(&case.queries(tokens), &[Run { blocks: &table, start, tokens }])

@@ -59,7 +59,7 @@ proptest! {
         let own: Vec<u32> = (blocks as u32..(start + 560).div_ceil(block_tokens) as u32 + blocks as u32).rev().collect();
         let others: Vec<u32> = (0..blocks as u32).collect();
         let tokens: usize = cuts.iter().map(|(tokens, ..)| tokens).sum();
-        for format in [KvFormat::F32, KvFormat::F16] {
+        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
             let case = Case::new(kv_heads * group, shape(kv_heads, head_dim, block_tokens, blocks + own.len()), format, threads);
             let row = kv_heads * group * head_dim;
             let q = case.queries(tokens);

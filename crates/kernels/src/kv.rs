@@ -2,9 +2,12 @@
 //!
 //! A block holds its tokens' keys as `[kv_heads, head_dim, block_tokens]` and their values as
 //! `[kv_heads, block_tokens, head_dim]` (padded to 16): attention then reads both with whole vectors, over tokens for the
-//! scores and over the head for the sums, and never adds across a vector.
+//! scores and over the head for the sums, and never adds across a vector. Int8 has tiles of its own (`kv/int8.rs`).
+
+pub(crate) mod int8;
 
 use crate::disjoint::Disjoint;
+use crate::kv::int8::Int8;
 use crate::number::{F16, Number};
 use crate::thread_pool::ThreadPool;
 
@@ -18,6 +21,8 @@ pub enum KvFormat {
     F32,
     /// Half precision.
     F16,
+    /// Integers from -127 to 127, with a 32-bit scale for each head of each token.
+    Int8,
 }
 
 /// Shape of one layer of the cache.
@@ -65,6 +70,7 @@ pub struct KvLayer {
 pub(crate) enum Stored {
     F32(Both<f32>),
     F16(Both<F16>),
+    Int8(Int8),
 }
 
 pub(crate) struct Both<T> {
@@ -113,6 +119,7 @@ impl KvLayer {
         let stored = match format {
             KvFormat::F32 => Stored::F32(Both { k: vec![0.0; k], v: vec![0.0; v] }),
             KvFormat::F16 => Stored::F16(Both { k: zeros(k), v: zeros(v) }),
+            KvFormat::Int8 => Stored::Int8(Int8::new(shape)),
         };
         Self { shape, stored }
     }
@@ -127,13 +134,18 @@ impl KvLayer {
         match &mut self.stored {
             Stored::F32(both) => both.claim(pool),
             Stored::F16(both) => both.claim(pool),
+            Stored::Int8(both) => both.claim(pool),
         }
     }
 
     /// Bytes that one token takes.
     pub fn bytes_per_token(shape: KvShape, format: KvFormat) -> usize {
-        let number = if format == KvFormat::F32 { 4 } else { 2 };
-        shape.kv_heads * (shape.head_dim + shape.padded()) * number
+        let numbers = shape.kv_heads * (shape.head_dim + shape.padded());
+        match format {
+            KvFormat::F32 => numbers * 4,
+            KvFormat::F16 => numbers * 2,
+            KvFormat::Int8 => shape.int8_token(),
+        }
     }
 
     /// Stores the keys and values of `runs`, whose rows `[kv_heads, head_dim]` follow each other, `stride` numbers apart, in `k` and in `v`.
@@ -152,17 +164,23 @@ impl KvLayer {
         match &mut self.stored {
             Stored::F32(both) => both.write(pool, shape, &pieces, from, f32::from_f32),
             Stored::F16(both) => both.write(pool, shape, &pieces, from, F16::from_f32),
+            Stored::Int8(both) => both.write(pool, shape, &pieces, from),
         }
     }
 
-    /// Stores rows that are in the cache's own format already: little endian, `[tokens, kv_heads, head_dim]` in `k` and in `v`.
+    /// Stores rows that are in the cache's own format already: little endian, `[tokens, kv_heads, head_dim]` in `k` and in `v`; of int8
+    /// the scales come first, `[tokens, kv_heads]`.
     ///
     /// # Panics
     /// Where the bytes are not `run`'s rows, or blocks are not there.
     pub fn write_bytes(&mut self, pool: &ThreadPool, run: Run<'_>, k: &[u8], v: &[u8]) {
         let (shape, stride) = (self.shape, self.shape.row());
-        let number = if matches!(self.stored, Stored::F32(_)) { 4 } else { 2 };
-        assert!(k.len() == run.tokens * stride * number && v.len() == k.len(), "k and v are [tokens, kv_heads, head_dim]");
+        let row = match self.stored {
+            Stored::F32(_) => stride * 4,
+            Stored::F16(_) => stride * 2,
+            Stored::Int8(_) => stride + shape.kv_heads * 4,
+        };
+        assert!(k.len() == run.tokens * row && v.len() == k.len(), "k and v are [tokens, kv_heads, head_dim]");
         let pieces = pieces(shape, &[run]);
         match &mut self.stored {
             Stored::F32(both) => {
@@ -173,6 +191,7 @@ impl KvLayer {
                 let from = SourceRows { k: k.as_chunks().0, v: v.as_chunks().0, stride };
                 both.write(pool, shape, &pieces, from, |bytes| F16(u16::from_le_bytes(bytes)));
             }
+            Stored::Int8(both) => both.write_bytes(pool, shape, &pieces, run.tokens, k, v),
         }
     }
 
@@ -185,10 +204,11 @@ impl KvLayer {
         match &self.stored {
             Stored::F32(both) => both.read(self.shape, run, k, v),
             Stored::F16(both) => both.read(self.shape, run, k, v),
+            Stored::Int8(both) => both.read(self.shape, run, k, v),
         }
     }
 
-    /// Keys and values of `run` as they are stored, little endian, each `[tokens, kv_heads, head_dim]`: no number is converted.
+    /// Keys and values of `run` as [`Self::write_bytes`] takes them: no number is converted.
     ///
     /// # Panics
     /// Where blocks are not there, or `k` and `v` have another size.
@@ -196,6 +216,7 @@ impl KvLayer {
         match &self.stored {
             Stored::F32(both) => both.copy(pool, self.shape, run, k, v, f32::to_le_bytes),
             Stored::F16(both) => both.copy(pool, self.shape, run, k, v, |x| x.0.to_le_bytes()),
+            Stored::Int8(both) => both.copy(self.shape, run, k, v),
         }
     }
 }
@@ -205,6 +226,19 @@ fn zeros(count: usize) -> Vec<F16> {
     let mut numbers = std::mem::ManuallyDrop::new(vec![0u16; count]);
     // SAFETY: `F16` is a transparent u16, so layout and alignment are the vector's own.
     unsafe { Vec::from_raw_parts(numbers.as_mut_ptr().cast(), numbers.len(), numbers.capacity()) }
+}
+
+/// Writes to each page once.
+fn claim<T: Copy + Default + Send>(pool: &ThreadPool, all: &mut [T]) {
+    /// Bytes of the smallest page.
+    const PAGE: usize = 4096;
+    let numbers = PAGE / size_of::<T>();
+    let pages = all.len().div_ceil(numbers);
+    let all = Disjoint::new(all);
+    pool.rows(pages, 1000, |page| {
+        // SAFETY: each place is written once.
+        unsafe { all.part(page * numbers, 1)[0] = T::default() };
+    });
 }
 
 /// Tokens that go into one block.
@@ -245,17 +279,8 @@ fn pieces(shape: KvShape, runs: &[Run<'_>]) -> Vec<Piece> {
 
 impl<T: Number> Both<T> {
     fn claim(&mut self, pool: &ThreadPool) {
-        /// Bytes of the smallest page.
-        const PAGE: usize = 4096;
-        let numbers = PAGE / size_of::<T>();
-        for all in [&mut self.k, &mut self.v] {
-            let pages = all.len().div_ceil(numbers);
-            let all = Disjoint::new(all);
-            pool.rows(pages, 1000, |page| {
-                // SAFETY: each place is written once.
-                unsafe { all.part(page * numbers, 1)[0] = T::default() };
-            });
-        }
+        claim(pool, &mut self.k);
+        claim(pool, &mut self.v);
     }
 
     fn write<S: Copy + Sync>(
@@ -385,10 +410,8 @@ mod tests {
                     let (mut k, mut v) = (vec![0.0; tokens * 12], vec![0.0; tokens * 12]);
                     layer.read(run, &mut k, &mut v);
                     let encode = |numbers: &[f32]| -> Vec<u8> {
-                        match format {
-                            KvFormat::F32 => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
-                            KvFormat::F16 => numbers.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect(),
-                        }
+                        let halves = || numbers.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect();
+                        if format == KvFormat::F16 { halves() } else { numbers.iter().flat_map(|x| x.to_le_bytes()).collect() }
                     };
                     let (k, v) = (encode(&k), encode(&v));
                     let (mut copied_k, mut copied_v) = (vec![1; k.len()], vec![1; v.len()]);
@@ -406,10 +429,9 @@ mod tests {
         let run = Run { blocks: &[3, 0, 2], start: 7, tokens: 30 };
         let halves: Vec<half::f16> = (0..720u16).map(|i| half::f16::from_bits(i * 43)).collect();
         for format in [KvFormat::F32, KvFormat::F16] {
-            let bytes: Vec<u8> = match format {
-                KvFormat::F32 => halves.iter().flat_map(|x| x.to_f32().to_le_bytes()).collect(),
-                KvFormat::F16 => halves.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            };
+            let as_halves = || halves.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let as_floats = || halves.iter().flat_map(|x| x.to_f32().to_le_bytes()).collect();
+            let bytes: Vec<u8> = if format == KvFormat::F16 { as_halves() } else { as_floats() };
             let numbers: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
             let read = |layer: &KvLayer| {
                 let (mut k, mut v) = (vec![0.0; 360], vec![0.0; 360]);

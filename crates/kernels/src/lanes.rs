@@ -68,6 +68,14 @@ mod tests {
         to
     }
 
+    /// The greatest number of all lanes, -9 at least.
+    #[inline(always)]
+    fn greatest<S: Simd>(s: S, a: &[f32; 16]) -> f32 {
+        // SAFETY: an array of 16.
+        let vector = |i| s.greatest(s.max(unsafe { s.load(a.as_ptr().add(i)) }, s.splat(-9.0)));
+        (0..16).step_by(S::LANES).map(vector).fold(-9.0, f32::max)
+    }
+
     #[inline(always)]
     fn floats<S: Simd>(s: S, abc: [&[f32; 16]; 3]) -> Vec<[f32; 16]> {
         vec![
@@ -80,6 +88,7 @@ mod tests {
             map(s, abc, |[a, b, _]| s.min(a, b)),
             map(s, abc, |[a, _, _]| s.round(a)),
             map(s, abc, |_| s.splat(abc[0][0])),
+            [greatest(s, abc[1]); 16],
         ]
     }
 
@@ -116,19 +125,23 @@ mod tests {
 
     /// Both dot products of 16 outputs with three rows, and their integers as f32. The second vector of outputs has the codes backwards.
     #[inline(always)]
-    fn dots<S: Simd>(s: S, codes: &[[u8; 8 * LINE]; 2], x: &[[i8; 32]; 3]) -> [[[[f32; 16]; 2]; 3]; 4] {
-        let mut to = [[[[0.0; 16]; 2]; 3]; 4];
+    fn dots<S: Simd>(s: S, codes: &[[u8; 8 * LINE]; 2], x: &[[i8; 32]; 3]) -> [[[[f32; 16]; 2]; 3]; 5] {
+        let mut to = [[[[0.0; 16]; 2]; 3]; 5];
+        let weights = x.map(|x| x.map(i8::saturating_abs));
+        let signed = codes.map(|codes| codes.map(|code| code.cast_signed().max(-127)));
         let values = x.as_ptr().cast::<i8>();
         let by_128 = |lines: usize| x.map(|x| -128 * x[..4 * lines].iter().map(|x| i32::from(*x)).sum::<i32>());
         for i in (0..16).step_by(S::LANES) {
             // SAFETY: eight lines of codes and 32 values in each row are there, and room for 16.
             unsafe {
                 let codes = codes.each_ref().map(|codes| codes.as_ptr().add(i * 4));
+                let signed = signed.each_ref().map(|codes| codes.as_ptr().add(i * 4));
                 let all = [
                     s.dot_u4(codes, values, Some([7, -100_000, 0].as_ptr())),
                     s.dot_u4(codes, values, None),
                     s.dot_i8::<3, 2, 8>(codes, values, by_128(8).as_ptr()),
                     s.dot_i8::<3, 2, 4>(codes, values, by_128(4).as_ptr()),
+                    s.dot_weights::<3, 2, 4>(signed, weights.as_ptr().cast()),
                 ];
                 for (to, dots) in to.iter_mut().flatten().flatten().zip(all.into_iter().flatten().flatten()) {
                     s.store(to.as_mut_ptr().add(i), s.to_f32(dots));

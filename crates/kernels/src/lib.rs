@@ -37,6 +37,7 @@ mod product;
 mod quantised;
 mod rows;
 mod segment;
+mod segment_int8;
 mod simd;
 mod thread_pool;
 

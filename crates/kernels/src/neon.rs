@@ -216,6 +216,34 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         }
     }
     #[inline(always)]
+    unsafe fn dot_weights<const R: usize, const P: usize, const LINES: usize>(
+        self,
+        codes: [*const i8; P],
+        x: *const i8,
+    ) -> [[Self::I; P]; R] {
+        // SAFETY: see above.
+        unsafe {
+            let mut sums = [[[vdupq_n_s32(0); 2]; P]; R];
+            for line in 0..LINES {
+                for (p, codes) in codes.into_iter().enumerate() {
+                    for half in 0..2 {
+                        let code = vld1q_s8(codes.add(line * LINE + half * 16));
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            let sum = &mut sums[p][half];
+                            *sum = self.add_quads(*sum, code, quad(x.add(r * 32 + line * 4)));
+                        }
+                    }
+                }
+            }
+            sums
+        }
+    }
+    #[inline(always)]
+    fn greatest(self, a: Self::V) -> f32 {
+        // SAFETY: see above.
+        unsafe { vmaxvq_f32(vmaxq_f32(a[0], a[1])) }
+    }
+    #[inline(always)]
     fn to_f32(self, a: Self::I) -> Self::V {
         // SAFETY: see above.
         unsafe { [vcvtq_f32_s32(a[0]), vcvtq_f32_s32(a[1])] }

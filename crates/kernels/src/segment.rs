@@ -179,7 +179,7 @@ fn score_tile<S: Simd, T: Number, const R: usize, const N: usize, const P: usize
 /// Turns scores into `e^(score - greatest)`; gives the greatest score and the sum. The length is a multiple of 16.
 /// Where no score is above minus infinity all become 0.
 #[inline(always)]
-fn softmax_numerators<S: Simd>(s: S, scores: &mut [f32]) -> [f32; 2] {
+pub(crate) fn softmax_numerators<S: Simd>(s: S, scores: &mut [f32]) -> [f32; 2] {
     let mut highest = s.splat(f32::NEG_INFINITY);
     for scores in scores.chunks_exact(S::LANES) {
         // SAFETY: the chunk has `LANES` values.

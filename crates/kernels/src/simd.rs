@@ -78,8 +78,21 @@ pub(crate) trait Simd: Copy {
         x: *const i8,
         by_128: *const i32,
     ) -> [[Self::I; P]; R];
+    /// For each of `R` rows and `P` vectors of outputs: the products of `4 * LINES` signed codes with as many values of the row.
+    ///
+    /// Lines and rows lie as for [`Simd::dot_i8`].
+    ///
+    /// # Safety
+    /// As there, but that values are from 0 to 127.
+    unsafe fn dot_weights<const R: usize, const P: usize, const LINES: usize>(
+        self,
+        codes: [*const i8; P],
+        x: *const i8,
+    ) -> [[Self::I; P]; R];
     /// As f32 (exact below 2^24).
     fn to_f32(self, a: Self::I) -> Self::V;
+    /// The greatest lane; any number where a lane is none.
+    fn greatest(self, a: Self::V) -> f32;
 }
 
 /// Bytes from one line of codes to the next: four for each of a panel's 16 outputs.
@@ -263,7 +276,25 @@ impl Simd for Scalar {
         })
     }
     #[inline(always)]
+    unsafe fn dot_weights<const R: usize, const P: usize, const LINES: usize>(
+        self,
+        codes: [*const i8; P],
+        x: *const i8,
+    ) -> [[[i32; 8]; P]; R] {
+        let product = |codes: *const i8, row: usize, output: usize, i: usize| {
+            // SAFETY: the caller says that these can be read.
+            unsafe { i32::from(*codes.add(i / 4 * LINE + output * 4 + i % 4)) * i32::from(*x.add(row * 32 + i)) }
+        };
+        std::array::from_fn(|r| {
+            codes.map(|codes| std::array::from_fn(|output| (0..4 * LINES).map(|i| product(codes, r, output, i)).sum::<i32>()))
+        })
+    }
+    #[inline(always)]
     fn to_f32(self, a: [i32; 8]) -> [f32; 8] {
         a.map(|a| a as f32)
+    }
+    #[inline(always)]
+    fn greatest(self, a: [f32; 8]) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
 }

@@ -73,6 +73,7 @@ impl KvCache {
         let dtype = match format {
             KvFormat::F32 => DType::F32,
             KvFormat::F16 => DType::F16,
+            KvFormat::Int8 => return Err(ModelError::Device("an int8 KV cache is held on CPUs alone: use f16 on a GPU".into())),
         };
         let zeros = || Tensor::zeros((slots, geometry.kv_heads, geometry.head_dim), dtype, device);
         let layers = (0..geometry.layers).map(|_| Ok(KvTensors { k: zeros()?, v: zeros()? }));
@@ -174,9 +175,8 @@ impl KvCache {
     ) -> Result<Option<[Vec<u8>; 2]>, ModelError> {
         self.check_layer(layer)?;
         self.check(blocks, start + count)?;
-        let same = matches!((self.format, format), (KvFormat::F32, WireFormat::F32) | (KvFormat::F16, WireFormat::F16));
         let Storage::Host(layers) = &self.rows else { return Ok(None) };
-        if !same {
+        if !is_same(self.format, format) {
             return Ok(None);
         }
         let bytes = count * wire::row_bytes(format, &self.geometry);
@@ -233,8 +233,7 @@ impl KvCache {
         if k.len() != v.len() || !k.len().is_multiple_of(row) {
             return Err(ModelError::Mismatch(format!("{} key and {} value bytes are no rows of {row}", k.len(), v.len())));
         }
-        let same = matches!((format, self.format), (WireFormat::F32, KvFormat::F32) | (WireFormat::F16, KvFormat::F16));
-        if same && matches!(self.rows, Storage::Host(_)) {
+        if is_same(self.format, format) && matches!(self.rows, Storage::Host(_)) {
             let tokens = k.len() / row;
             self.check_layer(layer)?;
             self.check(blocks, start + tokens)?;
@@ -313,7 +312,13 @@ fn kernel_format(format: KvFormat) -> overfill_kernels::KvFormat {
     match format {
         KvFormat::F32 => overfill_kernels::KvFormat::F32,
         KvFormat::F16 => overfill_kernels::KvFormat::F16,
+        KvFormat::Int8 => overfill_kernels::KvFormat::Int8,
     }
+}
+
+/// Whether the wire has the cache's own numbers.
+fn is_same(cache: KvFormat, wire: WireFormat) -> bool {
+    matches!((cache, wire), (KvFormat::F32, WireFormat::F32) | (KvFormat::F16, WireFormat::F16) | (KvFormat::Int8, WireFormat::Int8))
 }
 
 fn elsewhere(model: &str, cache: &str) -> ModelError {
@@ -368,6 +373,21 @@ mod tests {
         }
         let tensors = KvCache::in_tensors(GEOMETRY, KvFormat::F32, 8, 16);
         assert!(tensors.copy(&pool, WireFormat::F32, 1, &blocks, 12, 25).unwrap().is_none());
+    }
+
+    #[test]
+    fn int8_rows_travel_as_they_are() {
+        let pool = ThreadPool::new(2, &[]).unwrap();
+        let blocks = [BlockId(6), BlockId(1), BlockId(2)];
+        let numbers: Vec<f32> = (0..29 * 8).map(|i| (i * 7919 % 1013) as f32 * 0.37 - 180.0).collect();
+        let other: Vec<f32> = numbers.iter().map(|x| x * -0.71).collect();
+        let new = || KvCache::new(GEOMETRY, KvFormat::Int8, 8, 16, &Device::Cpu).unwrap();
+        let (mut here, mut there) = (new(), new());
+        here.write(&pool, 1, &blocks, 10, &numbers, &other).unwrap();
+        let copied = here.copy(&pool, WireFormat::Int8, 1, &blocks, 10, 29).unwrap().unwrap();
+        assert_eq!(copied, [&numbers, &other].map(|rows| encode(WireFormat::Int8, &GEOMETRY, rows).to_vec()));
+        there.write_wire(&pool, 1, &blocks, WireRows { format: WireFormat::Int8, start: 3, k: &copied[0], v: &copied[1] }).unwrap();
+        assert_eq!(there.copy(&pool, WireFormat::Int8, 1, &blocks, 3, 29).unwrap().unwrap(), copied);
     }
 
     #[test]

@@ -44,6 +44,9 @@ pub enum KvFormat {
     F32,
     /// Half precision: half the memory and half the reading, at a relative error of 2^-11.
     F16,
+    /// Integers from -127 to 127, with a 32-bit scale for each head of each token; queries and weights of the values are rounded too,
+    /// and multiplied as integers. A quarter of the memory and of the reading, and a quarter of the arithmetic.
+    Int8,
 }
 
 /// How keys and values travel from a prefill node to a decode node.
@@ -91,7 +94,7 @@ macro_rules! names {
         }
     };
 }
-names!(KvFormat, "KV cache format", "f32" => F32, "f16" => F16);
+names!(KvFormat, "KV cache format", "f32" => F32, "f16" => F16, "int8" => Int8);
 names!(WireFormat, "wire format", "f32" => F32, "f16" => F16, "bf16" => Bf16, "int8" => Int8);
 
 /// Which of the full model's layers a depth-pruned decode model keeps (the reference's `kv_prune`).

@@ -41,7 +41,7 @@ pub(crate) struct EngineArgs {
     /// Tokens in each sequence's cache when decode starts, separated by commas
     #[arg(long, env = "OVERFILL_CONTEXT", value_delimiter = ',', default_value = "64")]
     context: Vec<usize>,
-    /// How keys and values are stored: f32 or f16
+    /// How keys and values are stored: f32, f16 or int8
     #[arg(long, env = "OVERFILL_KV_CACHE", default_value_t = KvFormat::F16)]
     kv_cache: KvFormat,
     /// What is measured, separated by commas: prefill, decode
