@@ -7,6 +7,7 @@
 
 use crate::disjoint::Disjoint;
 use crate::kv::{KvShape, Piece, Run, SourceRows};
+use crate::simd::{Simd, dispatch};
 use crate::thread_pool::ThreadPool;
 
 /// Tokens of a tile.
@@ -109,14 +110,34 @@ struct Block<'a> {
 }
 
 impl Block<'_> {
-    fn set(&mut self, shape: KvShape, which: Which, (head, slot): (usize, usize), scale: f32, codes: impl Iterator<Item = i8>) {
-        let to = match which {
-            Which::Keys => &mut *self.k,
-            Which::Values => &mut *self.v,
-        };
-        codes.enumerate().for_each(|(i, code)| to[shape.code_at(which, head, slot, i)] = code.cast_unsigned() ^ which.zero());
+    /// Stores the codes of one head of one token, as signed bytes.
+    fn set(&mut self, shape: KvShape, which: Which, (head, slot): (usize, usize), scale: f32, codes: &[u8]) {
+        let at = shape.code_at(which, head, slot, 0);
+        match which {
+            Which::Keys => {
+                for (to, codes) in self.k[at..].chunks_mut(64).zip(codes.chunks(4)) {
+                    to.iter_mut().zip(codes).for_each(|(to, code)| *to = code ^ which.zero());
+                }
+            }
+            Which::Values => {
+                for (to, codes) in self.v[at..].chunks_mut(256).zip(codes.chunks(16)) {
+                    to.iter_mut().step_by(4).zip(codes).for_each(|(to, code)| *to = code ^ which.zero());
+                }
+            }
+        }
         self.scales[shape.scale_at(which, head, slot)] = scale;
     }
+}
+
+/// Rounds a head as the wire does; gives its scale.
+#[inline(always)]
+fn round_head<S: Simd>(_: S, numbers: &[f32], codes: &mut [u8]) -> f32 {
+    let scale = numbers.iter().fold(0.0f32, |m, x| m.max(x.abs())) / 127.0;
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    for (code, x) in codes.iter_mut().zip(numbers) {
+        *code = ((x * inverse).round_ties_even() as i8).cast_unsigned();
+    }
+    scale
 }
 
 impl Int8 {
@@ -155,14 +176,12 @@ impl Int8 {
     pub(super) fn write(&mut self, pool: &ThreadPool, shape: KvShape, pieces: &[Piece], from: SourceRows<'_, f32>) {
         let head_dim = shape.head_dim;
         self.each(pool, shape, pieces, |block, piece| {
+            let mut codes = vec![0; head_dim];
             for (t, head) in (0..piece.count).flat_map(|t| (0..shape.kv_heads).map(move |head| (t, head))) {
                 let at = (piece.row + t) * from.stride + head * head_dim;
                 for (which, rows) in [(Which::Keys, from.k), (Which::Values, from.v)] {
-                    let numbers = &rows[at..at + head_dim];
-                    let scale = numbers.iter().fold(0.0f32, |m, x| m.max(x.abs())) / 127.0;
-                    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-                    let codes = numbers.iter().map(|x| (x * inverse).round_ties_even() as i8);
-                    block.set(shape, which, (head, piece.offset + t), scale, codes);
+                    let scale = dispatch!(round_head(&rows[at..at + head_dim], &mut codes));
+                    block.set(shape, which, (head, piece.offset + t), scale, &codes);
                 }
             }
         });
@@ -177,8 +196,7 @@ impl Int8 {
                 let row = (piece.row + t) * kv_heads + head;
                 for (which, (scales, codes)) in [Which::Keys, Which::Values].into_iter().zip(both) {
                     let scale = f32::from_le_bytes(scales.as_chunks().0[row]);
-                    let codes = codes[row * head_dim..][..head_dim].iter().map(|code| code.cast_signed());
-                    block.set(shape, which, (head, piece.offset + t), scale, codes);
+                    block.set(shape, which, (head, piece.offset + t), scale, &codes[row * head_dim..][..head_dim]);
                 }
             }
         });
