@@ -4,6 +4,7 @@
 //! asks.
 
 use std::arch::asm;
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 use crate::avx512::Avx512;
@@ -20,6 +21,8 @@ pub struct Amx(Avx512);
 pub struct Tiles {
     /// Rows that they are shaped for; none yet: 0.
     rows: usize,
+    /// Not to be sent: the registers are the thread's.
+    thread: PhantomData<*const ()>,
 }
 
 /// f32 `[row tile, panel, 16, 16]`: sums of four tiles, as they are stored.
@@ -40,9 +43,12 @@ impl Amx {
         self.0
     }
 
-    /// The calling thread's tiles; it has one such value at a time.
-    pub fn tiles(self) -> Tiles {
-        Tiles { rows: 0 }
+    /// The calling thread's tiles.
+    ///
+    /// # Safety
+    /// The thread has no other such value while this one lives: both would shape the same registers.
+    pub unsafe fn tiles(self) -> Tiles {
+        Tiles { rows: 0, thread: PhantomData }
     }
 }
 

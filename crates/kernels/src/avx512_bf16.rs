@@ -21,8 +21,12 @@ impl Avx512Bf16 {
     /// Whether the instruction is faster than two of f32: on AMD's CPUs. A Sapphire Rapids does 43 billion multiply-adds a second with it
     /// and 94 with f32's own.
     pub(crate) fn is_fast(self) -> bool {
-        let vendor = __cpuid(0);
-        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+        // Asked once: a hypervisor answers CPUID, which takes microseconds.
+        static FAST: OnceLock<bool> = OnceLock::new();
+        *FAST.get_or_init(|| {
+            let vendor = __cpuid(0);
+            [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+        })
     }
 
     pub(crate) fn avx512(self) -> Avx512 {

@@ -15,7 +15,8 @@ const X_BLOCK: usize = 512 << 10;
 pub(super) fn multiply(amx: Amx, w: &Bf16Matrix, x: &[Line], to: Destination<'_>, panels: Range<usize>) {
     let groups = w.groups();
     let panel_lines = |panel: usize| &w.lines[panel * groups * PAIRS..(panel + 1) * groups * PAIRS];
-    let mut tiles = amx.tiles();
+    // SAFETY: nothing that is called from here on uses tiles but this value.
+    let mut tiles = unsafe { amx.tiles() };
     let mut sums = Sums::default();
     let each = (X_BLOCK / size_of::<Line>() / groups.max(1) / TILES_ROWS).max(1) * TILES_ROWS;
     for first in (0..to.rows).step_by(each) {

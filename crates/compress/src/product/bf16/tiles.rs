@@ -43,7 +43,8 @@ pub(super) fn multiply(amx: Amx, to: ViewMut<'_>, left: View<'_>, right: View<'_
         .flat_map(|c| blocks(rows.div_ceil(BLOCK), ROW_BLOCKS).map(move |r| (r, c.clone())))
         .collect();
     tasks.into_par_iter().for_each(|(row_blocks, column_blocks)| {
-        let mut tiles = amx.tiles();
+        // SAFETY: nothing that this task calls uses tiles but this value.
+        let mut tiles = unsafe { amx.tiles() };
         let mut sums = Sums::default();
         for start in (0..steps).step_by(STEPS) {
             let count = STEPS.min(steps - start);
