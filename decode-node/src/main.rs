@@ -2,16 +2,15 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use overfill_decode_node::config::Cli;
-use overfill_lifecycle::Drain;
+use overfill_lifecycle::{Drain, flags};
 use tokio::runtime::Runtime;
 
 fn main() -> anyhow::Result<ExitCode> {
     if let Some(worker) = overfill_guide::worker::run_if_asked() {
         return Ok(worker);
     }
-    let cli = Cli::parse();
+    let cli: Cli = flags::parse();
     Runtime::new()?.block_on(serve(cli))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use overfill_lifecycle::Drain;
+use overfill_lifecycle::{Drain, flags};
 use overfill_prefill_node::config::Cli;
 use tokio::runtime::Runtime;
 
@@ -11,7 +10,7 @@ fn main() -> anyhow::Result<ExitCode> {
     if let Some(worker) = overfill_guide::worker::run_if_asked() {
         return Ok(worker);
     }
-    let cli = Cli::parse();
+    let cli: Cli = flags::parse();
     Runtime::new()?.block_on(serve(cli))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -3,8 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
-use overfill_lifecycle::Drain;
+use overfill_lifecycle::{Drain, flags};
 use overfill_router::config::Cli;
 use overfill_router::{Listeners, RouterConfig};
 use tokio::net::TcpListener;
@@ -18,7 +17,7 @@ fn main() -> anyhow::Result<ExitCode> {
     if let Some(worker) = overfill_guide::worker::run_if_asked() {
         return Ok(worker);
     }
-    let cli = Cli::parse();
+    let cli: Cli = flags::parse();
     cli.runtime().context("cannot start threads")?.block_on(serve(cli))?;
     Ok(ExitCode::SUCCESS)
 }

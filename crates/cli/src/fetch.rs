@@ -209,6 +209,22 @@ fn download(work: &Path) -> anyhow::Result<PathBuf> {
     Ok(full)
 }
 
+/// The folder of `pair`: itself, or where the installed one of that name is. Those that this program can install are installed.
+pub(crate) fn find(home: &Home, pair: &Path) -> anyhow::Result<PathBuf> {
+    if pair.exists() || pair.components().count() != 1 {
+        return Ok(pair.to_owned());
+    }
+    let home = home.dir()?;
+    if let Some(decode) = Decode::value_variants().iter().find(|decode| Path::new(&decode.name()) == pair) {
+        return install(&home, *decode);
+    }
+    let installed = home.join("pairs").join(pair);
+    let missing =
+        || format!("there is no folder {}, and no installed pair of that name in {}", pair.display(), home.join("pairs").display());
+    ensure!(installed.exists(), missing());
+    Ok(installed)
+}
+
 /// The default pair, installed and opened.
 pub(crate) fn open(home: &Path) -> anyhow::Result<Pair> {
     Ok(Pair::open(&install(home, Decode::default())?)?)

@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use overfill_lifecycle::flags;
 use overfill_lifecycle::telemetry::LogArgs;
 
 /// Two-stage language models: a full model reads the prompt, a smaller decode model writes the answer
@@ -59,10 +60,10 @@ impl Home {
     }
 }
 
-/// Which pair: a folder, or the default one.
+/// Which pair: a folder, an installed one, or the default one.
 #[derive(Args, Clone)]
 struct PairArgs {
-    /// The pair's folder [default: smollm2-135m, fetched when it is not there]
+    /// The pair's folder, or the name of one in the pairs folder of --home [default: smollm2-135m, fetched when it is not there]
     #[arg(long, env = "OVERFILL_PAIR")]
     pair: Option<PathBuf>,
 }
@@ -70,7 +71,7 @@ struct PairArgs {
 impl PairArgs {
     fn dir(&self, home: &Home) -> anyhow::Result<PathBuf> {
         match &self.pair {
-            Some(dir) => Ok(dir.clone()),
+            Some(pair) => fetch::find(home, pair),
             None => fetch::install(&home.dir()?, fetch::Decode::default()),
         }
     }
@@ -111,7 +112,7 @@ fn main() -> ExitCode {
     if let Some(worker) = overfill_guide::worker::run_if_asked() {
         return worker;
     }
-    let cli = Cli::parse();
+    let cli: Cli = flags::parse();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -1,6 +1,7 @@
 //! How a process starts, is observed, drains and stops.
 
 pub mod drain;
+pub mod flags;
 pub mod metrics;
 pub mod parts;
 pub mod profile;
