@@ -70,6 +70,10 @@ pub struct LoadTestArgs {
 /// What a run was to be.
 struct Plan {
     backend: &'static str,
+    /// Where the server is.
+    url: String,
+    /// The command line, without keys.
+    command: String,
     model: String,
     tokenizer: String,
     dataset: String,
@@ -114,6 +118,9 @@ struct Run {
 /// file cannot be written.
 pub fn run(args: &LoadTestArgs) -> anyhow::Result<()> {
     let processes = args.arrivals.processes()?;
+    if let Some(path) = &args.result.report {
+        report::prepare(path)?;
+    }
     tokio::runtime::Runtime::new()?.block_on(async {
         let stop = Drain::on_signal()?;
         let mut runs = Vec::new();
@@ -137,6 +144,23 @@ pub fn run(args: &LoadTestArgs) -> anyhow::Result<()> {
             _ => Ok(()),
         }
     })
+}
+
+/// How the command was called. What follows `--api-key` or `--header` is nobody's affair.
+fn command_line(arguments: impl Iterator<Item = String>) -> String {
+    const SECRET: [&str; 2] = ["--api-key", "--header"];
+    let (mut words, mut secret) = (Vec::new(), false);
+    for argument in arguments {
+        let (name, value) = argument.split_once('=').map_or((argument.as_str(), None), |(name, value)| (name, Some(value)));
+        match (SECRET.contains(&name), value) {
+            (true, Some(_)) => words.push(format!("{name}=…")),
+            (true, None) => words.push(argument.clone()),
+            _ if secret && !argument.starts_with("--") => words.push("…".into()),
+            _ => words.push(argument.clone()),
+        }
+        secret = SECRET.contains(&name) && value.is_none() || secret && !argument.starts_with("--");
+    }
+    words.join(" ")
 }
 
 impl LoadTestArgs {
@@ -167,6 +191,8 @@ impl LoadTestArgs {
         };
         let plan = Plan {
             backend: self.target.backend.name(),
+            url: self.target.url(),
+            command: command_line(std::env::args()),
             model: backend.model.clone(),
             tokenizer: self.dataset.tokenizer.as_ref().map_or_else(|| backend.model.clone(), |t| t.display().to_string()),
             dataset: clap::ValueEnum::to_possible_value(&self.dataset.dataset_name).map_or_else(String::new, |v| v.get_name().to_owned()),
@@ -211,5 +237,17 @@ impl LoadTestArgs {
             bar.set_style(style);
         }
         bar
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::command_line;
+
+    #[test]
+    fn a_command_line_is_told_without_its_keys() {
+        let told = |line: &str| command_line(line.split(' ').map(str::to_owned));
+        assert_eq!(told("x --api-key sk-1 --seed 3"), "x --api-key … --seed 3");
+        assert_eq!(told("x --api-key=sk-1 --header a=b c=d --seed 3"), "x --api-key=… --header … … --seed 3");
     }
 }

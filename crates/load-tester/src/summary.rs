@@ -89,6 +89,9 @@ pub(super) struct Summary {
     pub(super) failures: Vec<FailureCount>,
     pub(super) duration: Duration,
     pub(super) input_tokens: usize,
+    /// Of each prompt, and of each answer.
+    pub(super) input_lengths: Spread,
+    pub(super) output_lengths: Spread,
     pub(super) output_tokens: usize,
     /// Requests a second that met the goals, timed from when they were sent; none if there are no goals.
     pub(super) goodput: Option<f64>,
@@ -144,6 +147,8 @@ impl Summary {
             failures: failures(records),
             duration: measured.duration,
             input_tokens: answered.iter().map(|(r, _)| r.prompt_tokens).sum(),
+            input_lengths: Spread::of(answered.iter().map(|(r, _)| r.prompt_tokens as f64)),
+            output_lengths: Spread::of(answered.iter().map(|(r, _)| r.output_tokens as f64)),
             output_tokens,
             goodput: goodput(Since::Sent),
             due_goodput: goodput(Since::Due),

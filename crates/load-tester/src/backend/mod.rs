@@ -224,9 +224,10 @@ impl Wire {
 
 impl TargetArgs {
     /// `http://host:port`.
-    fn url(&self) -> String {
+    pub(super) fn url(&self) -> String {
         match &self.base_url {
-            Some(url) => url.trim_end_matches('/').to_owned(),
+            // OpenAI's clients are given the address with the version behind it.
+            Some(url) => url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
             None => {
                 let host = self.host.as_deref().unwrap_or("127.0.0.1");
                 let port = self.port.unwrap_or(if self.backend == Door::Grpc { 8001 } else { 8000 });

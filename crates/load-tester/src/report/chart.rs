@@ -99,9 +99,12 @@ impl Scale {
         (first..).map(|i| i as f64 * step).take_while(|t| *t <= self.high * (1.0 + 1e-9)).collect()
     }
 
-    /// 1, 2 and 5 times powers of ten, fewer where the range is wide.
+    /// 1, 2 and 5 times powers of ten, fewer where the range is wide; round numbers at even distances where it is narrow.
     fn log_ticks(&self) -> Vec<f64> {
         let decades = (self.high / self.low).log10();
+        if decades < 0.7 {
+            return self.linear_ticks();
+        }
         let factors: &[f64] = if decades > 3.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
         let (first, last) = (self.low.log10().floor() as i32, self.high.log10().ceil() as i32);
         let all = (first..=last).flat_map(|power| factors.iter().map(move |f| f * 10f64.powi(power)));
@@ -112,7 +115,10 @@ impl Scale {
 /// A tick's number, without what it does not need.
 fn label(value: f64) -> String {
     if value != 0.0 && (value.abs() >= 1e6 || value.abs() < 1e-3) {
-        return format!("{value:e}");
+        // Three places: more are those of binary fractions.
+        let text = format!("{value:.2e}");
+        let Some((digits, power)) = text.split_once('e') else { return text };
+        return format!("{}e{power}", digits.trim_end_matches('0').trim_end_matches('.'));
     }
     let text = format!("{value:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
@@ -272,6 +278,11 @@ mod tests {
         }
         let scale = Scale::new(&Axis::log(""), [0.5, 800.0].into_iter(), 0.0, 100.0);
         assert_eq!(scale.ticks(), [1.0, 10.0, 100.0]);
+        for (low, high) in [(38.2, 41.0), (6.1, 8.3), (21.0, 49.0), (0.000_31, 0.000_62)] {
+            let scale = Scale::new(&Axis::log(""), [low, high].into_iter(), 0.0, 100.0);
+            assert!((2..=9).contains(&scale.ticks().len()), "{low} to {high}: {:?}", scale.ticks());
+        }
+        assert_eq!([0.000_060_000_000_000_000_01, 1.2e7, 0.25, 1000.0].map(label), ["6e-5", "1.2e7", "0.25", "1000"]);
         assert!((scale.at(0.5), scale.at(800.0)) == (0.0, 100.0));
     }
 

@@ -16,6 +16,18 @@ use crate::spread::Spread;
 
 const STYLE: &str = include_str!("report.css");
 
+/// Makes the folder that a report goes to, before anything is measured.
+///
+/// # Errors
+/// Where it cannot be made, or the report could not be written.
+pub(super) fn prepare(path: &Path) -> anyhow::Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    let opened = std::fs::File::options().append(true).create(true).open(path);
+    opened.map(|_| ()).with_context(|| format!("cannot write {}", path.display()))
+}
+
 /// Writes the report of these runs; there is at least one.
 ///
 /// # Errors
@@ -33,8 +45,9 @@ fn html(runs: &[Run], figures: &FigureArgs) -> String {
     );
     let requests: usize = runs.iter().map(|r| r.records.len()).sum();
     page += &format!(
-        "<p class=\"sub\">{} · {} data set · {requests} requests in {} · seed {} · {}</p>\n",
+        "<p class=\"sub\">{} at {} · {} data set · {requests} requests in {} · seed {} · {}</p>\n",
         escape(plan.backend),
+        escape(&plan.url),
         escape(&plan.dataset),
         if runs.len() == 1 { "one run".into() } else { format!("{} runs", runs.len()) },
         plan.seed,
@@ -53,6 +66,7 @@ fn html(runs: &[Run], figures: &FigureArgs) -> String {
         page += &plots::of_run(run);
         page += "</div>\n";
     }
+    page += &format!("<p class=\"sub\">As it was called: <code>{}</code></p>\n", escape(&plan.command));
     page += "<p class=\"sub\">TTFT, E2EL: to the first and to the last token, from when a request was sent; “from due”: from when it was due. TPOT: time per token without the first. ITL: between one arrival of tokens and the next. Only answered requests have latencies; all others are counted above.</p>\n</body></html>\n";
     page
 }
@@ -92,9 +106,12 @@ fn figures_table(runs: &[Run], figures: &FigureArgs) -> String {
     }
     row("Tokens read", &|r| r.summary.input_tokens.to_string());
     row("Tokens written", &|r| r.summary.output_tokens.to_string());
+    row("Tokens of a prompt, mean (least to most)", &|r| lengths(&r.summary.input_lengths));
+    row("Tokens of an answer, mean (least to most)", &|r| lengths(&r.summary.output_lengths));
     row("Tokens written/s", &|r| number(r.summary.per_second(r.summary.output_tokens)));
     row("Most requests at once", &|r| r.summary.peak_concurrency.to_string());
     let mut spread = |title: &str, of: &dyn Fn(&Run) -> Spread| {
+        row(&format!("{title} mean, ms"), &|r| number(of(r).mean * 1e3));
         row(&format!("{title} median, ms"), &|r| number(of(r).median() * 1e3));
         // The median is there already.
         for &percent in figures.metric_percentiles.iter().filter(|p| **p != 50.0) {
@@ -143,6 +160,13 @@ fn remarks(runs: &[Run]) -> String {
         }
     }
     if items.is_empty() { items } else { format!("<ul>\n{items}</ul>\n") }
+}
+
+fn lengths(tokens: &Spread) -> String {
+    match (tokens.values().first(), tokens.values().last()) {
+        (Some(least), Some(most)) => format!("{} ({least} to {most})", number(tokens.mean)),
+        _ => number(f64::NAN),
+    }
 }
 
 /// A figure with as many places as it is worth.

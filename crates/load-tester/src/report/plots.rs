@@ -126,12 +126,16 @@ fn first_tokens(run: &Run) -> String {
     if run.plan.scheduled() { chart.line("from due", "var(--c1)", share(&run.summary.due_ttft)).svg() } else { chart.svg() }
 }
 
-/// A distribution's curve, in milliseconds.
+/// A distribution's curve, in milliseconds: at each point the share of all values that are no greater. The first is that of the
+/// smallest alone.
 fn share(spread: &Spread) -> Vec<(f64, f64)> {
-    if spread.values().is_empty() {
-        return Vec::new();
+    let (values, count) = (spread.values(), spread.values().len());
+    let points = (1..=count.min(CURVE)).map(|i| (i * count).div_ceil(count.min(CURVE)));
+    let mut shares: Vec<usize> = points.collect();
+    if let Some(first) = shares.first_mut() {
+        *first = 1;
     }
-    (0..=CURVE).map(|i| i as f64 / CURVE as f64).map(|share| (spread.percentile(share * 100.0) * 1e3, share)).collect()
+    shares.into_iter().map(|n| (values[n - 1] * 1e3, n as f64 / count as f64)).collect()
 }
 
 /// Time cut into equal slices.
@@ -160,5 +164,19 @@ impl Slices {
     /// A point in the middle of each slice; one that says nothing is left out.
     fn points(&self, slices: &[Vec<f64>], of: impl Fn(&[f64]) -> f64) -> Vec<(f64, f64)> {
         slices.iter().enumerate().map(|(i, values)| ((i as f64 + 0.5) * self.seconds, of(values))).filter(|p| p.1.is_finite()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_curve_begins_with_the_share_of_the_fastest_and_ends_with_all() {
+        assert_eq!(share(&Spread::of([])), []);
+        assert_eq!(share(&Spread::of([0.002, 0.001])), [(1.0, 0.5), (2.0, 1.0)]);
+        let many = share(&Spread::of((1..=1000).map(f64::from)));
+        assert_eq!((many.len(), many[0], many[CURVE - 1]), (CURVE, (1000.0, 0.001), (1e6, 1.0)));
+        assert!(many.iter().all(|(value, share)| (value / 1e6 - share).abs() < 1e-9));
     }
 }
