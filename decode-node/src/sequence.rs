@@ -53,7 +53,7 @@ impl Sequence {
         (metrics, trace): (Arc<Metrics>, Trace),
     ) -> Self {
         let SequenceRequest { prompt, written, alone, sampling, stop, .. } = asked;
-        let mut sampler = Sampler::new(sampling, &prompt).guided(guide);
+        let mut sampler = Sampler::new(sampling, &prompt).guided(guide, prompt.len() + stop.max_tokens);
         written.iter().for_each(|token| sampler.observe(*token));
         let (prompt_tokens, now) = (prompt.len(), Instant::now());
         let (cached, unread) = if alone { (0, [prompt, written].concat()) } else { (prompt_tokens, written) };

@@ -112,7 +112,7 @@ impl PrefillService {
             .unzip();
         let names = self.served.prefix_cache.then(|| offers.names(&request.cache_salt, &request.prompt, pool.block_tokens()));
         let prompt_logprobs = sampling.prompt_logprobs.map(|n| n as usize);
-        let mut sampler = Sampler::new(sampling, &request.prompt).guided(guide);
+        let mut sampler = Sampler::new(sampling, &request.prompt).guided(guide, prompt_tokens + stop.max_tokens);
         request.written.iter().for_each(|token| sampler.observe(*token));
         let job = Job {
             prompt_logprobs,

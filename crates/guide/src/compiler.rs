@@ -130,7 +130,7 @@ pub(crate) fn refused(grammar: &Grammar, why: &str) -> ServiceError {
 /// their way in it until their last token.
 fn json(mut schema: Value) -> TopLevelGrammar {
     if schema.as_object().is_some_and(|schema| !schema.contains_key("x-guidance")) {
-        JsonCompileOptions { whitespace_flexible: false, ..JsonCompileOptions::default() }.apply_to(&mut schema);
+        JsonCompileOptions { whitespace_flexible: false, coerce_one_of: true, ..JsonCompileOptions::default() }.apply_to(&mut schema);
     }
     TopLevelGrammar::from_json_schema(schema)
 }
@@ -204,6 +204,55 @@ mod tests {
         assert_eq!(serde_json::from_str::<Value>(&written).unwrap(), serde_json::json!([null, null]));
         assert_eq!(written.split(|c: char| !c.is_whitespace()).map(str::len).max(), Some(8), "{written:?}");
         assert_eq!(first(&schema(r#""x-guidance":{},"#)), None, "as much as JSON allows was asked for");
+    }
+
+    /// What a model writes that takes whatever is allowed, if it may write `most` tokens; `None` where it has no end.
+    fn in_time(grammar: &Grammar, most: usize, seed: u64) -> Option<String> {
+        let compiler = compiler();
+        let (mut matcher, mut text, mut random) = (compiler.compile(grammar).unwrap(), Vec::new(), seed);
+        for written in 0..most {
+            let mut logits = [0.0; 261];
+            matcher.mask(&mut logits);
+            // Letters above all: it would never come to an end by itself.
+            let allowed: Vec<u32> = (0..261).filter(|&id| logits[id as usize].is_finite()).collect();
+            let letters: Vec<u32> = allowed.iter().copied().filter(|id| (97..123).contains(id) || (48..58).contains(id)).collect();
+            let choices = if letters.is_empty() { allowed } else { letters };
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let chosen = matcher.in_time(choices[(random >> 33) as usize % choices.len()], most - written);
+            if chosen == EOS {
+                return Some(String::from_utf8(text).unwrap());
+            }
+            matcher.observe(chosen);
+            assert_eq!(matcher.failure(), None);
+            text.extend_from_slice(compiler.token_bytes(chosen));
+        }
+        None
+    }
+
+    #[test]
+    fn an_answer_ends_in_the_form_that_was_asked_for_within_its_tokens() {
+        let schemas = [
+            r#"{"type":"object","properties":{"a":{"type":"string"}},"required":["a"],"additionalProperties":false}"#,
+            r#"{"type":"object","properties":{"n":{"type":"integer"},"x":{"type":"number"}},"required":["n","x"]}"#,
+            r#"{"type":"array","items":{"type":"object","properties":{"k":{"enum":["red","green"]}},"required":["k"]}}"#,
+            r#"{"type":"object","properties":{"s":{"type":"string","minLength":3}},"required":["s"]}"#,
+            r#"{"type":"object"}"#,
+        ];
+        for schema in schemas {
+            let flat = schema.replacen('{', r#"{"x-guidance":{"whitespace_flexible":false},"#, 1);
+            for most in [30, 41, 60, 90] {
+                for seed in 0..6 {
+                    let text =
+                        in_time(&Grammar::JsonSchema(flat.clone()), most, seed).unwrap_or_else(|| panic!("{schema} in {most} tokens"));
+                    serde_json::from_str::<serde::de::IgnoredAny>(&text)
+                        .unwrap_or_else(|e| panic!("{schema} in {most} tokens: {text}: {e}"));
+                }
+            }
+        }
+        let calls = r#"start: "<call>" arguments "</call>"
+            arguments: %json {"type":"object","properties":{"a":{"type":"string"}},"required":["a"],"x-guidance":{"whitespace_flexible":false}}"#;
+        assert!(in_time(&Grammar::Lark(calls.into()), 40, 1).unwrap().ends_with("\"}</call>"));
+        assert_eq!(in_time(&Grammar::Regex("(ab)+c".into()), 20, 1).unwrap().chars().last(), Some('c'));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 
 mod apart;
 mod args;
+mod closing;
 mod compiler;
 mod guides;
 mod matcher;

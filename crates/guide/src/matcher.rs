@@ -3,6 +3,8 @@
 use llguidance::toktrie::{SimpleVob, TokEnv};
 use overfill_types::{Code, ServiceError};
 
+use crate::closing;
+
 /// What llguidance writes for the inner state that it leaves out of an error.
 pub(crate) const NOT_TOLD: &str = "<non-verbose/>";
 
@@ -70,6 +72,27 @@ impl Matcher {
                 let Some(mask) = self.noted(mask) else { return };
                 keep(&mask, logits);
             }
+        }
+    }
+
+    /// The token to write where `token` was chosen and only `left` more may be written, it among them: another, where there would
+    /// be no time left to end the answer as it has to look.
+    pub fn in_time(&mut self, token: u32, left: usize) -> u32 {
+        let Way::Form { matcher, vocabulary } = &self.way else { return token };
+        let trie = vocabulary.tok_trie();
+        if left > closing::HORIZON || matcher.is_stopped() || trie.eos_tokens().contains(&token) {
+            return token;
+        }
+        let mut after = matcher.deep_clone();
+        let written = after.consume_token(token).is_ok();
+        let whole = written && (after.is_stopped() || after.is_accepting().unwrap_or(false));
+        // Where it is not whole, there has to be room for the way to its end and for the token that says so.
+        if whole || written && closing::way(after, trie).is_some_and(|way| way.len() + 2 <= left) {
+            return token;
+        }
+        match closing::way(matcher.deep_clone(), trie) {
+            Some(way) => way.first().copied().unwrap_or_else(|| trie.eos_token()),
+            None => token,
         }
     }
 

@@ -24,19 +24,21 @@ pub struct Sampler {
     seen: HashMap<u32, u32>,
     /// What the answer has to look like.
     guide: Option<Matcher>,
+    /// The position after its last token, at most.
+    end: usize,
 }
 
 impl Sampler {
     /// For a sequence with this prompt (the repetition penalty sees it).
     pub fn new(params: SamplingParams, prompt: &[u32]) -> Self {
         let seen = if params.repetition_penalty == 1.0 { HashMap::new() } else { prompt.iter().map(|&t| (t, 0)).collect() };
-        Self { params, seen, guide: None }
+        Self { params, seen, guide: None, end: usize::MAX }
     }
 
-    /// With the guide of the parameters, compiled, if they have one.
-    pub fn guided(mut self, guide: Option<Matcher>) -> Self {
-        self.guide = guide;
-        self
+    /// With the guide of the parameters, compiled, if they have one. The answer is to have the form that it asks for when it ends,
+    /// at position `end` (prompt length + most tokens) at the latest.
+    pub fn guided(self, guide: Option<Matcher>, end: usize) -> Self {
+        Self { guide, end, ..self }
     }
 
     /// Counts a token of the answer that was chosen elsewhere (the full model's first token, a replayed one).
@@ -53,7 +55,8 @@ impl Sampler {
     }
 
     /// Chooses the token for `position` (prompt length + index in the answer), and counts it.
-    /// The draw depends on the logits, the parameters, the seed and `position` alone, and on what the guide allows.
+    /// The draw depends on the logits, the parameters, the seed and `position` alone, and on what the guide allows and how many
+    /// tokens are left.
     ///
     /// `logits` is `[vocab]`, not empty; bias, penalties and guide are applied in place.
     pub fn sample(&mut self, logits: &mut [f32], position: usize) -> Sampled {
@@ -61,6 +64,10 @@ impl Sampler {
         // Log-probabilities are the model's own: what the guide forbids has its part in them.
         let reported = self.params.logprobs.map(|n| Logprobs::of(logits, n as usize));
         let token = if self.params.temperature == 0.0 { self.most_likely(logits) } else { self.draw(logits, position) };
+        let token = match &mut self.guide {
+            Some(guide) => guide.in_time(token, self.end.saturating_sub(position)),
+            None => token,
+        };
         self.observe(token);
         Sampled { token, logprob: reported.map(|reported| reported.with(logits[token as usize])) }
     }
