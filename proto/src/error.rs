@@ -87,12 +87,12 @@ pub fn from_status(status: &Status, peer: &str) -> ServiceError {
         },
     };
     let (retry, blame) = (retry.unwrap_or(Retry::Elsewhere), blame.unwrap_or(Blame::Way));
-    ServiceError { code, message: status.message().into(), retry_after: pushback, retry, blame }
+    ServiceError { code, message: status.message().into(), retry_after: pushback, retry, blame, field: None }
 }
 
 /// How a call that ended with `error` is told of on a stream of calls.
 pub fn to_ended(error: ServiceError) -> Ended {
-    let ServiceError { code, message, retry_after, retry, blame } = error;
+    let ServiceError { code, message, retry_after, retry, blame, field: _ } = error;
     let retry = match retry {
         Retry::Never => v1::Retry::Never,
         Retry::Elsewhere => v1::Retry::Elsewhere,
@@ -128,7 +128,7 @@ pub fn from_ended(ended: Ended) -> Result<(), ServiceError> {
     };
     let code = Code::ALL.into_iter().find(|code| ended.code == code.as_str()).unwrap_or(Code::Internal);
     let retry_after = ended.retry_after_ms.map(Duration::from_millis);
-    Err(ServiceError { code, message: ended.message, retry_after, retry, blame })
+    Err(ServiceError { code, message: ended.message, retry_after, retry, blame, field: None })
 }
 
 fn milliseconds(wait: Duration) -> u64 {

@@ -25,7 +25,11 @@ const LONGEST_SALT: usize = 256;
 
 /// What is to be continued.
 pub(crate) enum Input {
-    Text(String),
+    Text {
+        text: String,
+        /// What the tokenizer puts before every text stands before it.
+        special_tokens: bool,
+    },
     Chat(Chat),
     TokenIds(Vec<u32>),
 }
@@ -53,6 +57,8 @@ pub(crate) struct ClientRequest {
     pub(crate) priority: i32,
     /// KV caches are shared with requests of the same; empty where the client does not care.
     pub(crate) cache_salt: String,
+    /// A special token that is written in the answer's text, as no other is.
+    pub(crate) shown: Option<u32>,
 }
 
 /// A request that may be served.
@@ -66,6 +72,10 @@ pub(crate) struct ValidRequest {
     pub(crate) sampling: SamplingParams,
     pub(crate) stop: StopConditions,
     pub(crate) stop_strings: StopMatcher,
+    /// Stop strings that are special tokens, with these.
+    pub(crate) stop_tokens: Arc<[(u32, String)]>,
+    /// A special token that is written in the answer's text.
+    pub(crate) shown: Option<u32>,
     pub(crate) deadline: Instant,
     /// When it came.
     pub(crate) arrived: Instant,
@@ -122,12 +132,16 @@ impl Router {
         let counters = self.metrics.of(&model.manifest.name)?;
         asked.sampling = asked.said.or(model.manifest.generation).fill(asked.sampling);
         asked.sampling.validate()?;
+        // Special tokens are no part of the text that stop strings are looked for in.
+        let stop_tokens: Arc<[(u32, String)]> =
+            asked.stop.iter().filter_map(|stop| Some((model.special_token(stop)?, stop.clone()))).collect();
+        asked.stop_token_ids.extend(stop_tokens.iter().map(|(token, _)| *token));
         let stop_strings = StopMatcher::new(asked.stop)?;
         let limits = Limits { max_context: self.max_context(&model), vocab_size: model.manifest.vocab_size() };
         limits.check_sampling(&asked.sampling)?;
         if asked.quality == Quality::Decode && asked.sampling.prompt_logprobs.is_some() {
             let message = "log-probabilities of the prompt are the full model's: ask for quality overfill or full, or leave them out";
-            return Err(ServiceError::new(Code::InvalidArgument, message));
+            return Err(ServiceError::of_field("quality", message));
         }
         let deadline = {
             let longest = Duration::from_secs(self.config.request_timeout);
@@ -135,7 +149,7 @@ impl Router {
         };
         if asked.cache_salt.len() > LONGEST_SALT {
             let message = format!("cache_salt has {} bytes: at most {LONGEST_SALT} are taken", asked.cache_salt.len());
-            return Err(ServiceError::new(Code::InvalidArgument, message));
+            return Err(ServiceError::of_field("cache_salt", message));
         }
         if let Some(guide) = &asked.sampling.guide {
             // The nodes compile it too; here one that cannot be followed is told of before any node is asked.
@@ -183,6 +197,8 @@ impl Router {
                     sampling: SamplingParams { seed: seed(asked.sampling.seed, answer), ..asked.sampling.clone() },
                     stop: stop.clone(),
                     stop_strings: stop_strings.clone(),
+                    stop_tokens: stop_tokens.clone(),
+                    shown: asked.shown,
                     deadline,
                     arrived,
                     trace: trace.clone(),
@@ -196,11 +212,23 @@ impl Router {
         Ok(requests)
     }
 
-    async fn tokens(&self, model: &Arc<TextModel>, input: Input) -> Result<Vec<u32>, ServiceError> {
+    /// Token ids of an input.
+    ///
+    /// # Errors
+    /// [`Code::InvalidArgument`] where the template or the tokenizer refuses it.
+    pub(crate) async fn tokens(&self, model: &Arc<TextModel>, input: Input) -> Result<Vec<u32>, ServiceError> {
         let model = model.clone();
+        let bytes = match &input {
+            Input::Text { text, .. } => text.len(),
+            Input::Chat(chat) => chat.bytes(),
+            Input::TokenIds(_) => 0,
+        };
         match input {
-            Input::Text(text) => self.tokenising.run(text.len(), move || model.encode(&text)).await,
-            Input::Chat(chat) => self.tokenising.run(chat.bytes(), move || model.encode_whole_chat(&chat)).await,
+            Input::Text { text, special_tokens } => {
+                let encode = move || if special_tokens { model.encode(&text) } else { model.encode_plain(&text) };
+                self.tokenising.run(bytes, encode).await
+            }
+            Input::Chat(chat) => self.tokenising.run(bytes, move || model.encode_whole_chat(&chat)).await,
             Input::TokenIds(ids) => Ok(ids),
         }
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, HeaderName, header};
 use overfill_schedule::{Bucket, Share};
 use overfill_types::{Code, ServiceError};
 use serde::Deserialize;
@@ -102,6 +102,9 @@ pub(crate) struct Client {
     limited: AtomicU64,
 }
 
+/// Where Anthropic's clients send their key.
+pub(crate) const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
 /// What a client's answer takes of its limits. Dropping it gives back its permit, and the tokens that were not written.
 #[derive(Debug)]
 pub(crate) struct Allowance {
@@ -137,7 +140,7 @@ impl Clients {
         Ok(())
     }
 
-    /// Whose key `authorization: Bearer KEY` has.
+    /// Whose key `authorization: Bearer KEY` has, or `x-api-key: KEY`, which Anthropic's clients send.
     ///
     /// # Errors
     /// [`Code::Unauthenticated`] where it is missing or unknown, and keys are asked for.
@@ -145,7 +148,8 @@ impl Clients {
         let Some(known) = &self.known else { return Ok(self.anonymous.clone()) };
         let sent = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let key = sent.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-        let Some((_, key)) = key else {
+        let own = headers.get(API_KEY).and_then(|value| value.to_str().ok());
+        let Some(key) = key.map(|(_, key)| key).or(own) else {
             let message = "You didn't provide an API key: send it in the header 'Authorization: Bearer YOUR_KEY'";
             return Err(ServiceError::new(Code::Unauthenticated, message));
         };

@@ -2,12 +2,15 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use clap::{Args, Parser, ValueEnum};
 use overfill_cluster::DiscoveryArgs;
 use overfill_guide::GuideArgs;
 use overfill_lifecycle::telemetry::LogArgs;
+use overfill_text::ToolFormat;
 use overfill_transport::connections::ConnectionLimits;
 use overfill_transport::security::{Identity, ServerTls, Unusable};
 use overfill_types::Quality;
@@ -116,6 +119,24 @@ pub enum SpecialInMessages {
     Special,
 }
 
+/// How calls of tools are written and read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ToolCallParser {
+    /// As the chat template of each pair asks for it.
+    #[default]
+    Auto,
+    /// So.
+    Format(ToolFormat),
+}
+
+impl FromStr for ToolCallParser {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Format) }
+    }
+}
+
 /// What bounds the connections of either door. Where a bound is reached, who has waited longest loses: nobody keeps others out by
 /// beginning something and then saying nothing, or saying it slowly.
 #[derive(Args, Clone, Copy, Debug)]
@@ -212,6 +233,12 @@ pub struct RequestBounds {
     /// What special tokens mean that stand in messages of a chat
     #[arg(long, env = "OVERFILL_SPECIAL_TOKENS_IN_MESSAGES", value_enum, default_value_t = SpecialInMessages::Plain)]
     pub special_tokens_in_messages: SpecialInMessages,
+    /// How models write calls of tools: auto (as each pair's chat template asks for it), hermes, llama3_json, mistral or granite
+    #[arg(long, env = "OVERFILL_TOOL_CALL_PARSER", default_value = "auto")]
+    pub tool_call_parser: ToolCallParser,
+    /// Origins whose pages may ask at the HTTP door from a browser, separated by commas; * for all [default: none but its own]
+    #[arg(long, env = "OVERFILL_CORS_ORIGINS", value_delimiter = ',', value_parser = parse_origin)]
+    pub cors_origins: Vec<HeaderValue>,
     /// Whose requests share the KV caches of prompts that begin alike
     #[arg(long, env = "OVERFILL_PREFIX_SHARING", value_enum, default_value_t = PrefixSharing::Client)]
     pub prefix_sharing: PrefixSharing,
@@ -227,6 +254,16 @@ pub struct RequestBounds {
     /// Seconds that requests get to finish after that
     #[arg(long, env = "OVERFILL_ROUTER_DRAIN_TIMEOUT", default_value_t = 60)]
     pub router_drain_timeout: u64,
+}
+
+/// `*`, or an origin as browsers send it: `https://chat.example.org:8443`.
+fn parse_origin(text: &str) -> Result<HeaderValue, String> {
+    let wrong = || format!("'{text}' is no origin: write it as browsers do, as in https://chat.example.org, or * for all");
+    let host = text.split_once("://").map(|(_, host)| host);
+    if text != "*" && host.is_none_or(|host| host.is_empty() || host.contains('/')) {
+        return Err(wrong());
+    }
+    HeaderValue::from_str(text).map_err(|_| wrong())
 }
 
 /// What a router needs to know.
@@ -256,6 +293,10 @@ pub struct RouterConfig {
     pub generation_config: GenerationSource,
     /// What special tokens mean that stand in messages.
     pub special_tokens_in_messages: SpecialInMessages,
+    /// How calls of tools are written and read.
+    pub tool_call_parser: ToolCallParser,
+    /// Origins whose pages may ask at the HTTP door.
+    pub cors_origins: Vec<HeaderValue>,
     /// Whose requests share KV caches.
     pub prefix_sharing: PrefixSharing,
     /// What bounds connections.
@@ -284,6 +325,8 @@ impl RouterConfig {
             guides: bounds.guides,
             generation_config: bounds.generation_config,
             special_tokens_in_messages: bounds.special_tokens_in_messages,
+            tool_call_parser: bounds.tool_call_parser,
+            cors_origins: bounds.cors_origins,
             prefix_sharing: bounds.prefix_sharing,
             connections: bounds.connections,
             tls: bounds.tls,

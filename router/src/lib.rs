@@ -111,10 +111,10 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
     let closing = Closing { leaving: drain.clone(), end: end.clone() };
     let settings = |grpc, tls| Settings { grpc, limits: router.config.connections.limits(), busy_from_head: false, tls };
     parts.task("gRPC server", server::serve(listeners.grpc, grpc, settings(true, grpc_tls), closing.clone()));
-    let http = if listeners.admin.is_some() { router.http() } else { router.http().merge(frontend::http::admin(router.clone(), false)) };
+    let http = router.http(listeners.admin.is_none());
     parts.task("HTTP server", server::serve(listeners.http, http, settings(false, http_tls), closing.clone()));
     if let Some(listener) = listeners.admin {
-        let admin = frontend::http::admin(router.clone(), true).merge(server::reflection(DESCRIPTORS)?);
+        let admin = frontend::http::admin(router.clone()).merge(server::reflection(DESCRIPTORS)?);
         let settings = Settings { busy_from_head: true, ..settings(false, None) };
         parts.task("admin server", server::serve(listener, admin, settings, closing));
     }
@@ -254,9 +254,9 @@ impl Router {
         frontend::stack(self, Routes::new(inference).add_service(kserve).into_axum_router())
     }
 
-    /// The door for HTTP, which OpenAI's clients know.
-    pub fn http(self: &Arc<Self>) -> axum::Router {
-        frontend::http::app(self.clone())
+    /// The door for HTTP, which OpenAI's clients know and Anthropic's; with `admin`, what those ask who run the cluster is there too.
+    pub fn http(self: &Arc<Self>, admin: bool) -> axum::Router {
+        frontend::http::door(self.clone(), admin)
     }
 
     /// Follows what the nodes say of themselves. Ends where the view of the nodes does.

@@ -9,7 +9,7 @@ use overfill_text::TextModel;
 use overfill_types::generation::GenerationSource;
 use overfill_types::{Code, Fingerprint, GenerationConfig, ServiceError};
 
-use crate::config::{RouterConfig, SpecialInMessages};
+use crate::config::{RouterConfig, SpecialInMessages, ToolCallParser};
 
 /// The models of one router. Clones share what was opened.
 #[derive(Clone)]
@@ -35,6 +35,9 @@ impl Models {
             text.manifest.generation = generation.unwrap_or(text.manifest.generation);
             if config.special_tokens_in_messages == SpecialInMessages::Special {
                 text.trust_messages();
+            }
+            if let ToolCallParser::Format(format) = config.tool_call_parser {
+                text.set_tool_format(format);
             }
             Ok(Arc::new(text))
         };
@@ -73,7 +76,8 @@ impl Models {
         };
         found.cloned().ok_or_else(|| {
             let here: Vec<&str> = self.names().collect();
-            ServiceError::new(Code::NotFound, format!("model '{name}' is not served here: ask for one of {}", here.join(", ")))
+            let message = format!("model '{name}' is not served here: ask for one of {}", here.join(", "));
+            ServiceError { field: Some("model".into()), ..ServiceError::new(Code::NotFound, message) }
         })
     }
 

@@ -19,6 +19,8 @@ REASONS = [
     r"^(tool_choice|echo|max_tokens|top_logprobs|logprobs|best_of|n)\b.*(leave|set|ask|it must)",  # fields that exclude each other
     r"^(response_format|guided_\w+|structured_outputs|guide)\b|cannot be followed",  # languages of their own, and one of them at most
     r"chat template",  # what a model's own refuses
+    r"^(messages|input): the last one cannot be gone on from",  # empty, for one
+    r"^continue_final_message",  # one of two
 ]
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ pub(crate) fn run(args: GenerateArgs, home: &Home) -> anyhow::Result<()> {
     let mut solo = Solo::load(&Pair::open(&dir)?, &device, ThreadPool::new(threads, &[])?)?.writing(args.quality);
     loading.finish_and_clear();
 
-    let mut detokenizer = text.detokenizer();
+    let mut detokenizer = text.detokenizer(&prompt);
     let (mut answer, mut ids, mut matched) = (String::new(), Vec::new(), false);
     let show = |piece: &str, answer: &mut String| {
         answer.push_str(piece);

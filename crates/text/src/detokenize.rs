@@ -11,8 +11,11 @@ use tokenizers::Tokenizer;
 
 /// Unfinished characters have at most three bytes, a token at least one: what lies this far back cannot change any more.
 const SETTLED: usize = 4;
+/// Tokens of what stands before an answer that it is read with.
+const CONTEXT: usize = 4;
 
-/// Writes one answer's text. The texts that it gives, put together, are the decoding of all the tokens.
+/// Writes one answer's text. The texts that it gives, put together, are what the answer's tokens add to the decoding of those
+/// before it.
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     /// The last piece that was given, and the tokens after it.
@@ -21,11 +24,25 @@ pub struct Detokenizer {
     given: usize,
     /// The text of those.
     given_text: String,
+    /// Special tokens are text too.
+    special: bool,
 }
 
 impl Detokenizer {
-    pub(crate) fn new(tokenizer: Arc<Tokenizer>) -> Self {
-        Self { tokenizer, window: Vec::new(), given: 0, given_text: String::new() }
+    /// Of what follows `before`: some tokenizers take a space from the first word of a text, which an answer is not.
+    pub(crate) fn new(tokenizer: Arc<Tokenizer>, before: &[u32]) -> Self {
+        let context = &before[before.len().saturating_sub(CONTEXT)..];
+        let text = tokenizer.decode(context, true).unwrap_or_default();
+        if text.contains(char::REPLACEMENT_CHARACTER) {
+            // A cut through a character, of which the answer may be the rest: it is read by itself.
+            return Self { tokenizer, window: Vec::new(), given: 0, given_text: String::new(), special: false };
+        }
+        Self { tokenizer, window: context.to_vec(), given: context.len(), given_text: text, special: false }
+    }
+
+    /// Of a text by itself, with its special tokens.
+    pub(crate) fn of_all(tokenizer: Arc<Tokenizer>) -> Self {
+        Self { special: true, ..Self::new(tokenizer, &[]) }
     }
 
     /// Takes the next token; gives the text that is whole now, often empty in scripts whose characters are several tokens.
@@ -71,7 +88,7 @@ impl Detokenizer {
 
     fn decode(&self, tokens: Range<usize>) -> String {
         // Ids were checked against the vocabulary; one without text decodes to none.
-        self.tokenizer.decode(&self.window[tokens], true).unwrap_or_default()
+        self.tokenizer.decode(&self.window[tokens], !self.special).unwrap_or_default()
     }
 }
 
@@ -83,7 +100,7 @@ mod tests {
     use crate::gguf::tests::{byte_level, sentence_piece};
 
     fn check(tokenizer: &Arc<Tokenizer>, ids: &[u32]) {
-        let mut detokenizer = Detokenizer::new(tokenizer.clone());
+        let mut detokenizer = Detokenizer::new(tokenizer.clone(), &[]);
         let mut text: String = ids.iter().map(|id| detokenizer.push(*id)).collect();
         text += &detokenizer.finish();
         assert_eq!(text, tokenizer.decode(ids, true).unwrap(), "{ids:?}");
@@ -94,11 +111,30 @@ mod tests {
     fn a_character_of_several_tokens_comes_whole() {
         let tokenizer = Arc::new(byte_level());
         let ids = tokenizer.encode("né 🦀!", false).unwrap().get_ids().to_vec();
-        let mut detokenizer = Detokenizer::new(tokenizer.clone());
+        let mut detokenizer = Detokenizer::new(tokenizer.clone(), &[]);
         let pieces: Vec<String> = ids.iter().map(|id| detokenizer.push(*id)).collect();
         assert!(pieces.len() > pieces.iter().filter(|p| !p.is_empty()).count(), "{pieces:?}");
         assert!(pieces.iter().all(|p| !p.contains(char::REPLACEMENT_CHARACTER)), "{pieces:?}");
         assert_eq!(pieces.concat(), "né 🦀!");
+    }
+
+    #[test]
+    fn an_answer_is_read_with_what_stands_before_it() {
+        let tokenizer = Arc::new(sentence_piece());
+        let ids = tokenizer.encode("ab abc", true).unwrap().get_ids().to_vec();
+        for cut in 1..ids.len() {
+            let (before, answer) = ids.split_at(cut);
+            let mut detokenizer = Detokenizer::new(tokenizer.clone(), before);
+            let text: String = answer.iter().map(|id| detokenizer.push(*id)).collect();
+            let prompt = tokenizer.decode(before, true).unwrap();
+            assert_eq!(prompt + &text + &detokenizer.finish(), "ab abc", "cut at {cut}");
+        }
+        // The second half of a character is no text by itself, and is not lost.
+        let tokenizer = Arc::new(byte_level());
+        let crab = tokenizer.encode("🦀!", false).unwrap().get_ids().to_vec();
+        let mut detokenizer = Detokenizer::new(tokenizer, &crab[..2]);
+        let text: String = crab[2..].iter().map(|id| detokenizer.push(*id)).collect();
+        assert!(text.ends_with('!') && text.contains(char::REPLACEMENT_CHARACTER), "{text}");
     }
 
     proptest! {

@@ -21,6 +21,8 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
+use crate::tokenizer::OWN_ENDS;
+
 /// What a GGUF file's header says of its tokenizer (keys `tokenizer.ggml.*`).
 #[derive(Clone, Debug, Default)]
 pub struct GgufVocabulary {
@@ -30,7 +32,7 @@ pub struct GgufVocabulary {
     pub pre: Option<String>,
     /// `tokens`, by id.
     pub tokens: Vec<String>,
-    /// `token_type`, by id: 3 is control, 4 user-defined; others are ordinary.
+    /// `token_type`, by id: 3 is control, 4 user-defined, 5 unused; others are ordinary.
     pub token_types: Vec<u32>,
     /// `merges`, each two pieces with a space between.
     pub merges: Vec<String>,
@@ -127,7 +129,7 @@ impl GgufVocabulary {
             merges: merges.ok_or_else(|| refuse("tokenizer.json has a merge that is no two pieces"))?,
             bos,
             eos,
-            add_bos: tokenizer["post_processor"].to_string().contains("\"SpecialToken\""),
+            add_bos: begins(tokenizer, config),
             chat_template: config["chat_template"].as_str().map(str::to_owned),
             tokens,
             token_types,
@@ -146,8 +148,10 @@ impl GgufVocabulary {
             .ok_or_else(|| refuse(format!("token id {id} is not in the vocabulary of {}", self.tokens.len())))
     }
 
+    /// The tokens, but for those (5) that only fill ids.
     fn vocabulary(&self) -> impl Iterator<Item = (String, u32)> + '_ {
-        self.tokens.iter().zip(0..).map(|(token, id)| (token.clone(), id))
+        let all = self.tokens.iter().zip(0_u32..).map(|(token, id)| (token.clone(), id));
+        all.filter(|(_, id)| self.token_types.get(*id as usize) != Some(&5))
     }
 
     fn byte_level(&self) -> Result<Tokenizer, ServiceError> {
@@ -162,7 +166,10 @@ impl GgufVocabulary {
                     .ok_or_else(|| refuse(format!("merge '{merge}' has no two pieces")))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let bpe = BPE::builder().vocab_and_merges(self.vocabulary().collect::<AHashMap<_, _>>(), merges).build().map_err(refuse)?;
+        // Llama 3 takes a word that is a token whole, though no merges lead to it.
+        let whole_words = matches!(self.pre.as_deref(), Some("llama-bpe" | "llama3" | "llama-v3"));
+        let bpe = BPE::builder().vocab_and_merges(self.vocabulary().collect::<AHashMap<_, _>>(), merges).ignore_merges(whole_words);
+        let bpe = bpe.build().map_err(refuse)?;
         let split = |pattern: &str| -> Result<PreTokenizerWrapper, ServiceError> {
             Ok(Split::new(SplitPattern::Regex(pattern.into()), SplitDelimiterBehavior::Isolated, false).map_err(refuse)?.into())
         };
@@ -225,6 +232,15 @@ impl GgufVocabulary {
         }
         merges.sort_by(|a, b| b.0.total_cmp(&a.0));
         merges.into_iter().map(|(_, a, b)| (a, b)).collect()
+    }
+}
+
+/// Whether texts begin with a token of their own.
+fn begins(tokenizer: &Value, config: &Value) -> bool {
+    let of_class = config["tokenizer_class"].as_str().is_some_and(|class| OWN_ENDS.contains(&class));
+    match config["add_bos_token"].as_bool() {
+        Some(begins) if of_class => begins,
+        _ => tokenizer["post_processor"].to_string().contains("\"SpecialToken\""),
     }
 }
 
@@ -339,6 +355,18 @@ pub(crate) mod tests {
         assert!(GgufVocabulary::of(&json, &Value::Null).unwrap().add_bos);
         json["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = Value::Bool(false);
         assert!(GgufVocabulary::of(&json, &Value::Null).unwrap_err().message.contains("smollm"));
+    }
+
+    #[test]
+    fn llama_3_takes_a_word_that_is_a_token_whole() {
+        // "helo" is a token, and no merges lead to it.
+        let mut vocabulary = byte_level_vocabulary();
+        vocabulary.tokens.push("helo".into());
+        vocabulary.token_types.push(1);
+        for (pre, tokens) in [("llama-bpe", vec!["helo"]), ("qwen2", vec!["he", "l", "o"])] {
+            let tokenizer = GgufVocabulary { pre: Some(pre.into()), ..vocabulary.clone() }.tokenizer().unwrap();
+            assert_eq!(tokenizer.encode("helo", false).unwrap().get_tokens(), tokens, "{pre}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 pub mod detokenize;
 pub mod gguf;
 mod plain;
+pub mod probe;
 pub mod stop;
 pub mod template;
 pub mod tokenizer;
@@ -14,4 +15,4 @@ pub use detokenize::Detokenizer;
 pub use stop::StopMatcher;
 pub use template::{Chat, ChatTemplate, Message};
 pub use tokenizer::{ModelText, TextModel};
-pub use tools::{ToolPiece, ToolReader};
+pub use tools::{ToolFormat, ToolPiece, ToolReader};

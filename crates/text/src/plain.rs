@@ -49,6 +49,11 @@ impl SpecialTokens {
         Ok(Self { find: (longest > 0).then_some(find), ids, beginnings, longest, plain: OnceLock::new() })
     }
 
+    /// Whether this is one.
+    pub(crate) fn is_one(&self, id: u32) -> bool {
+        self.ids.contains(&id)
+    }
+
     /// The chat with marks where its own words look like special tokens, and the mark; `None` where they do not.
     ///
     /// # Errors
@@ -63,10 +68,8 @@ impl SpecialTokens {
         let mut free: Vec<char> = MARKS.collect();
         each_text(chat, &mut |text| free.retain(|mark| !text.contains(*mark)));
         let Some(mark) = free.pop() else {
-            return Err(ServiceError::new(
-                Code::InvalidArgument,
-                "messages: they are full of what Unicode calls no characters; leave these out",
-            ));
+            let message = "messages: they are full of what Unicode calls no characters; leave these out";
+            return Err(ServiceError::of_field("messages", message));
         };
         let mut marked = chat.clone();
         let values = marked.messages.iter_mut().chain(&mut marked.tools).chain(marked.variables.values_mut());

@@ -1,6 +1,6 @@
 //! Stop strings over streamed text.
 
-use overfill_types::{Code, ServiceError};
+use overfill_types::ServiceError;
 
 /// Most stop strings of one request.
 const MOST: usize = 16;
@@ -28,13 +28,11 @@ impl StopMatcher {
     /// [`Code::InvalidArgument`] where there are more than 16, or one is empty.
     pub fn new(stops: Vec<String>) -> Result<Self, ServiceError> {
         if stops.len() > MOST {
-            return Err(ServiceError::new(
-                Code::InvalidArgument,
-                format!("{} stop strings were sent: at most {MOST} are watched for", stops.len()),
-            ));
+            let message = format!("{} stop strings were sent: at most {MOST} are watched for", stops.len());
+            return Err(ServiceError::of_field("stop", message));
         }
         if stops.iter().any(String::is_empty) {
-            return Err(ServiceError::new(Code::InvalidArgument, "a stop string is empty: leave it out"));
+            return Err(ServiceError::of_field("stop", "a stop string is empty: leave it out"));
         }
         Ok(Self { stops, held: String::new() })
     }

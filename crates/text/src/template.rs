@@ -1,5 +1,6 @@
 //! Chat templates, rendered as Hugging Face's `apply_chat_template` does.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 use std::io;
 
@@ -34,6 +35,10 @@ pub struct Chat {
     pub tools: Vec<serde_json::Value>,
     /// Further variables of the template.
     pub variables: serde_json::Map<String, serde_json::Value>,
+    /// What the tokenizer puts before every text stands before what the template writes, too.
+    pub special_tokens: bool,
+    /// The text ends where the last message does: the answer goes on from there.
+    pub continues: bool,
 }
 
 impl Chat {
@@ -63,6 +68,8 @@ fn bytes(value: &serde_json::Value) -> usize {
 /// A model's chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    /// It names the role `developer`.
+    knows_developer: bool,
     bos_token: String,
     eos_token: String,
 }
@@ -88,12 +95,24 @@ impl ChatTemplate {
                 Err(_) => Err(Error::new(ErrorKind::InvalidOperation, format!("'{format}' is no format of a time"))),
             }
         });
+        let knows_developer = ["'developer'", "\"developer\""].iter().any(|role| source.contains(role));
         environment.set_fuel(Some(FUEL));
         environment.add_filter("tojson", to_json);
         environment
             .add_template_owned(NAME, without_generation_blocks(source))
             .map_err(|e| ServiceError::new(Code::InvalidArgument, format!("the chat template is malformed: {e}")))?;
-        Ok(Self { environment, bos_token, eos_token })
+        Ok(Self { environment, knows_developer, bos_token, eos_token })
+    }
+
+    /// The chat with its developer's messages as the system's, unless the template has words for them: OpenAI's clients send
+    /// the one where older ones send the other.
+    pub(crate) fn with_known_developer<'a>(&self, chat: &'a Chat) -> Cow<'a, Chat> {
+        if self.knows_developer || chat.messages.iter().all(|message| message["role"] != "developer") {
+            return Cow::Borrowed(chat);
+        }
+        let mut chat = chat.clone();
+        chat.messages.iter_mut().filter(|message| message["role"] == "developer").for_each(|message| message["role"] = "system".into());
+        Cow::Owned(chat)
     }
 
     /// The chat as text, up to where the assistant's answer begins.
@@ -111,7 +130,7 @@ impl ChatTemplate {
     pub fn render_chat(&self, chat: &Chat) -> Result<String, ServiceError> {
         let refuse = |e: Error| {
             let why = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
-            ServiceError::new(Code::InvalidArgument, format!("the chat template refuses the messages: {why}"))
+            ServiceError::of_field("messages", format!("the chat template refuses the messages: {why}"))
         };
         let tools = if chat.tools.is_empty() { Value::from(()) } else { Value::from(Serde(&chat.tools)) };
         // The client's own variables may say otherwise.
@@ -237,6 +256,7 @@ mod tests {
             messages: vec![json!({ "role": "user", "content": [{ "type": "text", "text": text }] })],
             tools: vec![json!({ "name": text })],
             variables: [("v".to_owned(), json!(text))].into_iter().collect(),
+            ..Chat::default()
         };
         assert!((3000..3100).contains(&chat.bytes()), "{}", chat.bytes());
     }

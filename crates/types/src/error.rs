@@ -142,12 +142,20 @@ pub struct ServiceError {
     pub retry: Retry,
     /// Who is to blame.
     pub blame: Blame,
+    /// The field of the request that is wrong, as the client calls it (`messages[2].role`), where it is one. Only the process that
+    /// read the request knows it: it does not travel.
+    pub field: Option<String>,
 }
 
 impl ServiceError {
     /// A failure of the request itself: it would fail everywhere.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), retry_after: None, retry: Retry::Never, blame: Blame::Request }
+        Self { code, message: message.into(), retry_after: None, retry: Retry::Never, blame: Blame::Request, field: None }
+    }
+
+    /// A field of the request that is wrong: [`Code::InvalidArgument`].
+    pub fn of_field(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { field: Some(field.into()), ..Self::new(Code::InvalidArgument, message) }
     }
 
     /// A failure of the node that tells of it: another may do better.

@@ -88,7 +88,7 @@ impl SamplingParams {
     /// [`Code::InvalidArgument`].
     pub fn validate(&self) -> Result<(), ServiceError> {
         let check = |ok: bool, name: &str, value: f32, range: &str| {
-            if ok { Ok(()) } else { Err(ServiceError::new(Code::InvalidArgument, format!("{name} is {value}: it must be {range}"))) }
+            if ok { Ok(()) } else { Err(ServiceError::of_field(name, format!("{name} is {value}: it must be {range}"))) }
         };
         // Ranges are written so that NaN fails every one of them.
         check((0.0..=100.0).contains(&self.temperature), "temperature", self.temperature, "from 0 to 100")?;
@@ -97,12 +97,12 @@ impl SamplingParams {
         check((0.01..=10.0).contains(&self.repetition_penalty), "repetition_penalty", self.repetition_penalty, "from 0.01 to 10")?;
         check((-2.0..=2.0).contains(&self.presence_penalty), "presence_penalty", self.presence_penalty, "from -2 to 2")?;
         check((-2.0..=2.0).contains(&self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "from -2 to 2")?;
-        let refuse = |message: String| Err(ServiceError::new(Code::InvalidArgument, message));
         for n in [self.logprobs, self.prompt_logprobs].into_iter().flatten() {
             if n > 20 {
-                return refuse(format!("{n} logprobs were asked for: at most 20 are given"));
+                return Err(ServiceError::of_field("logprobs", format!("{n} logprobs were asked for: at most 20 are given")));
             }
         }
+        let refuse = |message: String| Err(ServiceError::of_field("logit_bias", message));
         if self.logit_bias.len() > MOST_BIASES {
             return refuse(format!("logit_bias names {} token ids: at most {MOST_BIASES} may be", self.logit_bias.len()));
         }
@@ -110,7 +110,8 @@ impl SamplingParams {
             return refuse(format!("logit_bias is {bias} for token id {token}: it must be from -100 to 100"));
         }
         if let Some(bytes) = self.guide.as_ref().map(Guide::size).filter(|&bytes| bytes > LONGEST_GUIDE) {
-            return refuse(format!("the guide has {bytes} bytes: at most {LONGEST_GUIDE} are taken"));
+            let message = format!("the guide has {bytes} bytes: at most {LONGEST_GUIDE} are taken");
+            return Err(ServiceError::new(Code::InvalidArgument, message));
         }
         Ok(())
     }
@@ -156,27 +157,29 @@ impl Limits {
     /// # Errors
     /// [`Code::InvalidArgument`] with a sentence that names the figure and the bound.
     pub fn check(&self, prompt: &[u32], stop: &StopConditions) -> Result<(), ServiceError> {
-        let refuse = |message: String| Err(ServiceError::new(Code::InvalidArgument, message));
+        let refuse = |field, message: String| Err(ServiceError::of_field(field, message));
         if prompt.is_empty() {
-            return refuse("the prompt is empty: send at least one token".into());
+            return refuse("prompt", "the prompt is empty: send at least one token".into());
         }
         if stop.max_tokens == 0 {
-            return refuse("max_tokens is 0: ask for at least 1 token".into());
+            return refuse("max_tokens", "max_tokens is 0: ask for at least 1 token".into());
         }
         if prompt.len().saturating_add(stop.max_tokens) > self.max_context {
-            return refuse(format!(
-                "the prompt has {} tokens and max_tokens is {}: together more than the context of {} tokens; shorten the prompt or ask for less",
-                prompt.len(),
-                stop.max_tokens,
-                self.max_context
+            return Err(ServiceError::new(
+                Code::InvalidArgument,
+                format!(
+                    "the prompt has {} tokens and max_tokens is {}: together more than the context of {} tokens; shorten the prompt or ask for less",
+                    prompt.len(),
+                    stop.max_tokens,
+                    self.max_context
+                ),
             ));
         }
         for (field, ids) in [("prompt", prompt), ("stop_token_ids", &stop.stop_token_ids)] {
             if let Some((i, id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= self.vocab_size) {
-                return refuse(format!(
-                    "token id {id} at place {i} of {field} is out of range: the vocabulary has {} tokens",
-                    self.vocab_size
-                ));
+                let message =
+                    format!("token id {id} at place {i} of {field} is out of range: the vocabulary has {} tokens", self.vocab_size);
+                return refuse(field, message);
             }
         }
         Ok(())
@@ -209,11 +212,11 @@ impl Limits {
             Some(Guide::Tokens(ids)) => ids.as_slice(),
             _ => &[],
         };
-        let mut named = biased.chain(forced.iter().map(|token| ("the guide", *token)));
+        let mut named = biased.chain(forced.iter().map(|token| ("forced_token_ids", *token)));
         match named.find(|(_, token)| *token as usize >= self.vocab_size) {
             Some((field, token)) => {
                 let message = format!("token id {token} of {field} is out of range: the vocabulary has {} tokens", self.vocab_size);
-                Err(ServiceError::new(Code::InvalidArgument, message))
+                Err(ServiceError::of_field(field, message))
             }
             None => Ok(()),
         }

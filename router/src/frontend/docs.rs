@@ -21,7 +21,9 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::frontend::messages::MessageRequest;
     use crate::frontend::openai::schemas::*;
+    use crate::frontend::responses::ResponseRequest;
 
     /// Takes down which fields a type asks for.
     struct Fields<'a>(&'a mut Vec<&'static str>);
@@ -61,7 +63,10 @@ mod tests {
         let document: Value = serde_json::from_str(DOCUMENT).unwrap();
         for (name, read) in [
             ("ChatRequest", fields::<ChatRequest>()),
+            ("ChatPrompt", fields::<ChatPrompt>()),
             ("CompletionRequest", fields::<CompletionRequest>()),
+            ("ResponseRequest", fields::<ResponseRequest>()),
+            ("MessageRequest", fields::<MessageRequest>()),
             ("Common", fields::<Common>()),
             ("StreamOptions", fields::<StreamOptions>()),
             ("SamplingFields", fields::<SamplingFields>()),

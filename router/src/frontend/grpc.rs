@@ -89,7 +89,7 @@ impl Inference for InferenceService {
 fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<ClientRequest, ServiceError> {
     let quality = convert::quality(request.quality());
     let input = match request.input {
-        Some(generate_request::Input::Text(text)) => Input::Text(text),
+        Some(generate_request::Input::Text(text)) => Input::Text { text, special_tokens: true },
         Some(generate_request::Input::Chat(chat)) => {
             let messages = chat.messages.into_iter().map(|m| json!({ "role": m.role, "content": m.content })).collect();
             Input::Chat(Chat { messages, ..Chat::default() })
@@ -111,6 +111,7 @@ fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<ClientRe
         timeout,
         priority: request.priority,
         cache_salt: request.cache_salt,
+        shown: None,
     })
 }
 

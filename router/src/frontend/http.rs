@@ -1,9 +1,10 @@
 //! The HTTP door: its paths.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use axum::extract::{DefaultBodyLimit, Path, State};
-use axum::http::StatusCode;
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router as Routes};
@@ -11,54 +12,110 @@ use overfill_lifecycle::profile;
 use overfill_text::TextModel;
 use overfill_types::{Code, ServiceError};
 use serde_json::{Value, json};
+use tower::util::{MapRequestLayer, option_layer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use crate::Router;
 use crate::frontend::openai::{self, ChatRequest, CompletionRequest, Failed};
-use crate::frontend::{docs, stack};
+use crate::frontend::{docs, messages, responses, stack};
 
-/// What clients ask.
-pub(crate) fn app(router: Arc<Router>) -> Routes {
+/// How long a browser may remember what it was allowed.
+const PREFLIGHT: Duration = Duration::from_secs(600);
+/// What someone who has lost their way may look for.
+const PATHS: [&str; 5] = ["/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"];
+
+/// The whole door: what clients ask, probes, and with `admin` what those ask who run the cluster.
+pub(crate) fn door(router: Arc<Router>, admin: bool) -> Routes {
+    let mut routes = clients(&router);
+    if admin {
+        routes = routes.merge(for_admins());
+    }
+    let origins = &router.config.cors_origins;
+    let cors = (!origins.is_empty()).then(|| cors(origins));
+    let routes = routes.with_state(router);
+    // Around all routes: a path is looked up after it.
+    Routes::new().fallback_service(routes).layer(option_layer(cors)).layer(MapRequestLayer::new(single_slashes))
+}
+
+/// Pages of these origins may ask, be it with keys or without.
+fn cors(origins: &[HeaderValue]) -> CorsLayer {
+    let allowed = if origins.iter().any(|origin| origin == "*") { AllowOrigin::any() } else { AllowOrigin::list(origins.iter().cloned()) };
+    let told = ["x-request-id", "x-overfill-served-by", "retry-after", "traceparent"].map(HeaderName::from_static);
+    CorsLayer::new()
+        .allow_origin(allowed)
+        .allow_methods([Method::GET, Method::HEAD, Method::POST, Method::OPTIONS])
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(told)
+        .max_age(PREFLIGHT)
+}
+
+/// A base URL that ends with a slash, put before a path that begins with one, makes two.
+fn single_slashes(mut request: Request) -> Request {
+    let path = request.uri().path();
+    if path.contains("//") {
+        let mut single = String::with_capacity(path.len());
+        path.chars().for_each(|c| {
+            if c != '/' || !single.ends_with('/') {
+                single.push(c)
+            }
+        });
+        let rest = request.uri().query().map(|query| format!("?{query}")).unwrap_or_default();
+        if let Ok(uri) = format!("{single}{rest}").parse() {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
+}
+
+fn clients(router: &Arc<Router>) -> Routes<Arc<Router>> {
     let asked = Routes::new()
         .route("/v1/chat/completions", post(openai::complete::<ChatRequest>))
         .route("/v1/completions", post(openai::complete::<CompletionRequest>))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route("/tokenize", post(openai::tokenize))
         .route("/detokenize", post(openai::detokenize))
         // They were read, and are no larger than they may be.
         .layer(DefaultBodyLimit::disable());
-    stack(&router, asked)
+    stack(router, asked)
         .merge(probes())
-        .fallback(|| async {
-            Failed::from(ServiceError::new(
-                Code::NotFound,
-                "there is no such path: see /docs, /v1/models, /v1/chat/completions, /v1/completions",
-            ))
+        .fallback(async |headers: HeaderMap| {
+            let message = format!("there is no such path: see /docs, {}", PATHS.join(", "));
+            stack::answer(&headers, ServiceError::new(Code::NotFound, message).into())
         })
-        .method_not_allowed_fallback(|| async {
+        .method_not_allowed_fallback(async |method: Method, headers: HeaderMap| {
+            if method == Method::OPTIONS {
+                // The header `allow` is there.
+                return StatusCode::NO_CONTENT.into_response();
+            }
             let error = ServiceError::new(Code::InvalidArgument, "this path is not asked with this method: see /docs");
-            Failed { status: StatusCode::METHOD_NOT_ALLOWED, error }
+            stack::answer(&headers, Failed { status: StatusCode::METHOD_NOT_ALLOWED, error })
         })
-        .with_state(router)
 }
 
 /// What probes ask; they are answered whatever happens, and to everyone.
 fn probes() -> Routes<Arc<Router>> {
     Routes::new()
+        .route("/", get(|| async { "OverFill answers here: see /docs and /v1/models\n" }))
         .route("/live", get(|| async { "live\n" }))
         .route("/ready", get(ready))
         // vLLM's name, which load testers ask before they begin.
         .route("/health", get(ready))
 }
 
-/// What those ask who run the cluster, beside the clients or, with probes, at a listener of their own.
-pub(crate) fn admin(router: Arc<Router>, own_listener: bool) -> Routes {
-    let routes = if own_listener { probes().route("/profile", profile::route()) } else { Routes::new() };
-    routes
+/// What those ask who run the cluster, at a listener of their own.
+pub(crate) fn admin(router: Arc<Router>) -> Routes {
+    for_admins().merge(probes()).route("/profile", profile::route()).with_state(router)
+}
+
+fn for_admins() -> Routes<Arc<Router>> {
+    Routes::new()
         .route("/docs", get(docs::page))
         .route("/openapi.json", get(docs::document))
         .route("/metrics", get(async |State(router): State<Arc<Router>>| router.metrics.registry.respond()))
-        .with_state(router)
 }
 
 async fn ready(State(router): State<Arc<Router>>) -> Response {

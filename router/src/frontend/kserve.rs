@@ -1,7 +1,7 @@
 //! The KServe v2 protocol, with a model's inputs and outputs named as Triton's LLM backends name them.
 //!
 //! `text_input` (BYTES) is continued as it is; `sampling_parameters` (BYTES, a JSON object) has the fields of the completions
-//! endpoint that choose tokens; with `stream` (BOOL) the answer comes in pieces. The answer is `text_output` (BYTES): how it
+//! endpoint that choose tokens, and so have the request's own parameters; with `stream` (BOOL) the answer comes in pieces. The answer is `text_output` (BYTES): how it
 //! ended and who served it are parameters of the response.
 
 use std::collections::HashMap;
@@ -185,14 +185,19 @@ impl Question {
             return refuse(format!("{} raw contents were sent for {} inputs", request.raw_input_contents.len(), request.inputs.len()));
         }
         of_version((), &request.model_version)?;
-        let (mut text, mut stream, mut with_input, mut parameters) = (None, false, false, Map::new());
+        if let Some(other) = request.outputs.iter().find(|output| output.name != "text_output") {
+            return refuse(format!("output '{}' is not offered: text_output is", other.name));
+        }
+        // What an input says counts, and then what the request says beside its inputs.
+        let mut parameters: Map<String, Value> = unquoted(request.parameters.into_iter().filter_map(parameter).collect());
+        let (mut text, mut stream, mut with_input) = (None, false, false);
         for (i, input) in request.inputs.iter().enumerate() {
             let tensor = Tensor { input, raw: request.raw_input_contents.get(i).map(|bytes| &bytes[..]) };
             match input.name.as_str() {
                 "text_input" => text = Some(tensor.text()?),
                 "stream" => stream = tensor.truth()?,
                 "exclude_input_in_output" => with_input = !tensor.truth()?,
-                "sampling_parameters" => parameters = sampling_parameters(&tensor.text()?)?,
+                "sampling_parameters" => parameters.extend(sampling_parameters(&tensor.text()?)?),
                 other => return refuse(format!("input '{other}' is not known: see ModelMetadata")),
             }
         }
@@ -200,7 +205,7 @@ impl Question {
         let fields = |e: serde_json::Error| ServiceError::new(Code::InvalidArgument, format!("sampling_parameters: {e}"));
         let sampling: SamplingFields = serde_json::from_value(Value::Object(parameters.clone())).map_err(fields)?;
         let guide: GuideFields = serde_json::from_value(Value::Object(parameters)).map_err(fields)?;
-        let mut asked = sampling.asked(vec![Input::Text(text.clone())], None)?;
+        let mut asked = sampling.asked(vec![Input::Text { text: text.clone(), special_tokens: true }], None)?;
         asked.sampling.guide = guide_of(guide)?;
         asked.model = request.model_name;
         Ok(Self { id: request.id, text, stream, with_input, raw, asked })
@@ -222,18 +227,37 @@ impl Question {
     }
 }
 
-fn sampling_parameters(text: &str) -> Result<Map<String, Value>, ServiceError> {
-    let mut parameters: Map<String, Value> = match serde_json::from_str(text) {
-        Ok(parameters) => parameters,
-        Err(e) => return refuse(format!("sampling_parameters: a JSON object is wanted: {e}")),
+/// A parameter of the request itself, where it has a value.
+fn parameter((name, InferParameter { parameter_choice }): (String, InferParameter)) -> Option<(String, Value)> {
+    let value = match parameter_choice? {
+        ParameterChoice::BoolParam(value) => value.into(),
+        ParameterChoice::Int64Param(value) => value.into(),
+        ParameterChoice::Uint64Param(value) => value.into(),
+        ParameterChoice::DoubleParam(value) => value.into(),
+        ParameterChoice::StringParam(value) => value.into(),
     };
+    Some((name, value))
+}
+
+fn sampling_parameters(text: &str) -> Result<Map<String, Value>, ServiceError> {
+    if text.trim().is_empty() {
+        return Ok(Map::new());
+    }
+    match serde_json::from_str(text) {
+        Ok(parameters) => Ok(unquoted(parameters)),
+        Err(e) => refuse(format!("sampling_parameters: a JSON object is wanted: {e}")),
+    }
+}
+
+/// Without the quotes around numbers and truth values, which some clients send.
+fn unquoted(mut parameters: Map<String, Value>) -> Map<String, Value> {
     for (name, value) in &mut parameters {
         let quoted = value.as_str().filter(|_| !TEXTS.contains(&name.as_str())).and_then(|text| serde_json::from_str(text).ok());
         if let Some(plain @ (Value::Number(_) | Value::Bool(_))) = quoted {
             *value = plain;
         }
     }
-    Ok(parameters)
+    parameters
 }
 
 /// One input and its contents, of which there is one element.

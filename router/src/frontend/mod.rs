@@ -1,11 +1,16 @@
-//! The doors: gRPC (ours, and the KServe v2 protocol) and OpenAI-compatible HTTP. All lead to the same relay.
+//! The doors: gRPC (ours, and the KServe v2 protocol) and HTTP, as OpenAI's clients and Anthropic's know it. All lead to the same
+//! relay.
 
 pub(crate) mod bodies;
 mod docs;
 pub(crate) mod grpc;
 pub(crate) mod http;
 pub(crate) mod kserve;
+mod messages;
 mod openai;
+mod respond;
+mod responses;
+mod single;
 mod stack;
 
 pub(crate) use stack::stack;

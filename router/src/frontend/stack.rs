@@ -18,8 +18,9 @@ use tower_http::validate_request::ValidateRequestHeaderLayer;
 use tracing::Span;
 
 use crate::Router;
-use crate::frontend::bodies;
+use crate::clients::API_KEY;
 use crate::frontend::openai::Failed;
+use crate::frontend::{bodies, messages};
 
 /// How much longer than a request's own deadline its answer's head may take: that one tells more of what happened.
 const GRACE: Duration = Duration::from_secs(5);
@@ -40,7 +41,7 @@ pub(crate) fn stack<S: Clone + Send + Sync + 'static>(router: &Arc<Router>, rout
         Err(error) => Err(answer(request.headers(), error.into())),
     };
     let stack = ServiceBuilder::new()
-        .layer(SetSensitiveRequestHeadersLayer::new([header::AUTHORIZATION]))
+        .layer(SetSensitiveRequestHeadersLayer::new([header::AUTHORIZATION, API_KEY]))
         .layer(TraceLayer::new_for_http().make_span_with(span))
         .layer(ValidateRequestHeaderLayer::custom(whose))
         .layer(axum::middleware::from_fn_with_state(router.bodies.clone(), bodies::read_whole))
@@ -74,5 +75,11 @@ async fn refused(headers: HeaderMap, error: BoxError) -> Response<Body> {
 
 /// An error in the protocol that was asked in.
 pub(super) fn answer(headers: &HeaderMap, failed: Failed) -> Response<Body> {
-    if is_grpc(headers) { error::to_status(&failed.error).into_http() } else { failed.into_response() }
+    if is_grpc(headers) {
+        error::to_status(&failed.error).into_http()
+    } else if messages::asked_so(headers) {
+        messages::refused(&failed)
+    } else {
+        failed.into_response()
+    }
 }

@@ -36,7 +36,7 @@ impl Driver {
                 }
                 Some(PrefillEvent { event: Some(prefill_event::Event::Token(token)) }) => Some(token),
                 Some(PrefillEvent { event: Some(prefill_event::Event::Finished(finished)) }) => {
-                    self.finish(convert::finish(finished.reason()).unwrap_or(FinishReason::Length)).await;
+                    self.finish(convert::finish(finished.reason()).unwrap_or(FinishReason::Length), None).await;
                     return Ok(());
                 }
                 _ => None,
@@ -61,7 +61,7 @@ impl Driver {
                     }
                 }
                 Some(DecodeEvent { event: Some(decode_event::Event::Finished(finished)) }) => {
-                    self.finish(convert::finish(finished.reason()).unwrap_or(FinishReason::Length)).await;
+                    self.finish(convert::finish(finished.reason()).unwrap_or(FinishReason::Length), None).await;
                     return Ok(());
                 }
                 _ => return Err(Failure::broken(DECODE, &node.id)),

@@ -387,7 +387,7 @@ impl Driver {
                 Ok(self.pass_on(token).await)
             }
             Some(decode_event::Event::Finished(finished)) => {
-                self.finish(convert::finish(finished.reason()).unwrap_or(FinishReason::Length)).await;
+                self.finish(convert::finish(finished.reason()).unwrap_or(FinishReason::Length), None).await;
                 Ok(true)
             }
             _ => Ok(false),
@@ -408,22 +408,28 @@ impl Driver {
         if let Some(permit) = &mut self.request.permit {
             permit.allowance.wrote();
         }
+        let token_id = token.id;
         self.send(Event::Delta { text, tokens: vec![token] }).await;
         match (matched, reason) {
             (Some(stop), _) => self.end(FinishReason::Stop, Some(stop)).await,
-            (None, Some(reason)) => self.finish(reason).await,
+            (None, Some(FinishReason::Stop)) => {
+                let stop = self.request.stop_tokens.iter().find(|(stop, _)| *stop == token_id).map(|(_, text)| text.clone());
+                self.finish(FinishReason::Stop, stop).await;
+            }
+            (None, Some(reason)) => self.finish(reason, None).await,
             (None, None) => return false,
         }
         true
     }
 
-    pub(super) async fn finish(&mut self, reason: FinishReason) {
+    /// The end, at a stop string that was a token if one is given.
+    pub(super) async fn finish(&mut self, reason: FinishReason, stop: Option<String>) {
         let (text, matched) = self.text.finish();
         if !text.is_empty() {
             self.send(Event::Delta { text, tokens: Vec::new() }).await;
         }
         let reason = if matched.is_some() { FinishReason::Stop } else { reason };
-        self.end(reason, matched).await;
+        self.end(reason, matched.or(stop)).await;
     }
 
     /// The end. The nodes that are named are those that finished the answer.

@@ -1,4 +1,4 @@
-//! Clients that we did not write, as they come from the package index: OpenAI's SDK, Triton's client, gRPC by reflection, Prometheus' parser,
+//! Clients that we did not write, as they come from the package index: OpenAI's SDK, Anthropic's, Triton's client, gRPC by reflection, Prometheus' parser,
 //! schemathesis.
 //! Against the real pair they all get the same words; against a tiny one whose template knows tools, tools are called.
 
@@ -50,6 +50,11 @@ async fn same_words_and_tools() {
     let told: Value = serde_json::from_str(&client("openai_sdk.py", &[&cluster.http]).await).unwrap();
     assert!(told["text"].as_str().unwrap().contains("Paris"), "{told}");
 
+    for script in ["openai_responses.py", "anthropic_sdk.py"] {
+        let told: Value = serde_json::from_str(&client(script, &[&cluster.http]).await).unwrap();
+        assert!(told["text"].as_str().unwrap().contains("Paris"), "{told}");
+    }
+
     let ask = json!({ "prompt": PROMPT, "max_tokens": 24, "temperature": 0 });
     let sent = reqwest::Client::new().post(format!("{}/v1/completions", cluster.http)).json(&ask).send().await.unwrap();
     let answer: Value = sent.json().await.unwrap();
@@ -67,6 +72,9 @@ async fn same_words_and_tools() {
     let pair = tiny::pair_with_tools(Kind::Identity, 5);
     let cluster = Builder::new(&pair.dir).start().await;
     client("openai_tools.py", &[&cluster.http]).await;
+    for script in ["openai_responses.py", "anthropic_sdk.py"] {
+        client(script, &[&cluster.http, "tools"]).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -74,6 +82,6 @@ async fn the_http_door_is_as_it_is_described() {
     let pair = tiny::pair_with_tools(Kind::Identity, 5);
     let cluster = Builder::new(&pair.dir).router_flags(&["--default-max-tokens", "16"]).start().await;
     let told = client("openapi.py", &[&cluster.http, "--max-examples", "20", "--seed", "1"]).await;
-    assert!(told.contains("Tested: 9"), "{told}");
+    assert!(told.contains("Tested: 12"), "{told}");
     cluster.nothing_is_held(Duration::from_secs(5)).await;
 }

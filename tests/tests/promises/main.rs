@@ -20,6 +20,7 @@ mod openai_clients_get_what_they_know;
 mod processes_survive;
 mod prompts_take_turns;
 mod prompts_that_begin_alike_share_their_cache;
+mod requests_are_read_as_clients_mean_them;
 mod same_words_everywhere;
 mod several_decode_models_share_a_prefill_pool;
 mod slow_clients_keep_nobody_out;

@@ -3,9 +3,9 @@
 
 use overfill_proto::kserve::grpc_inference_service_client::GrpcInferenceServiceClient;
 use overfill_proto::kserve::infer_parameter::ParameterChoice;
-use overfill_proto::kserve::model_infer_request::InferInputTensor;
+use overfill_proto::kserve::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
 use overfill_proto::kserve::{
-    InferTensorContents, ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelReadyRequest, ServerLiveRequest,
+    InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelReadyRequest, ServerLiveRequest,
     ServerReadyRequest,
 };
 use overfill_proto::v1::{Guide, Sampling, generate_event, generate_request, guide};
@@ -13,6 +13,7 @@ use overfill_tests::cluster::{Builder, Cluster, request};
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::{GenerationConfig, SamplingParams};
 use serde_json::{Value, json};
+use tonic::Code;
 use tonic::codec::CompressionEncoding;
 use tonic::transport::Channel;
 
@@ -189,6 +190,35 @@ async fn by_every_door() {
         assert_eq!(over_kserve(&mut kserve, &guided).await, vec![expected.clone(); 6]);
     }
     cluster.nothing_is_held(std::time::Duration::from_secs(1)).await;
+}
+
+/// What chooses tokens may stand among the request's own parameters, as Triton's clients send it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kserve_request_is_read_whole() {
+    let pair = tiny::pair(Kind::Identity, 33);
+    let cluster = Builder::new(&pair.dir).start().await;
+    let mut client = GrpcInferenceServiceClient::connect(cluster.grpc.clone()).await.unwrap();
+    let greedy = asked(&json!({ "temperature": 0 }), json!({}));
+    let expected = post(&cluster, &greedy).await["choices"][0]["text"].as_str().unwrap().to_owned();
+    let parameter = |choice| InferParameter { parameter_choice: Some(choice) };
+    let mut beside = infer(&json!({ "logit_bias": ascii(), "ignore_eos": true, "max_tokens": NEW }), None, false);
+    beside.parameters.insert("temperature".into(), parameter(ParameterChoice::DoubleParam(0.0)));
+    // An input counts before it.
+    beside.parameters.insert("max_tokens".into(), parameter(ParameterChoice::Int64Param(3)));
+    beside.parameters.insert("sequence_id".into(), parameter(ParameterChoice::StringParam("of others".into())));
+    assert_eq!(text(&client.model_infer(beside.clone()).await.unwrap().into_inner()), expected);
+    beside.parameters.insert("top_p".into(), parameter(ParameterChoice::StringParam("2".into())));
+    assert_eq!(client.model_infer(beside).await.unwrap_err().code(), Code::InvalidArgument);
+
+    let mut empty = infer(&json!({}), None, false);
+    empty.inputs[1].contents = Some(InferTensorContents { bytes_contents: vec!["".into()], ..Default::default() });
+    empty.parameters.insert("max_tokens".into(), parameter(ParameterChoice::Int64Param(3)));
+    assert_eq!(client.model_infer(empty.clone()).await.unwrap().into_inner().outputs.len(), 1);
+    for (name, right) in [("text_output", true), ("logits", false)] {
+        empty.outputs = vec![InferRequestedOutputTensor { name: name.into(), ..Default::default() }];
+        let answered = client.model_infer(empty.clone()).await;
+        assert_eq!(answered.err().map(|e| e.code()), Some(Code::InvalidArgument).filter(|_| !right), "{name}");
+    }
 }
 
 /// The pair says it, or the router's flag; the request goes before both.

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use overfill_guide::Guides;
 use overfill_proto::v1::{ServedBy, Token, TokenLogprob};
-use overfill_text::{TextModel, ToolPiece, ToolReader};
+use overfill_text::{Detokenizer, ToolPiece, ToolReader};
 use overfill_types::FinishReason;
 use serde_json::{Map, Value, json};
 
 use crate::frontend::openai::guide::Calls;
 use crate::frontend::openai::request::Shape;
+use crate::frontend::openai::token_names::TokenNames;
 use crate::relay::{End, PromptRead};
 
 /// What all answers to one request share.
@@ -17,19 +17,26 @@ pub(super) struct Frame {
     pub(super) shape: Shape,
     pub(super) id: String,
     pub(super) created: u64,
-    pub(super) model: Arc<TextModel>,
-    pub(super) guides: Arc<Guides>,
+    pub(super) names: TokenNames,
     pub(super) token_ids: bool,
     /// Log-probabilities were asked for.
     pub(super) logprobs: bool,
+    /// A last piece of a stream counts tokens; those before it say that they do not.
+    pub(super) include_usage: bool,
     pub(super) echo: bool,
     pub(super) prompt_only: bool,
     pub(super) calls: Option<Calls>,
+    /// The prompts as they were sent, where they were texts.
+    pub(super) prompts: Vec<String>,
+    /// What the tokenizer puts before every text stands before them.
+    pub(super) special_tokens: bool,
 }
 
 /// One answer, as far as it has come.
 pub(super) struct Choice {
     index: usize,
+    /// The number of its prompt.
+    of: usize,
     prompt: Arc<Vec<u32>>,
     text: String,
     tokens: Vec<Token>,
@@ -37,8 +44,24 @@ pub(super) struct Choice {
     end: Option<End>,
     tools: Option<ToolReader>,
     calls: Vec<Value>,
-    /// Characters of text that log-probabilities were given for.
-    offset: usize,
+    /// Where in the text the tokens stand whose log-probabilities are given.
+    places: Places,
+}
+
+/// Where in a text its tokens begin, in characters.
+struct Places {
+    detokenizer: Detokenizer,
+    at: usize,
+}
+
+impl Places {
+    /// Where this one does, the next of the text.
+    fn next(&mut self, token: u32) -> usize {
+        let at = self.at;
+        // Of a character of several tokens, all but the last begin where it does.
+        self.at += self.detokenizer.push(token).chars().count();
+        at
+    }
 }
 
 /// A call of a tool, or text, that a piece of the answer brought.
@@ -48,17 +71,19 @@ struct Brought {
 }
 
 impl Choice {
-    pub(super) fn new(index: usize, prompt: Arc<Vec<u32>>, frame: &Frame) -> Self {
+    pub(super) fn new(index: usize, of: usize, prompt: Arc<Vec<u32>>, frame: &Frame) -> Self {
+        let places = Places { detokenizer: frame.names.model.detokenizer(&prompt), at: 0 };
         Self {
             index,
+            of,
             prompt,
             text: String::new(),
             tokens: Vec::new(),
             read: None,
             end: None,
-            tools: frame.calls.map(|_| ToolReader::default()),
+            tools: frame.calls.as_ref().map(|calls| ToolReader::new(calls.format, calls.names.clone())),
             calls: Vec::new(),
-            offset: 0,
+            places,
         }
     }
 
@@ -96,9 +121,11 @@ impl Choice {
         brought
     }
 
-    fn finish_reason(&self, calls: Option<Calls>) -> Value {
+    fn finish_reason(&self, calls: Option<&Calls>) -> Value {
         match &self.end {
-            Some(end) if end.reason == FinishReason::Stop && calls == Some(Calls::Free) && !self.calls.is_empty() => json!("tool_calls"),
+            Some(end) if end.reason == FinishReason::Stop && calls.is_some_and(|calls| !calls.named) && !self.calls.is_empty() => {
+                json!("tool_calls")
+            }
             Some(end) => json!(end.reason.as_str()),
             None => Value::Null,
         }
@@ -145,7 +172,7 @@ impl Frame {
 
     fn whole_choice(&self, choice: &mut Choice) -> Value {
         let stop = choice.end.as_ref().and_then(|end| end.matched_stop.clone());
-        let mut value = json!({ "index": choice.index, "finish_reason": choice.finish_reason(self.calls), "stop_reason": stop });
+        let mut value = json!({ "index": choice.index, "finish_reason": choice.finish_reason(self.calls.as_ref()), "stop_reason": stop });
         match self.shape {
             Shape::Chat => {
                 let mut message = json!({ "role": "assistant", "content": choice.text });
@@ -237,7 +264,7 @@ impl Frame {
 
     /// The last piece of a streamed answer.
     pub(super) fn closing(&self, choice: &Choice) -> Value {
-        let mut chunk = self.chunk(choice, json!({}), choice.finish_reason(self.calls));
+        let mut chunk = self.chunk(choice, json!({}), choice.finish_reason(self.calls.as_ref()));
         chunk["choices"][0]["stop_reason"] = json!(choice.end.as_ref().and_then(|end| end.matched_stop.as_deref()));
         if let Some(by) = choice.served_by() {
             chunk["served_by"] = served_by(by);
@@ -262,11 +289,15 @@ impl Frame {
             Shape::Chat => json!({ "index": index, "delta": delta, "logprobs": null, "finish_reason": finish }),
             Shape::Completion => json!({ "index": index, "text": "", "logprobs": null, "finish_reason": finish }),
         };
-        self.envelope(self.chunk_object(), json!([choice]))
+        let mut chunk = self.envelope(self.chunk_object(), json!([choice]));
+        if self.include_usage {
+            chunk["usage"] = Value::Null;
+        }
+        chunk
     }
 
     fn envelope(&self, object: &str, choices: Value) -> Value {
-        json!({ "id": self.id, "object": object, "created": self.created, "model": self.model.manifest.name, "choices": choices })
+        json!({ "id": self.id, "object": object, "created": self.created, "model": self.names.model.manifest.name, "choices": choices })
     }
 
     /// Each prompt counts once, however many answers it has.
@@ -281,8 +312,22 @@ impl Frame {
         })
     }
 
+    /// The prompt as it was sent, special tokens and all.
     fn prompt_text(&self, choice: &Choice) -> String {
-        self.model.decode(&choice.prompt, false)
+        self.prompts.get(choice.of).cloned().unwrap_or_else(|| self.names.model.decode(&choice.prompt, true))
+    }
+
+    /// Where in its text the prompt's tokens begin. What the tokenizer put before the text is no part of it.
+    fn prompt_places(&self, choice: &mut Choice) -> Vec<usize> {
+        let before = match self.prompts.get(choice.of) {
+            Some(_) if self.special_tokens => self.names.model.encode("").map_or(0, |ids| ids.len()),
+            _ => 0,
+        };
+        let (before, said) = choice.prompt.split_at(before.min(choice.prompt.len()));
+        let mut places = Places { detokenizer: self.names.model.detokenizer_of_all(), at: 0 };
+        let places = before.iter().map(|_| 0).chain(said.iter().map(|id| places.next(*id))).collect();
+        choice.places.at = self.prompt_text(choice).chars().count();
+        places
     }
 
     /// Of `tokens`, and before them of the prompt's if `prompt` is set.
@@ -290,6 +335,8 @@ impl Frame {
         if !self.logprobs {
             return Value::Null;
         }
+        let mut offsets = if prompt { self.prompt_places(choice) } else { Vec::new() };
+        offsets.extend(tokens.iter().filter(|t| t.logprob.is_some()).map(|t| choice.places.next(t.id)));
         let mut known: Vec<(u32, Option<&TokenLogprob>)> = Vec::new();
         if prompt {
             let read = choice.read.as_ref().map(|read| read.prompt_logprobs.as_slice()).unwrap_or_default();
@@ -298,17 +345,15 @@ impl Frame {
         }
         known.extend(tokens.iter().filter_map(|t| Some((t.id, Some(t.logprob.as_ref()?)))));
         if self.shape == Shape::Chat {
-            return json!({ "content": known.into_iter().filter_map(|(id, l)| Some(self.chat_logprob(id, l?))).collect::<Vec<_>>() });
+            return json!({ "content": known.into_iter().filter_map(|(id, l)| Some(self.names.logprob(id, l?))).collect::<Vec<_>>() });
         }
-        let (mut texts, mut logprobs, mut top, mut offsets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut texts, mut logprobs, mut top) = (Vec::new(), Vec::new(), Vec::new());
         for (id, logprob) in known {
-            let text = self.name(id);
-            offsets.push(choice.offset);
-            choice.offset += text.chars().count();
+            let text = self.names.name(id);
             texts.push(text.clone());
             logprobs.push(logprob.map(|l| l.logprob));
             top.push(logprob.map(|l| {
-                let mut most: Map<String, Value> = l.top.iter().map(|t| (self.name(t.token_id), json!(t.logprob))).collect();
+                let mut most: Map<String, Value> = l.top.iter().map(|t| (self.names.name(t.token_id), json!(t.logprob))).collect();
                 if !l.top.is_empty() {
                     most.entry(text).or_insert(json!(l.logprob));
                 }
@@ -316,36 +361,6 @@ impl Frame {
             }));
         }
         json!({ "tokens": texts, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets })
-    }
-
-    fn chat_logprob(&self, id: u32, logprob: &TokenLogprob) -> Value {
-        let entry = |id: u32, logprob: f32| {
-            let (text, bytes) = self.token(id);
-            json!({ "token": text, "logprob": logprob, "bytes": bytes })
-        };
-        let mut token = entry(id, logprob.logprob);
-        token["top_logprobs"] = logprob.top.iter().map(|t| entry(t.token_id, t.logprob)).collect();
-        token
-    }
-
-    /// Text and bytes of one token by itself.
-    fn token(&self, id: u32) -> (String, Vec<u8>) {
-        match self.guides.token_bytes(id) {
-            [] => {
-                let text = self.model.token_text(id);
-                (text.clone(), text.into_bytes())
-            }
-            bytes => (String::from_utf8_lossy(bytes).into_owned(), bytes.to_vec()),
-        }
-    }
-
-    /// What a token is called where its text is a key: a part of a character by its bytes.
-    fn name(&self, id: u32) -> String {
-        let (text, bytes) = self.token(id);
-        if std::str::from_utf8(&bytes).is_ok() {
-            return text;
-        }
-        bytes.iter().fold("bytes:".to_owned(), |name, byte| name + &format!("\\x{byte:02x}"))
     }
 }
 

@@ -19,10 +19,10 @@ const EVENTS: usize = 64;
 const AT_ONCE: usize = 32;
 
 /// Events, each with the number of its answer. Dropping it ends all of them.
-pub(super) type NumberedEvents = mpsc::Receiver<(usize, Result<Event, ServiceError>)>;
+pub(crate) type NumberedEvents = mpsc::Receiver<(usize, Result<Event, ServiceError>)>;
 
 /// Starts the answers to `requests`, of which each `n` are to the same prompt.
-pub(super) fn start(router: &Arc<Router>, requests: Vec<ValidRequest>, n: usize) -> NumberedEvents {
+pub(crate) fn start(router: &Arc<Router>, requests: Vec<ValidRequest>, n: usize) -> NumberedEvents {
     let (sender, events) = mpsc::channel(EVENTS);
     let turns = Arc::new(Semaphore::new(AT_ONCE));
     let mut read = CancellationToken::new();

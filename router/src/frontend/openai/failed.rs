@@ -1,7 +1,7 @@
 //! Errors as the OpenAI API tells them.
 
 use axum::Json;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use overfill_types::{Code, ServiceError};
 use serde_json::{Value, json};
@@ -19,7 +19,14 @@ impl From<ServiceError> for Failed {
 }
 
 impl Failed {
-    pub(super) fn body(&self) -> Value {
+    /// The header that says when to try again, where that may help.
+    pub(crate) fn retry_after(&self) -> Option<(HeaderName, HeaderValue)> {
+        let later = matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
+        let seconds = self.error.retry_after.unwrap_or_default().as_secs_f64().ceil().max(1.0) as u64;
+        later.then(|| (header::RETRY_AFTER, HeaderValue::from(seconds)))
+    }
+
+    pub(crate) fn body(&self) -> Value {
         let Self { status, error } = self;
         let kind = match *status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
@@ -29,30 +36,17 @@ impl Failed {
         let code = match (*status, error.code) {
             (StatusCode::UNAUTHORIZED, _) => "invalid_api_key",
             (StatusCode::TOO_MANY_REQUESTS, _) => "rate_limit_exceeded",
-            (_, Code::NotFound) if param(&error.message) == Some("model") => "model_not_found",
+            (_, Code::NotFound) if error.field.as_deref() == Some("model") => "model_not_found",
             (_, code) => code.as_str(),
         };
-        json!({ "error": { "message": error.message, "type": kind, "param": param(&error.message), "code": code } })
+        json!({ "error": { "message": error.message, "type": kind, "param": error.field, "code": code } })
     }
-}
-
-/// The field that a message is about: it begins with its name, followed by a colon or by what is wrong with it.
-fn param(message: &str) -> Option<&str> {
-    let (word, rest) = message.split_once(' ')?;
-    let field =
-        word.strip_suffix(':').or_else(|| Some(word).filter(|_| rest.starts_with("is ") || (word == "model" && rest.starts_with('\''))))?;
-    Some(field)
-        .filter(|f| f.starts_with(|c: char| c.is_ascii_lowercase()) && f.chars().all(|c| c.is_ascii_alphanumeric() || "_.[]".contains(c)))
 }
 
 impl IntoResponse for Failed {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
-        let wait = self.error.retry_after;
-        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            let seconds = wait.unwrap_or_default().as_secs_f64().ceil().max(1.0) as u64;
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-        }
+        response.headers_mut().extend(self.retry_after());
         response
     }
 }
@@ -76,18 +70,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_field_is_named() {
-        for (message, field) in [
-            ("n is 0: it must be from 1 to 128", Some("n")),
-            ("messages: a message has no content", Some("messages")),
-            ("messages[0].role: missing", Some("messages[0].role")),
-            ("model 'x' is not served here", Some("model")),
-            ("the prompt is empty: send at least one token", None),
-            ("3 prompts are too many", None),
-        ] {
-            assert_eq!(param(message), field, "{message}");
-        }
-        let body = Failed::from(ServiceError::new(Code::NotFound, "model 'x' is not served here")).body();
-        assert_eq!(body["error"]["code"], "model_not_found");
+    fn the_field_is_told_where_one_is_wrong() {
+        let body = Failed::from(ServiceError::of_field("messages[0].role", "there is no such role")).body();
+        assert_eq!((&body["error"]["param"], &body["error"]["code"]), (&json!("messages[0].role"), &json!("invalid_argument")));
+        let unknown = ServiceError { field: Some("model".into()), ..ServiceError::new(Code::NotFound, "model 'x' is not served here") };
+        assert_eq!(Failed::from(unknown).body()["error"]["code"], "model_not_found");
+        let path = Failed::from(ServiceError::new(Code::NotFound, "there: no such path")).body();
+        assert_eq!((&path["error"]["param"], &path["error"]["code"]), (&Value::Null, &json!("not_found")));
     }
 }

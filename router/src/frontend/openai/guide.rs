@@ -1,7 +1,7 @@
 //! What an answer has to look like, by any of the names that clients know for it; and calls of tools, which are a form too.
 
-use overfill_text::tools::{BEGIN, END};
-use overfill_types::{Code, Guide, ServiceError};
+use overfill_text::ToolFormat;
+use overfill_types::{Guide, ServiceError};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -10,6 +10,9 @@ use crate::frontend::openai::whole;
 
 /// Most tools of one request, and most texts to choose from.
 const MOST: usize = 128;
+
+/// The greatest whole number that a 64-bit float holds with all smaller ones.
+const SAFE: i64 = (1 << 53) - 1;
 
 /// What the answer has to look like; one of them at most.
 #[derive(Debug, Default, Deserialize)]
@@ -116,32 +119,36 @@ pub(crate) struct Name {
 }
 
 /// Calls of tools are read out of an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Calls {
-    /// Where there are some; they are why the answer ended then.
-    Free,
-    /// One tool was named by the client: its call is the answer.
-    Named,
+#[derive(Clone, Debug)]
+pub(crate) struct Calls {
+    /// One tool was named by the client: its call is the answer. Else calls, where there are some, are why the answer ended.
+    pub(crate) named: bool,
+    /// How they are written.
+    pub(crate) format: ToolFormat,
+    /// Of the tools.
+    pub(crate) names: Vec<String>,
+    /// The mark before them, where it is a special token.
+    pub(crate) shown: Option<u32>,
 }
 
 /// What tools mean for prompt and answer.
 #[derive(Default)]
-pub(super) struct Tools {
+pub(crate) struct Tools {
     /// As the template gets them.
     pub(super) described: Vec<Value>,
-    pub(super) calls: Option<Calls>,
+    pub(crate) calls: Option<Calls>,
     /// Where some tool has to be called.
-    pub(super) guide: Option<Guide>,
+    pub(crate) guide: Option<Guide>,
 }
 
-fn refuse<T>(message: impl Into<String>) -> Result<T, ServiceError> {
-    Err(ServiceError::new(Code::InvalidArgument, message))
+fn refuse<T>(field: &str, message: impl Into<String>) -> Result<T, ServiceError> {
+    Err(ServiceError::of_field(field, message))
 }
 
 /// The one form that was asked for, if any.
 ///
 /// # Errors
-/// [`Code::InvalidArgument`] where there are several, or one is malformed in itself; compiling tells the rest.
+/// [`overfill_types::Code::InvalidArgument`] where there are several, or one is malformed in itself; compiling tells the rest.
 pub(crate) fn of(fields: GuideFields) -> Result<Option<Guide>, ServiceError> {
     let mut found: Vec<(&str, Guide)> = Vec::new();
     let Object(outputs) = fields.structured_outputs.unwrap_or_default();
@@ -174,16 +181,16 @@ pub(crate) fn of(fields: GuideFields) -> Result<Option<Guide>, ServiceError> {
     for (name, choice) in [("guided_choice", fields.guided_choice), ("structured_outputs.choice", outputs.choice)] {
         let Some(choice) = choice else { continue };
         if choice.is_empty() || choice.len() > MOST || choice.iter().any(String::is_empty) {
-            return refuse(format!("{name}: send from 1 to {MOST} texts, none of them empty"));
+            return refuse(name, format!("{name}: send from 1 to {MOST} texts, none of them empty"));
         }
         found.push((name, Guide::Grammar(format!("start: {}", choice.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(" | ")))));
     }
     found.extend(fields.forced_token_ids.map(|ids| ("forced_token_ids", Guide::Tokens(ids))));
     if whitespace.is_some() && !found.iter().all(|(_, guide)| matches!(guide, Guide::JsonSchema(_))) {
-        return refuse("guided_whitespace_pattern: it is for guided JSON; leave it out");
+        return refuse("guided_whitespace_pattern", "guided_whitespace_pattern: it is for guided JSON; leave it out");
     }
     match found.as_slice() {
-        [(one, _), (other, _), ..] => refuse(format!("{other}: {one} asks for a form already; leave one of them out")),
+        [(one, _), (other, _), ..] => refuse(other, format!("{other}: {one} asks for a form already; leave one of them out")),
         _ => Ok(found.pop().map(|(_, guide)| guide)),
     }
 }
@@ -202,7 +209,10 @@ fn spaced(mut schema: Value, whitespace: Option<&str>) -> Value {
     if schema == Value::Bool(true) {
         schema = json!({});
     }
-    let options = whitespace.map_or_else(|| json!({ "whitespace_flexible": false }), |pattern| json!({ "whitespace_pattern": pattern }));
+    let mut options =
+        whitespace.map_or_else(|| json!({ "whitespace_flexible": false }), |pattern| json!({ "whitespace_pattern": pattern }));
+    // A union that tells its members apart, as Pydantic's do: what fits one of them fits no other.
+    options["coerce_one_of"] = true.into();
     if let Some(schema) = schema.as_object_mut() {
         // llguidance's own name for it: a schema that says it itself keeps it.
         schema.entry("x-guidance").or_insert(options);
@@ -215,63 +225,117 @@ fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-/// What `tools` and `tool_choice` ask.
+/// What `tools` and `tool_choice` ask of a model that writes calls in `format`, whose mark may be a special token.
 ///
 /// # Errors
-/// [`Code::InvalidArgument`] naming the field.
-pub(super) fn tools(tools: Vec<Object<Tool>>, choice: Option<ToolChoice>, several: bool) -> Result<Tools, ServiceError> {
+/// [`overfill_types::Code::InvalidArgument`] naming the field.
+pub(super) fn tools(
+    tools: Vec<Object<Tool>>,
+    choice: Option<ToolChoice>,
+    several: bool,
+    format: ToolFormat,
+    mark: Option<u32>,
+) -> Result<Tools, ServiceError> {
     if tools.len() > MOST {
-        return refuse(format!("tools: {} were sent; at most {MOST} are taken", tools.len()));
+        return refuse("tools", format!("tools: {} were sent; at most {MOST} are taken", tools.len()));
     }
     let mut functions = Vec::with_capacity(tools.len());
     for Object(tool) in tools {
         let Some(Object(function)) = tool.function.filter(|_| tool.kind == "function") else {
-            return refuse(format!("tools: one of type '{}' was sent; only functions are known", tool.kind));
+            return refuse("tools", format!("tools: one of type '{}' was sent; only functions are known", tool.kind));
         };
         let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
         if !(1..=64).contains(&function.name.len()) || !function.name.chars().all(known) {
-            return refuse(format!("tools: '{}' is no name of a function; 1 to 64 letters, digits, _ and - are", function.name));
+            let message = format!("tools: '{}' is no name of a function; 1 to 64 letters, digits, _ and - are", function.name);
+            return refuse("tools", message);
         }
         functions.push(function);
     }
     let described = functions.iter().map(Function::described).collect();
-    match choice {
-        Some(ToolChoice::Word(word)) if word == "none" => Ok(Tools::default()),
-        _ if functions.is_empty() => match choice {
-            None => Ok(Tools::default()),
-            Some(ToolChoice::Word(word)) if word == "auto" => Ok(Tools::default()),
-            Some(_) => refuse("tool_choice: there are no tools to choose from"),
-        },
-        None => Ok(Tools { described, calls: Some(Calls::Free), guide: None }),
+    let calls = Calls {
+        named: matches!(choice, Some(ToolChoice::Named { .. })),
+        format,
+        names: functions.iter().map(|function| function.name.clone()).collect(),
+        shown: mark,
+    };
+    let forced = |functions: &[Function], several| Some(grammar_of_calls(functions, several, format, mark));
+    let guide = match choice {
+        Some(ToolChoice::Word(word)) if word == "none" => return Ok(Tools::default()),
+        None if functions.is_empty() => return Ok(Tools::default()),
+        Some(ToolChoice::Word(word)) if word == "auto" && functions.is_empty() => return Ok(Tools::default()),
+        Some(_) if functions.is_empty() => return refuse("tool_choice", "tool_choice: there are no tools to choose from"),
+        None => None,
         Some(ToolChoice::Word(word)) => match word.as_str() {
-            "auto" => Ok(Tools { described, calls: Some(Calls::Free), guide: None }),
-            "required" => Ok(Tools { described, calls: Some(Calls::Free), guide: Some(calls(&functions, several)) }),
-            _ => refuse(format!("tool_choice: '{word}' is not known; none, auto, required and an object that names a function are")),
+            "auto" => None,
+            "required" => forced(&functions, several),
+            _ => {
+                let message = format!("tool_choice: '{word}' is not known; none, auto, required and an object that names a function are");
+                return refuse("tool_choice", message);
+            }
         },
         Some(ToolChoice::Named { function: Object(Name { name }), .. }) => match functions.into_iter().find(|f| f.name == name) {
-            Some(function) => Ok(Tools { described, calls: Some(Calls::Named), guide: Some(calls(&[function], false)) }),
-            None => refuse(format!("tool_choice: '{name}' is not among the tools")),
+            Some(function) => forced(&[function], false),
+            None => return refuse("tool_choice", format!("tool_choice: '{name}' is not among the tools")),
         },
-    }
+    };
+    Ok(Tools { described, calls: Some(calls), guide })
 }
 
-/// One call of any of the functions, or several.
-fn calls(functions: &[Function], several: bool) -> Guide {
-    let mut grammar = String::from(if several { "start: call (\"\\n\" call)*\n" } else { "start: call\n" });
+/// One call of any of the functions, or several, as the model writes them. `mark` is what stands before them, where it is a special
+/// token: no text gives that.
+fn grammar_of_calls(functions: &[Function], several: bool, format: ToolFormat, mark: Option<u32>) -> Guide {
+    let [before, between, after] = format.around();
+    let before = match (mark, format.mark()) {
+        (Some(token), Some(text)) => format!("<[{token}]> {}", literal(before.strip_prefix(text).unwrap_or(before))),
+        _ => literal(before),
+    };
+    let more = if several { format!("({} call)*", literal(between)) } else { String::new() };
+    let mut grammar = format!("start: {before} call {more} {}\n", literal(after));
     let names: Vec<String> = (0..functions.len()).map(|i| format!("call_{i}")).collect();
     grammar += &format!("call: {}\n", names.join(" | "));
     for (i, function) in functions.iter().enumerate() {
-        let before = quoted(&format!("{BEGIN}\n{{\"name\": \"{}\", \"arguments\": ", function.name));
-        let after = quoted(&format!("}}\n{END}"));
-        grammar += &format!("call_{i}: {before} arguments_{i} {after}\narguments_{i}: %json {}\n", function.arguments());
+        let before = quoted(&format!("{{\"name\": \"{}\", \"{}\": ", function.name, format.arguments()));
+        grammar += &format!("call_{i}: {before} arguments_{i} \"}}\"\narguments_{i}: %json {}\n", function.schema());
     }
     Guide::Grammar(grammar)
 }
 
+/// A text of a grammar's rule, or nothing.
+fn literal(text: &str) -> String {
+    if text.is_empty() { String::new() } else { quoted(text) }
+}
+
+/// Bounds integers that have no bounds to those that every reader of JSON takes (RFC 7493): a model that is held to a form has
+/// nothing else that ends their digits.
+fn bound_integers(schema: &mut Value) {
+    let Some(fields) = schema.as_object_mut() else { return };
+    let bounded = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const"];
+    if fields.get("type").is_some_and(|kind| kind == "integer") && bounded.iter().all(|bound| !fields.contains_key(*bound)) {
+        fields.insert("minimum".into(), (-SAFE).into());
+        fields.insert("maximum".into(), SAFE.into());
+    }
+    for (name, value) in fields {
+        match (name.as_str(), value) {
+            ("properties" | "$defs" | "definitions", Value::Object(named)) => named.values_mut().for_each(bound_integers),
+            ("anyOf" | "oneOf" | "allOf" | "prefixItems", Value::Array(several)) => several.iter_mut().for_each(bound_integers),
+            ("items" | "additionalProperties", one) => bound_integers(one),
+            _ => {}
+        }
+    }
+}
+
 impl Function {
-    /// The schema of its arguments, as a grammar takes it.
-    fn arguments(&self) -> Value {
-        spaced(self.parameters.clone().map_or_else(any_object, Value::Object), None)
+    /// The schema of its arguments, as a grammar takes it: an object, whatever it says besides, and of the properties that it
+    /// names, where it names some.
+    fn schema(&self) -> Value {
+        let mut schema = self.parameters.clone().unwrap_or_default();
+        schema.insert("type".into(), "object".into());
+        if schema.get("properties").and_then(Value::as_object).is_some_and(|named| !named.is_empty()) {
+            schema.entry("additionalProperties").or_insert(false.into());
+        }
+        let mut schema = Value::Object(schema);
+        bound_integers(&mut schema);
+        spaced(schema, None)
     }
 
     fn described(&self) -> Value {
@@ -318,10 +382,10 @@ mod tests {
             Some(Guide::JsonSchema(schema)) => serde_json::from_str::<Value>(&schema).unwrap()["x-guidance"].clone(),
             other => panic!("{other:?}"),
         };
-        let none = json!({ "whitespace_flexible": false });
+        let none = json!({ "whitespace_flexible": false, "coerce_one_of": true });
         assert_eq!(schema(json!({ "guided_json": true })), none);
         assert_eq!(schema(json!({ "response_format": { "type": "json_object" } })), none);
-        let blanks = json!({ "whitespace_pattern": " +" });
+        let blanks = json!({ "whitespace_pattern": " +", "coerce_one_of": true });
         assert_eq!(schema(json!({ "guided_json": {}, "guided_whitespace_pattern": " +" })), blanks);
         assert_eq!(schema(json!({ "guided_json": "{}", "guided_whitespace_pattern": " +" })), blanks);
         assert_eq!(schema(json!({ "structured_outputs": { "json_object": true, "whitespace_pattern": " +" } })), blanks);
@@ -334,15 +398,39 @@ mod tests {
         let tool =
             || -> Vec<Object<Tool>> { serde_json::from_value(json!([{ "type": "function", "function": { "name": "f" } }])).unwrap() };
         let choice = |value: Value| Some(serde_json::from_value::<ToolChoice>(value).unwrap());
-        let of = |value| tools(tool(), choice(value), true);
+        let of = |value| tools(tool(), choice(value), true, ToolFormat::Hermes, None);
         assert!(of(json!("none")).unwrap().described.is_empty());
         assert!(of(json!("auto")).unwrap().guide.is_none());
         assert!(of(json!("required")).unwrap().guide.is_some());
-        assert_eq!(of(json!({ "type": "function", "function": { "name": "f" } })).unwrap().calls, Some(Calls::Named));
+        assert!(of(json!({ "type": "function", "function": { "name": "f" } })).unwrap().calls.unwrap().named);
         assert!(of(json!({ "type": "function", "function": { "name": "g" } })).is_err());
         assert!(of(json!("some")).is_err());
-        assert!(tools(Vec::new(), choice(json!("required")), true).is_err());
+        assert!(tools(Vec::new(), choice(json!("required")), true, ToolFormat::Hermes, None).is_err());
         let odd = serde_json::from_value(json!([{ "type": "function", "function": { "name": "f g" } }])).unwrap();
-        assert!(tools(odd, None, true).is_err());
+        assert!(tools(odd, None, true, ToolFormat::Hermes, None).is_err());
+    }
+
+    #[test]
+    fn calls_are_forced_as_the_model_writes_them() {
+        let functions: Vec<Function> = serde_json::from_value(json!([{ "name": "f" }, { "name": "g", "parameters": {} }])).unwrap();
+        let grammar = |format: ToolFormat, several, mark| match grammar_of_calls(&functions, several, format, mark) {
+            Guide::Grammar(grammar) => grammar,
+            other => panic!("{other:?}"),
+        };
+        let hermes = grammar(ToolFormat::Hermes, true, None);
+        assert!(hermes.starts_with(r#"start: "<tool_call>\n" call ("\n</tool_call>\n<tool_call>\n" call)* "\n</tool_call>""#), "{hermes}");
+        let llama = grammar(ToolFormat::Llama, false, None);
+        assert!(llama.starts_with("start:  call  \n") && llama.contains(r#"{\"name\": \"g\", \"parameters\": "#), "{llama}");
+        let mistral = grammar(ToolFormat::Mistral, false, Some(5));
+        assert!(mistral.starts_with(r#"start: <[5]> "[" call  "]""#), "{mistral}");
+        assert_eq!(mistral.matches(r#""type":"object""#).count(), 2, "arguments are objects");
+        let mut counted = json!({
+            "properties": { "type": { "type": "integer" }, "few": { "type": "integer", "maximum": 3 } },
+            "items": { "anyOf": [{ "type": "integer" }, { "type": "number" }] },
+        });
+        bound_integers(&mut counted);
+        assert_eq!(counted["properties"]["type"], json!({ "type": "integer", "minimum": -SAFE, "maximum": SAFE }));
+        assert_eq!(counted["properties"]["few"], json!({ "type": "integer", "maximum": 3 }));
+        assert_eq!(counted["items"]["anyOf"][0]["maximum"], SAFE);
     }
 }

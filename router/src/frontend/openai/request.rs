@@ -5,14 +5,14 @@
 
 use std::collections::HashMap;
 
-use overfill_text::Chat;
-use overfill_types::{Code, GenerationConfig, Quality, SamplingParams, ServiceError};
+use overfill_text::TextModel;
+use overfill_types::{GenerationConfig, Quality, SamplingParams, ServiceError};
 use serde::Deserialize;
-use serde_json::{Map, Value};
 
 use crate::admission::{ClientRequest, Input};
 use crate::frontend::openai::guide::{self, Calls, GuideFields};
 use crate::frontend::openai::object::Object;
+use crate::frontend::openai::prompt::ChatPrompt;
 use crate::frontend::openai::whole::{self, Whole};
 
 /// Tokens of a completion that does not say how many it wants (the OpenAI API's default).
@@ -37,7 +37,7 @@ pub(crate) struct SamplingFields {
     presence_penalty: Option<f32>,
     /// From -2 to 2: above 0, tokens become less likely with each time that the answer holds them. Default 0.
     frequency_penalty: Option<f32>,
-    /// The same seed gives the same answer. Default: drawn.
+    /// The same seed gives the same answer. Default: drawn, as with -1.
     #[serde(deserialize_with = "whole::number")]
     seed: Option<i64>,
     /// From token id to what is added to its logit, from -100 to 100.
@@ -98,55 +98,15 @@ pub(crate) enum OneOrMore {
 /// `POST /v1/chat/completions`.
 #[derive(Debug, Deserialize)]
 pub(crate) struct ChatRequest {
-    /// What was said, oldest first.
-    messages: Vec<ChatMessage>,
     /// Give the log-probability of each token.
     #[serde(default)]
     logprobs: Option<bool>,
     /// And those of so many most likely tokens, at most 20.
     #[serde(default, deserialize_with = "whole::number")]
     top_logprobs: Option<u32>,
-    /// Tools that the model may call.
+    /// Whether what the tokenizer puts before every text stands before the chat, too. Default false: the template writes it.
     #[serde(default)]
-    tools: Option<Vec<Object<guide::Tool>>>,
-    /// `none`, `auto` (the default), `required`, or the one to call.
-    #[serde(default)]
-    tool_choice: Option<guide::ToolChoice>,
-    /// Whether `required` calls may be several. Default true.
-    #[serde(default)]
-    parallel_tool_calls: Option<bool>,
-    /// Further variables of the chat template.
-    #[serde(default)]
-    chat_template_kwargs: Option<Map<String, Value>>,
-}
-
-/// One message.
-#[derive(Debug, Deserialize)]
-pub(super) struct ChatMessage {
-    /// `system`, `user`, `assistant`, `tool`: what the template knows.
-    role: String,
-    content: Option<Content>,
-    #[serde(default)]
-    tool_calls: Option<Vec<Map<String, Value>>>,
-    /// Whatever else the template may read.
-    #[serde(flatten)]
-    rest: Map<String, Value>,
-}
-
-/// A text, or parts of which all are text.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Parts(Vec<Object<Part>>),
-}
-
-#[derive(Debug, Deserialize)]
-struct Part {
-    #[serde(rename = "type")]
-    kind: String,
-    /// Of a part of type `text`.
-    text: Option<String>,
+    add_special_tokens: Option<bool>,
 }
 
 /// `POST /v1/completions`.
@@ -160,6 +120,9 @@ pub(crate) struct CompletionRequest {
     /// Give the prompt before the answer, with its log-probabilities if any are given; `max_tokens` may be 0 then.
     #[serde(default)]
     echo: Option<bool>,
+    /// Whether what the tokenizer puts before every text stands before a prompt that is a text. Default true.
+    #[serde(default)]
+    add_special_tokens: Option<bool>,
     #[serde(default)]
     suffix: Option<String>,
     #[serde(default, deserialize_with = "whole::number")]
@@ -175,34 +138,34 @@ enum Prompt {
     IdLists(Vec<Vec<Whole<u32>>>),
 }
 
-fn refuse<T>(message: impl Into<String>) -> Result<T, ServiceError> {
-    Err(ServiceError::new(Code::InvalidArgument, message))
+fn refuse<T>(field: &str, message: impl Into<String>) -> Result<T, ServiceError> {
+    Err(ServiceError::of_field(field, message))
 }
 
 impl SamplingFields {
     /// What they ask of `inputs`, for a model that need not be named. `null` where they say nothing: `default_tokens` tokens.
     ///
     /// # Errors
-    /// [`Code::InvalidArgument`] naming the field.
+    /// [`overfill_types::Code::InvalidArgument`] naming the field.
     pub(crate) fn asked(self, inputs: Vec<Input>, default_tokens: Option<usize>) -> Result<ClientRequest, ServiceError> {
         let max_tokens = match self.max_completion_tokens.or(self.max_tokens) {
             None => default_tokens,
             Some(n) => match usize::try_from(n) {
                 Ok(n) => Some(n),
-                Err(_) => return refuse(format!("max_tokens is {n}: ask for at least 1 token")),
+                Err(_) => return refuse("max_tokens", format!("max_tokens is {n}: ask for at least 1 token")),
             },
         };
         // -1 is how other servers spell "off".
         let top_k = match self.top_k {
             None => None,
             Some(-1) => Some(0),
-            Some(k) => Some(u32::try_from(k).or_else(|_| refuse(format!("top_k is {k}: it must be 0 (off) or more")))?),
+            Some(k) => Some(u32::try_from(k).or_else(|_| refuse("top_k", format!("top_k is {k}: it must be 0 (off) or more")))?),
         };
         let mut logit_bias = Vec::new();
         for (token, bias) in self.logit_bias.unwrap_or_default() {
             match token.parse() {
                 Ok(token) => logit_bias.push((token, bias)),
-                Err(_) => return refuse(format!("logit_bias: '{token}' is no token id")),
+                Err(_) => return refuse("logit_bias", format!("logit_bias: '{token}' is no token id")),
             }
         }
         logit_bias.sort_unstable_by_key(|(token, _)| *token);
@@ -218,7 +181,8 @@ impl SamplingFields {
             temperature: 1.0,
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
-            seed: self.seed.map_or_else(rand::random, |seed| seed as u64),
+            // -1 is how other servers spell "drawn".
+            seed: self.seed.filter(|seed| *seed != -1).map_or_else(rand::random, |seed| seed as u64),
             logit_bias,
             logprobs: None,
             guide: None,
@@ -244,6 +208,7 @@ impl SamplingFields {
             timeout: None,
             priority: self.priority.unwrap_or(0),
             cache_salt: self.cache_salt.unwrap_or_default(),
+            shown: None,
         })
     }
 }
@@ -251,6 +216,7 @@ impl SamplingFields {
 /// All that was read of one body.
 pub(crate) struct Body<R> {
     pub(super) own: R,
+    pub(super) prompt: ChatPrompt,
     pub(super) common: Common,
     pub(super) sampling: SamplingFields,
     pub(super) guide: GuideFields,
@@ -265,6 +231,10 @@ pub(crate) struct Parsed {
     pub(super) prompt_only: bool,
     /// Calls of tools are read out of the answer.
     pub(super) calls: Option<Calls>,
+    /// The prompts as they were sent, where they were texts.
+    pub(super) prompts: Vec<String>,
+    /// What the tokenizer puts before every text stands before them.
+    pub(super) special_tokens: bool,
 }
 
 /// A request of either endpoint.
@@ -275,110 +245,84 @@ pub(crate) trait OpenAiRequest: for<'de> Deserialize<'de> + Send + Sized {
     /// What it asks.
     ///
     /// # Errors
-    /// [`Code::InvalidArgument`] naming the field.
-    fn parsed(body: Body<Self>) -> Result<Parsed, ServiceError>;
+    /// [`overfill_types::Code::InvalidArgument`] naming the field.
+    fn parsed(body: Body<Self>, model: &TextModel) -> Result<Parsed, ServiceError>;
 }
 
 impl OpenAiRequest for ChatRequest {
     const SHAPE: Shape = Shape::Chat;
 
-    fn parsed(body: Body<Self>) -> Result<Parsed, ServiceError> {
-        let Body { own, common, sampling, guide } = body;
-        let messages = own.messages.into_iter().map(ChatMessage::into_value).collect::<Result<Vec<_>, _>>()?;
-        if messages.is_empty() {
-            return refuse("messages is empty: send at least one message");
-        }
-        let tools = guide::tools(own.tools.unwrap_or_default(), own.tool_choice, own.parallel_tool_calls.unwrap_or(true))?;
-        let chat = Chat { messages, tools: tools.described, variables: own.chat_template_kwargs.unwrap_or_default() };
+    fn parsed(body: Body<Self>, model: &TextModel) -> Result<Parsed, ServiceError> {
+        let Body { own, prompt, common, sampling, guide } = body;
+        let (chat, tools) = prompt.chat(model, own.add_special_tokens.unwrap_or(false))?;
         let mut asked = common.named(sampling.asked(vec![Input::Chat(chat)], None)?)?;
         if asked.max_tokens == Some(0) {
-            return refuse("max_tokens is 0: ask for at least 1 token");
+            return refuse("max_tokens", "max_tokens is 0: ask for at least 1 token");
         }
         if own.logprobs.unwrap_or(false) {
             asked.sampling.logprobs = Some(own.top_logprobs.unwrap_or(0));
         } else if own.top_logprobs.is_some_and(|n| n > 0) {
-            return refuse("top_logprobs: set logprobs to true as well");
+            return refuse("top_logprobs", "top_logprobs: set logprobs to true as well");
         }
         asked.sampling.guide = match (tools.guide, guide::of(guide)?) {
-            (Some(_), Some(_)) => return refuse("tool_choice: a tool has to be called and the answer to have another form; leave one out"),
+            (Some(_), Some(_)) => {
+                return refuse("tool_choice", "tool_choice: a tool has to be called and the answer to have another form; leave one out");
+            }
             (tools, form) => tools.or(form),
         };
-        Ok(Parsed { asked, echo: false, prompt_only: false, calls: tools.calls })
+        asked.shown = tools.calls.as_ref().and_then(|calls| calls.shown);
+        Ok(Parsed { asked, echo: false, prompt_only: false, calls: tools.calls, prompts: Vec::new(), special_tokens: false })
     }
 }
 
 impl OpenAiRequest for CompletionRequest {
     const SHAPE: Shape = Shape::Completion;
 
-    fn parsed(body: Body<Self>) -> Result<Parsed, ServiceError> {
-        let Body { own, common, sampling, guide } = body;
+    fn parsed(body: Body<Self>, _: &TextModel) -> Result<Parsed, ServiceError> {
+        let Body { own, common, sampling, guide, .. } = body;
         if own.suffix.is_some_and(|suffix| !suffix.is_empty()) {
-            return refuse("suffix: text is written after the prompt only; leave it out");
+            return refuse("suffix", "suffix: text is written after the prompt only; leave it out");
         }
         if own.best_of.is_some_and(|best| best != common.n.unwrap_or(1)) {
-            return refuse("best_of: answers are not written to be thrown away; ask for n of them");
+            return refuse("best_of", "best_of: answers are not written to be thrown away; ask for n of them");
         }
-        let inputs = match own.prompt {
-            Prompt::Text(text) => vec![Input::Text(text)],
-            Prompt::Ids(ids) => vec![Input::TokenIds(whole::plain(ids))],
-            Prompt::Texts(texts) => texts.into_iter().map(Input::Text).collect(),
-            Prompt::IdLists(lists) => lists.into_iter().map(|ids| Input::TokenIds(whole::plain(ids))).collect(),
-        };
+        let special_tokens = own.add_special_tokens.unwrap_or(true);
+        let (mut inputs, mut prompts) = (Vec::new(), Vec::new());
+        match own.prompt {
+            Prompt::Text(text) => prompts.push(text),
+            Prompt::Texts(texts) => prompts = texts,
+            Prompt::Ids(ids) => inputs.push(Input::TokenIds(whole::plain(ids))),
+            Prompt::IdLists(lists) => inputs.extend(lists.into_iter().map(|ids| Input::TokenIds(whole::plain(ids)))),
+        }
+        inputs.extend(prompts.iter().map(|text| Input::Text { text: text.clone(), special_tokens }));
         let mut asked = common.named(sampling.asked(inputs, Some(COMPLETION_TOKENS))?)?;
         let echo = own.echo.unwrap_or(false);
         let prompt_only = asked.max_tokens == Some(0);
         if prompt_only {
             if !echo {
-                return refuse("max_tokens is 0: ask for at least 1 token, or for the prompt with echo");
+                return refuse("max_tokens", "max_tokens is 0: ask for at least 1 token, or for the prompt with echo");
             }
             asked.max_tokens = Some(1);
         }
         asked.sampling.logprobs = own.logprobs;
         asked.sampling.prompt_logprobs = own.logprobs.filter(|_| echo);
         asked.sampling.guide = guide::of(guide)?;
-        Ok(Parsed { asked, echo, prompt_only, calls: None })
+        Ok(Parsed { asked, echo, prompt_only, calls: None, prompts, special_tokens })
     }
 }
 
 impl Common {
+    /// The model that is asked for; empty where none is named.
+    pub(super) fn model(&self) -> &str {
+        self.model.as_deref().unwrap_or_default()
+    }
+
     fn named(&self, asked: ClientRequest) -> Result<ClientRequest, ServiceError> {
         let n = match self.n.unwrap_or(1) {
             n @ 1..=128 => n as usize,
-            n => return refuse(format!("n is {n}: it must be from 1 to 128")),
+            n => return refuse("n", format!("n is {n}: it must be from 1 to 128")),
         };
-        Ok(ClientRequest { model: self.model.clone().unwrap_or_default(), n, ..asked })
-    }
-}
-
-impl ChatMessage {
-    /// As templates read it: content as one text, arguments of calls as objects.
-    pub(super) fn into_value(self) -> Result<Value, ServiceError> {
-        let content = match self.content {
-            None if self.tool_calls.is_none() => return refuse("messages: a message has no content"),
-            None => String::new(),
-            Some(Content::Text(text)) => text,
-            Some(Content::Parts(parts)) => {
-                let text = |Object(Part { kind, text })| match text.filter(|_| kind == "text") {
-                    Some(text) => Ok(text),
-                    None if kind == "text" => refuse("messages: a part of type 'text' has no text"),
-                    None => refuse(format!("messages: a part of type '{kind}' was sent; only text is read")),
-                };
-                parts.into_iter().map(text).collect::<Result<_, _>>()?
-            }
-        };
-        let mut message = Map::new();
-        message.insert("role".into(), self.role.into());
-        message.insert("content".into(), content.into());
-        if let Some(mut calls) = self.tool_calls {
-            for arguments in calls.iter_mut().filter_map(|call| call.get_mut("function")?.get_mut("arguments")) {
-                if let Some(object) = arguments.as_str().and_then(|text| serde_json::from_str(text).ok()) {
-                    *arguments = object;
-                }
-            }
-            message.insert("tool_calls".into(), calls.into());
-        }
-        message.extend(self.rest.into_iter().filter(|(_, value)| !value.is_null()));
-        Ok(message.into())
+        Ok(ClientRequest { model: self.model().to_owned(), n, ..asked })
     }
 }
 

@@ -81,7 +81,7 @@ impl Target for Http {
         };
         about_to_read(&body);
         let request = Request::post(self.path).header("content-type", "application/json").body(Body::from(body));
-        let (status, body, _) = self.asked.ask(self.asked.router.http(), request.map_err(|error| error.to_string())?);
+        let (status, body, _) = self.asked.ask(self.asked.router.http(false), request.map_err(|error| error.to_string())?);
         let told = String::from_utf8_lossy(&body).into_owned();
         // There are no nodes: whoever asked for an answer in the right way is told so.
         let known = status.is_success() || status.is_client_error() || status == StatusCode::SERVICE_UNAVAILABLE;
