@@ -34,7 +34,7 @@ pub struct Sample {
 pub struct Calibration {
     /// Most samples that a model is fitted to.
     pub samples: usize,
-    /// Samples kept apart to measure losses with.
+    /// Most samples kept apart to measure losses with: a quarter of all at most, so that enough is left to fit to.
     pub held_out: usize,
     /// Most tokens of a sample; conversations are cut there.
     pub length: usize,
@@ -64,14 +64,14 @@ impl Calibration {
         let conversations = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("jsonl"));
         let mut all = if conversations { self.conversations(path, text, end)? } else { self.plain(path, &bytes, text)? };
         all.shuffle(&mut ChaCha8Rng::seed_from_u64(self.seed));
-        let held_out = all.split_off(all.len().saturating_sub(self.held_out));
+        let found = all.len();
+        let held_out = all.split_off(found - self.held_out.min(found / 4));
         all.truncate(self.samples);
-        if all.is_empty() || held_out.len() < self.held_out {
+        if all.is_empty() || held_out.is_empty() && self.held_out > 0 {
             return Err(CompressError::Refused(format!(
-                "{} has {} usable samples: that is too short for calibration, which holds {} out and needs at least one more; \
-                 give more text, or hold fewer out",
+                "{} has {found} usable samples: that is too short for calibration, which holds up to {} out and needs at least three times as \
+                 many to fit to; give more text, or hold none out",
                 path.display(),
-                all.len() + held_out.len(),
                 self.held_out
             )));
         }

@@ -10,7 +10,7 @@ use std::str::FromStr;
 
 use half::{bf16, f16};
 use overfill_model::config::RopeScaling;
-use overfill_model::{LlamaConfig, TokenizerFiles, Weights};
+use overfill_model::{LlamaConfig, TokenizerFiles, Weights, making};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
@@ -285,7 +285,7 @@ impl Writer {
         let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let failed = |source| CompressError::File { path: parent.to_owned(), source };
         std::fs::create_dir_all(parent).map_err(failed)?;
-        let making = tempfile::Builder::new().prefix(".checkpoint-").tempdir_in(parent).map_err(failed)?;
+        let making = making::folder(parent, ".checkpoint-").map_err(failed)?;
         Ok(Self {
             out: out.to_owned(),
             making,
@@ -374,6 +374,7 @@ impl Writer {
         // transformers refuses a file that does not say this.
         let said = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         safetensors::serialize_to_file(views, Some(said), &path).map_err(failed)?;
+        making::as_its_folder(&path).map_err(|source| CompressError::File { path: path.clone(), source })?;
         sync(&path)?;
         self.shards.push(self.pending.drain(..).map(|p| p.0).collect());
         self.pending_bytes = 0;

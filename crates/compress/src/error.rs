@@ -9,7 +9,7 @@ use overfill_types::ServiceError;
 #[derive(Debug, thiserror::Error)]
 pub enum CompressError {
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{} cannot be read or written", path.display())]
     File {
         /// Which.
         path: PathBuf,

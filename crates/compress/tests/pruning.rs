@@ -291,7 +291,11 @@ fn what_is_not_possible_is_refused() {
     refused(&Prune { calibration: None, ..with(ALL) }, "needs --calibration");
     let few = |samples, held_out| Prune { samples: Calibration { samples, held_out, length: 24, seed: 1 }, ..with(ALL) };
     refused(&few(4, 0), "the calibration has 44 tokens that the decode model reads, a fit of this width needs 96");
-    refused(&few(4, 40), "has 40 usable samples: that is too short");
+    // A quarter of two is none: nothing could be measured.
+    let short = tempfile::Builder::new().suffix(".txt").tempfile().unwrap();
+    let text: String = std::fs::read_to_string(few(4, 40).calibration.unwrap()).unwrap().chars().take(60).collect();
+    std::fs::write(short.path(), text).unwrap();
+    refused(&Prune { calibration: Some(short.path().to_owned()), ..few(4, 40) }, "usable samples: that is too short");
     refused(&Prune { full: "/nowhere".into(), ..with(ALL) }, "/nowhere");
 
     let broken = |change: fn(&Path)| {

@@ -6,10 +6,12 @@
 use overfill_types::KvGeometry;
 use serde_json::Value;
 
+use crate::known;
+
 /// Shape and constants of a Llama-family model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
-    /// `llama` or `qwen2`.
+    /// `llama` (Mistral is one) or `qwen2`.
     pub architecture: String,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -80,14 +82,14 @@ impl LlamaConfig {
         let json = parse(config, "config.json")?;
         let architecture = match json["model_type"].as_str() {
             Some(name @ ("llama" | "qwen2")) => name.to_owned(),
-            other => return Err(format!("model_type is {}: llama and qwen2 are supported", other.unwrap_or("missing"))),
+            // A Llama, but for a window that attention may have.
+            Some("mistral") => "llama".to_owned(),
+            other => return Err(format!("model_type is {}: llama, mistral and qwen2 are supported", other.unwrap_or("missing"))),
         };
+        known::check_keys(&json)?;
         match json["hidden_act"].as_str() {
             None | Some("silu" | "swish") => {}
             Some(other) => return Err(format!("hidden_act is {other}: only silu is supported")),
-        }
-        if json["use_sliding_window"].as_bool() == Some(true) {
-            return Err("use_sliding_window is true: sliding-window attention is not supported".into());
         }
         let hidden_size = number(&json, "hidden_size")?;
         let heads = number(&json, "num_attention_heads")?;
@@ -96,9 +98,9 @@ impl LlamaConfig {
             kv_heads: optional(&json, "num_key_value_heads")?.unwrap_or(heads),
             head_dim: optional(&json, "head_dim")?.unwrap_or(hidden_size / heads.max(1)),
         };
-        let mut eos_token_ids = token_ids(&json["eos_token_id"]);
+        let mut eos_token_ids = token_ids(&json["eos_token_id"])?;
         if let Some(generation) = generation {
-            eos_token_ids.extend(token_ids(&parse(generation, "generation_config.json")?["eos_token_id"]));
+            eos_token_ids.extend(token_ids(&parse(generation, "generation_config.json")?["eos_token_id"])?);
         }
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
@@ -109,10 +111,10 @@ impl LlamaConfig {
             vocab_size: number(&json, "vocab_size")?,
             heads,
             kv,
-            rms_norm_eps: json["rms_norm_eps"].as_f64().unwrap_or(1e-6),
+            rms_norm_eps: real(&json["rms_norm_eps"], "rms_norm_eps")?.unwrap_or(1e-6),
             rope: rope(&json)?,
-            max_context: optional(&json, "max_position_embeddings")?.unwrap_or(2048),
-            tied_embeddings: json["tie_word_embeddings"].as_bool().unwrap_or(false),
+            max_context: max_context(&json)?,
+            tied_embeddings: truth(&json, "tie_word_embeddings")?.unwrap_or(false),
             eos_token_ids,
         };
         config.check()?;
@@ -127,18 +129,36 @@ impl LlamaConfig {
 
     /// Refuses shapes that no Llama has.
     pub(crate) fn check(&self) -> Result<(), String> {
+        // The names are those of config.json; what is larger than the last figure is no size of a model, but a file that is broken.
         let sizes = [
-            ("hidden size", self.hidden_size),
-            ("MLP width", self.intermediate_size),
-            ("vocabulary", self.vocab_size),
-            ("number of heads", self.heads),
-            ("number of layers", self.kv.layers),
-            ("number of KV heads", self.kv.kv_heads),
-            ("head size", self.kv.head_dim),
-            ("context", self.max_context),
+            ("hidden size (hidden_size)", self.hidden_size, 1 << 20),
+            ("MLP width (intermediate_size)", self.intermediate_size, 1 << 22),
+            ("vocabulary (vocab_size)", self.vocab_size, 1 << 24),
+            ("number of heads (num_attention_heads)", self.heads, 1 << 12),
+            ("number of layers (num_hidden_layers)", self.kv.layers, 1 << 12),
+            ("number of KV heads (num_key_value_heads)", self.kv.kv_heads, 1 << 12),
+            ("head size (head_dim)", self.kv.head_dim, 1 << 12),
+            ("context (max_position_embeddings)", self.max_context, usize::MAX),
         ];
-        if let Some((name, _)) = sizes.iter().find(|s| s.1 == 0) {
-            return Err(format!("the {name} is 0"));
+        if let Some((name, size, most)) = sizes.into_iter().find(|(_, size, most)| !(1..=*most).contains(size)) {
+            return Err(format!("the {name} is {size}: it must be from 1 to {most}"));
+        }
+        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
+            return Err(format!("rms_norm_eps is {}: it must be 0 or more", self.rms_norm_eps));
+        }
+        if !(self.rope.theta.is_finite() && self.rope.theta > 0.0) {
+            return Err(format!("rope_theta is {}: it must be above 0", self.rope.theta));
+        }
+        let divisors = match &self.rope.scaling {
+            RopeScaling::None => &[][..],
+            RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } => std::slice::from_ref(factor),
+            RopeScaling::Factors { factors } => factors,
+        };
+        if let Some(factor) = divisors.iter().find(|factor| !(factor.is_finite() && **factor > 0.0)) {
+            return Err(format!("a factor of the rope scaling is {factor}: it must be above 0"));
+        }
+        if let Some(id) = self.eos_token_ids.iter().find(|id| **id as usize >= self.vocab_size) {
+            return Err(format!("eos_token_id is {id}, and the vocabulary has {} tokens", self.vocab_size));
         }
         if !self.heads.is_multiple_of(self.kv.kv_heads) {
             return Err(format!("{} heads cannot share {} KV heads", self.heads, self.kv.kv_heads));
@@ -148,6 +168,13 @@ impl LlamaConfig {
         }
         Ok(())
     }
+}
+
+/// Positions that the model was made for. Where attention has a window, as many as it covers: so far it sees everything.
+fn max_context(json: &Value) -> Result<usize, String> {
+    let positions = optional(json, "max_position_embeddings")?.unwrap_or(2048);
+    let window = if json["model_type"] == "mistral" { optional(json, "sliding_window")? } else { None };
+    Ok(window.map_or(positions, |window| window.min(positions)))
 }
 
 fn number(json: &Value, key: &str) -> Result<usize, String> {
@@ -164,12 +191,31 @@ fn optional(json: &Value, key: &str) -> Result<Option<usize>, String> {
     }
 }
 
-/// One id or a list of them.
-fn token_ids(value: &Value) -> Vec<u32> {
-    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+/// A number, if there is one.
+fn real(value: &Value, key: &str) -> Result<Option<f64>, String> {
     match value {
-        Value::Array(ids) => ids.iter().filter_map(id).collect(),
-        other => id(other).into_iter().collect(),
+        Value::Null => Ok(None),
+        value => value.as_f64().map(Some).ok_or_else(|| format!("{key} is {value}, not a number")),
+    }
+}
+
+fn truth(json: &Value, key: &str) -> Result<Option<bool>, String> {
+    match &json[key] {
+        Value::Null => Ok(None),
+        value => value.as_bool().map(Some).ok_or_else(|| format!("{key} is {value}, neither true nor false")),
+    }
+}
+
+/// One id or a list of them.
+fn token_ids(value: &Value) -> Result<Vec<u32>, String> {
+    let id = |v: &Value| {
+        let id = v.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| format!("eos_token_id is {value}: a token id or a list of them is wanted"))
+    };
+    match value {
+        Value::Null => Ok(Vec::new()),
+        Value::Array(ids) => ids.iter().map(id).collect(),
+        other => Ok(vec![id(other)?]),
     }
 }
 
@@ -178,7 +224,11 @@ fn rope(json: &Value) -> Result<Rope, String> {
         Value::Null => (&json["rope_scaling"], &json["rope_theta"]),
         parameters => (parameters, &parameters["rope_theta"]),
     };
-    let theta = theta.as_f64().or_else(|| json["rope_theta"].as_f64()).unwrap_or(10_000.0);
+    if !(parameters.is_null() || parameters.is_object()) {
+        return Err(format!("rope_scaling is {parameters}, not an object"));
+    }
+    let theta = if theta.is_null() { &json["rope_theta"] } else { theta };
+    let theta = real(theta, "rope_theta")?.unwrap_or(10_000.0);
     let field = |key: &str| parameters[key].as_f64().ok_or_else(|| format!("{key} of the rope scaling is missing"));
     let kind = parameters["rope_type"].as_str().or_else(|| parameters["type"].as_str()).unwrap_or("default");
     let scaling = match kind {
@@ -218,6 +268,16 @@ mod tests {
         assert_eq!(read(r#","rope_scaling":null"#).unwrap().rope, Rope { theta: 10_000.0, scaling: RopeScaling::None });
         let linear = read(r#","rope_scaling":{"type":"linear","factor":2.0}"#).unwrap();
         assert_eq!(linear.rope.scaling, RopeScaling::Linear { factor: 2.0 });
+    }
+
+    #[test]
+    fn a_window_bounds_the_context() {
+        let mistral =
+            |rest: &str| LlamaConfig::from_hugging_face(&format!("{{{}{rest}}}", BASE.replace("llama", "mistral")), None).unwrap();
+        let windowed = mistral(r#","sliding_window":128"#);
+        assert_eq!((windowed.architecture.as_str(), windowed.max_context), ("llama", 128));
+        assert_eq!(mistral(r#","sliding_window":4096"#).max_context, 512);
+        assert_eq!(mistral(r#","sliding_window":null"#), read("").unwrap());
     }
 
     #[test]

@@ -154,6 +154,9 @@ fn halves(tensor: &QTensor, heads: usize, device: &Device) -> Result<QTensor, Mo
 
 fn config(content: &Content) -> Result<LlamaConfig, String> {
     let get = |key: &str| content.metadata.get(key);
+    if let Some(parts) = get("split.count").and_then(whole).filter(|parts| *parts > 1) {
+        return Err(format!("it is one of {parts} parts of a split file: join them first, with `llama-gguf-split --merge`"));
+    }
     let architecture = match get("general.architecture").and_then(|v| v.to_string().ok()) {
         Some(name) if name == "llama" || name == "qwen2" => name.clone(),
         other => return Err(format!("the architecture is {}: llama and qwen2 are supported", other.map_or("missing", |s| s.as_str()))),
@@ -179,7 +182,8 @@ fn config(content: &Content) -> Result<LlamaConfig, String> {
         .ok_or("tensor token_embd.weight is missing")?;
     let eos = |key: &str| get(key).and_then(whole).and_then(|id| u32::try_from(id).ok());
     let mut eos_token_ids: Vec<u32> =
-        [eos("tokenizer.ggml.eos_token_id"), eos("tokenizer.ggml.eot_token_id")].into_iter().flatten().collect();
+        ["eos_token_id", "eot_token_id", "eom_token_id"].iter().filter_map(|key| eos(&format!("tokenizer.ggml.{key}"))).collect();
+    eos_token_ids.extend(ends_by_text(content));
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
     let config = LlamaConfig {
@@ -197,6 +201,33 @@ fn config(content: &Content) -> Result<LlamaConfig, String> {
     };
     config.check()?;
     Ok(config)
+}
+
+/// Tokens that end an answer by their texts, as llama.cpp finds them: many files name the base model's end only.
+const ENDS: [&str; 12] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end_of_turn|>",
+    "<|return|>",
+    "<|call|>",
+    "<EOT>",
+    "_<EOT>",
+];
+
+fn ends_by_text(content: &Content) -> Vec<u32> {
+    let list = |key: &str| content.metadata.get(key).and_then(|v| v.to_vec().ok()).map_or(&[][..], Vec::as_slice);
+    let kinds = list("tokenizer.ggml.token_type");
+    let ends = list("tokenizer.ggml.tokens").iter().zip(0_u32..).filter(|(token, id)| {
+        // Control (3) or user-defined (4): elsewhere it is text that only looks so.
+        let special = kinds.get(*id as usize).and_then(whole).is_some_and(|kind| matches!(kind, 3 | 4));
+        special && token.to_string().is_ok_and(|text| ENDS.contains(&text.as_str()))
+    });
+    ends.map(|(_, id)| id).collect()
 }
 
 /// A whole number of whatever width.

@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
+use crate::known;
 
 /// An opened folder.
 pub struct HuggingFaceFolder {
@@ -23,16 +24,18 @@ impl HuggingFaceFolder {
     /// [`ModelError::Read`] and [`ModelError::Format`], naming the file.
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
         let config_path = path.join("config.json");
-        let config = read(&config_path)?;
+        let text = read(&config_path)?;
         let generation = path.join("generation_config.json");
         let generation = if generation.exists() { Some(read(&generation)?) } else { None };
-        let config = LlamaConfig::from_hugging_face(&config, generation.as_deref())
-            .map_err(|what| ModelError::Format { path: config_path, what })?;
+        let config =
+            LlamaConfig::from_hugging_face(&text, generation.as_deref()).map_err(|what| ModelError::Format { path: config_path, what })?;
         let files = weight_files(path)?;
         // SAFETY: the files are mapped for reading. Whoever changes a checkpoint while a node loads it gets wrong weights,
         // which the check of the weights' hash finds when a pair is loaded; no memory of ours is at stake.
         let tensors = unsafe { MmapedSafetensors::multi(&files) }
             .map_err(|e| ModelError::Format { path: path.to_owned(), what: format!("no whole safetensors: {e}") })?;
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        known::check_tensors(&json, &config, &tensors).map_err(|what| ModelError::Format { path: path.to_owned(), what })?;
         Ok(Self { path: path.to_owned(), config, tensors })
     }
 

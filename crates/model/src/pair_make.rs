@@ -2,12 +2,14 @@
 //!
 //! Everything that would make the two unfit for each other is refused here, by name, before anything is written.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use overfill_kernels::ThreadPool;
 use overfill_text::gguf::GgufVocabulary;
 use overfill_text::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
+use overfill_text::{ModelText, probe};
 use overfill_types::pair::{PAIR_FILE, PAIR_FORMAT, TokenizerManifest, WeightFormat};
 use overfill_types::{Fingerprint, GenerationConfig, KvFormats, KvTransform, PairManifest, PruneStrategy};
 use serde_json::{Map, Value, json};
@@ -18,6 +20,7 @@ use crate::error::ModelError;
 use crate::gguf::{GgufFile, whole};
 use crate::gguf_write::PROVENANCE_KEY;
 use crate::hugging_face;
+use crate::making;
 use crate::pair::{Pair, describe, file_sha256, weights_sha256};
 use crate::transform::Transform;
 use crate::weights::Weights;
@@ -88,21 +91,19 @@ impl MakePair {
         self.check_rope(full.config(), decode.config())?;
         let tokenizer = TokenizerFiles::of(&self.full, &full)?;
         let other = TokenizerFiles::of(&self.decode, &decode)?;
+        let both = format!("the full model's tokenizer ({}) and the decode model's ({})", self.full.display(), self.decode.display());
         if tokenizer.vocabulary()? != other.vocabulary()? {
-            return Err(ModelError::Mismatch(format!(
-                "the full model's tokenizer ({}) and the decode model's ({}) have different vocabularies: a pair needs one tokenizer",
-                self.full.display(),
-                self.decode.display()
-            )));
+            return Err(ModelError::Mismatch(format!("{both} have different vocabularies: a pair needs one tokenizer")));
+        }
+        let texts = (tokenizer.text("full model")?, other.text("decode model")?);
+        if let Some(text) = probe::first_difference(&texts.0, &texts.1) {
+            return Err(ModelError::Mismatch(format!("{both} make other tokens of {text:?}: a pair needs one tokenizer")));
         }
 
         // Beside the target, so that the last step is a rename within one file system.
         let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         std::fs::create_dir_all(parent).map_err(|source| ModelError::Read { path: parent.to_owned(), source })?;
-        let making = tempfile::Builder::new()
-            .prefix(".pair-")
-            .tempdir_in(parent)
-            .map_err(|source| ModelError::Read { path: parent.to_owned(), source })?;
+        let making = making::folder(parent, ".pair-").map_err(|source| ModelError::Read { path: parent.to_owned(), source })?;
         let dir = making.path();
         let full_path = install(&self.full, dir, "full")?;
         let decode_path = install(&self.decode, dir, "decode")?;
@@ -114,6 +115,8 @@ impl MakePair {
 
         let mut eos_token_ids = full.config().eos_token_ids.clone();
         eos_token_ids.extend(&decode.config().eos_token_ids);
+        // A base model's file may name its own end only, and not that of a turn.
+        eos_token_ids.extend(texts.0.eos().into_iter().chain(texts.1.eos()));
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
         let mut manifest = PairManifest {
@@ -223,9 +226,8 @@ impl TokenizerFiles {
         } else {
             json!({})
         };
-        let template = folder.join("chat_template.jinja");
-        if template.exists() {
-            config["chat_template"] = Value::String(hugging_face::read(&template)?);
+        if let Some(templates) = templates(folder)? {
+            config["chat_template"] = templates;
         }
         Ok(Self { tokenizer, config })
     }
@@ -243,12 +245,64 @@ impl TokenizerFiles {
         Ok(Self { tokenizer, config })
     }
 
-    /// What two tokenizers must have in common: tokens and merges, whatever the file says besides.
-    fn vocabulary(&self) -> Result<(Value, Value), ModelError> {
+    /// What two tokenizers must have in common: tokens, and merges where they are more than what follows from the tokens' scores.
+    fn vocabulary(&self) -> Result<(BTreeMap<String, u64>, Value), ModelError> {
         let json: Value =
             serde_json::from_slice(&self.tokenizer).map_err(|e| ModelError::Mismatch(format!("{TOKENIZER_FILE} is no JSON: {e}")))?;
-        Ok((json["model"]["vocab"].clone(), json["model"]["merges"].clone()))
+        // Special tokens are among the others in some files, and beside them in others.
+        let of_model = json["model"]["vocab"].as_object().into_iter().flatten().map(|(token, id)| (token.as_str(), id));
+        let added = json["added_tokens"].as_array().into_iter().flatten();
+        let added = added.filter_map(|token| Some((token["content"].as_str()?, &token["id"])));
+        let tokens = of_model.chain(added).filter_map(|(token, id)| Some((token.to_owned(), id.as_u64()?))).collect();
+        let mut merges = json["model"]["merges"].clone();
+        if json["model"]["byte_fallback"] == true {
+            merges = Value::Null;
+        }
+        // Files have them as two texts, and older ones as one with a space between.
+        for merge in merges.as_array_mut().into_iter().flatten() {
+            let two = merge.as_str().and_then(|text| text.split_once(' ')).filter(|(_, second)| !second.contains(' '));
+            if let Some((first, second)) = two {
+                *merge = json!([first, second]);
+            }
+        }
+        Ok((tokens, merges))
     }
+
+    /// The text side that they make.
+    ///
+    /// # Errors
+    /// [`ModelError::Mismatch`] where they are malformed.
+    fn text(&self, name: &str) -> Result<ModelText, ModelError> {
+        let config = self.config.to_string();
+        ModelText::from_files(name, &self.tokenizer, config.as_bytes()).map_err(|e| ModelError::Mismatch(format!("the {name}: {e}")))
+    }
+}
+
+/// The chat templates that lie in a folder as files of their own, which count before that of `tokenizer_config.json`:
+/// `chat_template.jinja`, and others by their names in `additional_chat_templates`.
+fn templates(folder: &Path) -> Result<Option<Value>, ModelError> {
+    let default = folder.join("chat_template.jinja");
+    let default = if default.exists() { Some(hugging_face::read(&default)?) } else { None };
+    let more = folder.join("additional_chat_templates");
+    let mut named = Vec::new();
+    if more.is_dir() {
+        let failed = |source| ModelError::Read { path: more.clone(), source };
+        for entry in std::fs::read_dir(&more).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let name = path.file_stem().and_then(|name| name.to_str()).filter(|_| path.extension().is_some_and(|e| e == "jinja"));
+            if let Some(name) = name {
+                named.push(json!({ "name": name, "template": hugging_face::read(&path)? }));
+            }
+        }
+    }
+    named.sort_unstable_by_key(|named| named["name"].to_string());
+    Ok(match default {
+        default if !named.is_empty() => {
+            named.extend(default.map(|template| json!({ "name": "default", "template": template })));
+            Some(named.into())
+        }
+        default => default.map(Value::String),
+    })
 }
 
 fn vocabulary(file: &GgufFile) -> GgufVocabulary {
@@ -260,8 +314,8 @@ fn vocabulary(file: &GgufFile) -> GgufVocabulary {
     let texts = |key: &str| list(key).iter().filter_map(|v: &Value| v.to_string().ok().cloned()).collect();
     let model = text("ggml.model").unwrap_or_default();
     let flag = |key: &str, default: bool| get(key).and_then(|v| v.to_bool().ok()).unwrap_or(default);
+    let pre = text("ggml.pre");
     GgufVocabulary {
-        pre: text("ggml.pre"),
         tokens: texts("ggml.tokens"),
         token_types: list("ggml.token_type").iter().map(|v| whole(v).unwrap_or(1) as u32).collect(),
         merges: texts("ggml.merges"),
@@ -269,11 +323,13 @@ fn vocabulary(file: &GgufFile) -> GgufVocabulary {
         bos: id("ggml.bos_token_id"),
         eos: id("ggml.eos_token_id"),
         unknown: id("ggml.unknown_token_id"),
-        // llama.cpp's defaults where a file is silent: SentencePiece models begin with both, byte-level ones with neither.
-        add_bos: flag("ggml.add_bos_token", model == "llama"),
+        // llama.cpp's defaults where a file is silent: SentencePiece models begin with both, byte-level ones with neither, but for
+        // Llama 3's.
+        add_bos: flag("ggml.add_bos_token", model == "llama" || matches!(pre.as_deref(), Some("llama-bpe" | "llama3" | "llama-v3"))),
         add_space_prefix: flag("ggml.add_space_prefix", model == "llama"),
         chat_template: text("chat_template"),
         model,
+        pre,
     }
 }
 

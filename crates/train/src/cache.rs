@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use overfill_compress::Example;
+use overfill_model::making;
 use overfill_types::KvFormat;
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::xxh3_64;
@@ -99,7 +100,7 @@ impl LessonCache {
 }
 
 fn write(folder: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut file = tempfile::Builder::new().prefix(".lesson-").tempfile_in(folder)?;
+    let mut file = making::file(folder, ".lesson-", "")?;
     std::io::Write::write_all(&mut file, bytes)?;
     file.persist(path).map(|_| ()).map_err(|e| e.error)
 }

@@ -9,7 +9,7 @@ use overfill_model::ModelError;
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// A file could not be written or read: no room, or no permission. What was there before is whole.
-    #[error("{}: {source}", path.display())]
+    #[error("{} cannot be written or read", path.display())]
     File {
         /// Which.
         path: PathBuf,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use overfill_compress::Example;
 use overfill_compress::checkpoint::{Checkpoint, Format, Writer};
 use overfill_model::config::LlamaConfig;
-use overfill_model::{Llama, Weights};
+use overfill_model::{Llama, Weights, making};
 use overfill_types::pair::WeightFormat;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -402,7 +402,8 @@ impl<'o> Run<'o> {
             Ok((entry.name.clone(), TensorView::new(Dtype::F32, entry.shape.clone(), bytes)?))
         });
         let views = views.collect::<Result<Vec<_>, _>>().map_err(failed)?;
-        safetensors::serialize_to_file(views, None, path).map_err(failed)
+        safetensors::serialize_to_file(views, None, path).map_err(failed)?;
+        making::as_its_folder(path).map_err(TrainError::file(path))
     }
 
     /// Puts the model at its place. The state is taken away: the run is over.

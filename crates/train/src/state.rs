@@ -7,6 +7,7 @@ use std::fs::File;
 use std::path::Path;
 
 use bytemuck::{cast_slice, cast_slice_mut};
+use overfill_model::making;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
@@ -51,10 +52,11 @@ pub(super) fn save(folder: &Path, parameters: &[f32], adam: &Adam, progress: &Pr
     let views = views.collect::<Result<Vec<_>, _>>().map_err(failed)?;
     // A progress has no map and no number that JSON cannot say.
     let said = HashMap::from([(PROGRESS.to_owned(), serde_json::to_string(progress).unwrap_or_default())]);
-    let making = tempfile::Builder::new().prefix(".state-").tempfile_in(folder).map_err(TrainError::file(folder))?.into_temp_path();
-    safetensors::serialize_to_file(views, Some(said), &making).map_err(failed)?;
-    File::open(&making).and_then(|f| f.sync_all()).map_err(TrainError::file(&path))?;
-    making.persist(&path).map_err(|e| TrainError::File { path: path.clone(), source: e.error })?;
+    let made = making::file(folder, ".state-", "").map_err(TrainError::file(folder))?.into_temp_path();
+    safetensors::serialize_to_file(views, Some(said), &made).map_err(failed)?;
+    making::as_its_folder(&made).map_err(TrainError::file(&path))?;
+    File::open(&made).and_then(|f| f.sync_all()).map_err(TrainError::file(&path))?;
+    made.persist(&path).map_err(|e| TrainError::File { path: path.clone(), source: e.error })?;
     // The name is as lasting as the content only once the folder is on the disk.
     File::open(folder).and_then(|f| f.sync_all()).map_err(TrainError::file(folder))
 }

@@ -9,7 +9,7 @@ mod rounding;
 use std::path::Path;
 use std::str::FromStr;
 
-use overfill_model::{GgmlDType, GgufWriter};
+use overfill_model::{GgmlDType, GgufWriter, making};
 use overfill_text::gguf::GgufVocabulary;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -112,7 +112,7 @@ pub fn gguf(model: &Path, formats: GgufFormats, out: &Path, mut progress: impl F
     // Beside the target, so that the last step is a rename within one file system.
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let failed = |source| CompressError::File { path: out.to_owned(), source };
-    let making = tempfile::Builder::new().prefix(".export-").tempdir_in(parent).map_err(failed)?;
+    let making = making::folder(parent, ".export-").map_err(failed)?;
     let file = making.path().join("model.gguf");
     writer.write(&file)?;
     std::fs::rename(&file, out).map_err(failed)?;

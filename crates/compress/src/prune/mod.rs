@@ -17,7 +17,7 @@ mod stream;
 
 use std::path::{Path, PathBuf};
 
-use overfill_model::LlamaConfig;
+use overfill_model::{LlamaConfig, making};
 use overfill_text::ModelText;
 use overfill_types::{KvTransform, PruneStrategy};
 use safetensors::Dtype;
@@ -83,6 +83,8 @@ pub struct Report {
     pub full: LlamaConfig,
     /// The decode model's shape.
     pub decode: LlamaConfig,
+    /// Samples that it was fitted to, and that were held out; `None` where it was not calibrated.
+    pub samples: Option<(usize, usize)>,
     /// Losses on the samples held out, unless none were.
     pub losses: Option<Losses>,
     /// The KV transform that a pair needs, as `overfill pair --kv` spells it.
@@ -193,7 +195,8 @@ impl Prune {
         };
         provenance.insert("losses".into(), json!(losses));
         folder.appear(&provenance)?;
-        Ok(Report { full: full.config().clone(), decode: shape, losses, kv })
+        let counts = (samples.fit.len(), samples.held_out.len());
+        Ok(Report { full: full.config().clone(), decode: shape, samples: Some(counts).filter(|counts| *counts != (0, 0)), losses, kv })
     }
 
     /// The KV transform's name; where heads were cut, its file is written.
@@ -307,7 +310,8 @@ fn write_projection(path: &Path, full: &LlamaConfig, kept: &Kept) -> Result<(), 
     let failed = |e: safetensors::SafeTensorError| CompressError::File { path: path.to_owned(), source: std::io::Error::other(e) };
     let views = tensors.iter().map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)));
     let views = views.collect::<Result<Vec<_>, _>>().map_err(failed)?;
-    safetensors::serialize_to_file(views, None, path).map_err(failed)
+    safetensors::serialize_to_file(views, None, path).map_err(failed)?;
+    making::as_its_folder(path).map_err(|source| CompressError::File { path: path.to_owned(), source })
 }
 
 /// Names for people: what the provenance and the command call a method.

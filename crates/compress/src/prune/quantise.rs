@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use overfill_model::{GgmlDType, gguf};
+use overfill_model::{GgmlDType, gguf, making};
 
 use crate::calibrate::Calibration;
 use crate::checkpoint::Checkpoint;
@@ -38,8 +38,9 @@ pub fn quantise(
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let failed = |source| CompressError::File { path: parent.to_owned(), source };
     std::fs::create_dir_all(parent).map_err(failed)?;
-    let making = tempfile::Builder::new().prefix(".quantised-").suffix(".gguf").tempfile_in(parent).map_err(failed)?;
+    let making = making::file(parent, ".quantised-", ".gguf").map_err(failed)?;
     gguf::quantise(full, making.path(), format, |done, all| progress("quantising", done, all))?;
+    let counts = samples.as_ref().map(|samples| (samples.fit.len(), samples.held_out.len()));
     let losses = match samples {
         Some(samples) if !samples.held_out.is_empty() => {
             let kept = everything(checkpoint.config(), (0..checkpoint.config().kv.layers).collect());
@@ -50,5 +51,5 @@ pub fn quantise(
     };
     making.persist_noclobber(out).map_err(|e| CompressError::File { path: out.to_owned(), source: e.error })?;
     let shape = checkpoint.config().clone();
-    Ok(Report { full: shape.clone(), decode: shape, losses, kv: "identity".into() })
+    Ok(Report { full: shape.clone(), decode: shape, samples: counts, losses, kv: "identity".into() })
 }
