@@ -16,6 +16,7 @@ use overfill_compress::{Arm, Conversation, Question, Writing, answer};
 use overfill_model::{Device, Pair, ThreadPool, Workspace};
 use overfill_text::TextModel;
 use overfill_types::{Quality, SamplingParams};
+use serde_json::Value;
 
 use crate::progress::bar;
 use crate::self_prompt::{self, SelfPromptArgs};
@@ -57,6 +58,9 @@ pub(crate) struct AnswerArgs {
     pub(crate) threads: ThreadArgs,
 }
 
+/// The key of an answered line that says who answered, as `--mode` has it.
+const WRITER: &str = "writer";
+
 pub(crate) fn run(args: AnswerArgs, home: &Home) -> anyhow::Result<()> {
     match (args.self_prompt.self_prompt, args.data.clone()) {
         (Some(conversations), _) => self_prompt::run(&args, conversations.get(), home),
@@ -91,6 +95,15 @@ fn answer_file(args: AnswerArgs, data: &Path, home: &Home) -> anyhow::Result<()>
         if !same {
             bail!("{} holds answers to other prompts than those of {}: name another file", args.out.display(), data.display());
         }
+        let wrote = last.conversation.other.get(WRITER).and_then(Value::as_str);
+        if wrote.is_some_and(|wrote| wrote != args.mode.as_str()) {
+            bail!(
+                "{} holds answers of --mode {}, and --mode {} was asked for: name another file",
+                args.out.display(),
+                wrote.unwrap_or_default(),
+                args.mode.as_str()
+            );
+        }
         fitting.drain(..done);
     }
 
@@ -114,7 +127,8 @@ fn answer_file(args: AnswerArgs, data: &Path, home: &Home) -> anyhow::Result<()>
     let (mut conversations, asked): (VecDeque<Conversation>, Vec<Question>) = fitting.into_iter().unzip();
     let mut tokens = 0;
     answer(&full, arm, &how, &mut workspace, asked, |_, written| -> anyhow::Result<()> {
-        let Some(conversation) = conversations.pop_front() else { return Ok(()) };
+        let Some(mut conversation) = conversations.pop_front() else { return Ok(()) };
+        conversation.other.insert(WRITER.into(), args.mode.as_str().into());
         tokens += written.len();
         bar.inc(1);
         let complete = written.last().is_some_and(|token| how.end.contains(token));

@@ -70,7 +70,7 @@ pub(crate) struct PruneArgs {
     /// Most samples to calibrate with
     #[arg(long, default_value_t = 256)]
     samples: usize,
-    /// Samples kept apart to measure losses with
+    /// Most samples kept apart to measure losses with, a quarter of all at most
     #[arg(long, default_value_t = 32)]
     held_out: usize,
     /// Most tokens of a sample
@@ -143,6 +143,9 @@ pub(crate) fn run(args: PruneArgs) -> anyhow::Result<()> {
         ("read a token", [full.decode_weights() / 1000, decode.decode_weights() / 1000]),
     ] {
         println!("{name:14}{:>12}{:>12}{}", of[0], of[1], if name == "read a token" { "  thousand weights" } else { "" });
+    }
+    if let Some((fit, held_out)) = report.samples {
+        println!("\nfitted to {fit} samples, {held_out} held out");
     }
     if let Some(losses) = &report.losses {
         println!("\nloss, nats a token, over {} held-out answer tokens", losses.tokens);

@@ -122,8 +122,8 @@ pub(crate) struct TrainArgs {
     /// With --quantise: what the output head will be stored as, unless it is the embedding
     #[arg(long, default_value = "q8_0")]
     head: Stored,
-    /// Highest learning rate
-    #[arg(long, default_value_t = 3e-4)]
+    /// Highest learning rate; docs/training.md tells how the default was found
+    #[arg(long, default_value_t = 1e-4)]
     lr: f32,
     /// Share of the steps in which the learning rate rises
     #[arg(long, default_value_t = 0.03)]
@@ -153,7 +153,7 @@ pub(crate) struct TrainArgs {
     #[arg(long)]
     steps: Option<u64>,
     /// Response tokens in a batch
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 1536)]
     batch_tokens: usize,
     /// Batches in a step
     #[arg(long, default_value_t = 1)]
