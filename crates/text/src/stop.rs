@@ -25,7 +25,7 @@ impl StopMatcher {
     /// Watches for any of `stops`.
     ///
     /// # Errors
-    /// [`Code::InvalidArgument`] where there are more than 16, or one is empty.
+    /// [`overfill_types::Code::InvalidArgument`] where there are more than 16, or one is empty.
     pub fn new(stops: Vec<String>) -> Result<Self, ServiceError> {
         if stops.len() > MOST {
             let message = format!("{} stop strings were sent: at most {MOST} are watched for", stops.len());
