@@ -178,10 +178,30 @@ pub(super) fn all() -> Vec<Box<dyn Target>> {
         json!({ "prompt": "hello", "add_special_tokens": true }),
         json!({ "messages": chat[2]["messages"], "tools": chat[2]["tools"] }),
     ];
+    let responses = vec![
+        json!({ "model": "tiny", "input": "hello", "instructions": "be brief", "max_output_tokens": 8, "temperature": 0.5,
+            "text": { "format": { "type": "json_schema", "name": "n", "schema": schema } }, "include": ["message.output_text.logprobs"] }),
+        json!({ "model": "tiny", "input": [{ "role": "user", "content": [{ "type": "input_text", "text": "weather?" }] },
+            { "type": "function_call", "call_id": "c", "name": "weather", "arguments": "{\"a\": 1}" },
+            { "type": "function_call_output", "call_id": "c", "output": "warm" }, { "type": "reasoning", "summary": [] }],
+            "tools": [{ "type": "function", "name": "weather", "parameters": schema }],
+            "tool_choice": { "type": "function", "name": "weather" }, "stream": true }),
+    ];
+    let messages = vec![
+        json!({ "model": "tiny", "max_tokens": 8, "system": [{ "type": "text", "text": "be brief" }], "top_k": 5,
+            "messages": [{ "role": "user", "content": "hello" }, { "role": "assistant", "content": "So" }], "stop_sequences": ["x"] }),
+        json!({ "model": "tiny", "max_tokens": 8, "messages": [{ "role": "user", "content": "weather?" },
+            { "role": "assistant", "content": [{ "type": "text", "text": "see" }, { "type": "tool_use", "id": "c", "name": "weather", "input": { "a": 1 } }] },
+            { "role": "user", "content": [{ "type": "tool_result", "tool_use_id": "c", "content": [{ "type": "text", "text": "warm" }] }] }],
+            "tools": [{ "name": "weather", "description": "of a city", "input_schema": schema }], "tool_choice": { "type": "any" }, "stream": true }),
+    ];
     let detokenize = vec![json!({ "tokens": [1, 2, 3, 250, 259] })];
     let http = [
         ("chat", "/v1/chat/completions", chat),
         ("completions", "/v1/completions", completion),
+        ("responses", "/v1/responses", responses),
+        ("messages", "/v1/messages", messages.clone()),
+        ("count-tokens", "/v1/messages/count_tokens", messages),
         ("tokenize", "/tokenize", tokenize),
         ("detokenize", "/detokenize", detokenize),
     ];
