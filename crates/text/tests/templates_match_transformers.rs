@@ -5,16 +5,18 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use overfill_text::template::{ChatTemplate, Message};
+use overfill_text::template::{Chat, ChatTemplate, Message};
 use overfill_types::Code;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
 #[derive(Deserialize)]
-struct Fixture {
+struct Fixture<C> {
     bos_token: String,
     eos_token: String,
     templates: HashMap<String, String>,
-    chats: HashMap<String, Vec<Message>>,
+    chats: HashMap<String, C>,
     expected: Vec<Case>,
 }
 
@@ -26,24 +28,48 @@ struct Case {
     refusal: Option<String>,
 }
 
-#[test]
-fn every_template_and_chat() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/chat_templates.json");
-    let fixture: Fixture = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+/// A chat as `tool_templates.py` has it.
+#[derive(Deserialize)]
+struct WithTools {
+    messages: Vec<Value>,
+    #[serde(default)]
+    tools: Vec<Value>,
+    #[serde(default)]
+    variables: Map<String, Value>,
+}
+
+fn check<C: DeserializeOwned>(fixture: &str, chat: impl Fn(&C) -> Chat) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(fixture);
+    let fixture: Fixture<C> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     assert_eq!(fixture.expected.len(), fixture.templates.len() * fixture.chats.len());
     let mut wrong = Vec::new();
     for case in fixture.expected {
         let source = fixture.templates[&case.template].clone();
         let template = ChatTemplate::new(source, fixture.bos_token.clone(), fixture.eos_token.clone()).unwrap();
-        let rendered = template.render(&fixture.chats[&case.chat]);
-        let right = match (&rendered, case.text, case.refusal) {
-            (Ok(text), Some(expected), None) => *text == expected,
+        let rendered = template.render_chat(&chat(&fixture.chats[&case.chat]));
+        let right = match (&rendered, &case.text, case.refusal) {
+            (Ok(text), Some(expected), None) => text == expected,
             (Err(error), None, Some(refusal)) => error.code == Code::InvalidArgument && error.message.contains(&refusal),
             _ => false,
         };
         if !right {
-            wrong.push(format!("{} with {}: {rendered:?}", case.template, case.chat));
+            wrong.push(format!("{} with {}: {rendered:?}, and not {:?}", case.template, case.chat, case.text));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_template_and_chat() {
+    check("chat_templates.json", |messages: &Vec<Message>| Chat::of(messages));
+}
+
+#[test]
+fn tools_calls_and_results_in_the_templates_of_the_field() {
+    check("tool_templates.json", |chat: &WithTools| Chat {
+        messages: chat.messages.clone(),
+        tools: chat.tools.clone(),
+        variables: chat.variables.clone(),
+        ..Chat::default()
+    });
 }
