@@ -1,6 +1,6 @@
 //! A pair's text side: its manifest, its tokenizer, and its chat template if it has one.
 
-use std::collections::HashSet;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -20,6 +20,9 @@ use crate::tools::ToolFormat;
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// Chat template and special tokens in a pair's folder.
 pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+
+/// Most roles of one chat.
+const MOST_ROLES: usize = 16;
 
 /// What the router knows of a pair.
 pub struct TextModel {
@@ -240,24 +243,29 @@ impl ModelText {
         Ok(ids)
     }
 
-    /// Refuses messages that have left no trace in `text`, which `template` made of the chat. A role that it does not know would
-    /// be dropped without a word.
+    /// Refuses roles whose messages have left no trace in `text`, which `template` made of the chat: one that it does not know
+    /// would be dropped without a word. The work is that of a few times reading the text, however many messages there are.
     fn check_heard(&self, template: &ChatTemplate, chat: &Chat, text: &str) -> Result<(), ServiceError> {
-        let mut heard = HashSet::new();
+        // The longest that each has said: what is short may stand in the text by chance.
+        let mut said: BTreeMap<&str, &str> = BTreeMap::new();
         for message in &chat.messages {
-            let (role, said) = (message["role"].as_str().unwrap_or_default(), message["content"].as_str().unwrap_or_default().trim());
-            if said.is_empty() || text.contains(said) || heard.contains(role) {
-                continue;
-            }
+            let (role, words) = (message["role"].as_str().unwrap_or_default(), message["content"].as_str().unwrap_or_default().trim());
+            let longest = said.entry(role).or_default();
+            *longest = if words.len() > longest.len() { words } else { longest };
+        }
+        if said.len() > MOST_ROLES {
+            let message = format!("messages: they are of {} roles; no chat template knows more than {MOST_ROLES}", said.len());
+            return Err(ServiceError::of_field("messages", message));
+        }
+        for (role, _) in said.into_iter().filter(|(_, words)| !text.contains(words)) {
             // It may stand there in other words: as JSON, or cut.
-            let others = chat.messages.iter().filter(|other| other["role"] != message["role"]).cloned().collect();
+            let others = chat.messages.iter().filter(|other| other["role"] != role).cloned().collect();
             let without = Chat { messages: others, ..chat.clone() };
             if template.render_chat(&without).is_ok_and(|without| without == text) {
                 let message =
                     format!("messages: the chat template of model {} leaves out what role '{role}' says; send another role", self.name);
                 return Err(ServiceError::of_field("messages", message));
             }
-            heard.insert(role);
         }
         Ok(())
     }

@@ -40,7 +40,7 @@ pub(crate) fn door(router: Arc<Router>, admin: bool) -> Routes {
 /// Pages of these origins may ask, be it with keys or without.
 fn cors(origins: &[HeaderValue]) -> CorsLayer {
     let allowed = if origins.iter().any(|origin| origin == "*") { AllowOrigin::any() } else { AllowOrigin::list(origins.iter().cloned()) };
-    let told = ["x-request-id", "x-overfill-served-by", "retry-after", "traceparent"].map(HeaderName::from_static);
+    let told = ["x-request-id", "x-overfill-served-by", "retry-after", "x-trace-id"].map(HeaderName::from_static);
     CorsLayer::new()
         .allow_origin(allowed)
         .allow_methods([Method::GET, Method::HEAD, Method::POST, Method::OPTIONS])

@@ -8,10 +8,11 @@ use axum::Json;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use overfill_lifecycle::Trace;
 use overfill_proto::v1::ServedBy;
 use overfill_types::{Code, ServiceError};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -33,7 +34,9 @@ pub(crate) trait Form: Send + Sized + 'static {
     fn id(&self) -> &str;
 
     /// Takes an event of an answer, by its number, for the whole.
-    fn keep(&mut self, index: usize, event: Event);
+    fn keep(&mut self, index: usize, event: Event) {
+        self.pieces(index, event);
+    }
 
     /// The pieces that an event of an answer, by its number, brings to a stream.
     fn pieces(&mut self, index: usize, event: Event) -> Vec<Piece>;
@@ -45,7 +48,9 @@ pub(crate) trait Form: Send + Sized + 'static {
     fn whole(&mut self) -> Value;
 
     /// The last pieces of a stream, after all others.
-    fn last(&mut self) -> Vec<Piece>;
+    fn last(&mut self) -> Vec<Piece> {
+        Vec::new()
+    }
 
     /// Which models and nodes serve the first answer, as far as that is known.
     fn served_by(&self) -> Option<&ServedBy>;
@@ -74,17 +79,17 @@ impl Piece {
     }
 
     /// Of the type that its data names too.
-    pub(crate) fn typed(event: &'static str, mut data: Value) -> Self {
-        data["type"] = event.into();
-        Self { event: Some(event), data: data.to_string() }
+    pub(crate) fn typed(event: &'static str, data: Value) -> Self {
+        let mut typed = json!({ "type": event });
+        if let (Some(fields), Value::Object(data)) = (typed.as_object_mut(), data) {
+            fields.extend(data);
+        }
+        Self { event: Some(event), data: typed.to_string() }
     }
 
     fn into_event(self) -> sse::Event {
-        let event = sse::Event::default().data(self.data);
-        match self.event {
-            Some(name) => event.event(name),
-            None => event,
-        }
+        let event = self.event.map_or_else(sse::Event::default, |name| sse::Event::default().event(name));
+        event.data(self.data)
     }
 }
 
@@ -105,8 +110,24 @@ fn broken_off() -> ServiceError {
     ServiceError::new(Code::Internal, "the answer broke off: send the request again")
 }
 
-/// The response to a request whose answers' events are these.
-pub(crate) async fn respond<F: Form>(form: F, mut events: NumberedEvents, stream: bool) -> Response {
+/// A request that is under way: how its answers are told of, their events, and whether they are streamed.
+pub(crate) struct Begun<F> {
+    pub(crate) form: F,
+    pub(crate) events: NumberedEvents,
+    pub(crate) stream: bool,
+}
+
+/// The response to a request that was begun, or refused.
+pub(crate) async fn respond<F: Form>(begun: Result<Begun<F>, Failed>, trace: &Trace) -> Response {
+    let mut response = match begun {
+        Ok(begun) => answered(begun).await,
+        Err(failed) => F::failure(failed),
+    };
+    trace.tell(response.headers_mut());
+    response
+}
+
+async fn answered<F: Form>(Begun { form, mut events, stream }: Begun<F>) -> Response {
     let id = HeaderValue::from_str(form.id()).unwrap_or(HeaderValue::from_static("unknown"));
     // Until the first event the answer can still be a plain error.
     let mut response = match events.recv().await {

@@ -120,10 +120,6 @@ impl Form for Answer {
         &self.id
     }
 
-    fn keep(&mut self, _: usize, event: Event) {
-        self.take(event);
-    }
-
     fn pieces(&mut self, _: usize, event: Event) -> Vec<Piece> {
         self.take(event)
     }
@@ -134,10 +130,6 @@ impl Form for Answer {
 
     fn whole(&mut self) -> Value {
         self.message()
-    }
-
-    fn last(&mut self) -> Vec<Piece> {
-        Vec::new()
     }
 
     fn served_by(&self) -> Option<&ServedBy> {

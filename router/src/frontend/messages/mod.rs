@@ -21,8 +21,8 @@ use crate::frontend::messages::answer::Answer;
 pub(crate) use crate::frontend::messages::failed::{asked_so, refused};
 #[cfg(test)]
 pub(crate) use crate::frontend::messages::request::MessageRequest;
-use crate::frontend::openai::{Failed, NumberedEvents, start};
-use crate::frontend::respond::{parse, respond};
+use crate::frontend::openai::{Failed, start};
+use crate::frontend::respond::{Begun, parse, respond};
 use crate::frontend::single::Single;
 
 /// `POST /v1/messages`.
@@ -33,15 +33,10 @@ pub(crate) async fn create(
     body: Bytes,
 ) -> Response {
     let trace = crate::frontend::trace(&headers);
-    let mut response = match begin(&router, &client, &body, &trace).await {
-        Ok((answer, events, stream)) => respond(answer, events, stream).await,
-        Err(error) => refused(&error),
-    };
-    trace.tell(response.headers_mut());
-    response
+    respond(begin(&router, &client, &body, &trace).await, &trace).await
 }
 
-async fn begin(router: &Arc<Router>, client: &Arc<Client>, body: &[u8], trace: &Trace) -> Result<(Answer, NumberedEvents, bool), Failed> {
+async fn begin(router: &Arc<Router>, client: &Arc<Client>, body: &[u8], trace: &Trace) -> Result<Begun<Answer>, Failed> {
     let request: request::MessageRequest = parse(body)?;
     let model = router.models.find(request.model())?;
     let read = request.read(parse(body)?, &model)?;
@@ -49,7 +44,7 @@ async fn begin(router: &Arc<Router>, client: &Arc<Client>, body: &[u8], trace: &
     let request = router.admit_one(client, read.asked, trace).await?;
     let single = Single::new(request.prompt.clone(), read.calls.as_ref());
     let answer = Answer::new(format!("msg_{}", request.id), model.manifest.name.clone(), single);
-    Ok((answer, start(router, vec![request], 1), stream))
+    Ok(Begun { form: answer, events: start(router, vec![request], 1), stream })
 }
 
 /// `POST /v1/messages/count_tokens`.

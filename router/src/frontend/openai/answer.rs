@@ -44,8 +44,8 @@ pub(super) struct Choice {
     end: Option<End>,
     tools: Option<ToolReader>,
     calls: Vec<Value>,
-    /// Where in the text the tokens stand whose log-probabilities are given.
-    places: Places,
+    /// Where in the text the tokens stand whose log-probabilities are given, if any are.
+    places: Option<Places>,
 }
 
 /// Where in a text its tokens begin, in characters.
@@ -72,7 +72,7 @@ struct Brought {
 
 impl Choice {
     pub(super) fn new(index: usize, of: usize, prompt: Arc<Vec<u32>>, frame: &Frame) -> Self {
-        let places = Places { detokenizer: frame.names.model.detokenizer(&prompt), at: 0 };
+        let places = frame.logprobs.then(|| Places { detokenizer: frame.names.model.detokenizer(&prompt), at: 0 });
         Self {
             index,
             of,
@@ -326,7 +326,8 @@ impl Frame {
         let (before, said) = choice.prompt.split_at(before.min(choice.prompt.len()));
         let mut places = Places { detokenizer: self.names.model.detokenizer_of_all(), at: 0 };
         let places = before.iter().map(|_| 0).chain(said.iter().map(|id| places.next(*id))).collect();
-        choice.places.at = self.prompt_text(choice).chars().count();
+        let length = self.prompt_text(choice).chars().count();
+        choice.places.iter_mut().for_each(|places| places.at = length);
         places
     }
 
@@ -336,7 +337,9 @@ impl Frame {
             return Value::Null;
         }
         let mut offsets = if prompt { self.prompt_places(choice) } else { Vec::new() };
-        offsets.extend(tokens.iter().filter(|t| t.logprob.is_some()).map(|t| choice.places.next(t.id)));
+        if let Some(places) = &mut choice.places {
+            offsets.extend(tokens.iter().filter(|t| t.logprob.is_some()).map(|t| places.next(t.id)));
+        }
         let mut known: Vec<(u32, Option<&TokenLogprob>)> = Vec::new();
         if prompt {
             let read = choice.read.as_ref().map(|read| read.prompt_logprobs.as_slice()).unwrap_or_default();

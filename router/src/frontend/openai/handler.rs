@@ -6,7 +6,7 @@ use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use overfill_lifecycle::Trace;
 use overfill_proto::v1::ServedBy;
 use overfill_types::ServiceError;
@@ -15,12 +15,13 @@ use serde_json::Value;
 use crate::Router;
 use crate::clients::Client;
 use crate::frontend::openai::answer::{Choice, Frame};
-use crate::frontend::openai::choices::{self, NumberedEvents};
+use crate::frontend::openai::choices;
 use crate::frontend::openai::failed::Failed;
 use crate::frontend::openai::object::Object;
+use crate::frontend::openai::prompt::ChatPrompt;
 use crate::frontend::openai::request::{Body, Common, OpenAiRequest, Shape};
 use crate::frontend::openai::token_names::TokenNames;
-use crate::frontend::respond::{Form, Piece, now, parse, respond};
+use crate::frontend::respond::{Begun, Form, Piece, now, parse, respond};
 use crate::relay::Event;
 
 /// `POST` of either endpoint.
@@ -31,19 +32,7 @@ pub(crate) async fn complete<R: OpenAiRequest>(
     body: Bytes,
 ) -> Response {
     let trace = crate::frontend::trace(&headers);
-    let mut response = match begin::<R>(&router, &client, body, &trace).await {
-        Ok(begun) => respond(begun.answers, begun.events, begun.stream).await,
-        Err(error) => error.into_response(),
-    };
-    trace.tell(response.headers_mut());
-    response
-}
-
-/// A request that is under way.
-struct Begun {
-    answers: Answers,
-    events: NumberedEvents,
-    stream: bool,
+    respond(begin::<R>(&router, &client, body, &trace).await, &trace).await
 }
 
 /// The answers to one request.
@@ -54,14 +43,15 @@ struct Answers {
     n: usize,
 }
 
-async fn begin<R: OpenAiRequest>(router: &Arc<Router>, client: &Arc<Client>, body: Bytes, trace: &Trace) -> Result<Begun, Failed> {
+async fn begin<R: OpenAiRequest>(router: &Arc<Router>, client: &Arc<Client>, body: Bytes, trace: &Trace) -> Result<Begun<Answers>, Failed> {
     // Several times, so that an error names the field: with all parts in one the path to it is lost.
     let common: Common = parse(&body)?;
     let model = router.models.find(common.model())?;
     let (stream, include_usage) =
         (common.stream.unwrap_or(false), common.stream_options.and_then(|Object(o)| o.include_usage).unwrap_or(false));
     let token_ids = common.return_token_ids.unwrap_or(false);
-    let body = Body { own: parse(&body)?, prompt: parse(&body)?, sampling: parse(&body)?, guide: parse(&body)?, common };
+    let prompt = if R::SHAPE == Shape::Chat { parse(&body)? } else { ChatPrompt::default() };
+    let body = Body { own: parse(&body)?, prompt, sampling: parse(&body)?, guide: parse(&body)?, common };
     let parsed = R::parsed(body, &model)?;
     let n = parsed.asked.n;
     let requests = router.admit(client, parsed.asked, trace).await?;
@@ -83,7 +73,7 @@ async fn begin<R: OpenAiRequest>(router: &Arc<Router>, client: &Arc<Client>, bod
         special_tokens: parsed.special_tokens,
     };
     let choices = requests.iter().enumerate().map(|(i, request)| Choice::new(i, i / n, request.prompt.clone(), &frame)).collect();
-    Ok(Begun { answers: Answers { frame, choices, n }, events: choices::start(router, requests, n), stream })
+    Ok(Begun { form: Answers { frame, choices, n }, events: choices::start(router, requests, n), stream })
 }
 
 impl Form for Answers {

@@ -192,10 +192,6 @@ impl Form for Answer {
         &self.id
     }
 
-    fn keep(&mut self, _: usize, event: Event) {
-        self.take(event);
-    }
-
     fn pieces(&mut self, _: usize, event: Event) -> Vec<Piece> {
         self.take(event)
     }
@@ -206,10 +202,6 @@ impl Form for Answer {
 
     fn whole(&mut self) -> Value {
         self.response()
-    }
-
-    fn last(&mut self) -> Vec<Piece> {
-        Vec::new()
     }
 
     fn served_by(&self) -> Option<&ServedBy> {

@@ -10,13 +10,13 @@ use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use overfill_lifecycle::Trace;
 
 use crate::Router;
 use crate::clients::Client;
-use crate::frontend::openai::{Failed, NumberedEvents, TokenNames, start};
-use crate::frontend::respond::{now, parse, respond};
+use crate::frontend::openai::{Failed, TokenNames, start};
+use crate::frontend::respond::{Begun, now, parse, respond};
 use crate::frontend::responses::answer::Answer;
 #[cfg(test)]
 pub(crate) use crate::frontend::responses::request::ResponseRequest;
@@ -30,15 +30,10 @@ pub(crate) async fn create(
     body: Bytes,
 ) -> Response {
     let trace = crate::frontend::trace(&headers);
-    let mut response = match begin(&router, &client, &body, &trace).await {
-        Ok((answer, events, stream)) => respond(answer, events, stream).await,
-        Err(error) => error.into_response(),
-    };
-    trace.tell(response.headers_mut());
-    response
+    respond(begin(&router, &client, &body, &trace).await, &trace).await
 }
 
-async fn begin(router: &Arc<Router>, client: &Arc<Client>, body: &[u8], trace: &Trace) -> Result<(Answer, NumberedEvents, bool), Failed> {
+async fn begin(router: &Arc<Router>, client: &Arc<Client>, body: &[u8], trace: &Trace) -> Result<Begun<Answer>, Failed> {
     let request: request::ResponseRequest = parse(body)?;
     let model = router.models.find(request.model())?;
     let names = TokenNames { guides: router.models.guides(&model)?, model: model.clone() };
@@ -47,5 +42,5 @@ async fn begin(router: &Arc<Router>, client: &Arc<Client>, body: &[u8], trace: &
     let request = router.admit_one(client, read.asked, trace).await?;
     let single = Single::new(request.prompt.clone(), read.calls.as_ref());
     let answer = Answer::new(format!("resp_{}", request.id), now(), single, names, read.logprobs, read.said);
-    Ok((answer, start(router, vec![request], 1), stream))
+    Ok(Begun { form: answer, events: start(router, vec![request], 1), stream })
 }
