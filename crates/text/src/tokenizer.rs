@@ -426,4 +426,20 @@ mod tests {
         chat.tools = vec![json!({ "f": 1 })];
         assert_eq!(model.decode(&model.encode_whole_chat(&chat).unwrap(), true), "[{\"f\": 1}]hello");
     }
+
+    #[test]
+    fn a_role_that_leaves_no_trace_is_refused_however_much_others_say() {
+        let template = "{% for m in messages %}{% if m.role != 'foo' %}{{ m.content }}\n{% endif %}{% endfor %}";
+        let model = model(&file(&byte_level()), &json!({ "chat_template": template }));
+        let say = |role: &str, content: &str| json!({ "role": role, "content": content });
+        let read = |messages: Vec<Value>| model.encode_whole_chat(&Chat { messages, ..Chat::default() });
+        let many: Vec<Value> = (0..2000).map(|i| say("user", &format!("message {i}"))).collect();
+        read(many.clone()).unwrap();
+        // What is short may stand in the text by chance: the longest tells.
+        let error = read([many, vec![say("foo", "1"), say("foo", "nobody hears this")]].concat()).unwrap_err();
+        assert!(error.message.contains("'foo'") && error.field.as_deref() == Some("messages"), "{error}");
+        let roles = |n: usize| (0..n).map(|i| say(&format!("role {i}"), "x")).collect::<Vec<_>>();
+        read(roles(MOST_ROLES)).unwrap();
+        assert!(read(roles(MOST_ROLES + 1)).unwrap_err().message.contains("17 roles"));
+    }
 }
