@@ -9,14 +9,15 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use half::{bf16, f16};
-use overfill_model::config::RopeScaling;
-use overfill_model::{LlamaConfig, TokenizerFiles, Weights, making};
+use overfill_model::names::{self, Place};
+use overfill_model::{Family, LlamaConfig, TokenizerFiles, Weights, making};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 
 use crate::error::CompressError;
 use crate::matrix::Matrix;
+use crate::shape_json;
 
 /// Most bytes of one safetensors file: what a writer holds in memory.
 const SHARD_BYTES: usize = 2 << 30;
@@ -30,15 +31,19 @@ pub struct Checkpoint {
 /// One layer's weights, matrices `[out, in]`.
 #[derive(Clone)]
 pub struct LayerWeights {
-    /// Norm before the attention, `[hidden]`.
+    /// Norm of what attention reads, `[hidden]`; empty, as all that follow, where the family has none.
     pub input_norm: Vec<f32>,
     /// Queries, keys and values.
     pub qkv: [Matrix; 3],
     /// Their biases; empty where there are none.
     pub qkv_bias: [Vec<f32>; 3],
+    /// Norms of queries and of keys, `[head_dim]` or as wide as all heads.
+    pub query_key_norms: [Vec<f32>; 2],
     /// The attention's output.
     pub output: Matrix,
-    /// Norm before the MLP, `[hidden]`.
+    /// Norm of what attention adds, `[hidden]`.
+    pub attended_norm: Vec<f32>,
+    /// Norm of what the MLP reads, `[hidden]`.
     pub mlp_norm: Vec<f32>,
     /// The MLP's gate.
     pub gate: Matrix,
@@ -46,6 +51,27 @@ pub struct LayerWeights {
     pub up: Matrix,
     /// The MLP's output.
     pub down: Matrix,
+    /// Norm of what the MLP adds, `[hidden]`.
+    pub down_norm: Vec<f32>,
+}
+
+impl LayerWeights {
+    /// The layer's norms that its family has, by their names.
+    pub(crate) fn norms(&self, family: Family) -> Vec<(&'static str, &[f32])> {
+        let norms = family.norms();
+        let named = [
+            (norms.before_attention, &self.input_norm),
+            (norms.after_attention, &self.attended_norm),
+            (norms.before_mlp, &self.mlp_norm),
+            (norms.after_mlp, &self.down_norm),
+        ];
+        let mut all: Vec<(&str, &[f32])> = named.into_iter().filter_map(|(name, norm)| Some((name?, norm.as_slice()))).collect();
+        if family.query_key_norm().is_some() {
+            let [queries, keys] = &self.query_key_norms;
+            all.extend([("self_attn.q_norm", queries.as_slice()), ("self_attn.k_norm", keys)]);
+        }
+        all
+    }
 }
 
 const QKV: [&str; 3] = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
@@ -108,12 +134,19 @@ impl Checkpoint {
                 return Err(CompressError::Refused(format!("{module} of layer {i} has a bias: only queries, keys and values may")));
             }
         }
+        let family = self.config().family;
+        let norms = family.norms();
+        let norm = |which: Option<&str>| which.map_or(Ok(Vec::new()), |which| self.vector(&name(which)));
+        let of_heads = |which: &'static str| norm(family.query_key_norm().map(|_| which));
         Ok(LayerWeights {
-            input_norm: self.vector(&name("input_layernorm"))?,
+            input_norm: norm(norms.before_attention)?,
+            query_key_norms: [of_heads("self_attn.q_norm")?, of_heads("self_attn.k_norm")?],
+            attended_norm: norm(norms.after_attention)?,
+            down_norm: norm(norms.after_mlp)?,
             qkv: [self.matrix(&name(QKV[0]))?, self.matrix(&name(QKV[1]))?, self.matrix(&name(QKV[2]))?],
             qkv_bias: [bias(QKV[0])?, bias(QKV[1])?, bias(QKV[2])?],
             output: self.matrix(&name("self_attn.o_proj"))?,
-            mlp_norm: self.vector(&name("post_attention_layernorm"))?,
+            mlp_norm: norm(norms.before_mlp)?,
             gate: self.matrix(&name("mlp.gate_proj"))?,
             up: self.matrix(&name("mlp.up_proj"))?,
             down: self.matrix(&name("mlp.down_proj"))?,
@@ -145,7 +178,7 @@ impl Checkpoint {
                 let text = std::fs::read_to_string(&path).map_err(|source| CompressError::File { path: path.clone(), source })?;
                 serde_json::from_str(&text).map_err(|e| CompressError::Refused(format!("{} is no JSON: {e}", path.display())))?
             }
-            Weights::Gguf(_) | Weights::Memory(..) => from_shape(self.config())?,
+            Weights::Gguf(_) | Weights::Memory(..) => shape_json::whole(self.config())?,
         };
         json["hidden_size"] = config.hidden_size.into();
         json["intermediate_size"] = config.intermediate_size.into();
@@ -155,11 +188,12 @@ impl Checkpoint {
         json["head_dim"] = config.kv.head_dim.into();
         json["tie_word_embeddings"] = config.tied_embeddings.into();
         if let Some(object) = json.as_object_mut() {
-            // One entry a layer, of another number of layers; what is left out has the default, full attention everywhere.
-            for key in ["layer_types", "max_window_layers", "dtype"] {
+            // One entry a layer, of another number of layers; and what they are made of where they are not there.
+            for key in ["layer_types", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval", "dtype"] {
                 object.remove(key);
             }
         }
+        shape_json::layers(config, &mut json);
         json["torch_dtype"] = format.name().into();
         Ok(json)
     }
@@ -177,38 +211,6 @@ impl Checkpoint {
         let ids = &self.config().eos_token_ids;
         Ok(if ids.is_empty() { None } else { Some(json!({ "eos_token_id": ids })) })
     }
-}
-
-/// `config.json` of a model that has none: one that came in a GGUF file.
-fn from_shape(config: &LlamaConfig) -> Result<Value, CompressError> {
-    let scaling = match &config.rope.scaling {
-        RopeScaling::None => Value::Null,
-        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => json!({
-            "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor, "high_freq_factor": high_freq_factor,
-            "original_max_position_embeddings": original_context,
-        }),
-        RopeScaling::Factors { .. } => {
-            return Err(CompressError::Refused(
-                "the GGUF file stretches the rotary embedding by factors of its own, which config.json cannot say: start from the Hugging Face folder"
-                    .into(),
-            ));
-        }
-    };
-    let architecture = if config.architecture == "qwen2" { "Qwen2ForCausalLM" } else { "LlamaForCausalLM" };
-    Ok(json!({
-        "architectures": [architecture],
-        "model_type": config.architecture,
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_context,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": scaling,
-        "eos_token_id": config.eos_token_ids,
-        "attention_bias": false,
-        "mlp_bias": false,
-    }))
 }
 
 /// What numbers of a written checkpoint are stored as.
@@ -257,6 +259,10 @@ impl FromStr for Format {
 /// A Hugging Face folder that is being written. Dropped before it is closed, it leaves nothing behind.
 pub struct Writer {
     out: PathBuf,
+    /// The shape of what is written.
+    config: LlamaConfig,
+    /// Rows of a matrix that its family stores with those that follow.
+    fused: Vec<f32>,
     making: tempfile::TempDir,
     format: Format,
     /// Bound of a file, in bytes.
@@ -269,15 +275,15 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Begins a checkpoint that will be at `out`, which must not exist.
+    /// Begins a checkpoint of this shape that will be at `out`, which must not exist.
     ///
     /// # Errors
     /// [`CompressError::Refused`] where it exists, [`CompressError::File`].
-    pub fn create(out: &Path, format: Format) -> Result<Self, CompressError> {
-        Self::with_shards(out, format, SHARD_BYTES)
+    pub fn create(out: &Path, format: Format, config: &LlamaConfig) -> Result<Self, CompressError> {
+        Self::with_shards(out, format, config, SHARD_BYTES)
     }
 
-    fn with_shards(out: &Path, format: Format, shard_bytes: usize) -> Result<Self, CompressError> {
+    fn with_shards(out: &Path, format: Format, config: &LlamaConfig, shard_bytes: usize) -> Result<Self, CompressError> {
         if out.exists() {
             return Err(CompressError::Refused(format!("{} exists already: name another folder, or remove it", out.display())));
         }
@@ -288,6 +294,8 @@ impl Writer {
         let making = making::folder(parent, ".checkpoint-").map_err(failed)?;
         Ok(Self {
             out: out.to_owned(),
+            config: config.clone(),
+            fused: Vec::new(),
             making,
             format,
             shard_bytes,
@@ -317,7 +325,9 @@ impl Writer {
     /// [`CompressError::File`].
     pub fn layer(&mut self, i: usize, layer: &LayerWeights) -> Result<(), CompressError> {
         let name = |module: &str| format!("model.layers.{i}.{module}.weight");
-        self.vector(name("input_layernorm"), &layer.input_norm)?;
+        for (norm, weights) in layer.norms(self.config.family) {
+            self.vector(name(norm), weights)?;
+        }
         for ((module, matrix), bias) in QKV.iter().zip(&layer.qkv).zip(&layer.qkv_bias) {
             self.matrix(name(module), matrix)?;
             if !bias.is_empty() {
@@ -325,7 +335,6 @@ impl Writer {
             }
         }
         self.matrix(name("self_attn.o_proj"), &layer.output)?;
-        self.vector(name("post_attention_layernorm"), &layer.mlp_norm)?;
         self.matrix(name("mlp.gate_proj"), &layer.gate)?;
         self.matrix(name("mlp.up_proj"), &layer.up)?;
         self.matrix(name("mlp.down_proj"), &layer.down)
@@ -348,8 +357,32 @@ impl Writer {
         self.tensor(name, vec![numbers.len()], numbers)
     }
 
-    /// A tensor under its whole name.
+    /// A tensor under its whole name. Matrices that the family stores as one come one after the other.
+    ///
+    /// # Errors
+    /// [`CompressError::File`].
     pub fn tensor(&mut self, name: String, shape: Vec<usize>, numbers: &[f32]) -> Result<(), CompressError> {
+        if self.config.family.is_gemma() && name.ends_with("norm.weight") {
+            let less_one: Vec<f32> = numbers.iter().map(|w| w - 1.0).collect();
+            return self.stored(name, shape, &less_one);
+        }
+        let Place { stored, rows } = names::place(&self.config, &name);
+        let Some(rows) = rows else { return self.stored(stored, shape, numbers) };
+        if rows.start == 0 {
+            self.fused.clear();
+        }
+        self.fused.extend_from_slice(numbers);
+        let whole = names::fused_shapes(&self.config).into_iter().find(|(module, _)| stored.contains(module));
+        match whole {
+            Some((_, [outputs, inputs])) if rows.end == outputs => {
+                let numbers = std::mem::take(&mut self.fused);
+                self.stored(stored, vec![outputs, inputs], &numbers)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn stored(&mut self, name: String, shape: Vec<usize>, numbers: &[f32]) -> Result<(), CompressError> {
         let bytes = self.format.bytes(numbers);
         if self.pending_bytes > 0 && self.pending_bytes + bytes.len() > self.shard_bytes {
             self.flush()?;
@@ -381,15 +414,15 @@ impl Writer {
         Ok(())
     }
 
-    /// Ends the weights of a checkpoint of shape `config` that was made of `full`; writes its configuration and tokenizer.
+    /// Ends the weights of a checkpoint that was made of `full`; writes its configuration and tokenizer.
     ///
     /// # Errors
     /// [`CompressError::File`]; as [`Checkpoint::tokenizer`].
-    pub fn close(mut self, full: &Checkpoint, config: &LlamaConfig) -> Result<Closed, CompressError> {
+    pub fn close(mut self, full: &Checkpoint) -> Result<Closed, CompressError> {
         self.flush()?;
         self.name_shards()?;
         let folder = self.making.path();
-        write(&folder.join("config.json"), &pretty(&full.config_json(config, self.format)?))?;
+        write(&folder.join("config.json"), &pretty(&full.config_json(&self.config, self.format)?))?;
         if let Some(generation) = full.generation_json()? {
             write(&folder.join("generation_config.json"), &pretty(&generation))?;
         }

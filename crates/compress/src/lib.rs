@@ -19,6 +19,7 @@ mod read;
 pub mod repeats;
 pub mod score;
 pub mod self_prompt;
+mod shape_json;
 pub mod vector;
 
 pub use answer::{Question, Writing, answer};

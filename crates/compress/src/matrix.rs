@@ -66,6 +66,16 @@ impl Matrix {
         &self.numbers[i * self.columns..(i + 1) * self.columns]
     }
 
+    /// Matrices of the same columns, one below the other.
+    ///
+    /// # Panics
+    /// Where their columns differ.
+    pub fn stacked(parts: &[&Self]) -> Self {
+        let columns = parts.first().map_or(0, |part| part.columns);
+        assert!(parts.iter().all(|part| part.columns == columns), "matrices of the same columns");
+        Self::new(parts.iter().map(|part| part.rows).sum(), columns, parts.iter().flat_map(|part| &part.numbers).copied().collect())
+    }
+
     /// The rows of these numbers, in this order.
     pub fn select_rows(&self, rows: impl IntoIterator<Item = usize>) -> Self {
         let mut numbers = Vec::new();

@@ -8,8 +8,8 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use overfill_kernels::{
-    Activations, AttentionScratch, Bf16Matrix, BlockFormat, DenseMatrix, Into, KvFormat, KvLayer, KvShape, Matrix, QuantisedMatrix, Reads,
-    Run, ThreadPool, paged_attention, products, rms_norm, swiglu,
+    Activations, AttentionScratch, Bf16Matrix, BlockFormat, DenseMatrix, Gate, Into, KvFormat, KvLayer, KvShape, Matrix, QuantisedMatrix,
+    Reads, Run, Scores, ThreadPool, gated, paged_attention, products, rms_norm,
 };
 
 const HIDDEN: usize = 576;
@@ -87,7 +87,9 @@ fn rows(c: &mut Criterion) {
         });
         let gate_up = noise(rows * 2 * MLP);
         group.throughput(Throughput::Elements((rows * MLP) as u64));
-        group.bench_function(BenchmarkId::new("swiglu", rows), |b| b.iter(|| swiglu(&pool, black_box(&gate_up), MLP, reads, &mut out)));
+        group.bench_function(BenchmarkId::new("swiglu", rows), |b| {
+            b.iter(|| gated(&pool, black_box(&gate_up), MLP, Gate::Silu, reads, &mut out))
+        });
     }
 }
 
@@ -108,7 +110,7 @@ fn attention(c: &mut Criterion) {
             group.throughput(Throughput::Elements((2 * pairs * HIDDEN) as u64));
             let run = [Run { blocks: &blocks, start, tokens }];
             group.bench_function(BenchmarkId::new(format!("{format:?}"), format!("{tokens} at {start}")), |b| {
-                b.iter(|| paged_attention(&pool, &layer, black_box(&q), HIDDEN, 9, &run, &mut out, &mut scratch));
+                b.iter(|| paged_attention(&pool, &layer, black_box(&q), HIDDEN, 9, Scores::plain(64), &run, &mut out, &mut scratch));
             });
         }
     }

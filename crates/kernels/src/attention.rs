@@ -6,6 +6,7 @@
 //! Positions after a row's own count with weight zero, which changes no bit of a finite sum.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use crate::disjoint::Disjoint;
 use crate::exp::exp;
@@ -19,6 +20,29 @@ use crate::thread_pool::ThreadPool;
 
 /// Rows (query heads of one KV head times tokens) that pass over the cache together.
 const ROWS: usize = 24;
+
+/// How the products of queries and keys become weights.
+#[derive(Clone, Copy, Debug)]
+pub struct Scores {
+    /// What a product is multiplied by.
+    pub scale: f32,
+    /// A score becomes `cap * tanh(score / cap)`.
+    pub cap: Option<f32>,
+    /// A token sees so many positions, itself the last of them; all there are where it is `None`.
+    pub window: Option<usize>,
+}
+
+impl Scores {
+    /// Plain attention: scores divided by the root of the head size.
+    pub fn plain(head_dim: usize) -> Self {
+        Self { scale: 1.0 / (head_dim as f32).sqrt(), cap: None, window: None }
+    }
+
+    /// The first position that the token at `position` sees.
+    fn first(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+}
 
 /// Buffers of [`paged_attention`], kept so that a step allocates nothing.
 #[derive(Default)]
@@ -65,6 +89,7 @@ pub fn paged_attention(
     q: &[f32],
     stride: usize,
     heads: usize,
+    how: Scores,
     spans: &[Run<'_>],
     out: &mut [f32],
     scratch: &mut AttentionScratch,
@@ -84,10 +109,10 @@ pub fn paged_attention(
 
     let group = heads / shape.kv_heads;
     let AttentionScratch { tasks, joins, partial } = scratch;
-    let partial_rows = plan(shape, group, spans, tasks, joins);
+    let partial_rows = plan(shape, group, how, spans, tasks, joins);
     partial.resize(partial_rows * (2 + shape.padded()), 0.0);
-    let context: usize = spans.iter().map(|s| s.start + s.tokens).sum();
-    let call = Call { shape, q, stride, group, out: Disjoint::new(out), partial: Disjoint::new(partial) };
+    let context: usize = spans.iter().map(|s| s.start + s.tokens - how.first(s.start)).sum();
+    let call = Call { shape, how, q, stride, group, out: Disjoint::new(out), partial: Disjoint::new(partial) };
     let run = |i: usize| {
         let task = &tasks[i];
         SCRATCH.with_borrow_mut(|local| match &layer.stored {
@@ -103,17 +128,17 @@ pub fn paged_attention(
 }
 
 /// Cuts the work into tasks; gives how many rows of partial results they leave.
-fn plan(shape: KvShape, group: usize, spans: &[Run<'_>], tasks: &mut Vec<Task>, joins: &mut Vec<Join>) -> usize {
+fn plan(shape: KvShape, group: usize, how: Scores, spans: &[Run<'_>], tasks: &mut Vec<Task>, joins: &mut Vec<Join>) -> usize {
     tasks.clear();
     joins.clear();
     let step = (ROWS / group).max(1);
     let (mut first, mut partial_rows) = (0, 0);
     for (span, run) in spans.iter().enumerate() {
-        let segments = (run.start + run.tokens).div_ceil(SEGMENT);
+        let segments = how.first(run.start) / SEGMENT..(run.start + run.tokens).div_ceil(SEGMENT);
         for kv_head in 0..shape.kv_heads {
-            if run.tokens == 1 && segments > 1 {
-                joins.push(Join { row: first, kv_head, first: partial_rows, segments });
-                for segment in 0..segments {
+            if run.tokens == 1 && segments.len() > 1 {
+                joins.push(Join { row: first, kv_head, first: partial_rows, segments: segments.len() });
+                for segment in segments.clone() {
                     let segment = Some((segment, partial_rows));
                     tasks.push(Task { span, position: run.start, tokens: 1, row: first, kv_head, segment });
                     partial_rows += group;
@@ -134,6 +159,7 @@ fn plan(shape: KvShape, group: usize, spans: &[Run<'_>], tasks: &mut Vec<Task>, 
 #[derive(Clone, Copy)]
 struct Call<'a> {
     shape: KvShape,
+    how: Scores,
     q: &'a [f32],
     stride: usize,
     group: usize,
@@ -168,7 +194,7 @@ trait Cached {
     fn begin<S: Simd>(s: S, queries: &[f32], head_dim: usize, integers: &mut IntRows);
 
     /// What the queries make of a segment: see [`segment::attend_segment`].
-    fn segment<S: Simd>(&self, s: S, segment: Segment<'_>, seen: impl Fn(usize) -> usize, rows: Rows<'_>);
+    fn segment<S: Simd>(&self, s: S, segment: Segment<'_>, seen: impl Fn(usize) -> Range<usize>, rows: Rows<'_>);
 }
 
 /// The rows of a task, and where a segment's result goes.
@@ -184,7 +210,7 @@ impl<T: Number> Cached for Both<T> {
     fn begin<S: Simd>(_: S, _: &[f32], _: usize, _: &mut IntRows) {}
 
     #[inline(always)]
-    fn segment<S: Simd>(&self, s: S, segment: Segment<'_>, seen: impl Fn(usize) -> usize, rows: Rows<'_>) {
+    fn segment<S: Simd>(&self, s: S, segment: Segment<'_>, seen: impl Fn(usize) -> Range<usize>, rows: Rows<'_>) {
         segment::attend_segment(s, self, segment, rows.queries, seen, rows.scores, rows.part);
     }
 }
@@ -196,42 +222,48 @@ impl Cached for Int8 {
     }
 
     #[inline(always)]
-    fn segment<S: Simd>(&self, s: S, segment: Segment<'_>, seen: impl Fn(usize) -> usize, rows: Rows<'_>) {
+    fn segment<S: Simd>(&self, s: S, segment: Segment<'_>, seen: impl Fn(usize) -> Range<usize>, rows: Rows<'_>) {
         segment_int8::attend_segment(s, self, segment, rows.integers, seen, rows.scores, rows.part);
     }
 }
 
 #[inline(always)]
 fn attend<S: Simd, C: Cached>(s: S, kv: &C, call: Call<'_>, blocks: &[u32], task: Task, local: &mut Local) {
-    let Call { shape, group, .. } = call;
+    let Call { shape, how, group, .. } = call;
     let (head_dim, width) = (shape.head_dim, 2 + shape.padded());
     let rows = task.tokens * group;
     let context = task.position + task.tokens;
     let Local { scores, queries, integers, part, state } = local;
-    let scale = 1.0 / (head_dim as f32).sqrt();
     queries.clear();
     for r in 0..rows {
         // Row r is head r % group of the task's token r / group.
         let at = (task.row + r / group) * call.stride + (task.kv_head * group + r % group) * head_dim;
-        queries.extend(call.q[at..at + head_dim].iter().map(|x| x * scale));
+        queries.extend(call.q[at..at + head_dim].iter().map(|x| x * how.scale));
     }
     C::begin(s, queries, head_dim, integers);
     scores.resize(rows * SEGMENT, 0.0);
     part.resize(rows * width, 0.0);
     state.resize(rows * width, 0.0);
 
-    let segments = task.segment.map_or(0..context.div_ceil(SEGMENT), |(segment, _)| segment..segment + 1);
+    let first = how.first(task.position) / SEGMENT;
+    let segments = task.segment.map_or(first..context.div_ceil(SEGMENT), |(segment, _)| segment..segment + 1);
     for segment in segments {
         let from = segment * SEGMENT;
         let count = SEGMENT.min(context - from);
-        let positions = Segment { shape, blocks, kv_head: task.kv_head, from, count };
-        let seen = |r: usize| (task.position + r / group + 1).saturating_sub(from).min(count);
+        let positions = Segment { shape, blocks, kv_head: task.kv_head, from, count, cap: how.cap };
+        let within = |position: usize| position.saturating_sub(from).min(count);
+        let seen = |r: usize| {
+            let position = task.position + r / group;
+            within(how.first(position))..within(position + 1)
+        };
         kv.segment(s, positions, seen, Rows { queries, integers, scores, part });
         for r in 0..rows {
-            // A segment that a row does not see changes nothing; its first one always is seen.
-            if segment == 0 || task.segment.is_some() {
+            let position = task.position + r / group;
+            // A segment that a row does not see changes nothing. The first that it sees begins its sums.
+            let begins = how.first(position) / SEGMENT;
+            if segment == begins || task.segment.is_some() {
                 state[r * width..(r + 1) * width].copy_from_slice(&part[r * width..(r + 1) * width]);
-            } else if task.position + r / group >= from {
+            } else if segment > begins && position >= from {
                 join_segment(s, &mut state[r * width..(r + 1) * width], &part[r * width..(r + 1) * width]);
             }
         }
@@ -294,6 +326,7 @@ pub(crate) mod tests {
         pool: ThreadPool,
         heads: usize,
         layer: KvLayer,
+        how: Scores,
     }
 
     impl Case {
@@ -311,7 +344,7 @@ pub(crate) mod tests {
             let blocks: Vec<u32> = (0..shape.blocks as u32).collect();
             let run = Run { blocks: &blocks, start: 0, tokens: shape.blocks * shape.block_tokens };
             layer.write(&pool, &[run], &rows, &rows[shape.row()..], 2 * shape.row());
-            Self { pool, heads, layer }
+            Self { pool, heads, layer, how: Scores::plain(shape.head_dim) }
         }
 
         pub(crate) fn queries(&self, tokens: usize) -> Vec<f32> {
@@ -321,7 +354,7 @@ pub(crate) mod tests {
         pub(crate) fn run(&self, q: &[f32], spans: &[Run<'_>]) -> Vec<f32> {
             let mut out = vec![f32::NAN; q.len()];
             let stride = self.heads * self.layer.shape().head_dim;
-            paged_attention(&self.pool, &self.layer, q, stride, self.heads, spans, &mut out, &mut AttentionScratch::default());
+            paged_attention(&self.pool, &self.layer, q, stride, self.heads, self.how, spans, &mut out, &mut AttentionScratch::default());
             out
         }
 
@@ -336,16 +369,19 @@ pub(crate) mod tests {
                 for h in 0..self.heads {
                     let q = &q[(t * self.heads + h) * head_dim..][..head_dim];
                     let at = |p: usize| (p * kv_heads + h / (self.heads / kv_heads)) * head_dim;
-                    let scores: Vec<f64> = (0..=span.start + t)
+                    let first = self.how.window.map_or(0, |window| (span.start + t + 1).saturating_sub(window));
+                    let scores: Vec<f64> = (first..=span.start + t)
                         .map(|p| {
-                            q.iter().zip(&k[at(p)..]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() / (head_dim as f64).sqrt()
+                            let product = q.iter().zip(&k[at(p)..]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+                            let score = product * f64::from(self.how.scale);
+                            self.how.cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                         })
                         .collect();
                     let highest = scores.iter().copied().fold(f64::MIN, f64::max);
                     let e: Vec<f64> = scores.iter().map(|s| (s - highest).exp()).collect();
                     let sum: f64 = e.iter().sum();
                     for d in 0..head_dim {
-                        out.push((e.iter().enumerate().map(|(p, e)| e * f64::from(v[at(p) + d])).sum::<f64>() / sum) as f32);
+                        out.push((e.iter().zip(first..).map(|(e, p)| e * f64::from(v[at(p) + d])).sum::<f64>() / sum) as f32);
                     }
                 }
             }
@@ -379,6 +415,38 @@ pub(crate) mod tests {
                     let far = if format == KvFormat::Int8 { 0.02 } else { 1e-5 };
                     assert!((got - want).abs() < far, "{format:?}: {got} is not {want}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn windows_and_caps_are_what_the_formulas_say_and_a_row_is_the_same_bits_however_it_is_cut() {
+        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
+            for (window, cap) in
+                [(Some(1), None), (Some(16), Some(0.7)), (Some(100), None), (Some(128), None), (Some(129), None), (Some(300), Some(2.0))]
+            {
+                let mut case = Case::new(4, shape(2, 40, 16, 30), format, 3);
+                case.how = Scores { scale: 0.4, cap, window };
+                let blocks: Vec<u32> = (0..30).rev().collect();
+                let (tokens, row) = (400, 4 * 40);
+                let q = case.queries(tokens);
+                let span = Run { blocks: &blocks, start: 3, tokens };
+                let whole = case.run(&q, &[span]);
+                for (got, want) in whole.iter().zip(case.reference(&q, span)) {
+                    let far = if format == KvFormat::Int8 { 0.05 } else { 2e-5 };
+                    assert!((got - want).abs() < far, "{format:?} {window:?} {cap:?}: {got} is not {want}");
+                }
+                let mut first = 0;
+                for tokens in [1, 2, 130, 1, 1, 60, 1, 1, 1, 202] {
+                    let piece = case.run(&q[first * row..(first + tokens) * row], &[Run { blocks: &blocks, start: 3 + first, tokens }]);
+                    assert!(
+                        piece == whole[first * row..(first + tokens) * row],
+                        "{format:?} {window:?}: tokens {first}..{}",
+                        first + tokens
+                    );
+                    first += tokens;
+                }
+                assert_eq!(first, 400);
             }
         }
     }

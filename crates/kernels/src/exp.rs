@@ -1,4 +1,4 @@
-//! The exponential function on lanes.
+//! The exponential function and the hyperbolic tangent on lanes.
 
 use crate::simd::Simd;
 
@@ -26,6 +26,13 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.mul(scaled, gate)
 }
 
+/// `tanh(x)` within 2e-7 of it: `1 - 2 / (e^2x + 1)`.
+#[inline(always)]
+pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
+    let one = s.splat(1.0);
+    s.sub(one, s.div(s.splat(2.0), s.add(exp(s, s.add(x, x)), one)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -44,6 +51,17 @@ mod tests {
         for x in [-89.0, -1000.0, f32::MIN, f32::NEG_INFINITY] {
             assert_eq!(exp(Scalar, [x; 8])[0], 0.0, "exp({x})");
         }
+    }
+
+    #[test]
+    fn the_tangent_is_close_to_the_librarys() {
+        let mut x = -50.0f32;
+        while x < 50.0 {
+            let (got, want) = (tanh(Scalar, [x; 8])[0], f64::from(x).tanh() as f32);
+            assert!((got - want).abs() < 2e-7, "tanh({x}) = {got}, not {want}");
+            x += 0.0137;
+        }
+        assert_eq!([tanh(Scalar, [0.0; 8])[0], tanh(Scalar, [-1e9; 8])[0], tanh(Scalar, [1e9; 8])[0]], [0.0, -1.0, 1.0]);
     }
 
     #[test]

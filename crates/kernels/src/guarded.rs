@@ -125,7 +125,7 @@ mod tests {
     use crate::lanes;
     use crate::product::products;
     use crate::product::tests::{matrices, noise, product};
-    use crate::rows::{rms_norm, rotate, swiglu};
+    use crate::rows::{Gate, gated, rms_norm, rotate};
     use crate::thread_pool::ThreadPool;
 
     /// `run` gives the same bits between guards, on any vector unit, as it does without: and it lives.
@@ -217,7 +217,7 @@ mod tests {
                 let mut out = Activations::new();
                 rms_norm(&pool, &x[..rows * width], &weight, 1e-5, reads, &mut out);
                 let mut all = out.values.clone();
-                swiglu(&pool, &x, width, reads, &mut out);
+                gated(&pool, &x, width, Gate::Silu, reads, &mut out);
                 all.extend(&out.values);
                 all.extend(out.codes.iter().map(|code| f32::from(*code)));
                 rotate(&pool, &mut x, 2 * width, 2, width, &noise(rows * half, 1), &noise(rows * half, 2));

@@ -42,7 +42,7 @@ mod simd;
 mod thread_pool;
 
 pub use activations::{Activations, Reads};
-pub use attention::{AttentionScratch, paged_attention};
+pub use attention::{AttentionScratch, Scores, paged_attention};
 pub use bf16::{Bf16Matrix, Line};
 pub use dense::DenseMatrix;
 pub use destination::Into;
@@ -50,5 +50,5 @@ pub use ggml::BlockFormat;
 pub use kv::{BLOCK_MULTIPLE, KvFormat, KvLayer, KvShape, Run};
 pub use product::{Matrix, products};
 pub use quantised::QuantisedMatrix;
-pub use rows::{rms_norm, rotate, swiglu};
+pub use rows::{Addend, Gate, add, gated, norm_parts, rms_norm, rotate, soft_cap};
 pub use thread_pool::{Placement, ThreadPool};

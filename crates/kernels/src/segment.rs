@@ -3,10 +3,12 @@
 //!
 //! Each row's numbers are fixed chains of operations over the head or the positions, whatever rows share a tile.
 
+use std::ops::Range;
+
 use crate::exp::exp;
 use crate::kv::{Both, KvShape};
 use crate::number::Number;
-use crate::rows::join;
+use crate::rows::{capped, join};
 use crate::simd::Simd;
 
 /// Positions whose scores are computed before any is used.
@@ -20,9 +22,11 @@ pub(crate) struct Segment<'a> {
     pub(crate) kv_head: usize,
     pub(crate) from: usize,
     pub(crate) count: usize,
+    /// Scores are bounded by it: see [`crate::Scores`].
+    pub(crate) cap: Option<f32>,
 }
 
-/// What `queries`, `[rows, head_dim]` and scaled, make of a segment of which row `r` sees the first `seen(r)` positions.
+/// What `queries`, `[rows, head_dim]` and scaled, make of a segment of which row `r` sees the positions `seen(r)`.
 ///
 /// `part` is `[rows, 2 + padded head]`: greatest score, sum of numerators, weighted sum. `scores`, `[rows, SEGMENT]`, are for its own use.
 #[inline(always)]
@@ -31,11 +35,11 @@ pub(crate) fn attend_segment<S: Simd, T: Number>(
     kv: &Both<T>,
     segment: Segment<'_>,
     queries: &[f32],
-    seen: impl Fn(usize) -> usize,
+    seen: impl Fn(usize) -> Range<usize>,
     scores: &mut [f32],
     part: &mut [f32],
 ) {
-    let Segment { shape, blocks, kv_head, from, count } = segment;
+    let Segment { shape, blocks, kv_head, from, count, cap } = segment;
     let (head_dim, width) = (shape.head_dim, 2 + shape.padded());
     let rows = queries.len() / head_dim;
     let tiles = count.div_ceil(16);
@@ -69,10 +73,20 @@ pub(crate) fn attend_segment<S: Simd, T: Number>(
     }
     for r in 0..rows {
         let scores = &mut scores[r * SEGMENT..][..count.next_multiple_of(16)];
-        scores[seen(r)..].fill(f32::NEG_INFINITY);
+        bound(s, scores, cap, seen(r));
         part[r * width..][..2].copy_from_slice(&softmax_numerators(s, scores));
     }
     sum_values(s, &kv.v, segment, scores, rows, part);
+}
+
+/// Bounds a row's scores, and leaves out those of positions that it does not see.
+#[inline(always)]
+pub(crate) fn bound<S: Simd>(s: S, scores: &mut [f32], cap: Option<f32>, seen: Range<usize>) {
+    if let Some(cap) = cap {
+        capped(s, scores, cap);
+    }
+    scores[..seen.start].fill(f32::NEG_INFINITY);
+    scores[seen.end..].fill(f32::NEG_INFINITY);
 }
 
 /// Most tiles of 16 positions whose scores are computed together.
@@ -247,7 +261,7 @@ fn value_tile<S: Simd, T: Number, const R: usize, const W: usize>(
     weights: &[f32],
     to: &mut [f32],
 ) {
-    let Segment { shape, blocks, kv_head, from, count } = segment;
+    let Segment { shape, blocks, kv_head, from, count, .. } = segment;
     let padded = shape.padded();
     assert!(column + W * S::LANES <= padded && weights.len() >= (R - 1) * SEGMENT + count && to.len() >= R * (2 + padded));
     let mut sums = [[s.splat(0.0); W]; R];

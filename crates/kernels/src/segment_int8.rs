@@ -4,10 +4,12 @@
 //! positions: products within a group or a tile are exact, and are summed in f32 in their order. A row is rounded by itself, so what is
 //! beside it changes nothing.
 
+use std::ops::Range;
+
 use crate::activations::{GROUP, round_group};
 use crate::kv::KvShape;
 use crate::kv::int8::{Int8, TILE};
-use crate::segment::{SEGMENT, Segment, softmax_numerators};
+use crate::segment::{SEGMENT, Segment, bound, softmax_numerators};
 use crate::simd::{LINE, Simd};
 
 /// A task's rows in integers.
@@ -62,7 +64,7 @@ pub(crate) fn attend_segment<S: Simd>(
     kv: &Int8,
     segment: Segment<'_>,
     rows: &mut IntRows,
-    seen: impl Fn(usize) -> usize,
+    seen: impl Fn(usize) -> Range<usize>,
     scores: &mut [f32],
     part: &mut [f32],
 ) {
@@ -74,10 +76,10 @@ pub(crate) fn attend_segment<S: Simd>(
     for r in 0..count_rows {
         let scores = &mut scores[r * SEGMENT..][..tiles.len() * TILE];
         let seen = seen(r);
-        scores[seen..].fill(f32::NEG_INFINITY);
+        bound(s, scores, segment.cap, seen.clone());
         part[r * width..][..2].copy_from_slice(&softmax_numerators(s, scores));
         for (t, (tile, numerators)) in tiles.iter().zip(scores.as_chunks::<TILE>().0).enumerate() {
-            let here = seen.saturating_sub(t * TILE);
+            let here = seen.end.saturating_sub(t * TILE);
             let Some(scales) = kv.scales[tile.scales + shape.block_tokens..].as_chunks::<TILE>().0.first() else { continue };
             // What is not seen has weight 0, whatever its scale is.
             let scales = if here >= TILE { *scales } else { std::array::from_fn(|i| if i < here { scales[i] } else { 0.0 }) };
@@ -119,7 +121,7 @@ impl Segment<'_> {
     /// Where the segment's tiles lie.
     #[inline(always)]
     fn places<'a>(&self, to: &'a mut [Place; SEGMENT / TILE]) -> &'a [Place] {
-        let Self { shape, blocks, kv_head, from, count } = *self;
+        let Self { shape, blocks, kv_head, from, count, .. } = *self;
         let (mut block, mut offset) = (from / shape.block_tokens, from % shape.block_tokens);
         let tiles = &mut to[..count.div_ceil(TILE)];
         for place in tiles.iter_mut() {

@@ -1,18 +1,18 @@
-//! A Llama-family model's shape, as its files tell it.
-//!
-//! A Hugging Face `config.json` is read in both spellings: `rope_theta` with `rope_scaling`, and the `rope_parameters` of
-//! transformers 5. What a GGUF file says is read in [`crate::gguf`].
+//! A model's shape and constants, as its files tell them. A `config.json` is read in [`crate::config_json`], what a GGUF file
+//! says in [`crate::gguf_config`].
 
 use overfill_types::KvGeometry;
-use serde_json::Value;
 
-use crate::known;
+use crate::family::Family;
 
-/// Shape and constants of a Llama-family model.
+/// Most layers of a model.
+pub(crate) const MOST_LAYERS: usize = 1 << 12;
+
+/// Shape and constants of a Llama or one of its kin.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
-    /// `llama` (Mistral is one) or `qwen2`.
-    pub architecture: String,
+    /// What it computes otherwise than a Llama.
+    pub family: Family,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width of the MLP.
@@ -27,6 +27,12 @@ pub struct LlamaConfig {
     pub rms_norm_eps: f64,
     /// The rotary embedding.
     pub rope: Rope,
+    /// That of layers with a [`Rotation::Local`] one.
+    pub local_rope: Option<Rope>,
+    /// What each layer sees, and how it turns queries and keys.
+    pub layers: Vec<LayerAttention>,
+    /// Factors and caps.
+    pub scalars: Scalars,
     /// Positions that the model was made for.
     pub max_context: usize,
     /// Whether the output head is the embedding.
@@ -35,13 +41,70 @@ pub struct LlamaConfig {
     pub eos_token_ids: Vec<u32>,
 }
 
+/// What one layer's attention sees, and how it turns queries and keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerAttention {
+    /// A token sees so many positions, itself the last of them; `None` where it sees all.
+    pub window: Option<usize>,
+    /// How queries and keys are turned.
+    pub rotation: Rotation,
+}
+
+/// Which rotary embedding a layer has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rotation {
+    /// The model's.
+    #[default]
+    Global,
+    /// That of the model's layers with windows.
+    Local,
+    /// None.
+    None,
+}
+
+/// Factors and caps of what is computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scalars {
+    /// Embeddings are multiplied by it.
+    pub embedding: f64,
+    /// What attention and MLP add to the residual stream is multiplied by it.
+    pub residual: f64,
+    /// Products of queries and keys are multiplied by it.
+    pub attention: f64,
+    /// Logits are multiplied by it.
+    pub logits: f64,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub attention_cap: Option<f64>,
+    /// Logits likewise.
+    pub logits_cap: Option<f64>,
+}
+
+impl Scalars {
+    /// A Llama's.
+    pub fn plain(head_dim: usize) -> Self {
+        let attention = 1.0 / (head_dim as f64).sqrt();
+        Self { embedding: 1.0, residual: 1.0, attention, logits: 1.0, attention_cap: None, logits_cap: None }
+    }
+}
+
 /// The rotary embedding's constants.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f64,
-    /// How they are stretched for contexts longer than the pre-training's.
+    /// Values of a head that turn: the first ones, an even number.
+    pub turned: usize,
+    /// How the frequencies are stretched for contexts longer than the pre-training's.
     pub scaling: RopeScaling,
+    /// What cosines and sines are multiplied by.
+    pub magnitude: f64,
+}
+
+impl Rope {
+    /// With frequencies that nothing stretches; all of a head turns.
+    pub fn plain(theta: f64, head_dim: usize) -> Self {
+        Self { theta, turned: head_dim, scaling: RopeScaling::None, magnitude: 1.0 }
+    }
 }
 
 /// Rope scaling.
@@ -65,69 +128,44 @@ pub enum RopeScaling {
         /// Context of the pre-training, in tokens.
         original_context: usize,
     },
-    /// Frequencies divided by given factors, one for each pair of values (`rope_freqs.weight` of a GGUF file).
+    /// YaRN's: frequencies that turn less than `beta_slow` times within the original context divided by `factor`, those that turn
+    /// more than `beta_fast` times kept, a ramp between.
+    Yarn {
+        /// The divisor.
+        factor: f64,
+        /// Turns above which a frequency is kept.
+        beta_fast: f64,
+        /// Turns below which it is divided.
+        beta_slow: f64,
+        /// Context of the pre-training, in tokens.
+        original_context: usize,
+        /// Whether the ramp's ends are whole numbers of frequencies.
+        truncate: bool,
+    },
+    /// Frequencies divided by given factors, one for each pair of values (LongRoPE's; `rope_freqs.weight` of a GGUF file).
     Factors {
-        /// `head_dim / 2` divisors.
+        /// `turned / 2` divisors.
         factors: Vec<f64>,
     },
 }
 
 impl LlamaConfig {
-    /// Reads `config.json`, and `generation_config.json` if there is one (it may name more end-of-sequence tokens).
-    ///
-    /// # Errors
-    /// A sentence that names the key that is missing or not supported.
-    pub fn from_hugging_face(config: &str, generation: Option<&str>) -> Result<Self, String> {
-        let parse = |text: &str, file: &str| serde_json::from_str::<Value>(text).map_err(|e| format!("{file} is no JSON: {e}"));
-        let json = parse(config, "config.json")?;
-        let architecture = match json["model_type"].as_str() {
-            Some(name @ ("llama" | "qwen2")) => name.to_owned(),
-            // A Llama, but for a window that attention may have.
-            Some("mistral") => "llama".to_owned(),
-            other => return Err(format!("model_type is {}: llama, mistral and qwen2 are supported", other.unwrap_or("missing"))),
-        };
-        known::check_keys(&json)?;
-        match json["hidden_act"].as_str() {
-            None | Some("silu" | "swish") => {}
-            Some(other) => return Err(format!("hidden_act is {other}: only silu is supported")),
-        }
-        let hidden_size = number(&json, "hidden_size")?;
-        let heads = number(&json, "num_attention_heads")?;
-        let kv = KvGeometry {
-            layers: number(&json, "num_hidden_layers")?,
-            kv_heads: optional(&json, "num_key_value_heads")?.unwrap_or(heads),
-            head_dim: optional(&json, "head_dim")?.unwrap_or(hidden_size / heads.max(1)),
-        };
-        let mut eos_token_ids = token_ids(&json["eos_token_id"])?;
-        if let Some(generation) = generation {
-            eos_token_ids.extend(token_ids(&parse(generation, "generation_config.json")?["eos_token_id"])?);
-        }
-        eos_token_ids.sort_unstable();
-        eos_token_ids.dedup();
-        let config = Self {
-            architecture,
-            hidden_size,
-            intermediate_size: number(&json, "intermediate_size")?,
-            vocab_size: number(&json, "vocab_size")?,
-            heads,
-            kv,
-            rms_norm_eps: real(&json["rms_norm_eps"], "rms_norm_eps")?.unwrap_or(1e-6),
-            rope: rope(&json)?,
-            max_context: max_context(&json)?,
-            tied_embeddings: truth(&json, "tie_word_embeddings")?.unwrap_or(false),
-            eos_token_ids,
-        };
-        config.check()?;
-        Ok(config)
-    }
-
     /// Weights that a decode step reads for one token: all matrices but the embedding, of which it reads a row.
     pub fn decode_weights(&self) -> usize {
         let (q, kv) = (self.heads * self.kv.head_dim, self.kv.row());
         self.kv.layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size) + self.vocab_size * self.hidden_size
     }
 
-    /// Refuses shapes that no Llama has.
+    /// The rotary embedding of a layer, if it has one.
+    pub(crate) fn rope_of(&self, layer: usize) -> Option<&Rope> {
+        match self.layers.get(layer)?.rotation {
+            Rotation::Global => Some(&self.rope),
+            Rotation::Local => self.local_rope.as_ref(),
+            Rotation::None => None,
+        }
+    }
+
+    /// Refuses shapes that no model has.
     pub(crate) fn check(&self) -> Result<(), String> {
         // The names are those of config.json; what is larger than the last figure is no size of a model, but a file that is broken.
         let sizes = [
@@ -135,10 +173,11 @@ impl LlamaConfig {
             ("MLP width (intermediate_size)", self.intermediate_size, 1 << 22),
             ("vocabulary (vocab_size)", self.vocab_size, 1 << 24),
             ("number of heads (num_attention_heads)", self.heads, 1 << 12),
-            ("number of layers (num_hidden_layers)", self.kv.layers, 1 << 12),
+            ("number of layers (num_hidden_layers)", self.kv.layers, MOST_LAYERS),
             ("number of KV heads (num_key_value_heads)", self.kv.kv_heads, 1 << 12),
             ("head size (head_dim)", self.kv.head_dim, 1 << 12),
             ("context (max_position_embeddings)", self.max_context, usize::MAX),
+            ("window (sliding_window)", self.layers.iter().filter_map(|layer| layer.window).min().unwrap_or(1), usize::MAX),
         ];
         if let Some((name, size, most)) = sizes.into_iter().find(|(_, size, most)| !(1..=*most).contains(size)) {
             return Err(format!("the {name} is {size}: it must be from 1 to {most}"));
@@ -146,17 +185,9 @@ impl LlamaConfig {
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
             return Err(format!("rms_norm_eps is {}: it must be 0 or more", self.rms_norm_eps));
         }
-        if !(self.rope.theta.is_finite() && self.rope.theta > 0.0) {
-            return Err(format!("rope_theta is {}: it must be above 0", self.rope.theta));
-        }
-        let divisors = match &self.rope.scaling {
-            RopeScaling::None => &[][..],
-            RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } => std::slice::from_ref(factor),
-            RopeScaling::Factors { factors } => factors,
-        };
-        if let Some(factor) = divisors.iter().find(|factor| !(factor.is_finite() && **factor > 0.0)) {
-            return Err(format!("a factor of the rope scaling is {factor}: it must be above 0"));
-        }
+        self.rope.check(self.kv.head_dim)?;
+        self.local_rope.as_ref().map_or(Ok(()), |rope| rope.check(self.kv.head_dim))?;
+        self.scalars.check()?;
         if let Some(id) = self.eos_token_ids.iter().find(|id| **id as usize >= self.vocab_size) {
             return Err(format!("eos_token_id is {id}, and the vocabulary has {} tokens", self.vocab_size));
         }
@@ -170,137 +201,52 @@ impl LlamaConfig {
     }
 }
 
-/// Positions that the model was made for. Where attention has a window, as many as it covers: so far it sees everything.
-fn max_context(json: &Value) -> Result<usize, String> {
-    let positions = optional(json, "max_position_embeddings")?.unwrap_or(2048);
-    let window = if json["model_type"] == "mistral" { optional(json, "sliding_window")? } else { None };
-    Ok(window.map_or(positions, |window| window.min(positions)))
-}
-
-fn number(json: &Value, key: &str) -> Result<usize, String> {
-    optional(json, key)?.ok_or_else(|| format!("{key} is missing"))
-}
-
-fn optional(json: &Value, key: &str) -> Result<Option<usize>, String> {
-    match &json[key] {
-        Value::Null => Ok(None),
-        value => match value.as_u64() {
-            Some(n) => Ok(Some(n as usize)),
-            None => Err(format!("{key} is {value}, not a whole number")),
-        },
-    }
-}
-
-/// A number, if there is one.
-fn real(value: &Value, key: &str) -> Result<Option<f64>, String> {
-    match value {
-        Value::Null => Ok(None),
-        value => value.as_f64().map(Some).ok_or_else(|| format!("{key} is {value}, not a number")),
-    }
-}
-
-fn truth(json: &Value, key: &str) -> Result<Option<bool>, String> {
-    match &json[key] {
-        Value::Null => Ok(None),
-        value => value.as_bool().map(Some).ok_or_else(|| format!("{key} is {value}, neither true nor false")),
-    }
-}
-
-/// One id or a list of them.
-fn token_ids(value: &Value) -> Result<Vec<u32>, String> {
-    let id = |v: &Value| {
-        let id = v.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.ok_or_else(|| format!("eos_token_id is {value}: a token id or a list of them is wanted"))
-    };
-    match value {
-        Value::Null => Ok(Vec::new()),
-        Value::Array(ids) => ids.iter().map(id).collect(),
-        other => Ok(vec![id(other)?]),
-    }
-}
-
-fn rope(json: &Value) -> Result<Rope, String> {
-    let (parameters, theta) = match &json["rope_parameters"] {
-        Value::Null => (&json["rope_scaling"], &json["rope_theta"]),
-        parameters => (parameters, &parameters["rope_theta"]),
-    };
-    if !(parameters.is_null() || parameters.is_object()) {
-        return Err(format!("rope_scaling is {parameters}, not an object"));
-    }
-    let theta = if theta.is_null() { &json["rope_theta"] } else { theta };
-    let theta = real(theta, "rope_theta")?.unwrap_or(10_000.0);
-    let field = |key: &str| parameters[key].as_f64().ok_or_else(|| format!("{key} of the rope scaling is missing"));
-    let kind = parameters["rope_type"].as_str().or_else(|| parameters["type"].as_str()).unwrap_or("default");
-    let scaling = match kind {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: field("factor")? },
-        "llama3" => RopeScaling::Llama3 {
-            factor: field("factor")?,
-            low_freq_factor: field("low_freq_factor")?,
-            high_freq_factor: field("high_freq_factor")?,
-            original_context: field("original_max_position_embeddings")? as usize,
-        },
-        other => return Err(format!("rope scaling {other} is not supported: default, linear and llama3 are")),
-    };
-    Ok(Rope { theta, scaling })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const BASE: &str = r#""model_type":"llama","hidden_size":64,"num_attention_heads":4,"num_key_value_heads":2,"num_hidden_layers":3,
-        "intermediate_size":128,"vocab_size":256,"max_position_embeddings":512,"rms_norm_eps":1e-5,"eos_token_id":2"#;
-
-    fn read(rest: &str) -> Result<LlamaConfig, String> {
-        LlamaConfig::from_hugging_face(&format!("{{{BASE}{rest}}}"), None)
-    }
-
-    #[test]
-    fn both_spellings_of_rope_say_the_same() {
-        let scaling =
-            r#""rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":128"#;
-        let old = read(&format!(r#","rope_theta":500000.0,"rope_scaling":{{{scaling}}}"#)).unwrap();
-        let new = read(&format!(r#","rope_parameters":{{"rope_theta":500000.0,{scaling}}}"#)).unwrap();
-        assert_eq!(old, new);
-        assert_eq!(old.rope.theta, 500_000.0);
-        assert_eq!(old.kv, KvGeometry { layers: 3, kv_heads: 2, head_dim: 16 });
-        assert_eq!(read(r#","rope_scaling":null"#).unwrap().rope, Rope { theta: 10_000.0, scaling: RopeScaling::None });
-        let linear = read(r#","rope_scaling":{"type":"linear","factor":2.0}"#).unwrap();
-        assert_eq!(linear.rope.scaling, RopeScaling::Linear { factor: 2.0 });
-    }
-
-    #[test]
-    fn a_window_bounds_the_context() {
-        let mistral =
-            |rest: &str| LlamaConfig::from_hugging_face(&format!("{{{}{rest}}}", BASE.replace("llama", "mistral")), None).unwrap();
-        let windowed = mistral(r#","sliding_window":128"#);
-        assert_eq!((windowed.architecture.as_str(), windowed.max_context), ("llama", 128));
-        assert_eq!(mistral(r#","sliding_window":4096"#).max_context, 512);
-        assert_eq!(mistral(r#","sliding_window":null"#), read("").unwrap());
-    }
-
-    #[test]
-    fn end_of_sequence_tokens_come_from_both_files() {
-        let config = LlamaConfig::from_hugging_face(&format!("{{{BASE}}}"), Some(r#"{"eos_token_id":[7,2]}"#)).unwrap();
-        assert_eq!(config.eos_token_ids, [2, 7]);
-    }
-
-    #[test]
-    fn what_is_not_supported_is_named() {
-        for (rest, word) in [
-            (r#","hidden_act":"gelu""#, "gelu"),
-            (r#","use_sliding_window":true"#, "sliding"),
-            (r#","rope_scaling":{"rope_type":"yarn","factor":2.0}"#, "yarn"),
-            (r#","rope_scaling":{"rope_type":"llama3","factor":2.0}"#, "low_freq_factor"),
-            (r#","head_dim":15"#, "odd"),
-            (r#","head_dim":"x""#, "head_dim"),
-        ] {
-            assert!(read(rest).unwrap_err().contains(word), "{rest}");
+impl Rope {
+    fn check(&self, head_dim: usize) -> Result<(), String> {
+        if !(self.theta.is_finite() && self.theta > 0.0) {
+            return Err(format!("rope_theta is {}: it must be above 0", self.theta));
         }
-        assert!(LlamaConfig::from_hugging_face(r#"{"model_type":"gpt2"}"#, None).unwrap_err().contains("gpt2"));
-        assert!(LlamaConfig::from_hugging_face("{", None).is_err());
-        let zero = BASE.replace("\"num_key_value_heads\":2", "\"num_key_value_heads\":0");
-        assert!(LlamaConfig::from_hugging_face(&format!("{{{zero}}}"), None).unwrap_err().contains("KV heads"));
+        if self.turned == 0 || self.turned > head_dim || !self.turned.is_multiple_of(2) && head_dim.is_multiple_of(2) {
+            return Err(format!(
+                "the rotary embedding turns {} values of a head of {head_dim}: an even number of them is wanted",
+                self.turned
+            ));
+        }
+        if !(self.magnitude.is_finite() && self.magnitude > 0.0) {
+            return Err(format!("the rotary embedding's attention factor is {}: it must be above 0", self.magnitude));
+        }
+        let divisors = match &self.scaling {
+            RopeScaling::None => &[][..],
+            RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } | RopeScaling::Yarn { factor, .. } => {
+                std::slice::from_ref(factor)
+            }
+            RopeScaling::Factors { factors } => factors,
+        };
+        if let Some(factor) = divisors.iter().find(|factor| !(factor.is_finite() && **factor > 0.0)) {
+            return Err(format!("a factor of the rope scaling is {factor}: it must be above 0"));
+        }
+        match &self.scaling {
+            RopeScaling::Factors { factors } if factors.len() != self.turned / 2 => {
+                Err(format!("the rope scaling has {} factors, and {} pairs of values turn", factors.len(), self.turned / 2))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Scalars {
+    fn check(&self) -> Result<(), String> {
+        let all = [
+            ("the factor of embeddings", Some(self.embedding)),
+            ("the factor of what layers add", Some(self.residual)),
+            ("the factor of scores", Some(self.attention)),
+            ("the factor of logits", Some(self.logits)),
+            ("the cap of scores (attn_logit_softcapping)", self.attention_cap),
+            ("the cap of logits (final_logit_softcapping)", self.logits_cap),
+        ];
+        match all.into_iter().find(|(_, value)| value.is_some_and(|value| !(value.is_finite() && value > 0.0))) {
+            Some((name, value)) => Err(format!("{name} is {}: it must be above 0", value.unwrap_or_default())),
+            None => Ok(()),
+        }
     }
 }

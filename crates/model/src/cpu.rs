@@ -4,8 +4,8 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use overfill_kernels::{
-    Activations, Bf16Matrix, DenseMatrix, Into, Matrix, QuantisedMatrix, Reads, Run, ThreadPool, paged_attention, products, rms_norm,
-    rotate, swiglu,
+    Activations, Addend, Bf16Matrix, DenseMatrix, Into, Matrix, QuantisedMatrix, Reads, Run, Scores, ThreadPool, add, gated, norm_parts,
+    paged_attention, products, rms_norm, rotate, soft_cap,
 };
 use overfill_kv::BlockId;
 use overfill_types::pair::WeightFormat;
@@ -16,7 +16,7 @@ use crate::error::ModelError;
 use crate::gguf::block_format;
 use crate::pass::{OnLayer, Pass};
 use crate::profile::Part;
-use crate::rope::Frequencies;
+use crate::rope::Rotary;
 use crate::values;
 use crate::weight::Weight;
 use crate::weights::Weights;
@@ -32,13 +32,21 @@ pub(crate) struct CpuLlama {
 }
 
 struct Layer {
-    input_norm: Vec<f32>,
+    /// Of what attention reads, if there is one.
+    attention_norm: Option<Vec<f32>>,
     /// Queries, keys, values.
     qkv: Linear<3>,
+    /// Of queries and of keys, if there are any: `[head_dim]` or as wide as all heads.
+    query_key_norms: Option<[Vec<f32>; 2]>,
     output: Linear<1>,
-    mlp_norm: Vec<f32>,
+    /// Of what attention adds, if there is one.
+    attended_norm: Option<Vec<f32>>,
+    /// Of what the MLP reads, if there is one.
+    mlp_norm: Option<Vec<f32>>,
     gate_up: Linear<2>,
     down: Linear<1>,
+    /// Of what the MLP adds, if there is one.
+    down_norm: Option<Vec<f32>>,
 }
 
 /// Linear maps of the same input, whose results lie side by side.
@@ -69,13 +77,13 @@ impl CpuLlama {
     pub(crate) fn forward(
         &self,
         config: &LlamaConfig,
-        frequencies: &Frequencies,
+        rotary: &Rotary,
         Pass { chunks, rows }: Pass<'_>,
         cache: &mut KvCache,
         workspace: &mut Workspace,
         on_layer: OnLayer<'_>,
     ) -> Result<(), ModelError> {
-        let Workspace { pool, profile, x, input, qkv, attended, gate_up, cos, sin, logits, attention } = workspace;
+        let Workspace { pool, profile, x, input, qkv, attended, gate_up, added, turns, logits, attention } = workspace;
         let pool = &*pool;
         let (hidden, head_dim, eps) = (config.hidden_size, config.kv.head_dim, config.rms_norm_eps as f32);
         let (q, kv) = (config.heads * head_dim, config.kv.row());
@@ -88,18 +96,23 @@ impl CpuLlama {
         let context: usize = runs.iter().map(|r| r.start + r.tokens).sum();
 
         let started = profile.start();
-        frequencies.at(chunks, cos, sin);
+        rotary.at(chunks, turns);
         x.resize(tokens * hidden, 0.0);
         let ids = chunks.iter().flat_map(|c| c.tokens);
         x.chunks_exact_mut(hidden).zip(ids).for_each(|(row, id)| self.embedding.row(*id as usize, row));
+        let scalars = &config.scalars;
+        if scalars.embedding != 1.0 {
+            let factor = scalars.embedding as f32;
+            x.iter_mut().for_each(|x| *x *= factor);
+        }
         qkv.resize(tokens * stride, 0.0);
         attended.resize(tokens * q, 0.0);
         gate_up.resize(tokens * 2 * config.intermediate_size, 0.0);
         profile.stop(Part::Embedding, started, 0, 0);
 
-        for (i, layer) in self.layers.iter().enumerate() {
+        for (i, (layer, sees)) in self.layers.iter().zip(&config.layers).enumerate() {
             let started = profile.start();
-            rms_norm(pool, x, &layer.input_norm, eps, layer.qkv.reads(), input);
+            normed(pool, x, hidden, layer.attention_norm.as_deref(), eps, layer.qkv.reads(), input);
             profile.stop(Part::Norm, started, 0, 0);
 
             let started = profile.start();
@@ -107,7 +120,13 @@ impl CpuLlama {
             profile.stop(Part::Qkv, started, layer.qkv.bytes(), layer.qkv.operations(tokens));
 
             let started = profile.start();
-            rotate(pool, qkv, stride, config.heads + config.kv.kv_heads, head_dim, cos, sin);
+            if let Some([queries, keys]) = &layer.query_key_norms {
+                norm_parts(pool, qkv, stride, 0..q, queries, eps);
+                norm_parts(pool, qkv, stride, q..q + kv, keys, eps);
+            }
+            if let Some(turn) = turns.of(sees.rotation) {
+                rotate(pool, qkv, stride, config.heads + config.kv.kv_heads, head_dim, &turn.cos, &turn.sin);
+            }
             cache.host_mut(i)?.write(pool, &runs, &qkv[q..], &qkv[q + kv..], stride);
             profile.stop(Part::Append, started, 0, 0);
 
@@ -116,16 +135,17 @@ impl CpuLlama {
             profile.stop(Part::OnLayer, started, 0, 0);
 
             let started = profile.start();
-            paged_attention(pool, cache.host(i)?, qkv, stride, config.heads, &runs, attended, attention);
+            let how = Scores { scale: scalars.attention as f32, cap: scalars.attention_cap.map(|cap| cap as f32), window: sees.window };
+            paged_attention(pool, cache.host(i)?, qkv, stride, config.heads, how, &runs, attended, attention);
             profile.stop(Part::Attention, started, context * cache.bytes_per_token() / config.kv.layers, 4 * q * pairs);
 
             let started = profile.start();
             input.set(pool, attended, q, layer.output.reads());
-            layer.output.apply(pool, input, x, Into::Sum);
+            layer.output.add(pool, input, x, added, addend(layer.attended_norm.as_deref(), eps, scalars.residual));
             profile.stop(Part::Output, started, layer.output.bytes(), layer.output.operations(tokens));
 
             let started = profile.start();
-            rms_norm(pool, x, &layer.mlp_norm, eps, layer.gate_up.reads(), input);
+            normed(pool, x, hidden, layer.mlp_norm.as_deref(), eps, layer.gate_up.reads(), input);
             profile.stop(Part::Norm, started, 0, 0);
 
             let started = profile.start();
@@ -133,11 +153,11 @@ impl CpuLlama {
             profile.stop(Part::GateUp, started, layer.gate_up.bytes(), layer.gate_up.operations(tokens));
 
             let started = profile.start();
-            swiglu(pool, gate_up, config.intermediate_size, layer.down.reads(), input);
+            gated(pool, gate_up, config.intermediate_size, config.family.gate(), layer.down.reads(), input);
             profile.stop(Part::Gate, started, 0, 0);
 
             let started = profile.start();
-            layer.down.apply(pool, input, x, Into::Sum);
+            layer.down.add(pool, input, x, added, addend(layer.down_norm.as_deref(), eps, scalars.residual));
             profile.stop(Part::Down, started, layer.down.bytes(), layer.down.operations(tokens));
         }
 
@@ -153,6 +173,13 @@ impl CpuLlama {
             profile.stop(Part::Norm, started, 0, 0);
             let started = profile.start();
             products(pool, input, &[self.head()], logits, Into::Place);
+            if scalars.logits != 1.0 {
+                let factor = scalars.logits as f32;
+                logits.iter_mut().for_each(|logit| *logit *= factor);
+            }
+            if let Some(cap) = scalars.logits_cap {
+                soft_cap(pool, logits, config.vocab_size, cap as f32);
+            }
             profile.stop(Part::Head, started, self.head().bytes(), 2 * wanted * hidden * config.vocab_size);
         }
         Ok(())
@@ -164,11 +191,21 @@ impl Layer {
         let name = |name: &str| format!("model.layers.{layer}.{name}");
         let attention = |which: &str| name(&format!("self_attn.{which}_proj"));
         let mlp = |which: &str| name(&format!("mlp.{which}_proj"));
+        let norm = |which: Option<&str>| which.map(|which| vector(weights, &name(&format!("{which}.weight")))).transpose();
+        let family = weights.config().family;
+        let norms = family.norms();
+        let query_key_norms = match family.query_key_norm() {
+            Some(_) => Some([vector(weights, &name("self_attn.q_norm.weight"))?, vector(weights, &name("self_attn.k_norm.weight"))?]),
+            None => None,
+        };
         Ok(Self {
-            input_norm: vector(weights, &name("input_layernorm.weight"))?,
+            attention_norm: norm(norms.before_attention)?,
+            query_key_norms,
+            attended_norm: norm(norms.after_attention)?,
+            down_norm: norm(norms.after_mlp)?,
             qkv: Linear::load(weights, ["q", "k", "v"].map(attention), format, pool)?,
             output: Linear::load(weights, [attention("o")], format, pool)?,
-            mlp_norm: vector(weights, &name("post_attention_layernorm.weight"))?,
+            mlp_norm: norm(norms.before_mlp)?,
             gate_up: Linear::load(weights, ["gate", "up"].map(mlp), format, pool)?,
             down: Linear::load(weights, [mlp("down")], format, pool)?,
         })
@@ -209,6 +246,14 @@ impl<const N: usize> Linear<N> {
         products(pool, x, &matrices, y, Into::Sum);
     }
 
+    /// Adds what it makes of `input` to `x`, as `addend` says; `added` is for its own use.
+    fn add(&self, pool: &ThreadPool, input: &Activations, x: &mut [f32], added: &mut Vec<f32>, addend: Option<Addend<'_>>) {
+        let Some(addend) = addend else { return self.apply(pool, input, x, Into::Sum) };
+        added.resize(x.len(), 0.0);
+        self.apply(pool, input, added, Into::Place);
+        add(pool, x, added, x.len() / input.rows().max(1), addend);
+    }
+
     fn reads(&self) -> Reads {
         Reads::of(&self.matrices.each_ref())
     }
@@ -219,6 +264,22 @@ impl<const N: usize> Linear<N> {
 
     fn operations(&self, tokens: usize) -> usize {
         2 * tokens * self.matrices.iter().map(|m| m.outputs() * m.inputs()).sum::<usize>()
+    }
+}
+
+/// Rows of the residual stream as a product reads them, normalised where there is a norm.
+fn normed(pool: &ThreadPool, x: &[f32], hidden: usize, norm: Option<&[f32]>, eps: f32, reads: Reads, input: &mut Activations) {
+    match norm {
+        Some(weight) => rms_norm(pool, x, weight, eps, reads, input),
+        None => input.set(pool, x, hidden, reads),
+    }
+}
+
+/// How something is added to the residual stream; `None` where it is added as it comes.
+fn addend(norm: Option<&[f32]>, eps: f32, factor: f64) -> Option<Addend<'_>> {
+    match norm {
+        Some(weight) => Some(Addend::Normed(weight, eps)),
+        None => (factor != 1.0).then_some(Addend::Scaled(factor as f32)),
     }
 }
 

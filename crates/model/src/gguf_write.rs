@@ -11,9 +11,12 @@ use candle_core::{Device, Tensor};
 use overfill_text::gguf::GgufVocabulary;
 use sha2::{Digest as _, Sha256};
 
-use crate::config::{LlamaConfig, RopeScaling};
+use crate::config::{LayerAttention, LlamaConfig, RopeScaling, Rotation};
 use crate::error::ModelError;
-use crate::gguf::{file_name, kind};
+use crate::family::Family;
+use crate::gguf::kind;
+use crate::gguf_config::gemma_attention;
+use crate::names;
 use crate::rope::Frequencies;
 
 /// Where a GGUF file says how it was made: a JSON object as text.
@@ -30,7 +33,7 @@ impl GgufWriter {
     /// Begins a file of a model of this shape, with its vocabulary.
     ///
     /// # Errors
-    /// [`ModelError::Mismatch`] where the vocabulary is larger than the embedding.
+    /// [`ModelError::Mismatch`] where the vocabulary is larger than the embedding, or such a file cannot say what a layer sees.
     pub fn new(name: &str, config: &LlamaConfig, vocabulary: &GgufVocabulary) -> Result<Self, ModelError> {
         if vocabulary.tokens.len() > config.vocab_size {
             return Err(ModelError::Mismatch(format!(
@@ -40,6 +43,7 @@ impl GgufWriter {
             )));
         }
         let mut writer = Self { config: config.clone(), metadata: Vec::new(), tensors: Vec::new() };
+        check_layers(config)?;
         writer.shape(name);
         writer.vocabulary(vocabulary);
         writer.factors()?;
@@ -56,15 +60,12 @@ impl GgufWriter {
     /// A tensor by Hugging Face's name, its shape, and what it is stored as. Vectors are stored as f32 whatever is asked for.
     ///
     /// # Errors
-    /// [`ModelError::Mismatch`] where the name is no tensor of a Llama or a row is no whole number of the format's blocks.
+    /// [`ModelError::Mismatch`] where the name is no tensor of such a file or a row is no whole number of the format's blocks.
     pub fn tensor(&mut self, name: &str, shape: &[usize], numbers: &[f32], format: GgmlDType) -> Result<(), ModelError> {
-        let stored = file_name(name).ok_or_else(|| ModelError::Mismatch(format!("{name} is no tensor of a Llama")))?;
-        let heads = match stored.rsplit('.').nth(1) {
-            Some("attn_q") if self.config.architecture == "llama" => Some(self.config.heads),
-            Some("attn_k") if self.config.architecture == "llama" => Some(self.config.kv.kv_heads),
-            _ => None,
-        };
-        let sorted = heads.map(|heads| interleaved(numbers, shape[0], heads));
+        let place = names::in_gguf(&self.config, name).filter(|place| place.rows.is_none());
+        let stored =
+            place.ok_or_else(|| ModelError::Mismatch(format!("{name} is no tensor of a {} model's file", self.config.family)))?.stored;
+        let sorted = names::interleaved_heads(&self.config, name).map(|heads| interleaved(numbers, shape[0], heads));
         let tensor = Tensor::from_slice(sorted.as_deref().unwrap_or(numbers), shape, &Device::Cpu)?;
         let format = if shape.len() == 1 { GgmlDType::F32 } else { format };
         let row = shape.last().copied().unwrap_or_default();
@@ -99,11 +100,11 @@ impl GgufWriter {
 
     fn shape(&mut self, name: &str) {
         let config = self.config.clone();
-        let architecture = config.architecture.clone();
+        let family = config.family;
         let number = |n: usize| Value::U32(n as u32);
-        self.put("general.architecture", Value::String(architecture.clone()));
+        self.put("general.architecture", Value::String(family.name().into()));
         self.put("general.name", Value::String(name.to_owned()));
-        let mut put = |key: &str, value| self.put(format!("{architecture}.{key}"), value);
+        let mut put = |key: &str, value| self.put(format!("{family}.{key}"), value);
         put("block_count", number(config.kv.layers));
         put("context_length", number(config.max_context));
         put("embedding_length", number(config.hidden_size));
@@ -114,11 +115,49 @@ impl GgufWriter {
         put("attention.key_length", number(config.kv.head_dim));
         put("attention.value_length", number(config.kv.head_dim));
         put("attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32));
-        put("rope.dimension_count", number(config.kv.head_dim));
+        put("rope.dimension_count", number(config.rope.turned));
         put("rope.freq_base", Value::F32(config.rope.theta as f32));
-        if let RopeScaling::Linear { factor } = config.rope.scaling {
-            put("rope.scaling.type", Value::String("linear".into()));
-            put("rope.scaling.factor", Value::F32(factor as f32));
+        let float = |x: f64| Value::F32(x as f32);
+        match config.rope.scaling {
+            RopeScaling::Linear { factor } => {
+                put("rope.scaling.type", Value::String("linear".into()));
+                put("rope.scaling.factor", float(factor));
+            }
+            RopeScaling::Yarn { factor, beta_fast, beta_slow, original_context, .. } => {
+                put("rope.scaling.type", Value::String("yarn".into()));
+                put("rope.scaling.factor", float(factor));
+                put("rope.scaling.original_context_length", number(original_context));
+                put("rope.scaling.yarn_beta_fast", float(beta_fast));
+                put("rope.scaling.yarn_beta_slow", float(beta_slow));
+                put("rope.scaling.yarn_attn_factor", float(config.rope.magnitude));
+            }
+            RopeScaling::Factors { .. } if family == Family::Phi3 => {
+                put("rope.scaling.original_context_length", number(config.max_context));
+                put("rope.scaling.attn_factor", float(config.rope.magnitude));
+            }
+            _ => {}
+        }
+        if let Some(rope) = &config.local_rope {
+            put("rope.freq_base_swa", float(rope.theta));
+        }
+        let slides = |layer: &LayerAttention| layer.window.is_some() || layer.rotation == Rotation::Local;
+        let window = config.layers.iter().find_map(|layer| layer.window);
+        if family == Family::Gemma2 || config.layers.iter().any(slides) {
+            // One that covers the context stands for none.
+            put("attention.sliding_window", number(window.unwrap_or(config.max_context)));
+            put("attention.sliding_window_pattern", Value::Array(config.layers.iter().map(|layer| Value::Bool(slides(layer))).collect()));
+        }
+        let scalars = &config.scalars;
+        if family == Family::Granite {
+            put("embedding_scale", float(scalars.embedding));
+            put("residual_scale", float(scalars.residual));
+            put("attention.scale", float(scalars.attention));
+            put("logit_scale", float(1.0 / scalars.logits));
+        }
+        for (key, cap) in [("attn_logit_softcapping", scalars.attention_cap), ("final_logit_softcapping", scalars.logits_cap)] {
+            if let Some(cap) = cap {
+                put(key, float(cap));
+            }
         }
     }
 
@@ -151,13 +190,42 @@ impl GgufWriter {
         self.put("tokenizer.ggml.token_type", Value::Array(kinds.into_iter().map(|kind| Value::I32(kind as i32)).collect()));
     }
 
-    /// Llama 3's stretching of the rotary embedding is a tensor of divisors there.
+    /// Llama 3's stretching of the rotary embedding is a tensor of divisors there, and so is LongRoPE's.
     fn factors(&mut self) -> Result<(), ModelError> {
-        let Some(factors) = Frequencies::divisors(&self.config.rope, self.config.kv.head_dim) else { return Ok(()) };
-        let tensor = Tensor::from_slice(&factors, factors.len(), &Device::Cpu)?;
-        self.tensors.push(("rope_freqs.weight".into(), QTensor::quantize(&tensor, GgmlDType::F32)?));
+        if matches!(self.config.rope.scaling, RopeScaling::Yarn { .. }) {
+            return Ok(());
+        }
+        let Some(factors) = Frequencies::divisors(&self.config.rope) else { return Ok(()) };
+        let names: &[&str] = match self.config.family {
+            // Both are wanted; what is read here is the first.
+            Family::Phi3 => &["rope_factors_short.weight", "rope_factors_long.weight"],
+            _ => &["rope_freqs.weight"],
+        };
+        for name in names {
+            let tensor = Tensor::from_slice(&factors, factors.len(), &Device::Cpu)?;
+            self.tensors.push(((*name).into(), QTensor::quantize(&tensor, GgmlDType::F32)?));
+        }
         Ok(())
     }
+}
+
+/// Refuses models of which the keys of such a file cannot say what they compute.
+fn check_layers(config: &LlamaConfig) -> Result<(), ModelError> {
+    let family = config.family;
+    let refused = |what: &str| Err(ModelError::Mismatch(format!("a GGUF file cannot say {what}: write a Hugging Face folder instead")));
+    let every_fourth = |(i, layer): (usize, &LayerAttention)| (layer.rotation == Rotation::None) == (i + 1).is_multiple_of(4);
+    if family == Family::SmolLm3 && !config.layers.iter().enumerate().all(every_fourth) {
+        return refused("which layers of a smollm3 model have no rotary embedding, other than each fourth");
+    }
+    let windows = matches!(family, Family::Llama | Family::Phi3 | Family::Gemma2 | Family::Gemma3);
+    if !windows && config.layers.iter().any(|layer| layer.window.is_some()) {
+        return refused(&format!("which layers of a {family} model have windows"));
+    }
+    let read = gemma_attention(family, config.kv.layers, config.hidden_size / config.heads, config.kv.head_dim);
+    if matches!(family, Family::Gemma2 | Family::Gemma3) && (config.scalars.attention - read).abs() > 1e-9 {
+        return refused("by what scores are multiplied (query_pre_attn_scalar), other than the root of a head's size");
+    }
+    Ok(())
 }
 
 /// Longest list of a provenance that a file holds as it is.

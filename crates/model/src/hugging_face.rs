@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::MmapedSafetensors;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
-use crate::known;
+use crate::{known, names};
 
 /// An opened folder.
 pub struct HuggingFaceFolder {
@@ -41,14 +41,24 @@ impl HuggingFaceFolder {
 
     /// A tensor's shape, if there is one of that name.
     pub(crate) fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.tensors.get(name).ok().map(|tensor| tensor.shape().to_vec())
+        let place = names::place(&self.config, name);
+        let shape = self.tensors.get(&place.stored).ok()?.shape().to_vec();
+        Some(place.shape(shape))
     }
 
     pub(crate) fn tensor(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {
         if self.shape(name).is_none() {
             return Err(ModelError::Format { path: self.path.clone(), what: format!("tensor {name} is missing") });
         }
-        Ok(self.tensors.load(name, device)?)
+        let names::Place { stored, rows } = names::place(&self.config, name);
+        let mut tensor = self.tensors.load(&stored, device)?;
+        if let Some(rows) = rows {
+            tensor = tensor.narrow(0, rows.start, rows.len())?.contiguous()?;
+        }
+        if self.config.family.is_gemma() && name.ends_with("norm.weight") {
+            tensor = (tensor.to_dtype(DType::F32)? + 1.0)?;
+        }
+        Ok(tensor)
     }
 }
 

@@ -5,31 +5,35 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::config::LlamaConfig;
+use crate::family::Family;
+use crate::names;
 
-/// Keys of `config.json` that change what is computed, each with the value at which it changes nothing.
-const NEUTRAL: [(&str, Neutral); 22] = [
-    ("alibi", Neutral::Off),
-    ("attention_chunk_size", Neutral::Absent),
-    ("attention_multiplier", Neutral::One),
-    ("attn_logit_softcapping", Neutral::Absent),
-    ("clip_qkv", Neutral::Absent),
-    ("embedding_multiplier", Neutral::One),
-    ("final_logit_softcapping", Neutral::Absent),
-    ("logit_scale", Neutral::One),
-    ("logits_scaling", Neutral::One),
-    ("n_routed_experts", Neutral::Absent),
-    ("no_rope_layers", Neutral::Absent),
-    ("num_experts", Neutral::Absent),
-    ("num_local_experts", Neutral::Absent),
-    ("parallel_attn", Neutral::Off),
-    ("partial_rotary_factor", Neutral::One),
-    ("qk_layernorm", Neutral::Off),
-    ("query_pre_attn_scalar", Neutral::Absent),
-    ("residual_multiplier", Neutral::One),
-    ("rope_local_base_freq", Neutral::Absent),
-    ("use_parallel_residual", Neutral::Off),
-    ("use_qk_norm", Neutral::Off),
-    ("use_sliding_window", Neutral::Off),
+/// Keys of `config.json` that change what is computed, each with the value at which it changes nothing, and the families that compute
+/// it.
+const NEUTRAL: [(&str, Neutral, &[Family]); 23] = [
+    ("alibi", Neutral::Off, &[]),
+    ("attention_chunk_size", Neutral::Absent, &[]),
+    ("attention_multiplier", Neutral::One, &[Family::Granite]),
+    ("attn_logit_softcapping", Neutral::Absent, &[Family::Gemma2, Family::Gemma3]),
+    ("clip_qkv", Neutral::Absent, &[]),
+    ("embedding_multiplier", Neutral::One, &[Family::Granite]),
+    ("final_logit_softcapping", Neutral::Absent, &[Family::Gemma2, Family::Gemma3]),
+    ("logit_scale", Neutral::One, &[]),
+    ("logits_scaling", Neutral::One, &[Family::Granite]),
+    ("n_routed_experts", Neutral::Absent, &[]),
+    ("no_rope_layers", Neutral::Absent, &[Family::SmolLm3]),
+    ("num_experts", Neutral::Absent, &[]),
+    ("num_local_experts", Neutral::Absent, &[]),
+    ("parallel_attn", Neutral::Off, &[]),
+    ("partial_rotary_factor", Neutral::One, &[Family::Phi3]),
+    ("qk_layernorm", Neutral::Off, &[]),
+    ("query_pre_attn_scalar", Neutral::Absent, &[Family::Gemma2, Family::Gemma3]),
+    ("residual_multiplier", Neutral::One, &[Family::Granite]),
+    ("rope_local_base_freq", Neutral::Absent, &[Family::Gemma3]),
+    ("use_bidirectional_attention", Neutral::Off, &[]),
+    ("use_parallel_residual", Neutral::Off, &[]),
+    ("use_qk_norm", Neutral::Off, &[]),
+    ("use_sliding_window", Neutral::Off, &[Family::Qwen2, Family::Qwen3, Family::SmolLm3]),
 ];
 
 /// When a key changes nothing.
@@ -44,16 +48,17 @@ enum Neutral {
 ///
 /// # Errors
 /// A sentence that names the key.
-pub(crate) fn check_keys(json: &Value) -> Result<(), String> {
+pub(crate) fn check_keys(json: &Value, family: Family) -> Result<(), String> {
     if let Some(quantised) = json["quantization_config"].as_object() {
         let method = quantised.get("quant_method").and_then(Value::as_str).unwrap_or("some method that it does not name");
         return Err(format!(
             "quantization_config says that the weights are quantised by {method}: not supported; take the model's bf16, f16 or f32 weights, or a GGUF file"
         ));
     }
-    for (key, neutral) in NEUTRAL {
+    for (key, neutral, computed) in NEUTRAL {
         let value = &json[key];
         let changes_nothing = value.is_null()
+            || computed.contains(&family)
             || match neutral {
                 Neutral::Absent => false,
                 Neutral::Off => *value == json!(false),
@@ -63,11 +68,7 @@ pub(crate) fn check_keys(json: &Value) -> Result<(), String> {
             return Err(format!("{key} is {value}: models that have it are not supported"));
         }
     }
-    let layers = json["layer_types"].as_array().map_or(&[][..], Vec::as_slice);
-    match layers.iter().find(|kind| **kind != "full_attention") {
-        Some(kind) => Err(format!("layer_types has {kind}: only full_attention is supported")),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// Refuses tensors that the model of `json` and `config` does not have, or that hold other numbers than f32, bf16 and f16; and
@@ -76,15 +77,18 @@ pub(crate) fn check_keys(json: &Value) -> Result<(), String> {
 /// # Errors
 /// A sentence that names the tensor.
 pub(crate) fn check_tensors(json: &Value, config: &LlamaConfig, tensors: &MmapedSafetensors) -> Result<(), String> {
-    let qwen2 = config.architecture == "qwen2";
     let attention = json["attention_bias"].as_bool().unwrap_or(false);
     let mlp = json["mlp_bias"].as_bool().unwrap_or(false);
+    let family = config.family;
     let biased = |module: &str| match module {
-        "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" => qwen2 || attention,
-        "self_attn.o_proj" => attention && !qwen2,
-        "mlp.gate_proj" | "mlp.up_proj" | "mlp.down_proj" => mlp && !qwen2,
+        "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" if family == Family::Qwen2 => true,
+        "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" | "self_attn.o_proj" => {
+            attention && !matches!(family, Family::Qwen2 | Family::Phi3)
+        }
+        "mlp.gate_proj" | "mlp.up_proj" | "mlp.down_proj" => mlp && matches!(family, Family::Llama | Family::SmolLm3 | Family::Granite),
         _ => false,
     };
+    let modules = names::in_folder(config);
     for (name, tensor) in tensors.tensors() {
         // Constants that old files carry along.
         if name.ends_with("rotary_emb.inv_freq") {
@@ -92,16 +96,14 @@ pub(crate) fn check_tensors(json: &Value, config: &LlamaConfig, tensors: &Mmaped
         }
         let known = match name.strip_prefix("model.layers.") {
             None => matches!(name.as_str(), "model.embed_tokens.weight" | "model.norm.weight" | "lm_head.weight"),
-            Some(rest) => {
-                let (layer, module) = rest.split_once('.').unwrap_or_default();
-                let of_model = layer.parse::<usize>().is_ok_and(|layer| layer < config.kv.layers);
-                let named = match module.rsplit_once('.') {
-                    Some((module, "weight")) => MODULES.contains(&module),
-                    Some((module, "bias")) => biased(module),
+            Some(_) => names::of_layer(&name).is_some_and(|(layer, module, kind)| {
+                let named = match kind {
+                    "weight" => modules.contains(&module),
+                    "bias" => biased(module),
                     _ => false,
                 };
-                of_model && named
-            }
+                layer < config.kv.layers && named
+            }),
         };
         if !known {
             return Err(format!("tensor {name} is none of this model by its config.json: without it the answers would be others"));
@@ -111,26 +113,13 @@ pub(crate) fn check_tensors(json: &Value, config: &LlamaConfig, tensors: &Mmaped
         }
     }
     for layer in 0..config.kv.layers {
-        let missing = MODULES.iter().filter(|module| biased(module)).map(|module| format!("model.layers.{layer}.{module}.bias"));
+        let missing = modules.iter().filter(|module| biased(module)).map(|module| format!("model.layers.{layer}.{module}.bias"));
         if let Some(name) = missing.into_iter().find(|name| tensors.get(name).is_err()) {
             return Err(format!("tensor {name} is missing"));
         }
     }
     Ok(())
 }
-
-/// What a layer is made of.
-const MODULES: [&str; 9] = [
-    "input_layernorm",
-    "post_attention_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
 
 #[cfg(test)]
 mod tests {
@@ -143,17 +132,19 @@ mod tests {
             (json!({ "quantization_config": { "quant_method": "gptq", "bits": 4 } }), "gptq"),
             (json!({ "attn_logit_softcapping": 50.0 }), "attn_logit_softcapping"),
             (json!({ "partial_rotary_factor": 0.5 }), "partial_rotary_factor"),
-            (json!({ "layer_types": ["full_attention", "sliding_attention"] }), "sliding_attention"),
             (json!({ "num_local_experts": 8 }), "num_local_experts"),
             (json!({ "logits_scaling": 8.0 }), "logits_scaling"),
             (json!({ "use_sliding_window": true }), "use_sliding_window"),
         ] {
-            assert!(check_keys(&config).unwrap_err().contains(word), "{config}");
+            assert!(check_keys(&config, Family::Llama).unwrap_err().contains(word), "{config}");
         }
         let nothing = json!({
             "quantization_config": null, "attn_logit_softcapping": null, "partial_rotary_factor": 1.0, "layer_types": ["full_attention"],
             "use_sliding_window": false, "logits_scaling": 1, "pretraining_tp": 2, "use_cache": true,
         });
-        assert_eq!(check_keys(&nothing), Ok(()));
+        assert_eq!(check_keys(&nothing, Family::Llama), Ok(()));
+        let granite = json!({ "logits_scaling": 8.0, "residual_multiplier": 0.2 });
+        assert_eq!(check_keys(&granite, Family::Granite), Ok(()));
+        assert!(check_keys(&granite, Family::Qwen3).is_err());
     }
 }

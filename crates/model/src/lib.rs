@@ -5,10 +5,15 @@
 
 pub mod cache;
 pub mod config;
+mod config_json;
 mod cpu;
 pub mod device;
 pub mod error;
+pub mod family;
+#[cfg(test)]
+mod family_tests;
 pub mod gguf;
+mod gguf_config;
 mod gguf_header;
 pub mod gguf_write;
 mod gpu;
@@ -16,6 +21,7 @@ pub mod hugging_face;
 mod known;
 pub mod llama;
 pub mod making;
+pub mod names;
 pub mod pair;
 pub mod pair_make;
 pub mod pass;
@@ -35,6 +41,7 @@ pub use candle_core::Device;
 pub use candle_core::quantized::GgmlDType;
 pub use config::LlamaConfig;
 pub use error::ModelError;
+pub use family::Family;
 pub use gguf_write::GgufWriter;
 pub use llama::Llama;
 pub use overfill_kernels::{Placement, ThreadPool};

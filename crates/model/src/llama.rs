@@ -1,4 +1,4 @@
-//! The Llama family's forward pass (Llama 2 and 3, SmolLM2, TinyLlama; Qwen2 with its biases).
+//! The forward pass of a Llama and its kin ([`Family`](crate::Family)).
 //!
 //! One pass reads any mix of prompt chunks and single tokens of any sequences. Their tokens are rows of one matrix in all
 //! but the attention, so weights are read once for all of them.
@@ -15,15 +15,15 @@ use crate::cpu::CpuLlama;
 use crate::error::ModelError;
 use crate::gpu::GpuLlama;
 use crate::pass::{Chunk, OnLayer, Pass};
-use crate::rope::Frequencies;
+use crate::rope::Rotary;
 use crate::weights::Weights;
 use crate::workspace::Workspace;
 
-/// A Llama-family model on one device.
+/// A Llama, or one of its kin, on one device.
 pub struct Llama {
     config: LlamaConfig,
     device: Device,
-    frequencies: Frequencies,
+    rotary: Rotary,
     weights: Form,
 }
 
@@ -58,8 +58,14 @@ impl Llama {
 
     fn new(weights: &Weights, device: &Device, form: Form) -> Self {
         let config = weights.config().clone();
-        let frequencies = Frequencies::new(&config.rope, config.kv.head_dim);
-        Self { config, device: device.clone(), frequencies, weights: form }
+        let rotary = Rotary::new(&config);
+        Self { config, device: device.clone(), rotary, weights: form }
+    }
+
+    /// The form for GPUs on the CPU, so that it can be tested without one.
+    #[cfg(test)]
+    pub(crate) fn of_gpu(weights: &Weights, form: GpuLlama) -> Self {
+        Self::new(weights, &Device::Cpu, Form::Gpu(form))
     }
 
     /// Its shape.
@@ -137,11 +143,11 @@ impl Llama {
         }
         let pass = Pass { chunks, rows };
         match &self.weights {
-            Form::Cpu(weights) => weights.forward(&self.config, &self.frequencies, pass, cache, workspace, on_layer)?,
+            Form::Cpu(weights) => weights.forward(&self.config, &self.rotary, pass, cache, workspace, on_layer)?,
             Form::Gpu(weights) => {
                 let pool = &workspace.pool;
                 let on_layer = &mut |layer, cache: &KvCache| on_layer(layer, cache, pool);
-                workspace.logits = weights.forward(&self.config, &self.frequencies, pass, cache, on_layer)?;
+                workspace.logits = weights.forward(&self.config, &self.rotary, pass, cache, on_layer)?;
             }
         }
         Ok(&mut workspace.logits)
@@ -180,7 +186,7 @@ mod tests {
         let model = Llama::load(&folder, WeightFormat::F32, &Device::Cpu, workspace.pool()).unwrap();
         let weights = Weights::open(&folder).unwrap();
         let gpu = GpuLlama::load(&weights, WeightFormat::F32, &Device::Cpu).unwrap();
-        let gpu = Llama::new(&weights, &Device::Cpu, Form::Gpu(gpu));
+        let gpu = Llama::of_gpu(&weights, gpu);
         let geometry = model.config().kv;
         let tables: [Vec<BlockId>; 2] = [vec![BlockId(7), BlockId(2), BlockId(3)], vec![BlockId(0), BlockId(9)]];
         let mut run = |model: &Llama, mut cache: KvCache| {

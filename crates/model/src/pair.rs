@@ -90,7 +90,7 @@ pub(crate) fn describe(config: &LlamaConfig, path: String, sha256: String, weigh
         path,
         sha256,
         weights,
-        architecture: config.architecture.clone(),
+        architecture: config.family.name().to_owned(),
         hidden_size: config.hidden_size,
         intermediate_size: config.intermediate_size,
         heads: config.heads,

@@ -15,9 +15,10 @@ use overfill_types::{Fingerprint, GenerationConfig, KvFormats, KvTransform, Pair
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::config::LlamaConfig;
+use crate::config::{LlamaConfig, Rope};
 use crate::error::ModelError;
-use crate::gguf::{GgufFile, whole};
+use crate::gguf::GgufFile;
+use crate::gguf_config::whole;
 use crate::gguf_write::PROVENANCE_KEY;
 use crate::hugging_face;
 use crate::making;
@@ -88,7 +89,7 @@ impl MakePair {
         }
         let (full, decode) = (Weights::open(&self.full)?, Weights::open(&self.decode)?);
         let kv = self.transform(full.config(), decode.config())?;
-        self.check_rope(full.config(), decode.config())?;
+        check_rope(full.config(), decode.config(), &kv)?;
         let tokenizer = TokenizerFiles::of(&self.full, &full)?;
         let other = TokenizerFiles::of(&self.decode, &decode)?;
         let both = format!("the full model's tokenizer ({}) and the decode model's ({})", self.full.display(), self.decode.display());
@@ -168,17 +169,28 @@ impl MakePair {
             }),
         }
     }
+}
 
-    /// Keys that go over as they are were rotated by the full model: the decode model must rotate alike.
-    fn check_rope(&self, full: &LlamaConfig, decode: &LlamaConfig) -> Result<(), ModelError> {
-        if matches!(self.kv, KvSpec::Projection(_)) || full.rope == decode.rope {
-            return Ok(());
+/// Keys that go over as they are were rotated by the full model: the decode model must rotate alike, layer by layer.
+fn check_rope(full: &LlamaConfig, decode: &LlamaConfig, kv: &KvTransform) -> Result<(), ModelError> {
+    let all: Vec<usize> = (0..decode.kv.layers).collect();
+    let from = match kv {
+        KvTransform::Projection { .. } => return Ok(()),
+        KvTransform::Prune { layers, .. } => layers,
+        KvTransform::Identity => &all,
+    };
+    for (to, &from) in from.iter().enumerate() {
+        let (there, here) = (full.rope_of(from), decode.rope_of(to));
+        if there != here {
+            let told = |rope: Option<&Rope>| rope.map_or("none".to_owned(), |rope| format!("{rope:?}"));
+            return Err(ModelError::Mismatch(format!(
+                "the rotary embedding of the full model's layer {from} is {}, that of the decode model's layer {to} {}: keys cannot go over",
+                told(there),
+                told(here)
+            )));
         }
-        Err(ModelError::Mismatch(format!(
-            "the full model's rotary embedding is {:?}, the decode model's {:?}: keys cannot go over",
-            full.rope, decode.rope
-        )))
     }
+    Ok(())
 }
 
 /// What a checkpoint says of how its tokens are chosen: a folder's `generation_config.json`. Nothing where there is none, as

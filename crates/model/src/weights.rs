@@ -10,11 +10,13 @@ use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gguf::GgufFile;
 use crate::hugging_face::HuggingFaceFolder;
+use crate::names;
 use crate::values;
 use crate::weight::Weight;
 
 /// An opened checkpoint. Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`) whatever the file's are;
-/// query and key rows come in Hugging Face's order (halves, not interleaved) also from a GGUF file.
+/// query and key rows come in Hugging Face's order (halves, not interleaved) also from a GGUF file. Matrices that a family stores as
+/// one come apart, and weights of norms are what is multiplied, also where a family stores them less one.
 pub enum Weights {
     /// A folder with `config.json` and safetensors.
     HuggingFace(HuggingFaceFolder),
@@ -76,8 +78,8 @@ impl Weights {
 
     /// Kernels trust the configuration: what does not go with it would end a node at its first request.
     fn check(&self) -> Result<(), ModelError> {
-        let LlamaConfig { hidden_size: hidden, intermediate_size: mlp, vocab_size: vocab, heads, kv, .. } = *self.config();
-        let (q, kv_row) = (heads * kv.head_dim, kv.row());
+        let config = self.config();
+        let LlamaConfig { hidden_size: hidden, intermediate_size: mlp, vocab_size: vocab, heads, kv, .. } = *config;
         let wants = |name: &str, wanted: &[usize]| match self.shape(name) {
             Some(found) if found == wanted => Ok(()),
             Some(found) => Err(self.format_error(format!(
@@ -89,19 +91,17 @@ impl Weights {
         let may = |name: &str, wanted: &[usize]| if self.has(name) { wants(name, wanted) } else { Ok(()) };
         wants("model.embed_tokens.weight", &[vocab, hidden])?;
         for layer in 0..kv.layers {
-            wants(&format!("model.layers.{layer}.input_layernorm.weight"), &[hidden])?;
-            wants(&format!("model.layers.{layer}.post_attention_layernorm.weight"), &[hidden])?;
-            for (module, outputs, inputs) in [
-                ("self_attn.q_proj", q, hidden),
-                ("self_attn.k_proj", kv_row, hidden),
-                ("self_attn.v_proj", kv_row, hidden),
-                ("self_attn.o_proj", hidden, q),
-                ("mlp.gate_proj", mlp, hidden),
-                ("mlp.up_proj", mlp, hidden),
-                ("mlp.down_proj", hidden, mlp),
-            ] {
-                wants(&format!("model.layers.{layer}.{module}.weight"), &[outputs, inputs])?;
-                may(&format!("model.layers.{layer}.{module}.bias"), &[outputs])?;
+            for (norm, length) in names::norms(config) {
+                wants(&format!("model.layers.{layer}.{norm}.weight"), &[length])?;
+            }
+            if !matches!(self, Self::Memory(..)) {
+                for (module, shape) in names::fused_shapes(config) {
+                    wants(&format!("model.layers.{layer}.{module}.weight"), &shape)?;
+                }
+            }
+            for (module, shape) in names::MATRICES.into_iter().zip(names::matrix_shapes(config)) {
+                wants(&format!("model.layers.{layer}.{module}.weight"), &shape)?;
+                may(&format!("model.layers.{layer}.{module}.bias"), &shape[..1])?;
             }
         }
         wants("model.norm.weight", &[hidden])?;

@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use overfill_kernels::{Activations, AttentionScratch, ThreadPool};
 
 use crate::profile::Profile;
+use crate::rope::Turns;
 use crate::sample::{Sampled, Sampler, logprob};
 
 /// What becomes of one row of logits.
@@ -31,8 +32,9 @@ pub struct Workspace {
     pub(crate) attended: Vec<f32>,
     /// `[tokens, 2 * mlp]`
     pub(crate) gate_up: Vec<f32>,
-    pub(crate) cos: Vec<f32>,
-    pub(crate) sin: Vec<f32>,
+    /// What attention or MLP adds to the residual stream, `[tokens, hidden]`, where it is not added as it comes.
+    pub(crate) added: Vec<f32>,
+    pub(crate) turns: Turns,
     /// `[wanted, vocab]`
     pub(crate) logits: Vec<f32>,
     pub(crate) attention: AttentionScratch,
@@ -49,8 +51,8 @@ impl Workspace {
             qkv: Vec::new(),
             attended: Vec::new(),
             gate_up: Vec::new(),
-            cos: Vec::new(),
-            sin: Vec::new(),
+            added: Vec::new(),
+            turns: Turns::default(),
             logits: Vec::new(),
             attention: AttentionScratch::default(),
         }

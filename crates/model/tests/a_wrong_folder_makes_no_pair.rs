@@ -144,7 +144,7 @@ fn a_key_of_the_configuration() {
         ("rope_theta", json!(-1.0)),
         ("rms_norm_eps", json!("small")),
         ("rms_norm_eps", json!(-1.0)),
-        ("rope_scaling", json!({ "rope_type": "yarn", "factor": 4.0 })),
+        ("rope_scaling", json!({ "rope_type": "yarn", "factor": 0.0 })),
         ("rope_scaling", json!({ "rope_type": "linear" })),
         ("rope_scaling", json!({ "rope_type": "linear", "factor": 0 })),
         ("rope_scaling", json!("linear")),

@@ -373,7 +373,8 @@ impl<'o> Run<'o> {
 
     /// Writes the model as it is now to `folder`, with how it was made.
     fn write_model(&self, folder: &Path) -> Result<(), TrainError> {
-        let mut writer = Writer::create(folder, self.materials.format)?;
+        let config = LlamaConfig { tied_embeddings: self.net.shape.tied, ..self.init.config().clone() };
+        let mut writer = Writer::create(folder, self.materials.format, &config)?;
         for entry in &self.entries {
             if entry.of_model() {
                 writer.tensor(entry.name.clone(), entry.shape.clone(), &self.parameters[entry.range.clone()])?;
@@ -382,8 +383,7 @@ impl<'o> Run<'o> {
         if self.options.projection {
             self.write_projection(&writer.folder().join(PROJECTION_FILE))?;
         }
-        let config = LlamaConfig { tied_embeddings: self.net.shape.tied, ..self.init.config().clone() };
-        let closed = writer.close(&self.init, &config)?;
+        let closed = writer.close(&self.init)?;
         let mut provenance = self.materials.provenance.clone();
         provenance.insert("options".into(), json!(self.options));
         provenance.insert("steps".into(), json!(self.progress.step));

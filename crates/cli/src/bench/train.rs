@@ -5,8 +5,9 @@ use std::time::Instant;
 use anyhow::Context as _;
 use clap::Args;
 use overfill_compress::product::Precision;
-use overfill_model::LlamaConfig;
-use overfill_model::config::{Rope, RopeScaling};
+
+use overfill_model::config::{LayerAttention, Rope, Scalars};
+use overfill_model::{Family, LlamaConfig};
 use overfill_train::AdamOptions;
 use overfill_train::adam::{Adam, norm};
 use overfill_train::net::{Batch, Context, Divergence, KvRows, Mix, Net, Objective, Sequence, Shape, State, Target, Teacher};
@@ -62,14 +63,17 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let threads = args.threads.count();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("threads cannot be started")?;
     let config = LlamaConfig {
-        architecture: "llama".into(),
+        family: Family::Llama,
         hidden_size: args.hidden,
         intermediate_size: args.intermediate,
         vocab_size: 49_152,
         heads: 9,
         kv: KvGeometry { layers: 30, kv_heads: 3, head_dim: 64 },
         rms_norm_eps: 1e-5,
-        rope: Rope { theta: 100_000.0, scaling: RopeScaling::None },
+        rope: Rope::plain(100_000.0, 64),
+        local_rope: None,
+        layers: vec![LayerAttention::default(); 30],
+        scalars: Scalars::plain(64),
         max_context: 8192,
         tied_embeddings: false,
         eos_token_ids: Vec::new(),

@@ -9,7 +9,7 @@ mod rounding;
 use std::path::Path;
 use std::str::FromStr;
 
-use overfill_model::{GgmlDType, GgufWriter, making};
+use overfill_model::{GgmlDType, GgufWriter, LlamaConfig, making};
 use overfill_text::gguf::GgufVocabulary;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -124,6 +124,14 @@ fn built(model: &Path, formats: GgufFormats, padded: bool, progress: &mut dyn Fn
     let source = Checkpoint::open(model)?;
     let padding = Padding::of(source.config(), if padded { pad::BLOCK } else { 1 });
     let config = padding.config(source.config());
+    let (hidden, wider) = (source.config().hidden_size, config.hidden_size);
+    if config.family.is_gemma() && hidden != wider {
+        return Err(CompressError::Refused(format!(
+            "rows of {hidden} numbers are no whole blocks of a quantised format, and {} models, whose embeddings are multiplied by the root of \
+             the hidden size, cannot be padded: use f16 or f32",
+            config.family
+        )));
+    }
     let tokenizer = source.tokenizer()?;
     let json =
         serde_json::from_slice(&tokenizer.tokenizer).map_err(|e| CompressError::Refused(format!("tokenizer.json is no JSON: {e}")))?;
@@ -146,7 +154,7 @@ fn built(model: &Path, formats: GgufFormats, padded: bool, progress: &mut dyn Fn
     writer.tensor("model.norm.weight", &[norm.len()], &norm, GgmlDType::F32)?;
     for i in 0..config.kv.layers {
         progress(i, config.kv.layers);
-        put_layer(&mut writer, i, &padding.layer(&source.layer(i)?), formats.layers)?;
+        put_layer(&mut writer, &config, i, &padding.layer(&source.layer(i)?), formats.layers)?;
     }
     Ok(writer)
 }
@@ -157,26 +165,27 @@ fn put(writer: &mut GgufWriter, name: &str, matrix: &Matrix, stored: Stored) -> 
     Ok(writer.tensor(name, &[matrix.rows(), matrix.columns()], matrix.numbers(), stored)?)
 }
 
-fn put_layer(writer: &mut GgufWriter, i: usize, layer: &LayerWeights, stored: Stored) -> Result<(), CompressError> {
+fn put_layer(writer: &mut GgufWriter, config: &LlamaConfig, i: usize, layer: &LayerWeights, stored: Stored) -> Result<(), CompressError> {
     let name = |module: &str, kind: &str| format!("model.layers.{i}.{module}.{kind}");
     let [q, k, v] = &layer.qkv;
-    for (module, matrix) in [
-        ("self_attn.q_proj", q),
-        ("self_attn.k_proj", k),
-        ("self_attn.v_proj", v),
-        ("self_attn.o_proj", &layer.output),
-        ("mlp.gate_proj", &layer.gate),
-        ("mlp.up_proj", &layer.up),
-        ("mlp.down_proj", &layer.down),
-    ] {
-        put(writer, &name(module, "weight"), matrix, stored)?;
+    if config.family.is_fused() {
+        put(writer, &name("self_attn.qkv_proj", "weight"), &Matrix::stacked(&[q, k, v]), stored)?;
+        put(writer, &name("mlp.gate_up_proj", "weight"), &Matrix::stacked(&[&layer.gate, &layer.up]), stored)?;
+    } else {
+        for (module, matrix) in [("q", q), ("k", k), ("v", v)] {
+            put(writer, &name(&format!("self_attn.{module}_proj"), "weight"), matrix, stored)?;
+        }
+        put(writer, &name("mlp.gate_proj", "weight"), &layer.gate, stored)?;
+        put(writer, &name("mlp.up_proj", "weight"), &layer.up, stored)?;
     }
+    put(writer, &name("self_attn.o_proj", "weight"), &layer.output, stored)?;
+    put(writer, &name("mlp.down_proj", "weight"), &layer.down, stored)?;
     for (module, bias) in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].iter().zip(&layer.qkv_bias) {
         if !bias.is_empty() {
             writer.tensor(&name(module, "bias"), &[bias.len()], bias, GgmlDType::F32)?;
         }
     }
-    for (module, norm) in [("input_layernorm", &layer.input_norm), ("post_attention_layernorm", &layer.mlp_norm)] {
+    for (module, norm) in layer.norms(config.family) {
         writer.tensor(&name(module, "weight"), &[norm.len()], norm, GgmlDType::F32)?;
     }
     Ok(())
@@ -190,7 +199,7 @@ pub fn hugging_face(model: &Path, format: Format, out: &Path, mut progress: impl
     let source = Checkpoint::open(model)?;
     let mut config = source.config().clone();
     config.tied_embeddings = source.tied();
-    let mut writer = Writer::create(out, format)?;
+    let mut writer = Writer::create(out, format, &config)?;
     writer.embedding(&source.embedding()?)?;
     for i in 0..config.kv.layers {
         progress(i, config.kv.layers);
@@ -199,7 +208,7 @@ pub fn hugging_face(model: &Path, format: Format, out: &Path, mut progress: impl
     let head = if source.tied() { None } else { Some(source.head()?) };
     writer.head(&source.norm()?, head.as_ref())?;
     let step = json!({ "format": "hugging face", "numbers": format!("{format:?}").to_lowercase() });
-    writer.close(&source, &config)?.appear(&with_step(provenance(model)?, step))
+    writer.close(&source)?.appear(&with_step(provenance(model)?, step))
 }
 
 /// How a checkpoint was made, as the steps before have written it down; empty where nobody has.
@@ -229,7 +238,8 @@ mod tests {
         let mut workspace = Workspace::new(ThreadPool::new(1, &[]).unwrap());
         let model = Llama::load(path, WeightFormat::F32, &Device::Cpu, workspace.pool()).unwrap();
         let mut cache = KvCache::new(model.config().kv, KvFormat::F32, 2, 16, &Device::Cpu).unwrap();
-        let tokens: Vec<u32> = (0..30).map(|i| i * 29 % 128).collect();
+        let vocabulary = model.config().vocab_size as u32;
+        let tokens: Vec<u32> = (0..30).map(|i| i * 29 % vocabulary).collect();
         let chunk = Chunk { tokens: &tokens, start: 0, blocks: &[BlockId(0), BlockId(1)], logits: true };
         model.forward_each(&[chunk], &mut cache, &mut workspace).unwrap().to_vec()
     }
@@ -276,6 +286,46 @@ mod tests {
             hugging_face(&to.path().join("true.gguf"), Format::F32, &folder, |_, _| ()).unwrap();
             let got = difference(&logits(&folder), &expected);
             assert!(got < 1e-5 * spread.max(1.0), "{name} there and back: {got} of {spread}");
+        }
+    }
+
+    #[test]
+    fn every_family_is_exported_as_it_computes_or_refused_by_what_cannot_be_said() {
+        let fixture = fixture::families::Fixture::open();
+        let f32 = "f32".parse().unwrap();
+        let formats = GgufFormats { layers: f32, embedding: f32, head: f32 };
+        for (name, config, _) in fixture.cases() {
+            let (from, to) = (fixture::family(config), tempfile::tempdir().unwrap());
+            let (file, folder, back) = (to.path().join("a.gguf"), to.path().join("folder"), to.path().join("back"));
+            let refused = match name {
+                "llama-biases" | "granite-biases" | "qwen3-biases" => Some("has a bias"),
+                "qwen2-windows" | "qwen3-windows" => Some("have windows"),
+                "smollm3-windows" => Some("no rotary embedding"),
+                "gemma2-scalar" => Some("query_pre_attn_scalar"),
+                _ => None,
+            };
+            if let Some(word) = refused {
+                let told = gguf(from.path(), formats, &file, |_, _| ()).unwrap_err().to_string();
+                assert!(told.contains(word), "{name}: {told}");
+            }
+            if refused == Some("has a bias") {
+                continue;
+            }
+            let expected = logits(from.path());
+            let close = |path: &Path| {
+                let far = difference(&logits(path), &expected);
+                assert!(far < 1e-5 * expected.iter().fold(1.0f32, |m, x| m.max(x.abs())), "{name}, {}: {far}", path.display());
+            };
+            hugging_face(from.path(), Format::F32, &folder, |_, _| ()).unwrap();
+            close(&folder);
+            if refused.is_none() {
+                gguf(from.path(), formats, &file, |_, _| ()).unwrap();
+                close(&file);
+                built(from.path(), formats, true, &mut |_, _| ()).unwrap().write(&to.path().join("padded.gguf")).unwrap();
+                close(&to.path().join("padded.gguf"));
+                hugging_face(&file, Format::F32, &back, |_, _| ()).unwrap();
+                close(&back);
+            }
         }
     }
 }

@@ -45,6 +45,9 @@ impl Padding {
 
     /// A norm's weights.
     pub(crate) fn norm(&self, weights: &[f32]) -> Vec<f32> {
+        if weights.is_empty() {
+            return Vec::new();
+        }
         let mut padded: Vec<f32> = weights.iter().map(|w| w * self.scale).collect();
         padded.resize(self.hidden, 0.0);
         padded
@@ -56,8 +59,11 @@ impl Padding {
             input_norm: self.norm(&layer.input_norm),
             qkv: layer.qkv.each_ref().map(|matrix| self.reads(matrix)),
             qkv_bias: layer.qkv_bias.clone(),
+            query_key_norms: layer.query_key_norms.clone(),
             output: resized(&layer.output, self.hidden, layer.output.columns()),
+            attended_norm: self.norm(&layer.attended_norm),
             mlp_norm: self.norm(&layer.mlp_norm),
+            down_norm: self.norm(&layer.down_norm),
             gate: resized(&layer.gate, self.intermediate, self.hidden),
             up: resized(&layer.up, self.intermediate, self.hidden),
             down: resized(&layer.down, self.hidden, self.intermediate),

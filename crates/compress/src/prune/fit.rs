@@ -19,8 +19,7 @@ use crate::error::CompressError;
 use crate::matrix::{Matrix, Products, ridge};
 use crate::prune::Progress;
 use crate::prune::kept::{Kept, kv_columns};
-use crate::prune::statistics::embed;
-use crate::prune::stream::{Batch, Reads, Shape, activations, add_through, batches};
+use crate::prune::stream::{Batch, Reads, Shape, batches};
 
 /// How `pca` fits its matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -155,13 +154,14 @@ impl<'a> Streams<'a> {
         made_config.heads = config.heads / config.kv.kv_heads * made_config.kv.kv_heads;
         let batches = batches(samples, Reads::Everything);
         let read = super::stream::batches(samples, rotated.fit.reads());
+        let made_shape = Shape::of(&made_config);
         Self {
             rotated,
-            shape,
-            made_shape: Shape::of(&made_config),
-            full: batches.iter().map(|b| embed(embedding, b)).collect(),
-            made: read.iter().map(|b| embed(embedding_made, b)).collect(),
+            full: batches.iter().map(|b| shape.embed(embedding, b)).collect(),
+            made: read.iter().map(|b| made_shape.embed(embedding_made, b)).collect(),
             rows: read.iter().map(|b| b.rows_of_everything().collect()).collect(),
+            shape,
+            made_shape,
             batches,
             read,
         }
@@ -175,32 +175,34 @@ impl<'a> Streams<'a> {
         let mut attended = Vec::with_capacity(self.made.len());
         let mut sums = Sums::new(made.output.columns(), made.output.rows());
         for (b, batch) in self.read.iter().enumerate() {
-            let qkv = self.made_shape.qkv(made, &self.made_shape.normed(&self.made[b]), batch);
+            let qkv = self.made_shape.qkv(i, made, &self.made_shape.normed(&self.made[b]), batch);
             let context = (self.rotated.fit == Fit::Overfill).then(|| &context[b]);
-            let rows = self.made_shape.attention(&qkv, context, &batch.spans);
+            let rows = self.made_shape.attention(i, &qkv, context, &batch.spans);
             sums.add(&rows, &self.distance(b));
             attended.push(rows);
         }
         drop(context);
         made.output = sums.solve(&made.output, self.rotated.ridge)?;
-        self.made.iter_mut().zip(&attended).for_each(|(made_rows, rows)| add_through(made_rows, rows, &made.output));
+        for (hidden, rows) in self.made.iter_mut().zip(&attended) {
+            self.made_shape.add_through(hidden, rows, &made.output, &[]);
+        }
         drop(attended);
 
         let map = self.fit_norm()?;
         read_through([&mut made.gate, &mut made.up], &map);
         for hidden in &mut self.full {
-            let active = activations(layer, &self.shape.normed(hidden));
-            add_through(hidden, &active, &layer.down);
+            let active = self.shape.activations(layer, &self.shape.normed(hidden));
+            self.shape.add_through(hidden, &active, &layer.down, &[]);
         }
         let mut sums = Sums::new(made.down.columns(), made.down.rows());
         for (b, hidden) in self.made.iter().enumerate() {
-            sums.add(&activations(made, &self.made_shape.normed(hidden)), &self.distance(b));
+            sums.add(&self.made_shape.activations(made, &self.made_shape.normed(hidden)), &self.distance(b));
         }
         made.down = sums.solve(&made.down, self.rotated.ridge)?;
         for hidden in &mut self.made {
             // Computed twice, since the activations of all samples may be more than memory holds.
-            let active = activations(made, &self.made_shape.normed(hidden));
-            add_through(hidden, &active, &made.down);
+            let active = self.made_shape.activations(made, &self.made_shape.normed(hidden));
+            self.made_shape.add_through(hidden, &active, &made.down, &[]);
         }
         Ok(())
     }
@@ -211,9 +213,9 @@ impl<'a> Streams<'a> {
         let columns = (heads.len() < self.shape.kv_heads).then(|| kv_columns(heads, self.shape.head_dim));
         let mut context = Vec::with_capacity(self.full.len());
         for (batch, hidden) in self.batches.iter().zip(&mut self.full) {
-            let qkv = self.shape.qkv(layer, &self.shape.normed(hidden), batch);
-            let attended = self.shape.attention(&qkv, None, &batch.spans);
-            add_through(hidden, &attended, &layer.output);
+            let qkv = self.shape.qkv(i, layer, &self.shape.normed(hidden), batch);
+            let attended = self.shape.attention(i, &qkv, None, &batch.spans);
+            self.shape.add_through(hidden, &attended, &layer.output, &[]);
             let [_, k, v] = qkv;
             context.push(match &columns {
                 None => (k, v),
@@ -237,10 +239,14 @@ impl<'a> Streams<'a> {
         sums.solve(&prior, self.rotated.ridge)
     }
 
-    /// From where the decode model's stream is to the projection of the full model's.
+    /// From where the decode model's stream is to the projection of the full model's, as a matrix has to write it.
     fn distance(&self, b: usize) -> Matrix {
         let mut wanted = self.full[b].select_rows(self.rows[b].iter().copied()).times(self.rotated.basis);
         wanted.numbers_mut().iter_mut().zip(self.made[b].numbers()).for_each(|(w, m)| *w -= m);
+        let residual = self.made_shape.residual() as f32;
+        if residual != 1.0 {
+            wanted.numbers_mut().iter_mut().for_each(|w| *w /= residual);
+        }
         wanted
     }
 }

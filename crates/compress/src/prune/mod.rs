@@ -1,4 +1,4 @@
-//! Pruning: from any Llama-family checkpoint to a smaller plain one of the same family.
+//! Pruning: from any checkpoint that is read here to a smaller plain one of the same family.
 //!
 //! - `minitron` cuts channels and neurons by the importance of their activations; what is kept are the original's weights.
 //! - `pca` rotates the residual stream, keeps its first components and fits every matrix again ([`Fit`]).
@@ -8,6 +8,8 @@
 //! The first two also cut KV heads with their queries. The full model is streamed: its weights are read layer by layer, once
 //! for the statistics and once for the fit.
 
+#[cfg(test)]
+mod family_tests;
 mod fit;
 mod kept;
 mod loss;
@@ -118,6 +120,20 @@ impl Prune {
     /// The decode model's shape; refuses what the method cannot cut.
     fn shape(&self, full: &Checkpoint) -> Result<LlamaConfig, CompressError> {
         let Sizes { hidden, intermediate, kv_heads, layers } = self.sizes;
+        let family = full.config().family;
+        let widths_are_cut = !matches!(self.method, Method::Depth(_));
+        if widths_are_cut && family.norms().after_attention.is_some() {
+            return Err(CompressError::Refused(format!(
+                "{family} models have norms after attention and MLP, through which {} cannot see what a width is worth: only the method depth \
+                 prunes them",
+                self.method.name()
+            )));
+        }
+        if family.is_gemma() && hidden != Keep::All {
+            return Err(CompressError::Refused(format!(
+                "{family} models multiply embeddings by the root of the hidden size, so it cannot be cut: cut the MLP (--mlp-ratio) or KV heads"
+            )));
+        }
         let widths = [hidden, intermediate, kv_heads];
         match self.method {
             Method::Depth(_) if widths.iter().any(|w| *w != Keep::All) => {
@@ -126,6 +142,12 @@ impl Prune {
             Method::Depth(_) if layers == Keep::All => Err(CompressError::Refused("depth needs --layers, the number to keep".into())),
             Method::Minitron | Method::Pca { .. } if layers != Keep::All => {
                 Err(CompressError::Refused("only the method depth cuts layers".into()))
+            }
+            Method::Depth(strategy) => {
+                let mut shape = self.sizes.shape(full.config())?;
+                let kept = strategy.kept(full.config().kv.layers, shape.kv.layers).unwrap_or_default();
+                shape.layers = kept.into_iter().map(|layer| full.config().layers[layer]).collect();
+                Ok(shape)
             }
             _ => self.sizes.shape(full.config()),
         }
@@ -141,7 +163,7 @@ impl Prune {
     ) -> Result<Report, CompressError> {
         let mut shape = shape.clone();
         shape.tied_embeddings = full.tied() && !self.rotates(full.config());
-        let mut writer = Writer::create(out, self.format)?;
+        let mut writer = Writer::create(out, self.format, &shape)?;
         let mut provenance = Map::new();
         provenance.insert("full_sha256".into(), overfill_model::pair::weights_sha256(&self.full)?.into());
         provenance.insert("calibration".into(), samples.provenance.clone());
@@ -185,7 +207,7 @@ impl Prune {
         provenance.insert("kv".into(), kv.clone().into());
         provenance.insert("kept".into(), serde_json::to_value(&kept).unwrap_or_default());
         // Measured where it was made, so that the losses are part of what appears.
-        let folder = writer.close(full, &shape)?;
+        let folder = writer.close(full)?;
         let losses = match samples.held_out.as_slice() {
             [] => None,
             held_out => {

@@ -5,7 +5,7 @@ use crate::checkpoint::{Checkpoint, LayerWeights};
 use crate::error::CompressError;
 use crate::matrix::{Matrix, Products};
 use crate::prune::Progress;
-use crate::prune::stream::{Batch, Reads, Shape, activations, add_through, batches};
+use crate::prune::stream::{Batch, Reads, Shape, batches};
 
 /// Importance of all that can be cut. Larger is more important; numbers compare within one list only.
 pub(crate) struct Statistics {
@@ -39,7 +39,7 @@ impl Statistics {
         let (shape, hidden_size, layers) = (Shape::of(config), config.hidden_size, config.kv.layers);
         let (batches, read) = (batches(samples, Reads::Everything), batches(samples, reads));
         let embedding = full.embedding()?;
-        let mut hidden: Vec<Matrix> = batches.iter().map(|b| embed(&embedding, b)).collect();
+        let mut hidden: Vec<Matrix> = batches.iter().map(|b| shape.embed(&embedding, b)).collect();
         drop(embedding);
         let mut channels = BySample::new(samples.len(), hidden_size);
         let mut components = Products::new(hidden_size, hidden_size);
@@ -59,21 +59,21 @@ impl Statistics {
                 channels.add(first, batch, &normed, Some(&input_norm));
                 let seen = normed.select_rows(rows.iter().copied());
                 components.add(&seen, &seen);
-                let qkv = shape.qkv(&layer, &normed, batch);
-                let attended = shape.attention(&qkv, None, &batch.spans);
+                let qkv = shape.qkv(i, &layer, &normed, batch);
+                let attended = shape.attention(i, &qkv, None, &batch.spans);
                 heads(&layer, &shape, &attended.select_rows(rows.iter().copied()), &mut kv_heads);
-                add_through(hidden, &attended, &layer.output);
+                shape.add_through(hidden, &attended, &layer.output, &layer.attended_norm);
 
                 let normed = shape.normed(hidden);
                 channels.add(first, batch, &normed, Some(&mlp_norm));
                 let seen = normed.select_rows(rows.iter().copied());
                 components.add(&seen, &seen);
-                let active = activations(&layer, &normed);
+                let active = shape.activations(&layer, &normed);
                 neurons.add(first, batch, &active, None);
                 for &row in &rows {
                     activity.iter_mut().zip(active.row(row)).for_each(|(sum, a)| *sum += f64::from(a.abs()));
                 }
-                add_through(hidden, &active, &layer.down);
+                shape.add_through(hidden, &active, &layer.down, &layer.down_norm);
                 first += batch.spans.len();
             }
             measured.push(LayerStatistics {
@@ -88,11 +88,6 @@ impl Statistics {
         }
         Ok(Self { channels: channels.l2(), components, layers: measured })
     }
-}
-
-/// The hidden states before the first layer.
-pub(crate) fn embed(embedding: &Matrix, batch: &Batch) -> Matrix {
-    embedding.select_rows(batch.tokens.iter().map(|&t| t as usize))
 }
 
 /// Adds the squares of what each KV head's queries write.

@@ -7,6 +7,8 @@
 use std::ops::Range;
 
 use overfill_model::LlamaConfig;
+use overfill_model::config::Rotation;
+use overfill_model::family::Gate;
 use overfill_model::rope::Frequencies;
 use rayon::prelude::*;
 
@@ -91,7 +93,9 @@ pub(crate) struct Shape {
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
     pub(crate) eps: f32,
-    frequencies: Frequencies,
+    config: LlamaConfig,
+    global: Frequencies,
+    local: Option<Frequencies>,
 }
 
 impl Shape {
@@ -101,12 +105,21 @@ impl Shape {
             kv_heads: config.kv.kv_heads,
             head_dim: config.kv.head_dim,
             eps: config.rms_norm_eps as f32,
-            frequencies: Frequencies::new(&config.rope, config.kv.head_dim),
+            config: config.clone(),
+            global: Frequencies::new(&config.rope),
+            local: config.local_rope.as_ref().map(Frequencies::new),
         }
     }
 
-    /// Queries, keys and values of normed rows; queries and keys are rotated.
-    pub(crate) fn qkv(&self, layer: &LayerWeights, normed: &Matrix, batch: &Batch) -> [Matrix; 3] {
+    /// The hidden states before the first layer.
+    pub(crate) fn embed(&self, embedding: &Matrix, batch: &Batch) -> Matrix {
+        let mut rows = embedding.select_rows(batch.tokens.iter().map(|&t| t as usize));
+        scale(&mut rows, self.config.scalars.embedding);
+        rows
+    }
+
+    /// Queries, keys and values of layer `i`, of rows as it reads them; queries and keys are normed and rotated as it does.
+    pub(crate) fn qkv(&self, i: usize, layer: &LayerWeights, normed: &Matrix, batch: &Batch) -> [Matrix; 3] {
         let mut all = [0, 1, 2].map(|i| {
             let mut rows = normed.through(&layer.qkv[i]);
             let bias = &layer.qkv_bias[i];
@@ -116,8 +129,18 @@ impl Shape {
             }
             rows
         });
+        for (rows, norm) in all.iter_mut().zip(&layer.query_key_norms) {
+            if !norm.is_empty() {
+                rows.numbers_mut().par_chunks_mut(norm.len()).for_each(|part| self.norm_part(part, norm));
+            }
+        }
+        let frequencies = match self.config.layers[i].rotation {
+            Rotation::None => return all,
+            Rotation::Global => &self.global,
+            Rotation::Local => self.local.as_ref().unwrap_or(&self.global),
+        };
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        self.frequencies.at_positions(batch.spans.iter().flat_map(|s| s.start..s.start + s.rows.len()), &mut cos, &mut sin);
+        frequencies.at_positions(batch.spans.iter().flat_map(|s| s.start..s.start + s.rows.len()), &mut cos, &mut sin);
         for rows in &mut all[..2] {
             self.rotate(rows, &cos, &sin);
         }
@@ -125,10 +148,10 @@ impl Shape {
     }
 
     fn rotate(&self, rows: &mut Matrix, cos: &[f32], sin: &[f32]) {
-        let (n, half) = (rows.columns(), self.head_dim / 2);
+        let (n, half) = (rows.columns(), cos.len() / rows.rows().max(1));
         rows.numbers_mut().par_chunks_mut(n).enumerate().for_each(|(i, row)| {
             let (cos, sin) = (&cos[i * half..(i + 1) * half], &sin[i * half..(i + 1) * half]);
-            for head in row.chunks_exact_mut(2 * half) {
+            for head in row.chunks_exact_mut(self.head_dim) {
                 let (low, high) = head.split_at_mut(half);
                 for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
                     (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
@@ -137,8 +160,9 @@ impl Shape {
         });
     }
 
-    /// Causal attention; `context` has the keys and values of the positions before a span's first.
-    pub(crate) fn attention(&self, [q, k, v]: &[Matrix; 3], context: Option<&(Matrix, Matrix)>, spans: &[Span]) -> Matrix {
+    /// Causal attention of layer `i`; `context` has the keys and values of the positions before a span's first.
+    pub(crate) fn attention(&self, i: usize, [q, k, v]: &[Matrix; 3], context: Option<&(Matrix, Matrix)>, spans: &[Span]) -> Matrix {
+        let (window, scalars) = (self.config.layers[i].window.unwrap_or(usize::MAX), &self.config.scalars);
         let (size, group) = (self.head_dim, self.heads / self.kv_heads);
         let parts: Vec<(&Span, usize)> = spans.iter().flat_map(|s| (0..self.kv_heads).map(move |h| (s, h))).collect();
         let done: Vec<Vec<f32>> = parts
@@ -160,16 +184,19 @@ impl Shape {
                     let visible = span.start + tile.end;
                     scores.resize(tile.len() * group * visible, 0.0);
                     let (keys, values) = (&keys[..visible * size], &values[..visible * size]);
-                    let scale = 1.0 / (size as f32).sqrt();
                     multiply_here(
                         ViewMut::new(&mut scores, visible),
                         View::new(&queries, size),
                         View::new(keys, size).transposed(),
-                        scale,
+                        scalars.attention as f32,
                         Onto::Replace,
                     );
                     for (i, row) in scores.chunks_exact_mut(visible).enumerate() {
-                        softmax(row, span.start + first + i / group + 1);
+                        if let Some(cap) = scalars.attention_cap.map(|cap| cap as f32) {
+                            row.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
+                        }
+                        let end = span.start + first + i / group + 1;
+                        softmax(row, end.saturating_sub(window)..end);
                     }
                     multiply_here(ViewMut::new(out, size), View::new(&scores, visible), View::new(values, size), 1.0, Onto::Replace);
                 }
@@ -186,25 +213,87 @@ impl Shape {
         all
     }
 
+    /// Rows of the residual stream as attention and MLP read them, but for the norms' weights, which are folded into matrices.
+    pub(crate) fn read(&self, x: &Matrix) -> Matrix {
+        if self.config.family.norms().before_attention.is_some() { self.normed(x) } else { x.clone() }
+    }
+
     /// Rows divided by their root mean square.
     pub(crate) fn normed(&self, x: &Matrix) -> Matrix {
         let mut normed = x.clone();
         let n = x.columns();
-        normed.numbers_mut().par_chunks_mut(n).for_each(|row| {
-            vectorised(|| {
-                let squares = sum(n, |i| row[i] * row[i]);
-                let scale = (1.0 / (squares / n as f64 + f64::from(self.eps)).sqrt()) as f32;
-                row.iter_mut().for_each(|x| *x *= scale);
+        normed.numbers_mut().par_chunks_mut(n).for_each(|row| self.normalise(row));
+        normed
+    }
+
+    fn normalise(&self, row: &mut [f32]) {
+        vectorised(|| {
+            let squares = sum(row.len(), |i| row[i] * row[i]);
+            let scale = (1.0 / (squares / row.len() as f64 + f64::from(self.eps)).sqrt()) as f32;
+            row.iter_mut().for_each(|x| *x *= scale);
+        });
+    }
+
+    fn norm_part(&self, part: &mut [f32], weights: &[f32]) {
+        self.normalise(part);
+        part.iter_mut().zip(weights).for_each(|(x, w)| *x *= w);
+    }
+
+    /// What the MLP's output reads: the gate, activated, times the input.
+    pub(crate) fn activations(&self, layer: &LayerWeights, normed: &Matrix) -> Matrix {
+        let mut gate = normed.through(&layer.gate);
+        let up = normed.through(&layer.up);
+        let n = gate.columns();
+        let act = self.config.family.gate();
+        gate.numbers_mut().par_chunks_mut(n).zip(up.numbers().par_chunks(n)).for_each(|(gate, up)| {
+            vectorised(|| match act {
+                Gate::Silu => gate.iter_mut().zip(up).for_each(|(g, u)| *g = *g / (1.0 + exp(-*g)) * u),
+                // As the kernels of overfill-kernels compute it: twice the root of 2 / pi.
+                Gate::Gelu => gate.iter_mut().zip(up).for_each(|(g, u)| {
+                    *g = *g / (1.0 + exp(-1.595_769 * (*g + 0.044_715 * *g * *g * *g))) * u;
+                }),
             });
         });
-        normed
+        gate
+    }
+
+    /// Adds `x` through a linear map to the residual stream; `norm` is that of what is added, or empty.
+    pub(crate) fn add_through(&self, hidden: &mut Matrix, x: &Matrix, map: &Matrix, norm: &[f32]) {
+        let mut sum = x.through(map);
+        if !norm.is_empty() {
+            sum.numbers_mut().par_chunks_mut(norm.len()).for_each(|row| self.norm_part(row, norm));
+        }
+        scale(&mut sum, self.config.scalars.residual);
+        hidden.numbers_mut().iter_mut().zip(sum.numbers()).for_each(|(h, s)| *h += s);
+    }
+
+    /// Logits of rows of the residual stream, through the head with the last norm folded in.
+    pub(crate) fn logits(&self, rows: &Matrix, head: &Matrix) -> Matrix {
+        let mut logits = self.normed(rows).through(head);
+        scale(&mut logits, self.config.scalars.logits);
+        if let Some(cap) = self.config.scalars.logits_cap.map(|cap| cap as f32) {
+            logits.numbers_mut().par_chunks_mut(1024).for_each(|part| part.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh()));
+        }
+        logits
+    }
+
+    /// What is added to the residual stream is multiplied by it.
+    pub(crate) fn residual(&self) -> f64 {
+        self.config.scalars.residual
     }
 }
 
-/// The softmax of a row's first `visible` scores; the others become 0.
-fn softmax(row: &mut [f32], visible: usize) {
-    let (row, rest) = row.split_at_mut(visible);
-    rest.fill(0.0);
+fn scale(rows: &mut Matrix, factor: f64) {
+    if factor != 1.0 {
+        rows.numbers_mut().iter_mut().for_each(|x| *x *= factor as f32);
+    }
+}
+
+/// The softmax of a row's scores in `seen`; the others become 0.
+fn softmax(row: &mut [f32], seen: Range<usize>) {
+    row[seen.end..].fill(0.0);
+    row[..seen.start].fill(0.0);
+    let row = &mut row[seen];
     vectorised(|| {
         let most = max(row);
         row.iter_mut().for_each(|s| *s = exp(*s - most));
@@ -213,29 +302,16 @@ fn softmax(row: &mut [f32], visible: usize) {
     });
 }
 
-/// What the MLP's output reads: the gate's SiLU times the input.
-pub(crate) fn activations(layer: &LayerWeights, normed: &Matrix) -> Matrix {
-    let mut gate = normed.through(&layer.gate);
-    let up = normed.through(&layer.up);
-    let n = gate.columns();
-    gate.numbers_mut().par_chunks_mut(n).zip(up.numbers().par_chunks(n)).for_each(|(gate, up)| {
-        vectorised(|| gate.iter_mut().zip(up).for_each(|(g, u)| *g = *g / (1.0 + exp(-*g)) * u));
-    });
-    gate
-}
-
-/// Adds `x` through a linear map to the residual stream.
-pub(crate) fn add_through(hidden: &mut Matrix, x: &Matrix, map: &Matrix) {
-    let sum = x.through(map);
-    hidden.numbers_mut().iter_mut().zip(sum.numbers()).for_each(|(h, s)| *h += s);
-}
-
 impl LayerWeights {
     /// The same layer with its norms inside the matrices that read them.
     pub(crate) fn folded(mut self) -> Self {
-        self.qkv.iter_mut().for_each(|m| m.scale_columns(&self.input_norm));
-        self.gate.scale_columns(&self.mlp_norm);
-        self.up.scale_columns(&self.mlp_norm);
+        if !self.input_norm.is_empty() {
+            self.qkv.iter_mut().for_each(|m| m.scale_columns(&self.input_norm));
+        }
+        if !self.mlp_norm.is_empty() {
+            self.gate.scale_columns(&self.mlp_norm);
+            self.up.scale_columns(&self.mlp_norm);
+        }
         self.input_norm.fill(1.0);
         self.mlp_norm.fill(1.0);
         self

@@ -4,6 +4,7 @@ use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
 
 use crate::cache::{KvCache, KvTensors};
+use crate::config::{LlamaConfig, Scalars};
 use crate::error::ModelError;
 use crate::pass::Chunk;
 
@@ -27,13 +28,14 @@ pub(crate) fn append(cache: &mut KvCache, layer: usize, chunks: &[Chunk<'_>], k:
 }
 
 /// Causal attention of the step's queries `[tokens, heads, head_dim]`, in chunk order; gives `[tokens, heads * head_dim]`.
-pub(crate) fn attend(cache: &KvCache, layer: usize, chunks: &[Chunk<'_>], q: &Tensor) -> Result<Tensor, ModelError> {
+pub(crate) fn attend(cache: &KvCache, layer: usize, chunks: &[Chunk<'_>], q: &Tensor, config: &LlamaConfig) -> Result<Tensor, ModelError> {
+    let window = config.layers[layer].window.unwrap_or(usize::MAX);
     let mut first = 0;
     let mut outs = Vec::with_capacity(chunks.len());
     for chunk in chunks {
         let count = chunk.tokens.len();
         let runs = cache.runs(layer, chunk.blocks, 0, chunk.start + count)?;
-        outs.push(attend_chunk(cache.tensors(layer)?, &runs, chunk.start, &q.narrow(0, first, count)?)?);
+        outs.push(attend_chunk(cache.tensors(layer)?, &runs, chunk.start, &q.narrow(0, first, count)?, &config.scalars, window)?);
         first += count;
     }
     Ok(Tensor::cat(&outs, 0)?)
@@ -41,7 +43,14 @@ pub(crate) fn attend(cache: &KvCache, layer: usize, chunks: &[Chunk<'_>], q: &Te
 
 /// One chunk's attention in candle's operations: the sequence's rows are gathered, the heads of a group are rows of one
 /// product.
-fn attend_chunk(kv: &KvTensors, runs: &[(usize, usize)], start: usize, q: &Tensor) -> Result<Tensor, ModelError> {
+fn attend_chunk(
+    kv: &KvTensors,
+    runs: &[(usize, usize)],
+    start: usize,
+    q: &Tensor,
+    scalars: &Scalars,
+    window: usize,
+) -> Result<Tensor, ModelError> {
     let (tokens, heads, head_dim) = q.dims3()?;
     let gather = |rows: &Tensor| -> Result<Tensor, ModelError> {
         let parts: Vec<Tensor> = runs.iter().map(|&(slot, n)| rows.narrow(0, slot, n)).collect::<Result<_, _>>()?;
@@ -52,16 +61,24 @@ fn attend_chunk(kv: &KvTensors, runs: &[(usize, usize)], start: usize, q: &Tenso
     let group = heads / kv_heads;
     let q = q.reshape((tokens, kv_heads, group, head_dim))?.permute((1, 2, 0, 3))?;
     let q = q.reshape((kv_heads, group * tokens, head_dim))?.contiguous()?;
-    let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * (1.0 / (head_dim as f64).sqrt()))?;
-    let scores = scores.reshape((kv_heads, group, tokens, context))?.broadcast_add(&mask(start, tokens, context, q.device())?)?;
+    let mut scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * scalars.attention)?;
+    if let Some(cap) = scalars.attention_cap {
+        scores = capped(&scores, cap)?;
+    }
+    let scores = scores.reshape((kv_heads, group, tokens, context))?.broadcast_add(&mask(start, tokens, context, window, q.device())?)?;
     let weights = softmax_last_dim(&scores)?.reshape((kv_heads, group * tokens, context))?;
     let out = weights.matmul(&v)?.reshape((kv_heads, group, tokens, head_dim))?;
     Ok(out.permute((2, 0, 1, 3))?.contiguous()?.flatten_from(D::Minus(3))?)
 }
 
+/// `cap * tanh(x / cap)`
+pub(crate) fn capped(x: &Tensor, cap: f64) -> Result<Tensor, ModelError> {
+    Ok(((x / cap)?.tanh()? * cap)?)
+}
+
 /// 0 where a token sees a position, minus infinity where it does not; `[tokens, context]`.
-fn mask(start: usize, tokens: usize, context: usize, device: &Device) -> Result<Tensor, ModelError> {
-    let value = |t: usize, p: usize| if p <= start + t { 0.0 } else { f32::NEG_INFINITY };
+fn mask(start: usize, tokens: usize, context: usize, window: usize, device: &Device) -> Result<Tensor, ModelError> {
+    let value = |t: usize, p: usize| if p <= start + t && start + t - p < window { 0.0 } else { f32::NEG_INFINITY };
     let mask: Vec<f32> = (0..tokens).flat_map(|t| (0..context).map(move |p| value(t, p))).collect();
     Ok(Tensor::from_vec(mask, (tokens, context), device)?)
 }

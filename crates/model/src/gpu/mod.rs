@@ -6,6 +6,7 @@ mod linear;
 use candle_core::{Device, Tensor};
 use candle_nn::ops::{rms_norm, silu};
 use candle_nn::rotary_emb::rope_thd;
+use overfill_kernels::Gate;
 use overfill_types::KvGeometry;
 use overfill_types::pair::WeightFormat;
 
@@ -14,7 +15,7 @@ use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gpu::linear::{Linear, Matrix};
 use crate::pass::{Chunk, Pass};
-use crate::rope::Frequencies;
+use crate::rope::{Rotary, Turns};
 use crate::weights::Weights;
 
 /// A Llama's weights on a device.
@@ -44,35 +45,51 @@ impl GpuLlama {
     pub(crate) fn forward(
         &self,
         config: &LlamaConfig,
-        frequencies: &Frequencies,
+        rotary: &Rotary,
         Pass { chunks, rows }: Pass<'_>,
         cache: &mut KvCache,
         on_layer: &mut dyn FnMut(usize, &KvCache) -> Result<(), ModelError>,
     ) -> Result<Vec<f32>, ModelError> {
         let tokens: Vec<u32> = chunks.iter().flat_map(|c| c.tokens.iter().copied()).collect();
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        frequencies.at(chunks, &mut cos, &mut sin);
-        let shape = (tokens.len(), config.kv.head_dim / 2);
-        let (cos, sin) = (Tensor::from_vec(cos, shape, &self.device)?, Tensor::from_vec(sin, shape, &self.device)?);
-        let mut x = self.embedding.rows(&tokens, &self.device)?;
+        let mut turns = Turns::default();
+        rotary.at(chunks, &mut turns);
+        let mut x = (self.embedding.rows(&tokens, &self.device)? * config.scalars.embedding)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            let step = Step { config, layer: i, chunks, cos: &cos, sin: &sin };
-            let attended = layer.attention(&layer.input_norm.forward(&x)?, &step, cache, on_layer)?;
-            x = (x + attended)?;
-            x = (&x + layer.mlp(&layer.mlp_norm.forward(&x)?)?)?;
+            let turn = match turns.of(config.layers[i].rotation) {
+                Some(turn) => {
+                    let tensor = |values: &[f32]| Tensor::from_slice(values, (tokens.len(), values.len() / tokens.len()), &self.device);
+                    Some([tensor(&turn.cos)?, tensor(&turn.sin)?])
+                }
+                None => None,
+            };
+            let step = Step { config, layer: i, chunks, turn };
+            let attended = layer.attention(&normed(layer.attention_norm.as_ref(), &x)?, &step, cache, on_layer)?;
+            x = (x + (normed(layer.attended_norm.as_ref(), &attended)? * config.scalars.residual)?)?;
+            let made = layer.mlp(&normed(layer.mlp_norm.as_ref(), &x)?, config.family.gate())?;
+            x = (x + (normed(layer.down_norm.as_ref(), &made)? * config.scalars.residual)?)?;
         }
-        self.logits(&x, rows)
+        let mut logits =
+            (self.logits(&x, rows)?.unwrap_or(Tensor::zeros(0, candle_core::DType::F32, &self.device)?) * config.scalars.logits)?;
+        if let Some(cap) = config.scalars.logits_cap {
+            logits = attention::capped(&logits, cap)?;
+        }
+        Ok(logits.flatten_all()?.to_vec1()?)
     }
 
-    fn logits(&self, x: &Tensor, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
+    /// `[rows, vocab]`, before factor and cap; `None` where none are wanted.
+    fn logits(&self, x: &Tensor, rows: &[usize]) -> Result<Option<Tensor>, ModelError> {
         if rows.is_empty() {
-            return Ok(Vec::new());
+            return Ok(None);
         }
         let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
         let rows = Tensor::from_slice(&rows, rows.len(), &self.device)?;
         let x = self.norm.forward(&x.index_select(&rows, 0)?)?;
-        Ok(self.head.multiply(&x)?.flatten_all()?.to_vec1()?)
+        Ok(Some(self.head.multiply(&x)?))
     }
+}
+
+fn normed(norm: Option<&Norm>, x: &Tensor) -> Result<Tensor, ModelError> {
+    norm.map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
 }
 
 /// What the layers of one forward pass share.
@@ -80,17 +97,20 @@ struct Step<'a> {
     config: &'a LlamaConfig,
     layer: usize,
     chunks: &'a [Chunk<'a>],
-    cos: &'a Tensor,
-    sin: &'a Tensor,
+    /// Cosines and sines, each `[tokens, turned / 2]`; `None` where nothing turns.
+    turn: Option<[Tensor; 2]>,
 }
 
 struct Layer {
-    input_norm: Norm,
+    attention_norm: Option<Norm>,
+    query_key_norms: Option<[Norm; 2]>,
+    attended_norm: Option<Norm>,
+    down_norm: Option<Norm>,
     q: Linear,
     k: Linear,
     v: Linear,
     o: Linear,
-    mlp_norm: Norm,
+    mlp_norm: Option<Norm>,
     gate: Linear,
     up: Linear,
     down: Linear,
@@ -100,13 +120,22 @@ impl Layer {
     fn load(weights: &Weights, config: &LlamaConfig, layer: usize, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
         let linear = |name: &str| Linear::load(weights, &format!("model.layers.{layer}.{name}"), format, device);
         let norm = |name: &str| Norm::load(weights, &format!("model.layers.{layer}.{name}.weight"), config, device);
+        let maybe = |name: Option<&str>| name.map(norm).transpose();
+        let norms = config.family.norms();
+        let query_key_norms = match config.family.query_key_norm() {
+            Some(_) => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
+            None => None,
+        };
         Ok(Self {
-            input_norm: norm("input_layernorm")?,
+            attention_norm: maybe(norms.before_attention)?,
+            query_key_norms,
+            attended_norm: maybe(norms.after_attention)?,
+            down_norm: maybe(norms.after_mlp)?,
             q: linear("self_attn.q_proj")?,
             k: linear("self_attn.k_proj")?,
             v: linear("self_attn.v_proj")?,
             o: linear("self_attn.o_proj")?,
-            mlp_norm: norm("post_attention_layernorm")?,
+            mlp_norm: maybe(norms.before_mlp)?,
             gate: linear("mlp.gate_proj")?,
             up: linear("mlp.up_proj")?,
             down: linear("mlp.down_proj")?,
@@ -123,19 +152,33 @@ impl Layer {
     ) -> Result<Tensor, ModelError> {
         let KvGeometry { kv_heads, head_dim, .. } = step.config.kv;
         let (tokens, _) = x.dims2()?;
-        let rotate = |y: Tensor, heads: usize| -> Result<Tensor, ModelError> {
-            Ok(rope_thd(&y.reshape((1, tokens, heads, head_dim))?, step.cos, step.sin)?.squeeze(0)?)
+        let ready = |y: Tensor, heads: usize, norm: Option<&Norm>| -> Result<Tensor, ModelError> {
+            let y = match norm {
+                // Over each head, or over all of them, as long as its weights are.
+                Some(norm) => norm.forward(&y.reshape((tokens, (), norm.weight.elem_count()))?)?,
+                None => y,
+            };
+            let y = y.reshape((1, tokens, heads, head_dim))?;
+            let Some([cos, sin]) = &step.turn else { return Ok(y.squeeze(0)?) };
+            let turned = 2 * cos.dim(1)?;
+            let rotated = rope_thd(&y.narrow(3, 0, turned)?.contiguous()?, cos, sin)?;
+            Ok(Tensor::cat(&[rotated, y.narrow(3, turned, head_dim - turned)?], 3)?.squeeze(0)?)
         };
-        let q = rotate(self.q.forward(x)?, step.config.heads)?;
-        let k = rotate(self.k.forward(x)?, kv_heads)?;
+        let [query_norm, key_norm] = self.query_key_norms.as_ref().map_or([None, None], |norms| norms.each_ref().map(Some));
+        let q = ready(self.q.forward(x)?, step.config.heads, query_norm)?;
+        let k = ready(self.k.forward(x)?, kv_heads, key_norm)?;
         let v = self.v.forward(x)?.reshape((tokens, kv_heads, head_dim))?;
         attention::append(cache, step.layer, step.chunks, &k, &v)?;
         on_layer(step.layer, cache)?;
-        self.o.forward(&attention::attend(cache, step.layer, step.chunks, &q)?)
+        self.o.forward(&attention::attend(cache, step.layer, step.chunks, &q, step.config)?)
     }
 
-    fn mlp(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        let gate = silu(&self.gate.forward(x)?)?;
+    fn mlp(&self, x: &Tensor, act: Gate) -> Result<Tensor, ModelError> {
+        let gate = self.gate.forward(x)?;
+        let gate = match act {
+            Gate::Silu => silu(&gate)?,
+            Gate::Gelu => gate.gelu()?,
+        };
         self.down.forward(&(gate * self.up.forward(x)?)?)
     }
 }

@@ -97,7 +97,7 @@ impl Scratch {
     }
 
     /// Puts the probabilities of a tile's rows into `scores`, given queries and keys: `exp(score - shift)`, where `shift`
-    /// is the row's. Columns that a row does not see are 0. `shift(row, visible scores)` is called before the exponential.
+    /// is the row's. Columns that a row does not see are 0. `shift(row, seen scores)` is called before the exponential.
     fn probabilities(&mut self, shape: &LayerShape, before: usize, tile: &Tile, mut shift: impl FnMut(usize, &[f32]) -> f32) {
         let (d, columns) = (shape.head_dim, before + tile.end);
         let rows = tile.rows(shape);
@@ -106,10 +106,15 @@ impl Scratch {
         multiply_here(ViewMut::new(&mut self.scores, columns), q, k.transposed(), shape.scale(), Onto::Replace);
         let group = shape.group();
         for (r, row) in self.scores.chunks_exact_mut(columns).enumerate() {
-            let visible = before + tile.start + r / group + 1;
-            let shift = shift(r, &row[..visible]);
-            vectorised(|| row[..visible].iter_mut().for_each(|s| *s = exp(*s - shift)));
-            row[visible..].fill(0.0);
+            let seen = shape.seen(before + tile.start + r / group + 1);
+            row[..seen.start].fill(0.0);
+            row[seen.end..].fill(0.0);
+            let row = &mut row[seen];
+            if let Some(cap) = shape.scalars.attention_cap.map(|cap| cap as f32) {
+                row.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
+            }
+            let shift = shift(r, row);
+            vectorised(|| row.iter_mut().for_each(|s| *s = exp(*s - shift)));
         }
     }
 }
@@ -140,7 +145,7 @@ impl Tile {
     }
 }
 
-/// `attended = softmax(q kᵀ / sqrt(head_dim)) v` of every row of `qkv`, `[rows, q + 2 kv]`, rotated.
+/// `attended = softmax(scale q kᵀ) v` of every row of `qkv`, `[rows, q + 2 kv]`, rotated.
 /// `logs` gets the logarithm of the softmax's sum for every row and head, task by task.
 pub(super) fn attend(
     shape: &LayerShape,
@@ -299,6 +304,12 @@ fn backward(shape: &LayerShape, task: &Task, saved: &Attended<'_>, logs: &[f32],
                 let shared = dot(out, &dout[r * d..(r + 1) * d]);
                 ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - shared));
             });
+            if let Some(cap) = shape.scalars.attention_cap.map(|cap| cap as f32) {
+                // A capped score is the logarithm of its probability and the row's shift.
+                let log = logs[tile.start * group + r];
+                let slope = |p: f32| 1.0 - ((p.ln() + log) / cap).powi(2);
+                ds.iter_mut().zip(p).filter(|(_, p)| **p > 0.0).for_each(|(ds, p)| *ds *= slope(*p));
+            }
         }
         let dscores_all = View::new(dscores, columns);
         let dq = &mut dq[tile.start * group * d..tile.end * group * d];

@@ -1,5 +1,6 @@
 //! What a forward pass reads: sequences, packed as rows of one matrix.
 
+use overfill_model::config::Rotation;
 use overfill_model::rope::Frequencies;
 
 /// One layer's keys (after the rotary embedding) and values of a run of tokens, each `[tokens, kv_heads * head_dim]`.
@@ -44,10 +45,10 @@ pub struct Sequence<'a> {
 pub struct Packed {
     pub(super) spans: Vec<Span>,
     pub(super) rows: usize,
-    /// `[rows, head_dim / 2]`
-    pub(super) cos: Vec<f32>,
-    /// `[rows, head_dim / 2]`
-    pub(super) sin: Vec<f32>,
+    /// Cosines and sines, each `[rows, turned / 2]`.
+    global: (Vec<f32>, Vec<f32>),
+    /// Likewise, of layers that turn otherwise.
+    local: (Vec<f32>, Vec<f32>),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -61,17 +62,30 @@ pub(super) struct Span {
 }
 
 impl Packed {
-    /// Lays `sequences` one after the other.
-    pub fn new(sequences: &[Sequence<'_>], frequencies: &Frequencies) -> Self {
+    /// Lays `sequences` one after the other; `local` are the frequencies of layers that turn otherwise, if there are any.
+    pub fn new(sequences: &[Sequence<'_>], global: &Frequencies, local: Option<&Frequencies>) -> Self {
         let mut packed = Self::default();
         for sequence in sequences {
             let context = sequence.context.map_or(0, |c| c.tokens);
             packed.spans.push(Span { first: packed.rows, tokens: sequence.tokens.len(), context });
             packed.rows += sequence.tokens.len();
         }
-        let positions = packed.spans.iter().flat_map(|s| s.context..s.context + s.tokens);
-        frequencies.at_positions(positions, &mut packed.cos, &mut packed.sin);
+        let positions = || packed.spans.iter().flat_map(|s| s.context..s.context + s.tokens);
+        global.at_positions(positions(), &mut packed.global.0, &mut packed.global.1);
+        if let Some(local) = local {
+            local.at_positions(positions(), &mut packed.local.0, &mut packed.local.1);
+        }
         packed
+    }
+
+    /// Cosines and sines of a layer, each `[rows, turned / 2]`; `None` where nothing turns.
+    pub(super) fn turn(&self, rotation: Rotation) -> Option<(&[f32], &[f32])> {
+        let (cos, sin) = match rotation {
+            Rotation::Global => &self.global,
+            Rotation::Local => &self.local,
+            Rotation::None => return None,
+        };
+        Some((cos, sin))
     }
 
     /// Rows in all.

@@ -74,6 +74,35 @@ impl RowLoss {
     }
 }
 
+/// How the head's products become logits: `cap * tanh(factor * x / cap)`, or `factor * x` without a cap.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LogitMap {
+    pub(super) factor: f32,
+    pub(super) cap: Option<f32>,
+}
+
+impl LogitMap {
+    /// Of all products, in place.
+    pub(super) fn apply(self, products: &mut [f32]) {
+        if self.factor != 1.0 {
+            products.par_chunks_mut(4096).for_each(|part| part.iter_mut().for_each(|x| *x *= self.factor));
+        }
+        if let Some(cap) = self.cap {
+            products.par_chunks_mut(4096).for_each(|part| part.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh()));
+        }
+    }
+
+    /// From the gradient of `logits` to that of the products, in place.
+    fn backward(self, logits: &[f32], gradient: &mut [f32]) {
+        if let Some(cap) = self.cap {
+            gradient.iter_mut().zip(logits).for_each(|(d, y)| *d *= 1.0 - (y / cap).powi(2));
+        }
+        if self.factor != 1.0 {
+            gradient.iter_mut().for_each(|d| *d *= self.factor);
+        }
+    }
+}
+
 /// The head's part of backward.
 pub(super) struct HeadGradients<'a> {
     /// Of the head's weight, `[vocab, hidden]`.
@@ -87,8 +116,10 @@ pub(super) struct HeadGradients<'a> {
 }
 
 /// Loss of each target; `normed` has a row for each of them.
+#[allow(clippy::too_many_arguments, reason = "what is read, what is wanted of it, and two buffers")]
 pub(super) fn head_loss(
     head: &[f32],
+    map: LogitMap,
     normed: &[f32],
     targets: &[Target<'_>],
     mix: Mix,
@@ -105,8 +136,11 @@ pub(super) fn head_loss(
         let part = i * rows * hidden..(i * rows + targets.len()) * hidden;
         logits.resize(targets.len() * vocab, 0.0);
         products.linear(logits, &normed[part.clone()], head, hidden, Onto::Replace);
+        map.apply(logits);
+        let before = if map.cap.is_some() && gradients.is_some() { logits.clone() } else { Vec::new() };
         losses.par_extend(logits.par_chunks_exact_mut(vocab).zip(targets).map(|(logits, target)| row_loss(logits, target, mix, scale)));
         if let Some(gradients) = &mut gradients {
+            map.backward(&before, logits);
             let onto = if i == 0 { gradients.onto } else { Onto::Add };
             products.linear_weight(gradients.head, logits, &normed[part.clone()], hidden, onto);
             products.linear_input(&mut gradients.normed[part], logits, head, hidden, Onto::Replace);

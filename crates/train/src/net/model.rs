@@ -7,7 +7,7 @@ use overfill_model::rope::Frequencies;
 use super::batch::{KvRows, Packed, Sequence};
 use super::divergence::Divergence;
 use super::layer::{LayerBuffers, LayerGradients, LayerWeights, Saved};
-use super::loss::{HeadGradients, Mix, RowLoss, Target, head_loss};
+use super::loss::{HeadGradients, LogitMap, Mix, RowLoss, Target, head_loss};
 use super::parameters::Shape;
 use super::projection::{project, project_backward};
 use super::rows::{rms_norm, rms_norm_backward};
@@ -17,7 +17,8 @@ use super::states::{StateGradients, state_loss};
 pub struct Net {
     /// What it is made of.
     pub shape: Shape,
-    frequencies: Frequencies,
+    global: Frequencies,
+    local: Option<Frequencies>,
 }
 
 /// What a forward pass leaves behind, and buffers that are kept from batch to batch.
@@ -59,7 +60,7 @@ struct HeadBuffers {
 impl Net {
     /// Of this shape; the rotary embedding is the configuration's.
     pub fn new(shape: Shape, config: &LlamaConfig) -> Self {
-        Self { shape, frequencies: Frequencies::new(&config.rope, config.kv.head_dim) }
+        Self { shape, global: Frequencies::new(&config.rope), local: config.local_rope.as_ref().map(Frequencies::new) }
     }
 
     /// Forward, keeping what backward needs: the residual stream in `state.x`, everything else in `state.saved`.
@@ -88,11 +89,15 @@ impl Net {
     ) {
         let shape = &self.shape;
         let hidden = shape.layer.hidden;
-        state.packed = Packed::new(sequences, &self.frequencies);
+        state.packed = Packed::new(sequences, &self.global, self.local.as_ref());
         let embedding = &parameters[shape.embedding_range()];
         state.x.clear();
         for token in sequences.iter().flat_map(|s| s.tokens) {
             state.x.extend_from_slice(&embedding[*token as usize * hidden..][..hidden]);
+        }
+        let factor = shape.layer.scalars.embedding as f32;
+        if factor != 1.0 {
+            state.x.iter_mut().for_each(|x| *x *= factor);
         }
         let kept = if keep { shape.layers } else { 1 };
         state.saved.resize_with(kept, Saved::default);
@@ -105,7 +110,7 @@ impl Net {
             }
             let contexts = self.contexts(sequences, layer, &state.projected[at]);
             let weights = LayerWeights::of(&shape.layer, &parameters[shape.layer_range(layer)]);
-            state.layer.forward(&shape.layer, &weights, &state.packed, &contexts, &mut state.x, &mut state.saved[at]);
+            state.layer.forward(&shape.layer(layer), &weights, &state.packed, &contexts, &mut state.x, &mut state.saved[at]);
             on_layer(layer, &state.saved[at], &state.x);
         }
     }
@@ -122,7 +127,8 @@ impl Net {
     pub fn loss(&self, parameters: &[f32], targets: &[Target<'_>], divergence: Divergence, state: &mut State) -> Vec<RowLoss> {
         self.select(parameters, targets, state);
         let (head, mix) = (&parameters[self.shape.head_range()], Mix { ce: 1.0, distill: 1.0, divergence, states: 1.0 });
-        let mut losses = head_loss(head, &state.head.normed, targets, mix, None, &mut state.head.logits, &mut state.layer.products);
+        let mut losses =
+            head_loss(head, self.logit_map(), &state.head.normed, targets, mix, None, &mut state.head.logits, &mut state.layer.products);
         if self.shape.taught.is_some() {
             let map = &parameters[self.shape.state_map_range()];
             state_loss(map, &state.head.normed, targets, &mut losses, &mut state.head.mapped, None, &mut state.layer.products);
@@ -137,7 +143,13 @@ impl Net {
         let mut logits = vec![0.0; rows.len() * self.shape.vocab];
         let head = &parameters[self.shape.head_range()];
         state.layer.products.linear(&mut logits, &state.head.normed, head, self.shape.layer.hidden, Onto::Replace);
+        self.logit_map().apply(&mut logits);
         logits
+    }
+
+    fn logit_map(&self) -> LogitMap {
+        let scalars = &self.shape.layer.scalars;
+        LogitMap { factor: scalars.logits as f32, cap: scalars.logits_cap.map(|cap| cap as f32) }
     }
 
     /// The targets' rows of the residual stream, normed.
@@ -183,6 +195,7 @@ impl Net {
         let into = HeadGradients { head: &mut gradients[shape.head_range()], normed: &mut head.dnormed, onto, scale: objective.scale };
         let mut losses = head_loss(
             &parameters[shape.head_range()],
+            self.logit_map(),
             &head.normed,
             targets,
             objective.mix,
@@ -224,16 +237,17 @@ impl Net {
                 state.dprojected.resize(sequences.len(), KvRows::default());
                 state.dprojected.as_mut_slice()
             });
-            state.layer.backward(&shape.layer, &weights, &state.packed, &contexts, saved, &mut state.dx, into, dcontexts, onto);
+            state.layer.backward(&shape.layer(layer), &weights, &state.packed, &contexts, saved, &mut state.dx, into, dcontexts, onto);
             if shape.projected.is_some() {
                 let into = &mut gradients[shape.projection_range(layer)];
                 project_backward(sequences, layer, &state.dprojected, shape.layer.kv_row(), into, &mut state.layer.products);
             }
         }
 
+        let factor = shape.layer.scalars.embedding as f32;
         let dembedding = &mut gradients[shape.embedding_range()];
         for (token, row) in sequences.iter().flat_map(|s| s.tokens).zip(state.dx.chunks_exact(hidden)) {
-            dembedding[*token as usize * hidden..][..hidden].iter_mut().zip(row).for_each(|(d, x)| *d += x);
+            dembedding[*token as usize * hidden..][..hidden].iter_mut().zip(row).for_each(|(d, x)| *d += factor * x);
         }
         losses
     }
@@ -243,7 +257,8 @@ impl Net {
         let shape = &self.shape;
         for layer in 0..shape.layers {
             let of = LayerGradients::of(&shape.layer, &mut gradients[shape.layer_range(layer)]);
-            [of.input_norm, of.mlp_norm, of.qkv_bias].into_iter().for_each(|v| v.fill(0.0));
+            let norms = [of.input_norm, of.query_norm, of.key_norm, of.attended_norm, of.mlp_norm, of.down_norm];
+            norms.into_iter().chain([of.qkv_bias]).for_each(|v| v.fill(0.0));
             gradients[shape.projection_range(layer)].fill(0.0);
         }
         gradients[shape.norm_range()].fill(0.0);

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::path::Path;
 
+use overfill_model::config::LayerAttention;
 use overfill_model::{LlamaConfig, ModelError, Weights};
 
 use super::layer_shape::LayerShape;
@@ -19,6 +20,8 @@ pub struct Shape {
     pub layers: usize,
     /// Sizes of each layer.
     pub layer: LayerShape,
+    /// What each layer sees, and how it turns queries and keys.
+    pub sees: Vec<LayerAttention>,
     /// Whether the output head is the embedding.
     pub tied: bool,
     /// Values of the full model's key rows, where a trainable projection maps them to this model's.
@@ -77,10 +80,16 @@ impl Shape {
             vocab: config.vocab_size,
             layers: config.kv.layers,
             layer: LayerShape::of(config, biases),
+            sees: config.layers.clone(),
             tied,
             projected: None,
             taught: None,
         }
+    }
+
+    /// What a layer is like.
+    pub(super) fn layer(&self, layer: usize) -> LayerShape {
+        LayerShape { sees: self.sees[layer], ..self.layer }
     }
 
     /// Every parameter, in their order in memory, without gaps.

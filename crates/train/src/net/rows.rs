@@ -1,6 +1,7 @@
 //! What is done row by row between products: RMS norm, rotary embedding, gated activation; forward and backward.
 
 use overfill_compress::vector::{dot, exp, sum, vectorised};
+use overfill_model::family::Gate;
 use rayon::prelude::*;
 
 /// Rows that one task takes; sums over rows are made of sums over this many, so their order is fixed.
@@ -56,15 +57,15 @@ pub(super) fn rms_norm_backward(dy: &[f32], x: &[f32], weight: &[f32], inverse: 
     }
 }
 
-/// Rotates the first `heads` heads of each row of `x`, which are `stride` numbers apart, by the angle of its position:
-/// first half of a head against the second. `back` rotates the other way, which is also the gradient's way.
-pub(super) fn rotate(x: &mut [f32], stride: usize, heads: usize, cos: &[f32], sin: &[f32], back: bool) {
+/// Rotates the first `heads` heads of each row of `x`, which are `stride` numbers apart, by the angle of its position: of the part of a
+/// head that turns, first half against the second. `back` rotates the other way, which is also the gradient's way.
+pub(super) fn rotate(x: &mut [f32], stride: usize, heads: usize, head_dim: usize, cos: &[f32], sin: &[f32], back: bool) {
     let half = cos.len() / (x.len() / stride).max(1);
     let rows = x.par_chunks_mut(ROWS * stride).zip(cos.par_chunks(ROWS * half)).zip(sin.par_chunks(ROWS * half));
     rows.for_each(|((x, cos), sin)| {
         vectorised(|| {
             for ((row, cos), sin) in x.chunks_exact_mut(stride).zip(cos.chunks_exact(half)).zip(sin.chunks_exact(half)) {
-                for head in row[..heads * 2 * half].chunks_exact_mut(2 * half) {
+                for head in row[..heads * head_dim].chunks_exact_mut(head_dim) {
                     let (a, b) = head.split_at_mut(half);
                     for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
                         let s = if back { -*s } else { *s };
@@ -76,36 +77,61 @@ pub(super) fn rotate(x: &mut [f32], stride: usize, heads: usize, cos: &[f32], si
     });
 }
 
-/// `y = silu(gate) * up`; a row of `gate_up` is `[gate, up]`, each `width` long.
-pub(super) fn swiglu(gate_up: &[f32], width: usize, y: &mut Vec<f32>) {
+/// Twice the root of 2 / pi, of GELU's approximation.
+const TWO_ROOTS: f32 = 1.595_769;
+const CUBE: f32 = 0.044_715;
+
+/// What a gate `g` goes through, and its slope.
+#[inline(always)]
+fn act(gate: Gate, g: f32) -> (f32, f32) {
+    let (inner, slope) = match gate {
+        Gate::Silu => (g, 1.0),
+        Gate::Gelu => (TWO_ROOTS * (g + CUBE * g * g * g), TWO_ROOTS * (1.0 + 3.0 * CUBE * g * g)),
+    };
+    let sigmoid = 1.0 / (1.0 + exp(-inner));
+    (g * sigmoid, sigmoid + g * sigmoid * (1.0 - sigmoid) * slope)
+}
+
+/// `y = act(gate) * up`; a row of `gate_up` is `[gate, up]`, each `width` long.
+pub(super) fn gated(gate: Gate, gate_up: &[f32], width: usize, y: &mut Vec<f32>) {
     y.resize(gate_up.len() / 2, 0.0);
     gate_up.par_chunks(ROWS * 2 * width).zip(y.par_chunks_mut(ROWS * width)).for_each(|(gate_up, y)| {
-        vectorised(|| {
-            for (row, y) in gate_up.chunks_exact(2 * width).zip(y.chunks_exact_mut(width)) {
-                let (gate, up) = row.split_at(width);
-                for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
-                    *y = g / (1.0 + exp(-g)) * u;
-                }
-            }
+        vectorised(|| match gate {
+            Gate::Silu => forward_rows(Gate::Silu, gate_up, width, y),
+            Gate::Gelu => forward_rows(Gate::Gelu, gate_up, width, y),
         });
     });
 }
 
 /// The gradient of `[gate, up]` from that of the activation, put in place of `gate_up`.
-pub(super) fn swiglu_backward(gate_up: &mut [f32], width: usize, dy: &[f32]) {
+pub(super) fn gated_backward(gate: Gate, gate_up: &mut [f32], width: usize, dy: &[f32]) {
     gate_up.par_chunks_mut(ROWS * 2 * width).zip(dy.par_chunks(ROWS * width)).for_each(|(gate_up, dy)| {
-        vectorised(|| {
-            for (row, dy) in gate_up.chunks_exact_mut(2 * width).zip(dy.chunks_exact(width)) {
-                let (gate, up) = row.split_at_mut(width);
-                for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
-                    let sigmoid = 1.0 / (1.0 + exp(-*g));
-                    let silu = *g * sigmoid;
-                    let slope = sigmoid + silu * (1.0 - sigmoid);
-                    (*g, *u) = (dy * *u * slope, dy * silu);
-                }
-            }
+        vectorised(|| match gate {
+            Gate::Silu => backward_rows(Gate::Silu, gate_up, width, dy),
+            Gate::Gelu => backward_rows(Gate::Gelu, gate_up, width, dy),
         });
     });
+}
+
+#[inline(always)]
+fn forward_rows(act_of: Gate, gate_up: &[f32], width: usize, y: &mut [f32]) {
+    for (row, y) in gate_up.chunks_exact(2 * width).zip(y.chunks_exact_mut(width)) {
+        let (gate, up) = row.split_at(width);
+        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+            *y = act(act_of, *g).0 * u;
+        }
+    }
+}
+
+#[inline(always)]
+fn backward_rows(act_of: Gate, gate_up: &mut [f32], width: usize, dy: &[f32]) {
+    for (row, dy) in gate_up.chunks_exact_mut(2 * width).zip(dy.chunks_exact(width)) {
+        let (gate, up) = row.split_at_mut(width);
+        for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
+            let (acted, slope) = act(act_of, *g);
+            (*g, *u) = (dy * *u * slope, dy * acted);
+        }
+    }
 }
 
 /// Adds `bias` to every row of `x`.

@@ -1,8 +1,11 @@
 //! Gradients against finite differences, and what a network's output must not depend on.
 
+#[path = "../../../../tests/reference/families.rs"]
+mod families;
+
 use overfill_compress::product::Precision;
-use overfill_model::LlamaConfig;
-use overfill_model::config::{Rope, RopeScaling};
+use overfill_model::config::{LayerAttention, Rope, Rotation, Scalars};
+use overfill_model::{Family, LlamaConfig, Weights};
 use overfill_types::KvGeometry;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -11,9 +14,10 @@ use super::*;
 
 const VOCAB: usize = 37;
 
-fn config() -> LlamaConfig {
-    LlamaConfig {
-        architecture: "qwen2".into(),
+/// A model of a family, with what sets it apart in more than one layer.
+fn config(family: Family) -> LlamaConfig {
+    let mut config = LlamaConfig {
+        family,
         // Not the width of all heads together.
         hidden_size: 20,
         intermediate_size: 14,
@@ -21,11 +25,31 @@ fn config() -> LlamaConfig {
         heads: 6,
         kv: KvGeometry { layers: 3, kv_heads: 2, head_dim: 8 },
         rms_norm_eps: 1e-5,
-        rope: Rope { theta: 100.0, scaling: RopeScaling::None },
+        rope: Rope::plain(100.0, 8),
+        local_rope: None,
+        layers: vec![LayerAttention::default(); 3],
+        scalars: Scalars::plain(8),
         max_context: 64,
         tied_embeddings: true,
         eos_token_ids: Vec::new(),
+    };
+    match family {
+        Family::Qwen3 => config.layers[1].window = Some(3),
+        Family::SmolLm3 => config.layers[1].rotation = Rotation::None,
+        Family::Granite => config.scalars = Scalars { embedding: 1.6, residual: 0.4, attention: 0.5, logits: 0.7, ..config.scalars },
+        Family::Gemma => config.scalars.embedding = 1.6,
+        Family::Gemma2 => {
+            config.scalars = Scalars { embedding: 1.6, attention_cap: Some(1.5), logits_cap: Some(2.0), ..config.scalars };
+            config.layers[0].window = Some(4);
+        }
+        Family::Gemma3 => {
+            config.local_rope = Some(Rope::plain(7.0, 8));
+            config.layers[2] = LayerAttention { window: Some(4), rotation: Rotation::Local };
+        }
+        Family::Phi3 => config.rope.turned = 6,
+        _ => {}
     }
+    config
 }
 
 fn random(n: usize, size: f32, seed: u64) -> Vec<f32> {
@@ -35,13 +59,16 @@ fn random(n: usize, size: f32, seed: u64) -> Vec<f32> {
 
 /// A network of either kind with random parameters; norms' weights near 1.
 fn network(tied: bool, biases: bool, projected: Option<usize>, taught: Option<usize>) -> (Net, Vec<f32>) {
-    let config = config();
-    let shape = Shape { projected, taught, ..Shape::new(&config, biases, tied) };
+    network_of(&config(Family::Qwen2), tied, biases, projected, taught)
+}
+
+fn network_of(config: &LlamaConfig, tied: bool, biases: bool, projected: Option<usize>, taught: Option<usize>) -> (Net, Vec<f32>) {
+    let shape = Shape { projected, taught, ..Shape::new(config, biases, tied) };
     let mut parameters = random(shape.len(), 0.6, 1);
     for entry in shape.entries().iter().filter(|e| e.name.ends_with("norm.weight")) {
         parameters[entry.range.clone()].iter_mut().for_each(|w| *w += 1.0);
     }
-    (Net::new(shape, &config), parameters)
+    (Net::new(shape, config), parameters)
 }
 
 fn context(tokens: usize, row: usize, seed: u64) -> Context {
@@ -80,15 +107,23 @@ fn total(rows: &[RowLoss], objective: Objective) -> f64 {
 #[test]
 fn gradients_are_slopes() {
     let kinds = [
-        (true, false, None, None),
-        (false, true, None, Some(7)),
-        (false, false, Some(10), None),
-        (true, true, Some(16), Some(7)),
-        (true, false, None, None),
+        (Family::Qwen2, true, false, None, None),
+        (Family::Qwen2, false, true, None, Some(7)),
+        (Family::Qwen2, false, false, Some(10), None),
+        (Family::Qwen2, true, true, Some(16), Some(7)),
+        (Family::Qwen2, true, false, None, None),
+        (Family::Qwen3, true, true, None, None),
+        (Family::SmolLm3, true, false, None, None),
+        (Family::Granite, true, false, None, Some(7)),
+        (Family::Gemma, true, false, None, None),
+        (Family::Gemma2, false, false, Some(10), None),
+        (Family::Gemma3, true, false, None, None),
+        (Family::Phi3, false, false, None, None),
+        (Family::Olmo2, false, false, None, None),
     ];
-    for ((tied, biases, projected, taught), divergence) in kinds.into_iter().zip(divergence::EACH) {
+    for ((family, tied, biases, projected, taught), divergence) in kinds.into_iter().zip(divergence::EACH.into_iter().cycle()) {
         let objective = Objective { mix: Mix { divergence, ..OBJECTIVE.mix }, ..OBJECTIVE };
-        let (net, parameters) = network(tied, biases, projected, taught);
+        let (net, parameters) = network_of(&config(family), tied, biases, projected, taught);
         let row = projected.unwrap_or(16);
         let contexts = [context(6, row, 100), context(11, row, 200)];
         let sequences = [
@@ -127,7 +162,7 @@ fn gradients_are_slopes() {
                 let error = (slope - expected).abs();
                 assert!(
                     error < 1e-3 + 0.01 * length,
-                    "{} direction {direction}: slope {slope}, backward says {expected} of {length} (tied {tied}, biases {biases}, projected {projected:?}, taught {taught:?}, {divergence:?})",
+                    "{} direction {direction}: slope {slope}, backward says {expected} of {length} ({family}, tied {tied}, biases {biases}, projected {projected:?}, taught {taught:?}, {divergence:?})",
                     entry.name
                 );
             }
@@ -226,5 +261,30 @@ fn losses_are_those_of_the_definition() {
         assert!((f64::from(told.kl) - kl).abs() < 1e-4, "{} is not {kl}", told.kl);
         // Without a map nothing is said of states.
         assert_eq!(told.states, 0.0);
+    }
+}
+
+#[test]
+fn the_network_computes_what_transformers_computes_in_every_family() {
+    let fixture = families::Fixture::open();
+    let (tokens, rows) = (fixture.tokens(), fixture.rows());
+    for (name, config, expected) in fixture.cases() {
+        let at = tempfile::tempdir().unwrap();
+        families::folder(config, at.path());
+        let weights = Weights::open(at.path()).unwrap();
+        let shape = match Shape::of(&weights, at.path()) {
+            Ok(shape) => shape,
+            Err(e) => {
+                assert!(name.ends_with("biases") && e.to_string().contains("bias"), "{name}: {e}");
+                continue;
+            }
+        };
+        let parameters = shape.read(&weights, at.path()).unwrap();
+        let net = Net::new(shape, weights.config());
+        let mut state = State::default();
+        net.run(&parameters, &[Sequence { context: None, tokens: &tokens }], &mut state, &mut |_, _, _| ());
+        let logits = net.logits(&parameters, &rows, &mut state);
+        let far = logits.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(logits.len() == expected.len() && far < 1e-4, "{name}: {far}");
     }
 }
