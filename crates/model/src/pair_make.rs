@@ -336,8 +336,11 @@ fn vocabulary(file: &GgufFile) -> GgufVocabulary {
         eos: id("ggml.eos_token_id"),
         unknown: id("ggml.unknown_token_id"),
         // llama.cpp's defaults where a file is silent: SentencePiece models begin with both, byte-level ones with neither, but for
-        // Llama 3's.
-        add_bos: flag("ggml.add_bos_token", model == "llama" || matches!(pre.as_deref(), Some("llama-bpe" | "llama3" | "llama-v3"))),
+        // Llama 3's and Mistral's.
+        add_bos: flag(
+            "ggml.add_bos_token",
+            model == "llama" || matches!(pre.as_deref(), Some("llama-bpe" | "llama3" | "llama-v3" | "tekken")),
+        ),
         add_space_prefix: flag("ggml.add_space_prefix", model == "llama"),
         chat_template: text("chat_template"),
         model,

@@ -12,10 +12,11 @@ use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence as DecoderSequence;
 use tokenizers::decoders::strip::Strip;
 use tokenizers::models::bpe::BPE;
-use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as NormalizerSequence};
+use tokenizers::normalizers::{NFC, NormalizerWrapper, Prepend, Replace, Sequence as NormalizerSequence};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizerSequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::TemplateProcessing;
@@ -32,7 +33,7 @@ pub struct GgufVocabulary {
     pub pre: Option<String>,
     /// `tokens`, by id.
     pub tokens: Vec<String>,
-    /// `token_type`, by id: 3 is control, 4 user-defined, 5 unused; others are ordinary.
+    /// `token_type`, by id: 2 is unknown, 3 control, 4 user-defined, 5 unused; others are ordinary.
     pub token_types: Vec<u32>,
     /// `merges`, each two pieces with a space between.
     pub merges: Vec<String>,
@@ -57,6 +58,47 @@ const LLAMA3_SPLIT: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// The same with single digits (Qwen 2).
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Words by their case, with single digits (Mistral since Nemo).
+const TEKKEN_SPLIT: &str = concat!(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|",
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+
+/// What byte-level BPE does with a text before its merges.
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Cut {
+    /// Each digit stands alone.
+    digits: bool,
+    /// Where texts are split; as GPT-2 does where there is none.
+    split: Option<&'static str>,
+    /// A word that is a token is taken whole, though no merges lead to it.
+    whole_words: bool,
+    /// Characters are composed first (NFC).
+    composed: bool,
+}
+
+const GPT2: Cut = Cut { digits: false, split: None, whole_words: false, composed: false };
+const LLAMA3: Cut = Cut { split: Some(LLAMA3_SPLIT), whole_words: true, ..GPT2 };
+
+/// The pre-tokenizers that are known, by the names that files have for them; the first is the one that we write.
+/// llama.cpp composes nothing: what is told of Qwen 2 is what the models' own tokenizers do.
+const PRE_TOKENIZERS: [(&[&str], Cut); 6] = [
+    (&["gpt-2", "default"], GPT2),
+    (&["smollm", "refact"], Cut { digits: true, ..GPT2 }),
+    (&["llama-bpe", "llama3", "llama-v3"], LLAMA3),
+    (&["dbrx", "smaug-bpe"], Cut { whole_words: false, ..LLAMA3 }),
+    (&["qwen2"], Cut { split: Some(QWEN2_SPLIT), composed: true, ..GPT2 }),
+    (&["tekken"], Cut { split: Some(TEKKEN_SPLIT), ..LLAMA3 }),
+];
+
+/// The names, for who has none of them.
+const KNOWN: &str = "gpt-2, smollm, llama-bpe, dbrx, qwen2 and tekken are";
+
+/// What SentencePiece writes for a space.
+const SPACE: &str = "▁";
+/// A special token of Mistral's tokenizers since their second version.
+const MISTRALS: &str = "[INST]";
 
 impl GgufVocabulary {
     /// The tokenizer.
@@ -73,8 +115,9 @@ impl GgufVocabulary {
             other => return Err(refuse(format!("tokenizer model '{other}' is not known: gpt2 and llama are"))),
         };
         for (id, kind) in self.token_types.iter().enumerate() {
-            let Some(token) = self.tokens.get(id).filter(|_| matches!(kind, 3 | 4)) else { continue };
-            tokenizer.add_tokens([AddedToken::from(token.clone(), *kind == 3).normalized(false)]).map_err(refuse)?;
+            if id < self.tokens.len() && matches!(kind, 2..=4) {
+                tokenizer.add_tokens([AddedToken::from(self.name(id), *kind != 4).normalized(false)]).map_err(refuse)?;
+            }
         }
         if let Some(bos) = self.bos.filter(|_| self.add_bos) {
             let processor = TemplateProcessing::builder()
@@ -125,7 +168,7 @@ impl GgufVocabulary {
         let (bos, eos) = (special("bos_token"), special("eos_token"));
         Ok(Self {
             model: "gpt2".into(),
-            pre: Some(pre_tokenizer(&tokenizer["pre_tokenizer"])?.to_owned()),
+            pre: Some(pre_tokenizer(tokenizer)?.to_owned()),
             merges: merges.ok_or_else(|| refuse("tokenizer.json has a merge that is no two pieces"))?,
             bos,
             eos,
@@ -150,8 +193,21 @@ impl GgufVocabulary {
 
     /// The tokens, but for those (5) that only fill ids.
     fn vocabulary(&self) -> impl Iterator<Item = (String, u32)> + '_ {
-        let all = self.tokens.iter().zip(0_u32..).map(|(token, id)| (token.clone(), id));
-        all.filter(|(_, id)| self.token_types.get(*id as usize) != Some(&5))
+        let all = (0..self.tokens.len()).filter(|id| self.token_types.get(*id) != Some(&5));
+        all.map(|id| (self.name(id), id as u32))
+    }
+
+    /// A token as the tokenizer names it. Who converts writes the runs of spaces that Gemma's authors defined as spaces.
+    fn name(&self, id: usize) -> String {
+        let token = &self.tokens[id];
+        if self.is_run_of_spaces(id) { token.replace(' ', SPACE) } else { token.clone() }
+    }
+
+    fn is_run_of_spaces(&self, id: usize) -> bool {
+        self.model == "llama"
+            && self.token_types.get(id) == Some(&4)
+            && !self.tokens[id].is_empty()
+            && self.tokens[id].trim_matches(' ').is_empty()
     }
 
     fn byte_level(&self) -> Result<Tokenizer, ServiceError> {
@@ -166,24 +222,23 @@ impl GgufVocabulary {
                     .ok_or_else(|| refuse(format!("merge '{merge}' has no two pieces")))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        // Llama 3 takes a word that is a token whole, though no merges lead to it.
-        let whole_words = matches!(self.pre.as_deref(), Some("llama-bpe" | "llama3" | "llama-v3"));
-        let bpe = BPE::builder().vocab_and_merges(self.vocabulary().collect::<AHashMap<_, _>>(), merges).ignore_merges(whole_words);
+        let pre = self.pre.as_deref().unwrap_or("default");
+        let known = PRE_TOKENIZERS.iter().find(|(names, _)| names.contains(&pre));
+        let (_, cut) = known.ok_or_else(|| refuse(format!("pre-tokenizer '{pre}' is not known: {KNOWN}")))?;
+        let bpe = BPE::builder().vocab_and_merges(self.vocabulary().collect::<AHashMap<_, _>>(), merges).ignore_merges(cut.whole_words);
         let bpe = bpe.build().map_err(refuse)?;
-        let split = |pattern: &str| -> Result<PreTokenizerWrapper, ServiceError> {
-            Ok(Split::new(SplitPattern::Regex(pattern.into()), SplitDelimiterBehavior::Isolated, false).map_err(refuse)?.into())
-        };
-        let bytes = |regex: bool| PreTokenizerWrapper::from(ByteLevel::new(false, true, regex));
-        let pre = match self.pre.as_deref() {
-            None | Some("default" | "gpt-2") => vec![bytes(true)],
-            Some("smollm") => vec![Digits::new(true).into(), bytes(true)],
-            Some("llama-bpe" | "llama3" | "llama-v3") => vec![split(LLAMA3_SPLIT)?, bytes(false)],
-            Some("qwen2") => vec![split(QWEN2_SPLIT)?, bytes(false)],
-            Some(other) => {
-                return Err(refuse(format!("pre-tokenizer '{other}' is not known: smollm, llama-bpe, qwen2 and gpt-2 are")));
-            }
-        };
+        let mut pre: Vec<PreTokenizerWrapper> = Vec::new();
+        if cut.digits {
+            pre.push(Digits::new(true).into());
+        }
+        if let Some(split) = cut.split {
+            pre.push(Split::new(SplitPattern::Regex(split.into()), SplitDelimiterBehavior::Isolated, false).map_err(refuse)?.into());
+        }
+        pre.push(ByteLevel::new(false, true, cut.split.is_none()).into());
         let mut tokenizer = Tokenizer::new(bpe);
+        if cut.composed {
+            tokenizer.with_normalizer(Some(NFC)).map_err(refuse)?;
+        }
         tokenizer.with_pre_tokenizer(Some(PreTokenizerSequence::new(pre)));
         tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
         Ok(tokenizer)
@@ -200,14 +255,20 @@ impl GgufVocabulary {
             builder = builder.unk_token(self.token(unknown)?);
         }
         let mut tokenizer = Tokenizer::new(builder.build().map_err(refuse)?);
-        let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
-        if self.add_space_prefix {
-            normalizers.push(Prepend::new("▁".into()).into());
+        if self.add_space_prefix && self.control(MISTRALS) {
+            // The file does not say it, and llama.cpp does otherwise; the models were trained so, and are published so.
+            let first = Metaspace::new('▁', PrependScheme::First, false);
+            tokenizer.with_pre_tokenizer(Some(first));
+        } else {
+            let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
+            if self.add_space_prefix {
+                normalizers.push(Prepend::new(SPACE.into()).into());
+            }
+            normalizers.push(Replace::new(" ", SPACE).map_err(refuse)?.into());
+            tokenizer.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(refuse)?;
         }
-        normalizers.push(Replace::new(" ", "▁").map_err(refuse)?.into());
-        tokenizer.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(refuse)?;
         let mut decoders: Vec<DecoderWrapper> =
-            vec![Replace::new("▁", " ").map_err(refuse)?.into(), ByteFallback::new().into(), Fuse::new().into()];
+            vec![Replace::new(SPACE, " ").map_err(refuse)?.into(), ByteFallback::new().into(), Fuse::new().into()];
         if self.add_space_prefix {
             decoders.push(Strip::new(' ', 1, 0).into());
         }
@@ -215,10 +276,19 @@ impl GgufVocabulary {
         Ok(tokenizer)
     }
 
-    /// All ways to make a piece of two others, best score of the result first; for one result in order of the parts' ids.
+    /// Whether this is a control token.
+    fn control(&self, text: &str) -> bool {
+        self.tokens.iter().zip(&self.token_types).any(|(token, kind)| token == text && *kind == 3)
+    }
+
+    /// All ways to make a piece of two others, best score of the result first; of the same score as transformers orders them: those
+    /// with the longer parts first, the first part counting before the second, then by the parts' ids.
     fn merges_by_score(&self, vocabulary: &AHashMap<String, u32>) -> Vec<(String, String)> {
         let mut merges = Vec::new();
-        for (piece, score) in self.tokens.iter().zip(&self.scores) {
+        for (id, score) in self.scores.iter().enumerate() {
+            let piece = self.name(id);
+            // What its authors defined is made before all else, whatever score it was given.
+            let score = if self.is_run_of_spaces(id) { 0.0 } else { *score };
             let mut ways: Vec<(u32, u32, &str, &str)> = piece
                 .char_indices()
                 .skip(1)
@@ -228,9 +298,10 @@ impl GgufVocabulary {
                 })
                 .collect();
             ways.sort_unstable_by_key(|w| (w.0, w.1));
-            merges.extend(ways.into_iter().map(|(_, _, a, b)| (*score, a.to_owned(), b.to_owned())));
+            merges.extend(ways.into_iter().map(|(_, _, a, b)| (score, a.to_owned(), b.to_owned())));
         }
-        merges.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let lengths = |merge: &(f32, String, String)| (merge.1.chars().count(), merge.2.chars().count());
+        merges.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| lengths(b).cmp(&lengths(a))));
         merges.into_iter().map(|(_, a, b)| (a, b)).collect()
     }
 }
@@ -244,27 +315,36 @@ fn begins(tokenizer: &Value, config: &Value) -> bool {
     }
 }
 
-/// The name by which a GGUF file tells of a pre-tokenizer.
-fn pre_tokenizer(json: &Value) -> Result<&'static str, ServiceError> {
+/// The name by which a GGUF file tells of what `tokenizer.json` does with a text before its merges.
+fn pre_tokenizer(tokenizer: &Value) -> Result<&'static str, ServiceError> {
+    let json = &tokenizer["pre_tokenizer"];
     let steps = match json["pretokenizers"].as_array() {
         Some(steps) => steps.iter().collect(),
         None => vec![json],
     };
     let kinds: Vec<&str> = steps.iter().filter_map(|step| step["type"].as_str()).collect();
-    match kinds.as_slice() {
-        ["ByteLevel"] => Ok("gpt-2"),
-        ["Digits", "ByteLevel"] if steps[0]["individual_digits"].as_bool() == Some(true) => Ok("smollm"),
-        ["Split", "ByteLevel"] => match steps[0]["pattern"]["Regex"].as_str() {
-            Some(LLAMA3_SPLIT) => Ok("llama-bpe"),
-            Some(QWEN2_SPLIT) => Ok("qwen2"),
-            _ => Err(refuse(
-                "tokenizer.json splits text by an expression that no pre-tokenizer known here has: gpt-2, smollm, llama-bpe and qwen2 are",
-            )),
-        },
-        kinds => Err(refuse(format!(
-            "tokenizer.json splits text by {kinds:?}, which no pre-tokenizer known here does: gpt-2, smollm, llama-bpe and qwen2 are"
-        ))),
-    }
+    let mut cut = match kinds.as_slice() {
+        ["ByteLevel"] => GPT2,
+        ["Digits", "ByteLevel"] if steps[0]["individual_digits"].as_bool() == Some(true) => Cut { digits: true, ..GPT2 },
+        ["Split", "ByteLevel"] => {
+            let expression = steps[0]["pattern"]["Regex"].as_str();
+            let known = PRE_TOKENIZERS.iter().filter_map(|(_, cut)| cut.split).find(|split| Some(*split) == expression);
+            let what = || refuse(format!("tokenizer.json splits text by an expression that no pre-tokenizer known here has: {KNOWN}"));
+            Cut { split: Some(known.ok_or_else(what)?), ..GPT2 }
+        }
+        kinds => return Err(refuse(format!("tokenizer.json splits text by {kinds:?}, which no pre-tokenizer known here does: {KNOWN}"))),
+    };
+    cut.whole_words = tokenizer["model"]["ignore_merges"].as_bool() == Some(true);
+    let normalizer = &tokenizer["normalizer"];
+    cut.composed = normalizer["type"] == "NFC";
+    let known = PRE_TOKENIZERS.iter().find(|(_, known)| *known == cut && (cut.composed || normalizer.is_null()));
+    known.map(|(names, _)| names[0]).ok_or_else(|| {
+        refuse(format!(
+            "tokenizer.json splits text in a way that is known, but with the normalizer {normalizer} and ignore_merges {}, no \
+             pre-tokenizer known here does: {KNOWN}",
+            cut.whole_words
+        ))
+    })
 }
 
 fn refuse(what: impl std::fmt::Display) -> ServiceError {
@@ -341,7 +421,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_vocabulary_survives_the_way_through_a_tokenizer() {
-        for pre in ["smollm", "llama-bpe", "qwen2", "gpt-2"] {
+        for pre in ["smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-2"] {
             let vocabulary = GgufVocabulary { pre: Some(pre.into()), chat_template: Some("{{ x }}".into()), ..byte_level_vocabulary() };
             let json: Value = serde_json::from_str(&vocabulary.tokenizer().unwrap().to_string(false).unwrap()).unwrap();
             let config = serde_json::json!({ "bos_token": "<|start|>", "eos_token": { "content": "<|end|>" }, "chat_template": "{{ x }}" });
@@ -355,6 +435,26 @@ pub(crate) mod tests {
         assert!(GgufVocabulary::of(&json, &Value::Null).unwrap().add_bos);
         json["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = Value::Bool(false);
         assert!(GgufVocabulary::of(&json, &Value::Null).unwrap_err().message.contains("smollm"));
+    }
+
+    #[test]
+    fn what_a_file_cannot_say_is_refused() {
+        let json = |pre: &str| -> Value {
+            let vocabulary = GgufVocabulary { pre: Some(pre.into()), ..byte_level_vocabulary() };
+            serde_json::from_str(&vocabulary.tokenizer().unwrap().to_string(false).unwrap()).unwrap()
+        };
+        let refusal = |json: &Value| GgufVocabulary::of(json, &Value::Null).unwrap_err().message;
+        let mut qwen = json("qwen2");
+        qwen["normalizer"] = Value::Null;
+        assert!(refusal(&qwen).contains("normalizer null"));
+        qwen["normalizer"] = serde_json::json!({ "type": "Lowercase" });
+        assert!(refusal(&qwen).contains("Lowercase"));
+        let mut smollm = json("smollm");
+        smollm["normalizer"] = serde_json::json!({ "type": "Lowercase" });
+        assert!(refusal(&smollm).contains("Lowercase"));
+        smollm["normalizer"] = Value::Null;
+        smollm["model"]["ignore_merges"] = Value::Bool(true);
+        assert!(refusal(&smollm).contains("ignore_merges true"));
     }
 
     #[test]

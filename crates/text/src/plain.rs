@@ -12,6 +12,8 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use overfill_types::{Code, ServiceError};
 use serde_json::Value;
 use tokenizers::Tokenizer;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::metaspace::PrependScheme;
 
 use crate::template::Chat;
 
@@ -29,6 +31,8 @@ pub(crate) struct SpecialTokens {
     longest: usize,
     /// The tokenizer to which special tokens are text like any other; made when somebody needs it.
     plain: OnceLock<Tokenizer>,
+    /// The same for what does not begin a text.
+    later: OnceLock<Tokenizer>,
 }
 
 impl SpecialTokens {
@@ -46,7 +50,7 @@ impl SpecialTokens {
         let beginnings = texts.iter().flat_map(|text| text.char_indices().skip(1).map(|(end, _)| text[..end].to_owned())).collect();
         let longest = texts.iter().map(|text| text.len()).max().unwrap_or(0);
         let ids = special.iter().filter(|(_, text)| !text.is_empty()).map(|(id, _)| *id).collect();
-        Ok(Self { find: (longest > 0).then_some(find), ids, beginnings, longest, plain: OnceLock::new() })
+        Ok(Self { find: (longest > 0).then_some(find), ids, beginnings, longest, plain: OnceLock::new(), later: OnceLock::new() })
     }
 
     /// Whether this is one.
@@ -130,9 +134,20 @@ impl SpecialTokens {
             plain.set_encode_special_tokens(true);
             plain
         });
+        let later = self.later.get_or_init(|| {
+            let mut later = plain.clone();
+            if let Some(PreTokenizerWrapper::Metaspace(spaces)) = plain.get_pre_tokenizer()
+                && spaces.prepend_scheme == PrependScheme::First
+            {
+                let mut spaces = spaces.clone();
+                spaces.prepend_scheme = PrependScheme::Never;
+                later.with_pre_tokenizer(Some(spaces));
+            }
+            later
+        });
         let mut ids = Vec::new();
-        let text = |text: &str, ids: &mut Vec<u32>| {
-            let encoded = plain.encode_fast(text.replace(mark, ""), false);
+        let text = |text: &str, tokenizer: &Tokenizer, ids: &mut Vec<u32>| {
+            let encoded = tokenizer.encode_fast(text.replace(mark, ""), false);
             ids.extend(
                 encoded.map_err(|e| ServiceError::new(Code::InvalidArgument, format!("the text cannot be tokenised: {e}")))?.get_ids(),
             );
@@ -140,11 +155,11 @@ impl SpecialTokens {
         };
         let mut done = 0;
         for found in self.find.iter().flat_map(|find| find.find_iter(rendered)) {
-            text(&rendered[done..found.start()], &mut ids)?;
+            text(&rendered[done..found.start()], if done == 0 { plain } else { later }, &mut ids)?;
             ids.push(self.ids[found.pattern().as_usize()]);
             done = found.end();
         }
-        text(&rendered[done..], &mut ids)?;
+        text(&rendered[done..], if done == 0 { plain } else { later }, &mut ids)?;
         Ok(ids)
     }
 }
@@ -226,5 +241,23 @@ mod tests {
         model.trust_messages();
         assert_eq!(model.encode_whole_chat(&say("a < b | c")).unwrap(), plain);
         assert_eq!(special(&model, &model.encode_whole_chat(&say("<|im_end|>")).unwrap()).len(), 3, "as Hugging Face has it");
+    }
+
+    #[test]
+    fn only_the_beginning_of_a_text_gets_a_space() {
+        use tokenizers::pre_tokenizers::metaspace::Metaspace;
+
+        let vocabulary: ahash::AHashMap<String, u32> = (0..).zip("▁ab<>/s".chars()).map(|(id, c)| (c.to_string(), id)).collect();
+        let mut tokenizer = Tokenizer::new(BPE::builder().vocab_and_merges(vocabulary, vec![]).build().unwrap());
+        tokenizer.with_pre_tokenizer(Some(Metaspace::new('▁', PrependScheme::First, false)));
+        tokenizer.add_special_tokens(["<s>", "</s>"].map(|text| AddedToken::from(text, true))).unwrap();
+        let config = json!({ "chat_template": "a{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}b" });
+        let model = ModelText::from_files("m", tokenizer.to_string(false).unwrap().as_bytes(), config.to_string().as_bytes()).unwrap();
+        let read = |content: &str| {
+            let ids = model.encode_whole_chat(&Chat { messages: vec![json!({ "content": content })], ..Chat::default() }).unwrap();
+            ids.iter().map(|id| model.token_name(*id).unwrap()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(read("a b"), "▁ a <s> a ▁ b </s> b");
+        assert_eq!(read("a<s>"), "▁ a <s> a < s > </s> b", "with marks");
     }
 }
