@@ -1,5 +1,5 @@
 """Chats with tools as transformers renders them, by templates written anew with the rules of the field's families: Llama 3,
-Qwen 3, Mistral v3, Hermes 3, Gemma 3, Granite 3, SmolLM 3. Needs transformers and jinja2, no PyTorch:
+Qwen 2.5 and 3, Mistral v3 and v7, Hermes 3, Gemma 2 and 3, Granite 3, SmolLM 3, Phi 3 and 4, OLMo 2. Needs transformers and jinja2, no PyTorch:
 
     python3 tests/reference/tool_templates.py        # writes tests/fixtures/tool_templates.json
 """
@@ -467,6 +467,147 @@ SMOLLM3 = """{%- if enable_thinking is not defined -%}
 {%- endif -%}
 """
 
+MISTRAL7 = """{%- set default_system = "You are told nothing else." %}
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- if messages[0]['content'] is string %}
+        {%- set system_message = messages[0]['content'] %}
+    {%- else %}
+        {%- set system_message = messages[0]['content'][0]['text'] %}
+    {%- endif %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = default_system %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- if not tools is defined %}
+    {%- set tools = none %}
+{%- elif tools is not none %}
+    {%- set parallel_tool_prompt = "Several calls at once are a list." %}
+    {%- set system_message = system_message + "\\n\\n" + parallel_tool_prompt %}
+{%- endif %}
+{{- '[SYSTEM_PROMPT]' + system_message + '[/SYSTEM_PROMPT]' }}
+{%- set user_messages = loop_messages | selectattr("role", "equalto", "user") | list %}
+{%- set ns = namespace(index=0) %}
+{%- for message in loop_messages %}
+    {%- if not (message.role == "tool" or (message.get('tool_calls'))) %}
+        {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+            {{- raise_exception("After the optional system message, roles must alternate user/assistant!") }}
+        {%- endif %}
+        {%- set ns.index = ns.index + 1 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}
+        {%- if tools is not none and (message == user_messages[-1]) %}
+            {{- '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
+        {%- if message['content'] is string %}
+            {{- '[INST]' + message['content'] + '[/INST]' }}
+        {%- else %}
+            {{- '[INST]' }}
+            {%- for block in message['content'] %}
+                {%- if block['type'] == 'text' %}
+                    {{- block['text'] }}
+                {%- elif block['type'] in ['image', 'image_url'] %}
+                    {{- '[IMG]' }}
+                {%- else %}
+                    {{- raise_exception('Only text and image blocks are supported in message content!') }}
+                {%- endif %}
+            {%- endfor %}
+            {{- '[/INST]' }}
+        {%- endif %}
+    {%- elif message["role"] == "assistant" %}
+        {%- if message.get('tool_calls') is not none and message.tool_calls is defined %}
+            {{- message['content'] if message['content'] else '' }}
+            {{- '[TOOL_CALLS][' }}
+            {%- for tool_call in message['tool_calls'] %}
+                {%- if not tool_call.id is defined or tool_call.id | length < 9 %}
+                    {{- raise_exception("A call's id has nine characters or more! Got: '" + tool_call.id + "'") }}
+                {%- endif %}
+                {{- {"name": tool_call.function.name, "arguments": tool_call.function.arguments, "id": tool_call.id[-9:]} | tojson }}
+                {%- if not loop.last %}
+                    {{- ', ' }}
+                {%- endif %}
+            {%- endfor %}
+            {{- ']' + eos_token }}
+        {%- elif message['content'] is string %}
+            {{- message['content'] + eos_token }}
+        {%- else %}
+            {{- message['content'][0]['text'] + eos_token }}
+        {%- endif %}
+    {%- elif message["role"] == "tool" %}
+        {{- '[TOOL_RESULTS]' + message.tool_call_id[-9:] + '[TOOL_CONTENT]' + (message['content'] | string) + '[/TOOL_RESULTS]' }}
+    {%- else %}
+        {{- raise_exception("Only user, system, assistant and tool roles are supported!") }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+GEMMA2 = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"""
+
+PHI3 = """{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\\n' + message['content'] + '<|end|>\\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\\n' + message['content'] + '<|end|>\\n'}}{% elif message['role'] == 'assistant' %}{{'<|assistant|>\\n' + message['content'] + '<|end|>\\n'}}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
+
+PHI4 = """{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
+
+OLMO2 = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>\\n' + message['content'] + '\\n' }}{% elif message['role'] == 'user' %}{{ '<|user|>\\n' + message['content'] + '\\n' }}{% elif message['role'] == 'assistant' %}{% if not loop.last %}{{ '<|assistant|>\\n'  + message['content'] + eos_token + '\\n' }}{% else %}{{ '<|assistant|>\\n'  + message['content'] + eos_token }}{% endif %}{% endif %}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}{% endfor %}"""
+
+QWEN25 = """{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- else %}
+        {{- 'You are told nothing else.' }}
+    {%- endif %}
+    {{- "\\n\\n# Tools\\n\\nWithin <tools></tools>:\\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "\\n</tools>\\n\\nCall within <tool_call></tool_call> tags.<|im_end|>\\n" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\\nYou are told nothing else.<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content %}
+            {{- '\\n' + message.content }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {%- if tool_call.function is defined %}
+                {%- set tool_call = tool_call.function %}
+            {%- endif %}
+            {{- '\\n<tool_call>\\n{"name": "' }}
+            {{- tool_call.name }}
+            {{- '", "arguments": ' }}
+            {{- tool_call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' }}
+        {{- message.content }}
+        {{- '\\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
 TEMPLATES = {
     "llama 3": LLAMA3,
     "qwen 3": QWEN3,
@@ -475,6 +616,12 @@ TEMPLATES = {
     "gemma 3": GEMMA3,
     "granite 3": GRANITE3,
     "smollm 3": SMOLLM3,
+    "mistral v7": MISTRAL7,
+    "gemma 2": GEMMA2,
+    "phi 3": PHI3,
+    "phi 4 mini": PHI4,
+    "olmo 2": OLMO2,
+    "qwen 2.5": QWEN25,
 }
 
 WEATHER = {
@@ -517,6 +664,11 @@ CHATS = {
         "messages": [ASKED, CALLED, RESULT, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n20.5 degrees."}, {"role": "user", "content": "And tomorrow?"}],
         "tools": [WEATHER],
     },
+    "a developer": {"messages": [{"role": "developer", "content": "Be terse."}, ASKED]},
+    "a system in the middle": {"messages": [ASKED, {"role": "assistant", "content": "20."}, {"role": "system", "content": "Now be long."}, {"role": "user", "content": "Sure?"}]},
+    "two questions": {"messages": [ASKED, {"role": "user", "content": "And tomorrow?"}]},
+    "a result in parts": {"messages": [ASKED, CALLED, {**RESULT, "content": [{"type": "text", "text": "20.5"}]}], "tools": [WEATHER]},
+    "a question in parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "How warm "}, {"type": "text", "text": "is it?"}]}]},
     "a thought": {"messages": [ASKED, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nWarm."}, {"role": "user", "content": "Sure?"}]},
     "no thinking": {"messages": [ASKED], "variables": {"enable_thinking": False}},
     "tools for the system": {"messages": [ASKED], "tools": [NOTHING], "variables": {"tools_in_user_message": False}},
@@ -534,6 +686,9 @@ if __name__ == "__main__":
                 expected = {"text": tokenizer.apply_chat_template(chat["messages"], **ask, **chat.get("variables", {}))}
             except TemplateError as error:
                 expected = {"refusal": str(error)}
+            except TypeError:
+                # Texts and lists put together, which Python refuses in its own words.
+                expected = {"refusal": ""}
             cases.append({"template": name, "chat": about, **expected})
     said = {"bos_token": "<s>", "eos_token": "</s>", "templates": TEMPLATES, "chats": CHATS, "expected": cases}
     out = Path(__file__).parent.parent / "fixtures" / "tool_templates.json"

@@ -5,11 +5,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use overfill_text::ModelText;
 use overfill_text::template::{Chat, ChatTemplate, Message};
 use overfill_types::Code;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 #[derive(Deserialize)]
 struct Fixture<C> {
@@ -38,9 +39,12 @@ struct WithTools {
     variables: Map<String, Value>,
 }
 
+fn file(name: &str) -> Vec<u8> {
+    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)).unwrap()
+}
+
 fn check<C: DeserializeOwned>(fixture: &str, chat: impl Fn(&C) -> Chat) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(fixture);
-    let fixture: Fixture<C> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let fixture: Fixture<C> = serde_json::from_slice(&file(fixture)).unwrap();
     assert_eq!(fixture.expected.len(), fixture.templates.len() * fixture.chats.len());
     let mut wrong = Vec::new();
     for case in fixture.expected {
@@ -72,4 +76,19 @@ fn tools_calls_and_results_in_the_templates_of_the_field() {
         variables: chat.variables.clone(),
         ..Chat::default()
     });
+}
+
+#[test]
+fn who_may_not_speak_is_told_in_the_templates_words() {
+    let fixture: Fixture<WithTools> = serde_json::from_slice(&file("tool_templates.json")).unwrap();
+    let config = json!({ "chat_template": fixture.templates["gemma 2"], "bos_token": "<bos>", "eos_token": "<eos>" });
+    let model = ModelText::from_files("m", &file("tokenizers/gemma/tokenizer.json"), config.to_string().as_bytes()).unwrap();
+    let say = |role: &str| json!({ "role": role, "content": "Be terse." });
+    model.encode_whole_chat(&Chat { messages: vec![say("user")], ..Chat::default() }).unwrap();
+    // A developer speaks as the system, which this template does not let speak.
+    for role in ["system", "developer"] {
+        let error = model.encode_whole_chat(&Chat { messages: vec![say(role), say("user")], ..Chat::default() }).unwrap_err();
+        assert!(error.code == Code::InvalidArgument && error.field.as_deref() == Some("messages"), "{error}");
+        assert!(error.message.ends_with("System role not supported"), "{error}");
+    }
 }
