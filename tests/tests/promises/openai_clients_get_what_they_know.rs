@@ -204,3 +204,45 @@ async fn tokens_models_and_errors() {
     let (status, error) = ask(&cluster, "/v1/chat/completions", &no_tools).await;
     assert_eq!((status, &error["error"]["param"]), (400, &json!("tools")));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_responses_text_has_its_log_probabilities_where_tools_are_given() {
+    let pair = tiny::pair_with_tools(Kind::Identity, 5);
+    let cluster = Builder::new(&pair.dir).start().await;
+    let tools = json!([{ "type": "function", "name": "f", "parameters": { "type": "object", "additionalProperties": false } }]);
+    let ask = |more: Value| {
+        let mut body = json!({
+            "input": "call", "tools": tools, "max_output_tokens": 60, "include": ["message.output_text.logprobs"], "top_logprobs": 2,
+            "temperature": 1, "ignore_eos": true,
+        });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    for seed in 0..4 {
+        // None is called: all tokens are text's, however much of it looks like the beginning of a call.
+        let body = ask(json!({ "seed": seed }));
+        let answer = post(&cluster, "/v1/responses", &body).await;
+        let part = &answer["output"][0]["content"][0];
+        let logprobs = part["logprobs"].as_array().unwrap();
+        assert_eq!((answer["output"].as_array().unwrap().len(), logprobs.len()), (1, 60), "{answer}");
+        let bytes = |entry: &Value| entry["bytes"].as_array().unwrap().iter().map(|b| b.as_u64().unwrap() as u8).collect::<Vec<_>>();
+        let written: Vec<u8> = logprobs.iter().flat_map(bytes).collect();
+        assert_eq!(part["text"], json!(String::from_utf8_lossy(&written)));
+
+        let streamed = ask(json!({ "seed": seed, "stream": true }));
+        let sent = reqwest::Client::new().post(format!("{}/v1/responses", cluster.http)).json(&streamed).send().await.unwrap();
+        let text = sent.text().await.unwrap();
+        let data = text.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]");
+        let events: Vec<Value> = data.map(|data| serde_json::from_str(data).unwrap()).collect();
+        let deltas = events.iter().filter(|event| event["type"] == "response.output_text.delta");
+        let of_deltas: Vec<Value> = deltas.flat_map(|event| event["logprobs"].as_array().unwrap().clone()).collect();
+        assert_eq!(of_deltas, *logprobs, "streamed as whole");
+        let done = events.iter().find(|event| event["type"] == "response.output_text.done").unwrap();
+        assert_eq!(done["logprobs"], part["logprobs"]);
+    }
+    // A call has no text, and so none of them.
+    let called =
+        post(&cluster, "/v1/responses", &ask(json!({ "tool_choice": "required", "temperature": 0, "max_output_tokens": 400 }))).await;
+    let items = called["output"].as_array().unwrap();
+    assert!(items.iter().all(|item| item["type"] == "function_call") && !items.is_empty(), "{called}");
+}

@@ -14,7 +14,12 @@ const ARGUMENTS: &str = "[ARGS]";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToolPiece {
     /// Text.
-    Text(String),
+    Text {
+        /// Where in the answer it begins, in bytes.
+        at: usize,
+        /// It, as it stands there.
+        text: String,
+    },
     /// A call.
     Call {
         /// The tool's name.
@@ -31,6 +36,8 @@ pub struct ToolReader {
     /// The tools that there are: calls without a mark are known by them.
     names: Vec<String>,
     held: String,
+    /// Where in the answer `held` begins, in bytes.
+    at: usize,
     /// `held` is what follows a mark.
     inside: bool,
     /// A call was read: blanks after it only part it from the next.
@@ -42,7 +49,7 @@ pub struct ToolReader {
 impl ToolReader {
     /// Of an answer to a request with tools of these names.
     pub fn new(format: ToolFormat, names: Vec<String>) -> Self {
-        Self { format, names, held: String::new(), inside: false, called: false, begun: false }
+        Self { format, names, held: String::new(), at: 0, inside: false, called: false, begun: false }
     }
 
     /// Takes the next piece of text.
@@ -52,8 +59,7 @@ impl ToolReader {
         let Some(mark) = self.format.mark() else {
             if self.begun || !may_begin_call(&self.held) {
                 self.begun = true;
-                let text = std::mem::take(&mut self.held);
-                self.text(text, &mut pieces);
+                self.give(self.held.len(), &mut pieces);
             }
             return pieces;
         };
@@ -64,21 +70,18 @@ impl ToolReader {
                 return pieces;
             }
             let Some(at) = self.held.find(wanted) else { break };
-            let rest = self.held.split_off(at + wanted.len());
-            self.held.truncate(at);
-            let before = std::mem::replace(&mut self.held, rest);
             if self.inside {
-                self.close(&before, END, &mut pieces);
+                let body = self.take(at);
+                self.close(&body, END, &mut pieces);
             } else {
-                self.text(before, &mut pieces);
+                self.give(at, &mut pieces);
             }
+            self.take(wanted.len());
             self.inside = !self.inside;
         }
         if !self.inside {
             let keep = (1..mark.len()).rev().find(|&n| self.held.ends_with(&mark[..n])).unwrap_or(0);
-            let rest = self.held.split_off(self.held.len() - keep);
-            let before = std::mem::replace(&mut self.held, rest);
-            self.text(before, &mut pieces);
+            self.give(self.held.len() - keep, &mut pieces);
         }
         pieces
     }
@@ -86,28 +89,46 @@ impl ToolReader {
     /// What was held back, at the answer's end: a call needs no end mark there.
     pub fn finish(&mut self) -> Vec<ToolPiece> {
         let mut pieces = Vec::new();
-        let rest = std::mem::take(&mut self.held);
         if std::mem::take(&mut self.inside) || (self.format.mark().is_none() && !self.begun) {
-            self.close(&rest, "", &mut pieces);
+            let body = self.take(self.held.len());
+            self.close(&body, "", &mut pieces);
         } else {
-            self.text(rest, &mut pieces);
+            self.give(self.held.len(), &mut pieces);
         }
         pieces
     }
 
-    fn text(&self, text: String, to: &mut Vec<ToolPiece>) {
+    /// Takes so many bytes of what is held.
+    fn take(&mut self, bytes: usize) -> String {
+        let rest = self.held.split_off(bytes);
+        self.at += bytes;
+        std::mem::replace(&mut self.held, rest)
+    }
+
+    /// Gives so many bytes of what is held as text.
+    fn give(&mut self, bytes: usize, to: &mut Vec<ToolPiece>) {
+        let at = self.at;
+        let text = self.take(bytes);
+        self.text(at, text, to);
+    }
+
+    fn text(&self, at: usize, text: String, to: &mut Vec<ToolPiece>) {
         if !(text.is_empty() || self.called && text.trim().is_empty()) {
-            to.push(ToolPiece::Text(text));
+            to.push(ToolPiece::Text { at, text });
         }
     }
 
+    /// A body that was just taken, between the mark before it and `end`, which follows.
     fn close(&mut self, body: &str, end: &str, to: &mut Vec<ToolPiece>) {
         match self.calls(body) {
             Some(calls) => {
                 self.called = true;
                 to.extend(calls);
             }
-            None => self.text(format!("{}{body}{end}", self.format.mark().unwrap_or_default()), to),
+            None => {
+                let mark = self.format.mark().unwrap_or_default();
+                self.text(self.at - body.len() - mark.len(), format!("{mark}{body}{end}"), to);
+            }
         }
     }
 
@@ -186,22 +207,32 @@ fn named(call: &str) -> Option<ToolPiece> {
 mod tests {
     use super::*;
 
-    /// What comes of `text`, cut into pieces of `size` characters, with neighbouring texts put together.
-    fn read(format: ToolFormat, text: &str, size: usize) -> Vec<ToolPiece> {
+    #[derive(Debug, PartialEq)]
+    enum Piece {
+        Text(String),
+        Call(String, String),
+    }
+
+    /// What comes of `text`, cut into pieces of `size` characters, with neighbouring texts put together, which stand where they say.
+    fn read(format: ToolFormat, text: &str, size: usize) -> Vec<Piece> {
         let mut reader = ToolReader::new(format, vec!["f".into(), "g".into()]);
         let characters: Vec<char> = text.chars().collect();
         let mut pieces: Vec<ToolPiece> = characters.chunks(size).flat_map(|c| reader.push(&c.iter().collect::<String>())).collect();
         pieces.extend(reader.finish());
         pieces.into_iter().fold(Vec::new(), |mut all, piece| {
+            if let ToolPiece::Text { at, text: piece } = &piece {
+                assert_eq!(text.get(*at..at + piece.len()), Some(piece.as_str()), "{text}");
+            }
             match (all.last_mut(), piece) {
-                (Some(ToolPiece::Text(before)), ToolPiece::Text(text)) => before.push_str(&text),
-                (_, piece) => all.push(piece),
+                (Some(Piece::Text(before)), ToolPiece::Text { text, .. }) => before.push_str(&text),
+                (_, ToolPiece::Text { text, .. }) => all.push(Piece::Text(text)),
+                (_, ToolPiece::Call { name, arguments }) => all.push(Piece::Call(name, arguments)),
             }
             all
         })
     }
 
-    fn check(format: ToolFormat, cases: &[(&str, Vec<ToolPiece>)]) {
+    fn check(format: ToolFormat, cases: &[(&str, Vec<Piece>)]) {
         for (answer, pieces) in cases {
             for size in [1, 2, 3, 7, 1000] {
                 assert_eq!(read(format, answer, size), *pieces, "{answer} in pieces of {size}");
@@ -209,12 +240,12 @@ mod tests {
         }
     }
 
-    fn call(name: &str, arguments: &str) -> ToolPiece {
-        ToolPiece::Call { name: name.into(), arguments: arguments.into() }
+    fn call(name: &str, arguments: &str) -> Piece {
+        Piece::Call(name.into(), arguments.into())
     }
 
-    fn text(text: &str) -> ToolPiece {
-        ToolPiece::Text(text.into())
+    fn text(text: &str) -> Piece {
+        Piece::Text(text.into())
     }
 
     #[test]
@@ -258,7 +289,11 @@ mod tests {
         );
         let mut reader = ToolReader::new(ToolFormat::Llama, Vec::new());
         assert_eq!(reader.push("{ \"n"), []);
-        assert_eq!(reader.push("umber\""), [text("{ \"number\"")], "what can be no call is not held back");
+        assert_eq!(
+            reader.push("umber\""),
+            [ToolPiece::Text { at: 0, text: "{ \"number\"".into() }],
+            "what can be no call is not held back"
+        );
     }
 
     #[test]

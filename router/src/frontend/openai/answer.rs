@@ -99,7 +99,7 @@ impl Choice {
     fn take(&mut self, text: &str) -> Brought {
         let pieces = match &mut self.tools {
             Some(tools) => tools.push(text),
-            None => vec![ToolPiece::Text(text.to_owned())],
+            None => vec![ToolPiece::Text { at: 0, text: text.to_owned() }],
         };
         self.brought(pieces)
     }
@@ -108,7 +108,7 @@ impl Choice {
         let mut brought = Brought { text: String::new(), calls: Vec::new() };
         for piece in pieces {
             match piece {
-                ToolPiece::Text(text) => brought.text += &text,
+                ToolPiece::Text { text, .. } => brought.text += &text,
                 ToolPiece::Call { name, arguments } => {
                     let id = format!("call_{}", uuid::Uuid::new_v4().simple());
                     let call = json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } });
