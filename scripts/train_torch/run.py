@@ -21,7 +21,7 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 def digest(folder):
     """Of a checkpoint's weights, as `overfill` has it."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("pytorch_model*.bin"))
     sums = [(hashlib.file_digest(file.open("rb"), "sha256").hexdigest(), file.name) for file in files]
     if len(sums) == 1:
         return sums[0][0]

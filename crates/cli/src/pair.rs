@@ -1,11 +1,12 @@
 //! `overfill pair`: makes a pair of two models.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail, ensure};
 use clap::Args;
 use overfill_model::pair_make::generation;
-use overfill_model::{KvSpec, MakePair};
+use overfill_model::reference::Split;
+use overfill_model::{KvSpec, MakePair, Reference, making};
 use overfill_types::generation::GenerationSource;
 use overfill_types::pair::WeightFormat;
 use overfill_types::{GenerationConfig, KvFormat, KvFormats, SamplingParams, WireFormat};
@@ -14,18 +15,21 @@ use crate::progress::spinner;
 
 #[derive(Args)]
 #[command(
-    after_help = "The decode model keeps the full model's tokenizer and rotary embedding. What does not fit is refused, naming both sides."
+    after_help = "The decode model keeps the full model's tokenizer and rotary embedding. What does not fit is refused, naming both sides.\n\nWith --reference, weights come from a checkpoint of the authors' code (github.com/friendshipkim/overfill). Of --full and --decode, then, only config.json and the tokenizer are read; they may be left out where they lie in teacher/ and student/ of the checkpoint's folder."
 )]
 pub(crate) struct MakePairArgs {
     /// The full model: a Hugging Face folder or a .gguf file
-    #[arg(long, env = "OVERFILL_FULL")]
-    full: PathBuf,
+    #[arg(long, env = "OVERFILL_FULL", required_unless_present = "reference")]
+    full: Option<PathBuf>,
     /// The decode model: a Hugging Face folder or a .gguf file
-    #[arg(long, env = "OVERFILL_DECODE")]
-    decode: PathBuf,
+    #[arg(long, env = "OVERFILL_DECODE", required_unless_present = "reference")]
+    decode: Option<PathBuf>,
+    /// Both models: the folder of a checkpoint that the authors' code saved (pytorch_model.bin with teacher.* and student.*)
+    #[arg(long, env = "OVERFILL_REFERENCE")]
+    reference: Option<PathBuf>,
     /// From the full model's KV cache to the decode model's: identity, prune:firstlast, prune:first, prune:last or projection:FILE
-    #[arg(long, env = "OVERFILL_KV")]
-    kv: KvSpec,
+    #[arg(long, env = "OVERFILL_KV", required_unless_present = "reference")]
+    kv: Option<KvSpec>,
     /// How keys and values are stored in the nodes' caches: f32, f16 or int8
     #[arg(long, env = "OVERFILL_KV_CACHE", default_value_t = KvFormat::F16)]
     kv_cache: KvFormat,
@@ -64,26 +68,46 @@ pub(crate) fn run(args: MakePairArgs) -> anyhow::Result<()> {
         Some(name) => name,
         None => args.out.file_name().context("--out names no folder")?.to_string_lossy().into_owned(),
     };
+    let waiting = spinner("hashing weights");
+    // What a checkpoint is split into is linked from there into the pair, and gone with it.
+    let making;
+    let split;
+    match &args.reference {
+        Some(reference) => {
+            ensure!(!args.out.exists(), "{} exists already: name another folder, or remove it", args.out.display());
+            let opened = Reference::open(reference, args.full.as_deref(), args.decode.as_deref(), args.kv.as_ref())?;
+            let parent = args.out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+            making = making::folder(parent, ".reference-").with_context(|| format!("cannot write to {}", parent.display()))?;
+            waiting.set_message("splitting the checkpoint");
+            split = opened.split(making.path())?;
+        }
+        None => {
+            let said = (args.full.clone(), args.decode.clone(), args.kv.clone());
+            let (Some(full), Some(decode), Some(kv)) = said else { bail!("--full, --decode and --kv are wanted, or --reference") };
+            split = Split { full, decode, kv, provenance: serde_json::Map::new() };
+        }
+    }
+    let Split { full, decode, kv, provenance } = split;
     let said = match &args.generation_config {
-        GenerationSource::Auto => generation(&args.full)?,
+        GenerationSource::Auto => generation(&full)?,
         GenerationSource::None => GenerationConfig::default(),
         GenerationSource::File(file) => GenerationSource::read(file)?,
     };
     let generation = args.override_generation_config.unwrap_or_default().or(said);
-    let MakePairArgs { full, decode, kv, out, full_weights, decode_weights, .. } = args;
-    let making = MakePair {
+    let pair = MakePair {
         name,
         full,
-        full_weights,
+        full_weights: args.full_weights,
         decode,
-        decode_weights,
+        decode_weights: args.decode_weights,
         kv,
         kv_formats: KvFormats { cache: args.kv_cache, wire: args.kv_wire },
         generation,
-        provenance: serde_json::Map::new(),
+        provenance,
     };
-    let waiting = spinner("hashing weights");
-    let pair = making.make(&out)?;
+    waiting.set_message("hashing weights");
+    let pair = pair.make(&args.out)?;
     waiting.finish_and_clear();
     println!("{} {}", pair.dir.display(), pair.manifest.fingerprint);
     Ok(())

@@ -188,8 +188,10 @@ impl Checkpoint {
         json["head_dim"] = config.kv.head_dim.into();
         json["tie_word_embeddings"] = config.tied_embeddings.into();
         if let Some(object) = json.as_object_mut() {
-            // One entry a layer, of another number of layers; and what they are made of where they are not there.
-            for key in ["layer_types", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval", "dtype"] {
+            // One entry a layer, of another number of layers; what they are made of where they are not there; and scales, which are
+            // applied to what is written.
+            let of_layers = ["layer_types", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"];
+            for key in of_layers.into_iter().chain(["dtype", "quantization_config", "compression_config"]) {
                 object.remove(key);
             }
         }

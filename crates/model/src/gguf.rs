@@ -1,8 +1,7 @@
-//! A checkpoint in one GGUF file: shape, tensors under Hugging Face's names, and the vocabulary.
+//! A checkpoint in GGUF, one file or its parts: shape, tensors under Hugging Face's names, and the vocabulary.
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::{BufReader, Seek};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -12,70 +11,56 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
+use crate::gguf_parts::Parts;
 use crate::weight::Weight;
-use crate::{gguf_config, gguf_header, names};
+use crate::{gguf_config, names};
 
 /// An opened GGUF file.
 pub struct GgufFile {
     pub(crate) path: PathBuf,
     pub(crate) config: LlamaConfig,
-    content: Content,
+    parts: Parts,
 }
 
 impl GgufFile {
-    /// Reads the file's header; tensors are read when they are asked for.
+    /// Reads the file's header, and those of its other parts where it is the first of several; tensors are read when they are asked for.
     ///
     /// # Errors
     /// [`ModelError::Read`]; [`ModelError::Format`] where it is no GGUF file, or of another architecture.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let format = |what: String| ModelError::Format { path: path.to_owned(), what };
-        let mut reader = BufReader::new(open(path)?);
-        let read = |source| ModelError::Read { path: path.to_owned(), source };
-        let length = reader.get_ref().metadata().map_err(read)?.len();
-        gguf_header::check(&mut reader, length).map_err(|e| format(format!("no whole GGUF file: {e}")))?;
-        reader.rewind().map_err(read)?;
-        let content = Content::read(&mut reader).map_err(|e| format(format!("no whole GGUF file: {e}")))?;
-        for (name, info) in &content.tensor_infos {
-            let bytes = (info.shape.elem_count() / info.ggml_dtype.block_size()).saturating_mul(info.ggml_dtype.type_size());
-            if content.tensor_data_offset.saturating_add(info.offset).saturating_add(bytes as u64) > length {
-                return Err(format(format!("the file ends before tensor {name} does: it is not whole")));
-            }
-        }
-        if let Some(parts) = content.metadata.get("split.count").and_then(gguf_config::whole).filter(|parts| *parts > 1) {
-            return Err(format(format!("it is one of {parts} parts of a split file: join them first, with `llama-gguf-split --merge`")));
-        }
+        let parts = Parts::open(path)?;
+        let content = parts.content();
         let mut factors = None;
         for name in ["rope_freqs.weight", "rope_factors_short.weight"] {
             if content.tensor_infos.contains_key(name) {
-                let numbers = content.tensor(&mut reader, name, &Device::Cpu)?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+                let numbers = parts.tensor(name, &Device::Cpu)?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
                 factors = Some(numbers.into_iter().map(f64::from).collect());
             }
         }
-        let config = gguf_config::read(&content, factors).map_err(format)?;
+        let config = gguf_config::read(content, factors).map_err(format)?;
         if let Some(name) = content.tensor_infos.keys().find(|name| !names::is_of_gguf(&config, name)) {
             return Err(format(format!(
                 "tensor {name} is none of a {} model by its header: without it the answers would be others",
                 config.family
             )));
         }
-        Ok(Self { path: path.to_owned(), config, content })
+        Ok(Self { path: path.to_owned(), config, parts })
     }
 
     /// A tensor's shape, if there is one of that name.
     pub(crate) fn shape(&self, name: &str) -> Option<Vec<usize>> {
         let place = names::in_gguf(&self.config, name)?;
-        let shape = self.content.tensor_infos.get(&place.stored)?.shape.dims().to_vec();
+        let shape = self.parts.content().tensor_infos.get(&place.stored)?.shape.dims().to_vec();
         Some(place.shape(shape))
     }
 
     pub(crate) fn tensor(&self, name: &str, device: &Device) -> Result<Weight, ModelError> {
         let missing = || ModelError::Format { path: self.path.clone(), what: format!("tensor {name} is missing") };
-        let names::Place { stored, rows } =
-            names::in_gguf(&self.config, name).filter(|place| self.content.tensor_infos.contains_key(&place.stored)).ok_or_else(missing)?;
-        let mut tensor = self
-            .content
-            .tensor(&mut open(&self.path)?, &stored, device)
-            .map_err(|e| ModelError::Format { path: self.path.clone(), what: format!("tensor {stored} cannot be read: {e}") })?;
+        let names::Place { stored, rows } = names::in_gguf(&self.config, name)
+            .filter(|place| self.parts.content().tensor_infos.contains_key(&place.stored))
+            .ok_or_else(missing)?;
+        let mut tensor = self.parts.tensor(&stored, device)?;
         if let Some(rows) = rows {
             tensor = self::rows(&tensor, rows, device)?;
         }
@@ -92,22 +77,18 @@ impl GgufFile {
 
     /// A value of the file's header, e.g. `tokenizer.ggml.tokens`.
     pub fn metadata(&self, key: &str) -> Option<&Value> {
-        self.content.metadata.get(key)
+        self.parts.metadata(key)
     }
 
     /// The file's header and tensors as they lie there, for a copy that is quantised anew.
     pub(crate) fn content(&self) -> &Content {
-        &self.content
+        self.parts.content()
     }
 
     /// A stored tensor as it lies there.
     pub(crate) fn stored(&self, name: &str) -> Result<QTensor, ModelError> {
-        Ok(self.content.tensor(&mut open(&self.path)?, name, &Device::Cpu)?)
+        self.parts.tensor(name, &Device::Cpu)
     }
-}
-
-fn open(path: &Path) -> Result<File, ModelError> {
-    File::open(path).map_err(|source| ModelError::Read { path: path.to_owned(), source })
 }
 
 /// Some rows of a matrix. They are whole runs of blocks, so it is exact.
@@ -161,7 +142,8 @@ pub fn quantise(source: &Path, target: &Path, dtype: GgmlDType, mut progress: im
     }
     let kind = kind(tensors.iter().map(|(name, tensor)| (*name, tensor)));
     let mut metadata: Vec<(&str, &Value)> = file.content().metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    metadata.retain(|(key, _)| kind.iter().all(|(new, _)| new != key));
+    // The copy is one file, whatever it was made of.
+    metadata.retain(|(key, _)| kind.iter().all(|(new, _)| new != key) && !key.starts_with("split."));
     metadata.extend(kind.iter().map(|(key, value)| (*key, value)));
     metadata.sort_unstable_by_key(|m| m.0);
     let failed = |source| ModelError::Read { path: target.to_owned(), source };

@@ -1,12 +1,13 @@
 //! What a checkpoint says that would change its answers and that is not computed here: it is refused by name, never passed over.
 
-use candle_core::safetensors::MmapedSafetensors;
+use std::collections::BTreeMap;
+
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::config::LlamaConfig;
 use crate::family::Family;
-use crate::names;
+use crate::{fp8, names};
 
 /// Keys of `config.json` that change what is computed, each with the value at which it changes nothing, and the families that compute
 /// it.
@@ -49,12 +50,7 @@ enum Neutral {
 /// # Errors
 /// A sentence that names the key.
 pub(crate) fn check_keys(json: &Value, family: Family) -> Result<(), String> {
-    if let Some(quantised) = json["quantization_config"].as_object() {
-        let method = quantised.get("quant_method").and_then(Value::as_str).unwrap_or("some method that it does not name");
-        return Err(format!(
-            "quantization_config says that the weights are quantised by {method}: not supported; take the model's bf16, f16 or f32 weights, or a GGUF file"
-        ));
-    }
+    fp8::Scheme::of(json)?;
     for (key, neutral, computed) in NEUTRAL {
         let value = &json[key];
         let changes_nothing = value.is_null()
@@ -76,7 +72,7 @@ pub(crate) fn check_keys(json: &Value, family: Family) -> Result<(), String> {
 ///
 /// # Errors
 /// A sentence that names the tensor.
-pub(crate) fn check_tensors(json: &Value, config: &LlamaConfig, tensors: &MmapedSafetensors) -> Result<(), String> {
+pub(crate) fn check_tensors(json: &Value, config: &LlamaConfig, tensors: &BTreeMap<String, Dtype>) -> Result<(), String> {
     let attention = json["attention_bias"].as_bool().unwrap_or(false);
     let mlp = json["mlp_bias"].as_bool().unwrap_or(false);
     let family = config.family;
@@ -89,14 +85,14 @@ pub(crate) fn check_tensors(json: &Value, config: &LlamaConfig, tensors: &Mmaped
         _ => false,
     };
     let modules = names::in_folder(config);
-    for (name, tensor) in tensors.tensors() {
+    for (name, dtype) in tensors {
         // Constants that old files carry along.
         if name.ends_with("rotary_emb.inv_freq") {
             continue;
         }
         let known = match name.strip_prefix("model.layers.") {
             None => matches!(name.as_str(), "model.embed_tokens.weight" | "model.norm.weight" | "lm_head.weight"),
-            Some(_) => names::of_layer(&name).is_some_and(|(layer, module, kind)| {
+            Some(_) => names::of_layer(name).is_some_and(|(layer, module, kind)| {
                 let named = match kind {
                     "weight" => modules.contains(&module),
                     "bias" => biased(module),
@@ -108,13 +104,13 @@ pub(crate) fn check_tensors(json: &Value, config: &LlamaConfig, tensors: &Mmaped
         if !known {
             return Err(format!("tensor {name} is none of this model by its config.json: without it the answers would be others"));
         }
-        if !matches!(tensor.dtype(), Dtype::F32 | Dtype::BF16 | Dtype::F16) {
-            return Err(format!("tensor {name} holds {:?}: f32, bf16 and f16 are read", tensor.dtype()));
+        if !matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
+            return Err(format!("tensor {name} holds {dtype:?}: f32, bf16 and f16 are read"));
         }
     }
     for layer in 0..config.kv.layers {
         let missing = modules.iter().filter(|module| biased(module)).map(|module| format!("model.layers.{layer}.{module}.bias"));
-        if let Some(name) = missing.into_iter().find(|name| tensors.get(name).is_err()) {
+        if let Some(name) = missing.into_iter().find(|name| !tensors.contains_key(name)) {
             return Err(format!("tensor {name} is missing"));
         }
     }
@@ -128,7 +124,7 @@ mod tests {
     #[test]
     fn what_would_change_the_answers_is_named() {
         for (config, word) in [
-            (json!({ "quantization_config": { "quant_method": "fp8" } }), "fp8"),
+            (json!({ "quantization_config": { "quant_method": "awq" } }), "awq"),
             (json!({ "quantization_config": { "quant_method": "gptq", "bits": 4 } }), "gptq"),
             (json!({ "attn_logit_softcapping": 50.0 }), "attn_logit_softcapping"),
             (json!({ "partial_rotary_factor": 0.5 }), "partial_rotary_factor"),

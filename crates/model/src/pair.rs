@@ -13,9 +13,10 @@ use sha2::{Digest, Sha256};
 
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
-use crate::hugging_face;
 use crate::llama::Llama;
+use crate::stored::WeightFiles;
 use crate::transform::Transform;
+use crate::{gguf_parts, hugging_face};
 
 /// A pair's folder whose manifest was read and checked.
 pub struct Pair {
@@ -105,10 +106,7 @@ pub(crate) fn describe(config: &LlamaConfig, path: String, sha256: String, weigh
 /// # Errors
 /// [`ModelError::Read`].
 pub fn weights_sha256(path: &Path) -> Result<String, ModelError> {
-    if path.is_file() {
-        return file_sha256(path);
-    }
-    let files = hugging_face::weight_files(path)?;
+    let files = if path.is_file() { gguf_parts::files(path)? } else { WeightFiles::of(path)?.files };
     if let [file] = files.as_slice() {
         return file_sha256(file);
     }

@@ -19,10 +19,12 @@ use crate::config::{LlamaConfig, Rope};
 use crate::error::ModelError;
 use crate::gguf::GgufFile;
 use crate::gguf_config::whole;
+use crate::gguf_parts;
 use crate::gguf_write::PROVENANCE_KEY;
 use crate::hugging_face;
 use crate::making;
 use crate::pair::{Pair, describe, file_sha256, weights_sha256};
+use crate::stored::WeightFiles;
 use crate::transform::Transform;
 use crate::weights::Weights;
 
@@ -124,8 +126,8 @@ impl MakePair {
             format: PAIR_FORMAT,
             name: self.name.clone(),
             fingerprint: Fingerprint::new(""),
-            full: describe(full.config(), full_path, weights_sha256(&self.full)?, self.full_weights),
-            decode: describe(decode.config(), decode_path, weights_sha256(&self.decode)?, self.decode_weights),
+            full: describe(full.config(), full_path.clone(), weights_sha256(&dir.join(full_path))?, self.full_weights),
+            decode: describe(decode.config(), decode_path.clone(), weights_sha256(&dir.join(decode_path))?, self.decode_weights),
             kv,
             kv_formats: self.kv_formats,
             tokenizer: TokenizerManifest { sha256: hex::encode(Sha256::digest(&tokenizer.tokenizer)), eos_token_ids },
@@ -373,16 +375,18 @@ pub fn provenance(checkpoint: &Path) -> Result<Option<Map<String, Value>>, Model
 /// Puts a model into the pair's folder; gives its path there.
 fn install(model: &Path, dir: &Path, name: &str) -> Result<String, ModelError> {
     if model.is_file() {
-        let file = format!("{name}.gguf");
-        link_or_copy(model, &dir.join(&file))?;
-        return Ok(file);
+        let files = gguf_parts::files(model)?;
+        let file = |i: usize| if files.len() == 1 { format!("{name}.gguf") } else { gguf_parts::part_name(name, i + 1, files.len()) };
+        for (i, part) in files.iter().enumerate() {
+            link_or_copy(part, &dir.join(file(i)))?;
+        }
+        return Ok(file(0));
     }
     let target = dir.join(name);
     std::fs::create_dir(&target).map_err(|source| ModelError::Read { path: target.clone(), source })?;
-    let mut files = hugging_face::weight_files(model)?;
-    files.extend(
-        ["config.json", "generation_config.json", "model.safetensors.index.json"].map(|f| model.join(f)).into_iter().filter(|f| f.exists()),
-    );
+    let WeightFiles { mut files, index, .. } = WeightFiles::of(model)?;
+    files.extend(index);
+    files.extend(["config.json", "generation_config.json"].map(|f| model.join(f)).into_iter().filter(|f| f.exists()));
     for file in files {
         let Some(name) = file.file_name() else { continue };
         link_or_copy(&file, &target.join(name))?;

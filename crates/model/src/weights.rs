@@ -1,4 +1,4 @@
-//! Where a model's tensors come from: safetensors, GGUF or memory, under Hugging Face's names.
+//! Where a model's tensors come from: a Hugging Face folder, GGUF or memory, under Hugging Face's names.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use crate::weight::Weight;
 /// query and key rows come in Hugging Face's order (halves, not interleaved) also from a GGUF file. Matrices that a family stores as
 /// one come apart, and weights of norms are what is multiplied, also where a family stores them less one.
 pub enum Weights {
-    /// A folder with `config.json` and safetensors.
+    /// A folder with `config.json` and safetensors, or files that PyTorch wrote.
     HuggingFace(HuggingFaceFolder),
     /// One `.gguf` file.
     Gguf(GgufFile),
@@ -77,7 +77,7 @@ impl Weights {
     }
 
     /// Kernels trust the configuration: what does not go with it would end a node at its first request.
-    fn check(&self) -> Result<(), ModelError> {
+    pub(crate) fn check(&self) -> Result<(), ModelError> {
         let config = self.config();
         let LlamaConfig { hidden_size: hidden, intermediate_size: mlp, vocab_size: vocab, heads, kv, .. } = *config;
         let wants = |name: &str, wanted: &[usize]| match self.shape(name) {
@@ -129,7 +129,10 @@ impl Weights {
             WeightFormat::F32 => DType::F32,
             WeightFormat::Bf16 => DType::BF16,
             WeightFormat::F16 => DType::F16,
-            WeightFormat::Native => tensor.dtype(),
+            WeightFormat::Native => match self {
+                Self::HuggingFace(folder) => folder.native(&tensor, name),
+                _ => tensor.dtype(),
+            },
         };
         Ok(Weight::Dense(tensor.to_dtype(dtype)?))
     }

@@ -179,7 +179,7 @@ fn what_would_change_the_answers_is_refused() {
     let mut whole = llama(json!({}));
     whole.tensors.insert("model.norm.weight".into(), Tensor::ones(&[32], DType::U8, &Device::Cpu).unwrap());
     assert!(refused(&whole.save()).contains("model.norm.weight holds U8"), "{}", refused(&whole.save()));
-    assert!(refused(&llama(json!({ "quantization_config": { "quant_method": "fp8" } })).save()).contains("fp8"));
+    assert!(refused(&llama(json!({ "quantization_config": { "quant_method": "gptq" } })).save()).contains("gptq"));
     // Biases that the configuration speaks of are there, and no others.
     assert!(refused(&llama(json!({ "attention_bias": true })).save()).contains("q_proj.bias is missing"));
     let mut biased = llama(json!({}));

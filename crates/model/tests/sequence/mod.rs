@@ -51,6 +51,7 @@ pub(crate) fn difference(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// Whether all bits are the same.
+#[allow(dead_code, reason = "not every test compares answers of its own")]
 pub(crate) fn same_bits(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }

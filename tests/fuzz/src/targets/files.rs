@@ -7,7 +7,7 @@ use std::process::Command;
 use clap::Parser;
 use overfill_cluster::Discovery;
 use overfill_lifecycle::Drain;
-use overfill_model::{Device, KvSpec, MakePair, Pair, ThreadPool};
+use overfill_model::{Device, KvSpec, MakePair, Pair, Reference, ThreadPool};
 use overfill_router::{Models, Router, RouterConfig};
 use overfill_tests::processes::binary;
 use overfill_tests::tiny::{self, TinyPair};
@@ -111,6 +111,7 @@ pub(super) fn all() -> Vec<Box<dyn Target>> {
     let tiny = Box::leak(Box::new(tiny::pair_with_tools(tiny::Kind::Identity, 1)));
     let mut all = checkpoints(folder, tiny);
     all.extend(pairs(folder, tiny));
+    all.push(reference(folder));
     all.push(keys(folder, tiny));
     all.into_iter().map(|file| Box::new(file) as Box<dyn Target>).chain([Box::new(Templates) as Box<dyn Target>]).collect()
 }
@@ -154,6 +155,25 @@ fn checkpoints(folder: &TempDir, tiny: &TinyPair) -> Vec<File> {
         }),
         file("gguf", gguf, 16_384, of_file(decode)),
     ]
+}
+
+/// A checkpoint of the authors' code, split as for a pair: what PyTorch wrote is a zip file with a program in it.
+fn reference(folder: &TempDir) -> File {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/torch/identity");
+    let copy = folder.path().join("reference");
+    for (from, to) in [("teacher.json", "teacher/config.json"), ("student.json", "student/config.json")] {
+        let to = copy.join(to);
+        fs::create_dir_all(to.parent().expect("it has one")).expect("a folder");
+        fs::copy(fixture.join(from), &to).expect("a copy");
+        fs::write(to.with_file_name("tokenizer.json"), json!({ "model": { "vocab": {}, "merges": [] } }).to_string()).expect("a file");
+    }
+    fs::copy(fixture.join("pytorch_model.bin"), copy.join("pytorch_model.bin")).expect("a copy");
+    let split = |path: &Path| {
+        let into = tempfile::tempdir().map_err(|error| error.to_string())?;
+        let opened = Reference::open(path.parent().unwrap_or(path), None, None, None);
+        opened.and_then(|reference| reference.split(into.path())).map(drop).or_else(|error| told(&error))
+    };
+    file("torch", copy.join("pytorch_model.bin"), usize::MAX, Box::new(split))
 }
 
 fn pairs(folder: &TempDir, tiny: &TinyPair) -> Vec<File> {
