@@ -227,7 +227,7 @@ fn with_step(of: Map<String, Value>, step: Value) -> Map<String, Value> {
 mod tests {
     use overfill_kv::BlockId;
     use overfill_model::gguf::GgufFile;
-    use overfill_model::{Chunk, Device, KvCache, Llama, ThreadPool, Workspace};
+    use overfill_model::{Chunk, Device, KvCache, Llama, ThreadPool, Weights, Workspace};
     use overfill_types::KvFormat;
     use overfill_types::pair::WeightFormat;
 
@@ -326,6 +326,27 @@ mod tests {
                 hugging_face(&file, Format::F32, &back, |_, _| ()).unwrap();
                 close(&back);
             }
+        }
+    }
+
+    #[test]
+    fn scaled_weights_and_those_of_pytorch_become_plain_ones() {
+        let name = "model.layers.0.mlp.up_proj.weight";
+        for of in ["fp8-row", "fp8-blocks", "plain"] {
+            let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/torch").join(of);
+            for file in std::fs::read_dir(fixture).unwrap() {
+                let file = file.unwrap();
+                std::fs::copy(file.path(), from.path().join(file.file_name())).unwrap();
+            }
+            std::fs::write(from.path().join("tokenizer.json"), json!({ "model": { "vocab": {}, "merges": [] } }).to_string()).unwrap();
+            let folder = to.path().join("folder");
+            hugging_face(from.path(), Format::F32, &folder, |_, _| ()).unwrap();
+            let said = std::fs::read_to_string(folder.join("config.json")).unwrap();
+            assert!(!said.contains("quantization_config"), "{of}: its scales are applied: {said}");
+            let numbers = |path: &Path| Weights::open(path).unwrap().numbers(name).unwrap();
+            assert_eq!(numbers(&folder), numbers(from.path()), "{of}");
+            assert!(folder.join("model.safetensors").exists());
         }
     }
 }
