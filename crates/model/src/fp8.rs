@@ -204,7 +204,10 @@ mod tests {
     #[test]
     fn schemes_are_known_by_name() {
         let said = |config: Value| Scheme::of(&json!({ "quantization_config": config }));
-        let group = |weights: Value| json!({ "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": { "group_0": { "weights": weights } } });
+        let group = |weights: Value| {
+            let groups = json!({ "group_0": { "weights": weights } });
+            json!({ "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups })
+        };
         let whole = Ok(Some(Scheme { blocks: None }));
         let blocks = Ok(Some(Scheme { blocks: Some([128, 128]) }));
         assert_eq!(Scheme::of(&json!({})), Ok(None));
