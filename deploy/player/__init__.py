@@ -1,0 +1,1 @@
+"""Plays the Helm chart in containers: see deploy/play."""

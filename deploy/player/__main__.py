@@ -1,0 +1,198 @@
+"""deploy/play: builds, renders, plays, asks, rolls, kills, takes down."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from . import podman
+from .kubelet import Kubelet
+from .load import Load, ask
+from .manifests import TOOLS, Rendered
+from .rollout import rollout
+
+DEPLOY = Path(__file__).resolve().parent.parent
+RELEASE, NODES = "play", ("prefill", "decode", "router")
+# Exit status where this machine runs no containers.
+CANNOT = 77
+BEGUN = time.monotonic()
+
+
+def say(text):
+    print(f"[{time.monotonic() - BEGUN:5.0f} s] {text}", flush=True)
+
+
+def images(binaries, pair, work):
+    """Builds ours, and the pair's upon one of the tools that pods need beside them."""
+    podman.run(DEPLOY / "build-images", binaries, "play", timeout=600)
+    podman.run(DEPLOY / "image-root", work / "tools", "/bin/cp", "/bin/sleep")
+    (work / "Dockerfile").write_text("FROM scratch\nCOPY / /\nENV PATH=/usr/local/bin\n")
+    podman.run("buildah", "build", "--quiet", "--tag", TOOLS, "--file", work / "Dockerfile", work / "tools")
+    podman.run(DEPLOY / "pair-images", pair, "overfill-play-pair:play", timeout=600, env={**os.environ, "BASE": TOOLS})
+
+
+def values():
+    """The chart's defaults, with images of this machine and as little memory as will do. The user is one that no image knows."""
+    node = {"kvMemory": "256M", "resources": {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "2Gi"}}}
+    here = {"pullPolicy": "Never", "tag": "play"}
+    return {
+        "pairs": {"pair": {"images": {
+            **{role: f"localhost/overfill-play-pair-{role}:play" for role in NODES}, "pullPolicy": "Never", "copy": True}}},
+        "image": {"repository": "localhost/overfill", **here},
+        "cliImage": {"repository": "localhost/overfill-cli", **here},
+        "podSecurityContext": {"runAsUser": 1000650000, "runAsGroup": 0},
+        "prefill": node,
+        "decode": node,
+        "etcd": {"image": {"repository": "localhost/overfill-etcd", **here}},
+    }
+
+
+class Play:
+    """A cluster that runs."""
+
+    def __init__(self, rendered, pair):
+        self.rendered = rendered
+        self.model = json.loads((pair / "pair.json").read_text())["name"]
+        self.kubelet = Kubelet(say)
+        self.names = {}
+
+    def up(self):
+        for component in ("etcd", *NODES):
+            workload = self.rendered.workload(component)
+            separator = "-" if workload["kind"] == "StatefulSet" else "-1-"
+            self.names[component] = [f"{workload['metadata']['name']}{separator}{i}" for i in range(workload["spec"]["replicas"])]
+            for name in self.names[component]:
+                self.kubelet.start(workload, self.rendered.pod(workload, name))
+        for component, names in self.names.items():
+            for name in names:
+                self.kubelet.wait_ready(name)
+            say(f"{len(names)} {component}: ready")
+
+    def routers(self):
+        return [r.ip for r in self.kubelet.ready(self.rendered.workload("router"))]
+
+    def samples(self, pod, name, **labels):
+        """What a pod tells of a metric, with these labels among others."""
+        port = 2381 if pod in self.names["etcd"] else 9100
+        with urllib.request.urlopen(f"http://{self.kubelet.running[pod].ip}:{port}/metrics", timeout=10) as answer:
+            lines = re.findall(rf"^{name}(\{{.*\}})? (\S+)$", answer.read().decode(), re.M)
+        return [float(value) for told, value in lines if all(f'{key}="{wanted}"' in told for key, wanted in labels.items())]
+
+    def ask(self):
+        """A question by hand, `helm test` as the chart has it, and a scrape of each pod."""
+        say(f"asked by HTTP: {ask(self.routers()[0], self.model, 'What is the capital of France?', 24)!r}")
+        workload = self.rendered.workload("test")
+        test = self.rendered.pod(workload, workload["metadata"]["name"])
+        podman.start(test.manifest, test.aliases)
+        try:
+            for container in test.manifest["spec"]["containers"]:
+                name = f"{test.name}-{container['name']}"
+                code = podman.run("podman", "wait", name, timeout=180)
+                said = podman.run("podman", "logs", name, check=False)
+                answered = re.search(r"Successful requests: +(\d+)", said)
+                if code != "0" or not answered or answered[1] != "2":
+                    raise SystemExit(f"helm test: {container['name']} failed with {code}:\n{said}")
+                say(f"helm test, {container['name']}: {answered[0]}")
+        finally:
+            podman.remove([test.name])
+        for component, expected in {
+            "router": [("overfill_nodes", {"role": "prefill"}, 2), ("overfill_nodes", {"role": "decode"}, 2), ("overfill_router_held", {}, None)],
+            "prefill": [("overfill_step_seconds_sum", {}, None), ("vllm:num_requests_waiting", {}, None)],
+            "decode": [("vllm:kv_cache_usage_perc", {}, None), ("vllm:num_requests_running", {}, None)],
+            "etcd": [("etcd_server_has_leader", {}, 1)],
+        }.items():
+            for pod in self.names[component]:
+                for name, labels, value in expected:
+                    found = self.samples(pod, name, **labels)
+                    if not found or (value is not None and found != [value]):
+                        raise SystemExit(f"{pod} tells {found or 'nothing'} as {name} {labels}")
+        say(f"scraped: {', '.join(f'{len(names)} {component}' for component, names in self.names.items())}")
+
+    def roll(self, load):
+        """Each role is rolled under load. Nothing may fail."""
+        for generation, component in enumerate(NODES, start=2):
+            workload = self.rendered.workload(component)
+            with load:
+                time.sleep(3)
+                self.names[component] = rollout(self.kubelet, self.rendered, workload, self.names[component], generation, say)
+                time.sleep(3)
+            say(f"{component} rolled under {load.streams} streams: {load.told()}")
+            if load.counts["ok"] == 0 or any(load.counts[what] for what in ("failed", "wrong", "broken off")):
+                raise SystemExit(f"answers were lost: {load.complaints}")
+
+    def hurt(self, load, signal, components, seconds):
+        """One of each is killed or frozen under load. No answer may be wrong; only those break off whose router went."""
+        for component in components:
+            name = self.names[component][0]
+            with load:
+                time.sleep(3)
+                begun = time.monotonic()
+                podman.run("podman", "kill", "--signal", signal, self.kubelet.running[name].pod.container)
+                self.wait_restarted(name, seconds)
+                took = time.monotonic() - begun
+                time.sleep(3)
+            say(f"{name} got SIG{signal} under {load.streams} streams: ready again after {took:.1f} s; {load.told()}")
+            if load.counts["failed"] or load.counts["wrong"] or (component != "router" and load.counts["broken off"]):
+                raise SystemExit(f"answers were lost: {load.complaints}")
+
+    def wait_restarted(self, name, seconds):
+        running = self.kubelet.running[name]
+        before, until = running.restarts, time.monotonic() + seconds
+        while running.restarts == before or not running.ready:
+            if time.monotonic() > until:
+                raise SystemExit(f"{name} was not ready again after {seconds} s")
+            time.sleep(0.1)
+
+    def idle(self):
+        """When all is over no router holds anything."""
+        for name in self.names["router"]:
+            held = self.samples(name, "overfill_router_held")
+            if not held or any(held):
+                raise SystemExit(f"{name} still holds {held}")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="play")
+    parser.add_argument("binaries", type=Path)
+    parser.add_argument("what", nargs="*", metavar="WHAT", help="ask, roll, kill, freeze (default: all but freeze)")
+    args = parser.parse_args()
+    what = args.what or ["ask", "roll", "kill"]
+    if unknown := set(what) - {"ask", "roll", "kill", "freeze"}:
+        parser.error(f"there is no {', '.join(sorted(unknown))} to play")
+    with tempfile.TemporaryDirectory(prefix="overfill-play-") as work:
+        podman.configure(work)
+        pair = os.environ.get("PAIR") or subprocess.run([args.binaries / "overfill", "fetch"], check=True, capture_output=True, text=True,
+                                                        timeout=600).stdout.strip()
+        images(args.binaries, pair, Path(work))
+        say("images are built")
+        podman.network()
+        if not podman.plays("localhost/overfill:play"):
+            say("podman runs no containers here: nothing is played")
+            raise SystemExit(CANNOT)
+        play = Play(Rendered(os.environ["HELM"], DEPLOY / "helm" / "overfill", RELEASE, values()), Path(pair))
+        try:
+            play.up()
+            load = Load(play.routers, play.model)
+            load.learn()
+            if "ask" in what:
+                play.ask()
+            if "roll" in what:
+                play.roll(load)
+            if "kill" in what:
+                play.hurt(load, "KILL", ("decode", "prefill", "router"), 60)
+            if "freeze" in what:
+                play.hurt(load, "STOP", ("decode",), 180)
+            play.idle()
+            say("nothing is held any more")
+        finally:
+            play.kubelet.close()
+            podman.run("podman", "network", "rm", "--force", podman.NETWORK, check=False)
+        say("taken down")
+
+
+main()

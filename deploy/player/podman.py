@@ -1,0 +1,68 @@
+"""podman and buildah, as this machine runs them."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+NETWORK = "overfill-play"
+
+
+def configure(folder):
+    """Settings of our own, for this process alone: limits below those that any machine allows, a runtime that takes any cgroups, names that resolve."""
+    settings = Path(folder) / "containers.conf"
+    settings.write_text(
+        '[containers]\ndefault_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]\n'
+        '[engine]\nruntime = "runc"\n[network]\nnetwork_backend = "netavark"\n')
+    os.environ["CONTAINERS_CONF"] = str(settings)
+    # Building needs no container of its own: nothing is run.
+    os.environ["BUILDAH_ISOLATION"] = "chroot"
+    missing = [program for program in ("podman", "buildah", "runc") if not shutil.which(program)]
+    if missing:
+        raise SystemExit(f"play: {', '.join(missing)} is missing: see the head of deploy/play for what it needs")
+
+
+def run(*command, timeout=120, check=True, **options):
+    """Standard output of a command that ends well, or an error with what it said."""
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, **options)
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+def network():
+    """The one network of all pods, new."""
+    run("podman", "network", "rm", "--force", NETWORK, check=False)
+    run("podman", "network", "create", NETWORK)
+
+
+def start(manifest, aliases):
+    """Runs a pod; other pods find it by its name and by its aliases."""
+    options = ",".join(f"alias={alias}" for alias in aliases)
+    run("podman", "kube", "play", "--network", NETWORK + (f":{options}" if options else ""), "-", input=json.dumps(manifest), timeout=300)
+
+
+def address(pod):
+    """Its IP on the network."""
+    infra = json.loads(run("podman", "pod", "inspect", pod))["InfraContainerID"]
+    return json.loads(run("podman", "inspect", infra))[0]["NetworkSettings"]["Networks"][NETWORK]["IPAddress"]
+
+
+def state(container):
+    """Whether it runs, and what it exited with."""
+    said = json.loads(run("podman", "inspect", container))[0]["State"]
+    return said["Running"], said["ExitCode"]
+
+
+def remove(pods, volumes=()):
+    """Ends pods at once, and removes what they wrote."""
+    if pods:
+        run("podman", "pod", "rm", "--force", "--time", "0", *pods, check=False)
+    if volumes:
+        run("podman", "volume", "rm", "--force", *volumes, check=False)
+
+
+def plays(image):
+    """Whether containers run here at all: not where this is one itself that may not."""
+    return run("podman", "run", "--rm", "--network", NETWORK, image, "--version", check=False) != ""
