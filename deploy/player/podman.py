@@ -10,7 +10,7 @@ NETWORK = "overfill-play"
 
 
 def configure(folder):
-    """Settings of our own, for this process alone: limits below those that any machine allows, a runtime that takes any cgroups, names that resolve."""
+    """Settings for this process alone: limits that machines allow, a runtime that takes any cgroups, and names that resolve."""
     settings = Path(folder) / "containers.conf"
     settings.write_text(
         '[containers]\ndefault_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]\n'

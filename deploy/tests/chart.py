@@ -424,7 +424,7 @@ class Schema(unittest.TestCase):
         whole["decode"] = whole["decode"] | values["decode"]
         self.assertTrue(check.is_valid(whole))
         # What Kubernetes defines, and names of ours: labels, classes of resources, pairs and pools.
-        free = re.compile(r"(SecurityContext(\..*)?|requests|limits|[lL]abels|[aA]nnotations|affinity|nodeSelector|pairs|pools|scaleUp|scaleDown)$")
+        free = re.compile(r"(SecurityContext(\..*)?|requests|limits|[lL]abels|[aA]nnotations|affinity|nodeSelector|pairs|pools|scale(Up|Down))$")
         places = list(self.maps(whole, ()))
         refused = 0
         for place in places:

@@ -41,7 +41,9 @@
   value: {{ $settings.threads | quote }}
   {{- else }}
   {{- $cores := dig "requests" "cpu" (dig "limits" "cpu" "" $settings.resources) $settings.resources }}
-  {{- if not $cores }}{{ fail (printf "%s: threads is 0, so as many as cores are requested: say how many in resources.requests.cpu" $component) }}{{ end }}
+  {{- if not $cores }}
+  {{- fail (printf "%s: threads is 0, so as many as cores are requested: say how many in resources.requests.cpu" $component) }}
+  {{- end }}
   valueFrom:
     resourceFieldRef:
       containerName: {{ $component }}

@@ -1,6 +1,6 @@
-{{/* The release's name, which all objects' names begin with. */}}
+{{/* What all objects' names begin with. With a pool's name (28 at most) it stays below the 63 characters of a label. */}}
 {{- define "overfill.name" -}}
-{{- if contains "overfill" .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}{{ else }}{{ printf "%s-overfill" .Release.Name | trunc 40 | trimSuffix "-" }}{{ end }}
+{{- ternary .Release.Name (printf "%s-overfill" .Release.Name) (contains "overfill" .Release.Name) | trunc 26 | trimSuffix "-" }}
 {{- end }}
 
 {{/* What selectors go by. Takes root, and maybe component and pool. */}}
@@ -25,7 +25,8 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 
 {{/* An image's reference. Takes root and image. */}}
 {{- define "overfill.image" -}}
-{{- if .image.digest }}{{ .image.repository }}@{{ .image.digest }}{{ else }}{{ .image.repository }}:{{ .image.tag | default .root.Chart.AppVersion }}{{ end }}
+{{- .image.repository }}
+{{- if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .image.tag | default .root.Chart.AppVersion }}{{ end }}
 {{- end }}
 
 {{- define "overfill.serviceAccount" -}}

@@ -26,7 +26,8 @@ spec:
   terminationGracePeriodSeconds: {{ add (int $settings.drain.delaySeconds) (int $settings.drain.seconds) 10 }}
   securityContext:
     {{- toYaml $values.podSecurityContext | nindent 4 }}
-  {{- include "overfill.placement" (dict "root" $root "settings" $settings "selector" $labels "generation" "pod-template-hash") | trim | nindent 2 }}
+  {{- $placed := dict "root" $root "settings" $settings "selector" $labels "generation" "pod-template-hash" }}
+  {{- include "overfill.placement" $placed | trim | nindent 2 }}
   {{- with $settings.runtimeClassName }}
   runtimeClassName: {{ . }}
   {{- end }}

@@ -13,7 +13,9 @@
 {{/* Adds a workload to `.out.workloads`: its component, its pool, its name, the pairs that it serves, and its settings. */}}
 {{- define "overfill.workload" -}}
 {{- range .pairs }}
-{{- if not (hasKey $.root.Values.pairs .) }}{{ fail (printf "%s.pools.%s names the pair %s, which is not in `pairs`" $.component $.pool .) }}{{ end }}
+{{- if not (hasKey $.root.Values.pairs .) }}
+{{- fail (printf "%s.pools.%s names the pair %s, which is not in `pairs`" $.component $.pool .) }}
+{{- end }}
 {{- end }}
 {{- $settings := deepCopy (omit (get .root.Values .component) "pools") }}
 {{- $_ := include "overfill.overlay" (dict "base" $settings "over" (omit .over "pair" "pairs")) }}
@@ -21,7 +23,7 @@
 {{- $_ := include "overfill.overlay" (dict "base" $drain "over" $settings.drain) }}
 {{- $_ := set $settings "drain" $drain }}
 {{- $name := include "overfill.name" .root }}
-{{- $name = ternary (printf "%s-%s-%s" $name .component .pool) (printf "%s-%s" $name .component) (ne .pool "") | trunc 63 | trimSuffix "-" }}
+{{- $name = ternary (printf "%s-%s-%s" $name .component .pool) (printf "%s-%s" $name .component) (ne .pool "") }}
 {{- $autoscaled := $settings.autoscaling.enabled }}
 {{- $least := ternary $settings.autoscaling.minReplicas $settings.replicas $autoscaled | int }}
 {{- $workload := dict "component" .component "pool" .pool "name" $name "pairs" .pairs "settings" $settings "least" $least }}
@@ -42,7 +44,8 @@
 {{- $_ := include "overfill.workload" (dict "root" $root "out" $out "component" "prefill" "pool" "" "pairs" $pairs "over" dict) }}
 {{- end }}
 {{- range $pool, $over := $root.Values.decode.pools }}
-{{- $_ := include "overfill.workload" (dict "root" $root "out" $out "component" "decode" "pool" $pool "pairs" (list $over.pair) "over" $over) }}
+{{- $its := list $over.pair }}
+{{- $_ := include "overfill.workload" (dict "root" $root "out" $out "component" "decode" "pool" $pool "pairs" $its "over" $over) }}
 {{- else }}
 {{- range $pairs }}
 {{- $_ := include "overfill.workload" (dict "root" $root "out" $out "component" "decode" "pool" . "pairs" (list .) "over" dict) }}
