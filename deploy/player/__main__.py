@@ -205,7 +205,8 @@ def main():
         images(args.binaries, pair, Path(work))
         say("images are built")
         podman.network()
-        if not podman.plays("localhost/overfill:play"):
+        if not podman.plays(TOOLS):
+            podman.run("podman", "network", "rm", podman.NETWORK, check=False)
             say("podman runs no containers here: nothing is played")
             raise SystemExit(CANNOT)
         secrets = Secrets(Path(work) / "secrets", SERVICE, PEERS)

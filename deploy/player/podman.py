@@ -64,5 +64,5 @@ def remove(pods, volumes=()):
 
 
 def plays(image):
-    """Whether containers run here at all: not where this is one itself that may not."""
-    return run("podman", "run", "--rm", "--network", NETWORK, image, "--version", check=False) != ""
+    """Whether containers run here at all: not where this is one itself that may not. `image` has `cp`."""
+    return run("podman", "run", "--rm", "--network", NETWORK, image, "cp", "--version", check=False) != ""

@@ -176,6 +176,8 @@ class Pods(unittest.TestCase):
     def test_no_pod_has_a_token(self):
         for _, pod in self.each():
             self.assertIs(pod["automountServiceAccountToken"], False)
+            # Nor variables of Services, which may begin as ours do.
+            self.assertIs(pod["enableServiceLinks"], False)
         for values in VALUES:
             for account in of_kind(rendered(values), "ServiceAccount"):
                 self.assertIs(account["automountServiceAccountToken"], False)

@@ -22,6 +22,7 @@ metadata:
 spec:
   serviceAccountName: {{ include "overfill.serviceAccount" $root }}
   automountServiceAccountToken: false
+  # A Service called overfill would set variables that begin with OVERFILL_.
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ add (int $settings.drain.delaySeconds) (int $settings.drain.seconds) 10 }}
   securityContext:
