@@ -10,10 +10,13 @@ import time
 import urllib.request
 from pathlib import Path
 
+from tests.chart import Networks
+
 from . import podman
 from .kubelet import Kubelet
 from .load import Door, Load
 from .manifests import TOOLS, Rendered
+from .network import Network
 from .rollout import rollout
 from .secrets import Secrets
 
@@ -21,6 +24,8 @@ DEPLOY = Path(__file__).resolve().parent.parent
 RELEASE, NODES = "play", ("prefill", "decode", "router")
 # Names in the chart: the routers' Service, and what the servers' certificates are for.
 SERVICE, PEERS = "play-overfill", "nodes.overfill.internal"
+# Labels of pods that are not ours, and may reach the doors or scrape.
+CLIENT, SCRAPER = {"play": "client"}, {"play": "scraper"}
 # Exit status where this machine runs no containers.
 CANNOT = 77
 BEGUN = time.monotonic()
@@ -50,6 +55,10 @@ def values(secrets):
             **{role: f"localhost/overfill-play-pair-{role}:play" for role in NODES}, "pullPolicy": "Never", "copy": True}}},
         "image": {"repository": "localhost/overfill", **here},
         "cliImage": {"repository": "localhost/overfill-cli", **here},
+        "networkPolicy": {
+            "clients": [{"podSelector": {"matchLabels": CLIENT}}],
+            "scrapers": [{"podSelector": {"matchLabels": SCRAPER}}],
+        },
         "podSecurityContext": {"runAsUser": 1000650000, "runAsGroup": 0},
         "prefill": node,
         "decode": node,
@@ -62,7 +71,8 @@ class Play:
 
     def __init__(self, rendered, door):
         self.rendered, self.door = rendered, door
-        self.kubelet = Kubelet(say)
+        self.network = Network(rendered.objects)
+        self.kubelet = Kubelet(self.network, say)
         self.names = {}
 
     def up(self):
@@ -99,6 +109,7 @@ class Play:
         workload = self.rendered.workload("test")
         test = self.rendered.pod(workload, workload["metadata"]["name"])
         podman.start(test.manifest, test.aliases)
+        self.network.add(test.name, workload["metadata"]["labels"])
         try:
             for container in test.manifest["spec"]["containers"]:
                 name = f"{test.name}-{container['name']}"
@@ -109,6 +120,7 @@ class Play:
                     raise SystemExit(f"helm test: {container['name']} failed with {code}:\n{said}")
                 say(f"helm test, {container['name']}: {answered[0]}")
         finally:
+            self.network.remove(test.name)
             podman.remove([test.name])
         for component, expected in {
             "router": [*(("overfill_nodes", {"role": role}, 2) for role in ("prefill", "decode")), ("overfill_router_held", {}, None)],
@@ -122,6 +134,30 @@ class Play:
                     if not found or (value is not None and found != [value]):
                         raise SystemExit(f"{pod} tells {found or 'nothing'} as {name} {labels}")
         say(f"scraped: {', '.join(f'{len(names)} {component}' for component, names in self.names.items())}")
+
+    def reach(self):
+        """Every pod, and three that are none of ours, tries every port of every other: as the chart's table says, and no more."""
+        places = {component: self.names[component][0] for component in self.names}
+        others = {"test": self.rendered.workload("test")["metadata"]["labels"], "apps": CLIENT, "monitoring": SCRAPER, "strangers": {}}
+        try:
+            for place, labels in others.items():
+                places[place] = f"play-{place}"
+                spec = {"restartPolicy": "Never", "containers": [{"name": "sleep", "image": TOOLS, "command": ["sleep", "infinity"]}]}
+                metadata = {"name": places[place], "labels": labels}
+                podman.start({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}, [])
+                self.network.add(places[place], labels)
+            # The second of each, so that a member's own ports are reached over the network too.
+            targets = {(self.names[component][1], port): (component, port) for component, ports in Networks.PORTS.items() for port in ports}
+            for place, pod in places.items():
+                reached = {targets[target] for target in self.network.reached(pod, list(targets))}
+                expected = {(target, port) for source, target, port in Networks.TABLE if source == place}
+                if reached != expected:
+                    raise SystemExit(f"{place} reaches {reached - expected} beside the table, and does not reach {expected - reached}")
+            say(f"{len(places)} kinds of pods tried {len(targets)} ports each: {len(Networks.TABLE)} ways are open, as in the table")
+        finally:
+            for place in others:
+                self.network.remove(f"play-{place}")
+            podman.remove([f"play-{place}" for place in others])
 
     def figures(self, load, seconds=10):
         """What the chart scales by, of a pod on average, while the streams ask."""
@@ -179,7 +215,7 @@ class Play:
         before, until = running.restarts, time.monotonic() + seconds
         while running.restarts == before or not running.ready:
             if time.monotonic() > until:
-                raise SystemExit(f"{name} was not ready again after {seconds} s")
+                raise SystemExit(f"{name} was not ready again after {seconds} s: {running.failures}\n{self.kubelet.log(name)}")
             time.sleep(0.1)
 
     def idle(self):
@@ -218,6 +254,7 @@ def main():
             load.learn()
             if "ask" in what:
                 play.ask()
+                play.reach()
                 play.figures(load)
             if "roll" in what:
                 play.roll(load)

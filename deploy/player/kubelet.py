@@ -16,7 +16,6 @@ class Running:
     pod: object
     workload: dict
     ip: str
-    begun: float
     # The server's container as the chart has it, with its probes.
     server: dict
     ready: bool = False
@@ -33,8 +32,8 @@ class Kubelet:
     # How often it looks which probe is due.
     TICK = 0.2
 
-    def __init__(self, say):
-        self.say = say
+    def __init__(self, network, say):
+        self.network, self.say = network, say
         self.running = {}
         self.lock = threading.RLock()
         self.closed = threading.Event()
@@ -49,8 +48,9 @@ class Kubelet:
             podman.remove([pod.name], pod.volumes)
             raise
         template = workload["spec"].get("template", workload)
+        ip = self.network.add(pod.name, template["metadata"]["labels"])
         with self.lock:
-            self.running[pod.name] = Running(pod, workload, podman.address(pod.name), time.monotonic(), template["spec"]["containers"][0])
+            self.running[pod.name] = Running(pod, workload, ip, template["spec"]["containers"][0])
 
     def ready(self, workload):
         """The pods of a workload that are ready: what its Service leads to."""
@@ -73,12 +73,13 @@ class Kubelet:
         begun = time.monotonic()
         podman.run("podman", "stop", "--time", grace, running.pod.container, timeout=grace + 60)
         took, (_, code) = time.monotonic() - begun, podman.state(running.pod.container)
+        self.network.remove(name)
         podman.remove([name], running.pod.volumes)
         return took, code
 
     def log(self, name):
         """The last lines that its server wrote."""
-        return podman.run("podman", "logs", "--tail", 20, f"{name}-{self.running[name].server['name']}", check=False)
+        return podman.logs(self.running[name].pod.container, 20)
 
     def close(self):
         """Ends all pods at once."""
@@ -159,4 +160,5 @@ class Kubelet:
         running.failures.clear()
         running.restarts += 1
         podman.run("podman", "kill", "--signal", "KILL", running.pod.container, check=False)
-        podman.run("podman", "start", running.pod.container)
+        # podman may be cleaning up after the process that ended, and has been seen to hang then: it is tried again.
+        podman.run("podman", "start", running.pod.container, timeout=15)

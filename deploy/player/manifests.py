@@ -10,7 +10,8 @@ What podman does not know is left out or done in another way, and that is all of
   * claims of volumes become volumes of podman; what a pod writes to is named after it, since podman shares volumes of one name;
   * ports are not listed, which podman would open on the machine;
   * `$(VARIABLE)` is put in here, and `status.podIP` left to the server, which finds its own address;
-  * NetworkPolicies, budgets, service accounts, placement and priorities have no meaning on one machine.
+  * NetworkPolicies are kept by `network.py`;
+  * budgets, service accounts, placement and priorities have no meaning on one machine.
 """
 
 import copy

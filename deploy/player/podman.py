@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NETWORK = "overfill-play"
@@ -25,7 +26,10 @@ def configure(folder):
 
 def run(*command, timeout=120, check=True, **options):
     """Standard output of a command that ends well, or an error with what it said."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, **options)
+    try:
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, **options)
+    except subprocess.TimeoutExpired as late:
+        raise RuntimeError(f"{' '.join(map(str, command))}: not done after {timeout} s") from late
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()
@@ -43,10 +47,30 @@ def start(manifest, aliases):
     run("podman", "kube", "play", "--network", NETWORK + (f":{options}" if options else ""), "-", input=json.dumps(manifest), timeout=300)
 
 
+def gateway():
+    """The machine's own address on the network."""
+    return json.loads(run("podman", "network", "inspect", NETWORK))[0]["subnets"][0]["gateway"]
+
+
+def infra(pod):
+    """The container that holds a pod's network."""
+    return json.loads(run("podman", "inspect", json.loads(run("podman", "pod", "inspect", pod))["InfraContainerID"]))[0]
+
+
 def address(pod):
     """Its IP on the network."""
-    infra = json.loads(run("podman", "pod", "inspect", pod))["InfraContainerID"]
-    return json.loads(run("podman", "inspect", infra))[0]["NetworkSettings"]["Networks"][NETWORK]["IPAddress"]
+    return infra(pod)["NetworkSettings"]["Networks"][NETWORK]["IPAddress"]
+
+
+def process(pod):
+    """A process in its network namespace."""
+    return infra(pod)["State"]["Pid"]
+
+
+def logs(container, lines):
+    """The last lines that it wrote, wherever to."""
+    command = ["podman", "logs", "--tail", str(lines), container]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False).stdout
 
 
 def state(container):
@@ -57,8 +81,9 @@ def state(container):
 
 def remove(pods, volumes=()):
     """Ends pods at once, and removes what they wrote."""
-    if pods:
-        run("podman", "pod", "rm", "--force", "--time", "0", *pods, check=False)
+    # podman takes seconds for each, and waits more than it works.
+    with ThreadPoolExecutor(4) as removing:
+        list(removing.map(lambda pod: run("podman", "pod", "rm", "--force", "--time", "0", pod, check=False), pods))
     if volumes:
         run("podman", "volume", "rm", "--force", *volumes, check=False)
 
