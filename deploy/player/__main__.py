@@ -35,12 +35,24 @@ def say(text):
     print(f"[{time.monotonic() - BEGUN:5.0f} s] {text}", flush=True)
 
 
-def images(binaries, pair, work):
-    """Builds ours, and the pair's upon one of the tools that pods need beside them."""
-    podman.run(DEPLOY / "build-images", binaries, "play", timeout=600)
+def can_play(work):
+    """Builds the image of tools, and runs it on the network: whether that can be done here at all."""
     podman.run(DEPLOY / "image-root", work / "tools", "/bin/cp", "/bin/sleep")
     (work / "Dockerfile").write_text("FROM scratch\nCOPY / /\nENV PATH=/usr/local/bin\n")
-    podman.run("buildah", "build", "--quiet", "--tag", TOOLS, "--file", work / "Dockerfile", work / "tools")
+    try:
+        podman.run("buildah", "build", "--quiet", "--tag", TOOLS, "--file", work / "Dockerfile", work / "tools")
+        podman.network()
+        podman.run("podman", "run", "--rm", "--network", podman.NETWORK, TOOLS, "cp", "--version")
+    except RuntimeError as error:
+        say(f"no containers can be run here, so nothing is played: {error}")
+        podman.run("podman", "network", "rm", podman.NETWORK, check=False)
+        return False
+    return True
+
+
+def images(binaries, pair):
+    """Builds ours, and the pair's upon that of tools."""
+    podman.run(DEPLOY / "build-images", binaries, "play", timeout=600)
     podman.run(DEPLOY / "pair-images", pair, "overfill-play-pair:play", timeout=600, env={**os.environ, "BASE": TOOLS})
 
 
@@ -236,15 +248,12 @@ def main():
         parser.error(f"there is no {', '.join(sorted(unknown))} to play")
     with tempfile.TemporaryDirectory(prefix="overfill-play-") as work:
         podman.configure(work)
+        if not can_play(Path(work)):
+            raise SystemExit(CANNOT)
         pair = os.environ.get("PAIR") or subprocess.run([args.binaries / "overfill", "fetch"], check=True, capture_output=True, text=True,
                                                         timeout=600).stdout.strip()
-        images(args.binaries, pair, Path(work))
+        images(args.binaries, pair)
         say("images are built")
-        podman.network()
-        if not podman.plays(TOOLS):
-            podman.run("podman", "network", "rm", podman.NETWORK, check=False)
-            say("podman runs no containers here: nothing is played")
-            raise SystemExit(CANNOT)
         secrets = Secrets(Path(work) / "secrets", SERVICE, PEERS)
         door = Door(SERVICE, secrets.authority, secrets.key, json.loads((Path(pair) / "pair.json").read_text())["name"])
         play = Play(Rendered(os.environ["HELM"], DEPLOY / "helm" / "overfill", RELEASE, values(secrets), secrets), door)

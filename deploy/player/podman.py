@@ -86,8 +86,3 @@ def remove(pods, volumes=()):
         list(removing.map(lambda pod: run("podman", "pod", "rm", "--force", "--time", "0", pod, check=False), pods))
     if volumes:
         run("podman", "volume", "rm", "--force", *volumes, check=False)
-
-
-def plays(image):
-    """Whether containers run here at all: not where this is one itself that may not. `image` has `cp`."""
-    return run("podman", "run", "--rm", "--network", NETWORK, image, "cp", "--version", check=False) != ""
