@@ -1,5 +1,5 @@
-//! A model's shape and constants, as its files tell them. A `config.json` is read in [`crate::config_json`], what a GGUF file
-//! says in [`crate::gguf_config`].
+//! A model's shape and constants, as its files tell them. A `config.json` is read in `config_json.rs`, what a GGUF file
+//! says in `gguf_config.rs`.
 
 use overfill_types::KvGeometry;
 
