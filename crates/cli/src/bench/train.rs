@@ -5,7 +5,6 @@ use std::time::Instant;
 use anyhow::Context as _;
 use clap::Args;
 use overfill_compress::product::Precision;
-
 use overfill_model::config::{LayerAttention, Rope, Scalars};
 use overfill_model::{Family, LlamaConfig};
 use overfill_train::AdamOptions;
