@@ -18,7 +18,9 @@ fi
 if ! command -v promtool >/dev/null && [[ ! -x $cache/prometheus/usr/bin/promtool ]]; then
   # Its package would start a server.
   package=$(mktemp -d)
-  (cd "$package" && apt-get -o APT::Sandbox::User=root download -qq prometheus)
+  fetch() { (cd "$package" && apt-get -o APT::Sandbox::User=root download -qq prometheus); }
+  # A machine may never have asked what packages there are.
+  fetch 2>/dev/null || { apt-get update -qq && fetch; }
   dpkg -x "$package"/prometheus_*.deb "$cache/prometheus"
   rm -rf "$package"
 fi
