@@ -50,6 +50,21 @@ pub struct LayerAttention {
     pub rotation: Rotation,
 }
 
+impl LayerAttention {
+    /// Of a layer of `family`: whether it has the model's window, and whether it turns queries and keys.
+    pub(crate) fn of(family: Family, (slides, turns): (bool, bool), window: Option<usize>, max_context: usize) -> Self {
+        Self {
+            // One that covers the context is none.
+            window: window.filter(|window| slides && *window < max_context),
+            rotation: match turns {
+                false => Rotation::None,
+                true if slides && family == Family::Gemma3 => Rotation::Local,
+                true => Rotation::Global,
+            },
+        }
+    }
+}
+
 /// Which rotary embedding a layer has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Rotation {

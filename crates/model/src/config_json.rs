@@ -6,9 +6,10 @@
 use overfill_types::KvGeometry;
 use serde_json::Value;
 
-use crate::config::{LayerAttention, LlamaConfig, MOST_LAYERS, Rope, RopeScaling, Rotation, Scalars};
+use crate::config::{LayerAttention, LlamaConfig, MOST_LAYERS, Rope, RopeScaling, Scalars};
 use crate::family::Family;
 use crate::known;
+use crate::rope::yarn_magnitude;
 
 impl LlamaConfig {
     /// Reads `config.json`, and `generation_config.json` if there is one (it may name more end-of-sequence tokens).
@@ -132,19 +133,7 @@ fn layers(json: &Value, family: Family, count: usize, max_context: usize) -> Res
         (Value::Null, _) if json.get("sliding_window").is_none() && json["model_type"] == "mistral" => Some(4096),
         _ => optional(json, "sliding_window")?,
     };
-    Ok(slides
-        .into_iter()
-        .zip(turns)
-        .map(|(slides, turns)| LayerAttention {
-            // One that covers the context is none.
-            window: window.filter(|window| slides && *window < max_context),
-            rotation: match turns {
-                false => Rotation::None,
-                true if slides && family == Family::Gemma3 => Rotation::Local,
-                true => Rotation::Global,
-            },
-        })
-        .collect())
+    Ok(slides.into_iter().zip(turns).map(|layer| LayerAttention::of(family, layer, window, max_context)).collect())
 }
 
 /// A list with an entry for each layer, if there is one.
@@ -243,7 +232,7 @@ fn rope(json: &Value, parameters: &Value, key: &str, theta: f64, family: Family,
         },
         "yarn" => {
             let factor = among("factor")?.unwrap_or(stretched);
-            let magnitude = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+            let magnitude = |scale: f64| yarn_magnitude(factor, scale);
             let magnitude = match (among("attention_factor")?, among("mscale")?, among("mscale_all_dim")?) {
                 (Some(magnitude), ..) => magnitude,
                 (None, Some(scale), Some(all)) if scale != 0.0 && all != 0.0 => magnitude(scale) / magnitude(all),
@@ -326,6 +315,7 @@ fn token_ids(value: &Value) -> Result<Vec<u32>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Rotation;
 
     const BASE: &str = r#""model_type":"llama","hidden_size":64,"num_attention_heads":4,"num_key_value_heads":2,"num_hidden_layers":3,
         "intermediate_size":128,"vocab_size":256,"max_position_embeddings":512,"rms_norm_eps":1e-5,"eos_token_id":2"#;

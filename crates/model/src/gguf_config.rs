@@ -3,8 +3,9 @@
 use candle_core::quantized::gguf_file::{Content, Value};
 use overfill_types::KvGeometry;
 
-use crate::config::{LayerAttention, LlamaConfig, MOST_LAYERS, Rope, RopeScaling, Rotation, Scalars};
+use crate::config::{LayerAttention, LlamaConfig, MOST_LAYERS, Rope, RopeScaling, Scalars};
 use crate::family::Family;
+use crate::rope::yarn_magnitude;
 
 /// Reads the header of a file whose tensors include `factors` of the rotary embedding, if they do.
 ///
@@ -152,7 +153,7 @@ impl Keys<'_> {
                     original_context: self.number("rope.scaling.original_context_length")?,
                     truncate: true,
                 };
-                let usual = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+                let usual = yarn_magnitude(factor, 1.0);
                 let magnitude =
                     self.real("rope.scaling.yarn_attn_factor").unwrap_or(usual) * self.real("rope.scaling.attn_factor").unwrap_or(1.0);
                 Rope { scaling, magnitude, ..plain }
@@ -196,16 +197,8 @@ impl Keys<'_> {
         };
         // As llama.cpp has it: the header does not say it.
         let turns = |layer: usize| family != Family::SmolLm3 || !(layer + 1).is_multiple_of(4);
-        let attention = slides.into_iter().enumerate().map(|(layer, slides)| LayerAttention {
-            // One that covers the context is none.
-            window: window.filter(|window| slides && *window < max_context),
-            rotation: match turns(layer) {
-                false => Rotation::None,
-                true if slides && family == Family::Gemma3 => Rotation::Local,
-                true => Rotation::Global,
-            },
-        });
-        Ok(attention.collect())
+        let layers = slides.into_iter().enumerate().map(|(layer, slides)| (slides, turns(layer)));
+        Ok(layers.map(|layer| LayerAttention::of(family, layer, window, max_context)).collect())
     }
 
     fn scalars(&self, hidden_size: usize, heads: usize, layers: usize, head_dim: usize) -> Result<Scalars, String> {

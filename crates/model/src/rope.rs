@@ -5,6 +5,11 @@ use std::f64::consts::TAU;
 use crate::config::{LlamaConfig, Rope, RopeScaling, Rotation};
 use crate::pass::Chunk;
 
+/// What YaRN multiplies cosines and sines by where frequencies are divided by `factor` (Peng et al. 2023; `scale` is a file's own).
+pub(crate) fn yarn_magnitude(factor: f64, scale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
+}
+
 /// The rotary embeddings of one model.
 pub(crate) struct Rotary {
     global: Frequencies,
