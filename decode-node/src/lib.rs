@@ -53,7 +53,7 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
 
     let (mut parts, end, security) = (Parts::default(), signals.end.clone(), discovery.security().clone());
     let seen = discovery.clone();
-    metrics.etcd(move || seen.etcd_connected())?;
+    metrics.discovery(move || seen.connected())?;
     let (routes, health) = server::with_health(routes, Some(DESCRIPTORS)).await?;
     if let Some(listener) = admin {
         parts.task("admin server", admin::serve(listener, metrics, health.clone(), signals.clone()));

@@ -200,7 +200,7 @@ impl Router {
         let metrics = Arc::new(Metrics::new(models.names())?);
         let (of_metrics, seen) = (discovery.watch(), discovery.clone());
         metrics.nodes(move |role| of_metrics.borrow().nodes.iter().filter(|n| n.role == role).count())?;
-        metrics.registry.etcd(move || seen.etcd_connected())?;
+        metrics.registry.discovery(move || seen.connected())?;
         let suspicions = Arc::new(Suspicions::default());
         let known = suspicions.clone();
         metrics.quarantine(move || known.refused())?;

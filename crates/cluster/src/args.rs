@@ -10,8 +10,9 @@ use overfill_types::PeerAddress;
 
 use crate::discovery::Discovery;
 use crate::etcd::{EtcdSecurity, EtcdSettings};
+use crate::kubernetes::KubernetesSettings;
 
-/// Where nodes are found: etcd, or a fixed list of addresses.
+/// Where nodes are found: etcd, the Kubernetes API, or a fixed list of addresses.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Discovery")]
 pub struct DiscoveryArgs {
@@ -33,7 +34,11 @@ pub struct DiscoveryArgs {
     /// File of the user's password
     #[arg(long, env = "OVERFILL_ETCD_PASSWORD_FILE", requires = "etcd_user")]
     pub etcd_password_file: Option<PathBuf>,
-    /// Name of this cluster in etcd; nodes of other clusters are not seen
+    /// Without etcd: kubernetes://NAMESPACE, or kubernetes:// for this pod's own: nodes are the endpoints of the services there that
+    /// are labelled overfill/cluster (--cluster) and overfill/role (prefill or decode)
+    #[arg(long, env = "OVERFILL_DISCOVER", value_parser = parse_kubernetes, conflicts_with_all = ["etcd", "prefill_nodes", "decode_nodes"])]
+    pub discover: Option<Namespace>,
+    /// Name of this cluster in etcd or Kubernetes; nodes of other clusters are not seen
     #[arg(long, env = "OVERFILL_CLUSTER", default_value = "default")]
     pub cluster: String,
     /// Seconds after which a node that died is no longer listed in etcd
@@ -57,14 +62,23 @@ pub struct EtcdMember {
     tls: bool,
 }
 
+/// A namespace of Kubernetes; `None`: the one that this process runs in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namespace(Option<String>);
+
 impl DiscoveryArgs {
-    /// The source that the flags name: etcd, else the fixed list (which for a node may be empty: it is on the router's).
+    /// The source that the flags name: etcd, the Kubernetes API, else the fixed list (which for a node may be empty: it is on the router's).
     /// Nothing needs to be up yet.
     ///
     /// # Errors
-    /// Where a file of certificates, of a key, a password or a token cannot be used.
+    /// Where a file of certificates, of a key, a password or a token cannot be used, or there is no way to the Kubernetes API.
     pub fn connect(&self) -> Result<Discovery, Unusable> {
         let security = PeerSecurity::open(&self.security)?;
+        if let Some(Namespace(namespace)) = &self.discover {
+            let settings = KubernetesSettings { namespace: namespace.clone(), cluster: self.cluster.clone() };
+            settings.check()?;
+            return Ok(Discovery::kubernetes(settings).secured(security));
+        }
         if self.etcd.is_empty() {
             return Ok(Discovery::fixed(self.prefill_nodes.clone(), self.decode_nodes.clone()).secured(security));
         }
@@ -98,9 +112,31 @@ fn parse_endpoint(text: &str) -> Result<EtcdMember, String> {
     Ok(EtcdMember { address: address.trim_end_matches('/').parse().map_err(|error| format!("{error}"))?, tls })
 }
 
+/// `kubernetes://` and maybe a namespace.
+fn parse_kubernetes(text: &str) -> Result<Namespace, String> {
+    let Some(namespace) = text.strip_prefix("kubernetes://") else {
+        return Err("write kubernetes://NAMESPACE, or kubernetes:// for this pod's own; etcd is named by --etcd".into());
+    };
+    let name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    match namespace {
+        "" => Ok(Namespace(None)),
+        _ if namespace.len() <= 63 && namespace.chars().all(name) => Ok(Namespace(Some(namespace.to_owned()))),
+        _ => Err(format!("'{namespace}' is no namespace of Kubernetes: small letters, digits and '-' are")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_namespace_is_named_or_this_pods_own() {
+        assert_eq!(parse_kubernetes("kubernetes://"), Ok(Namespace(None)));
+        assert_eq!(parse_kubernetes("kubernetes://models-2"), Ok(Namespace(Some("models-2".into()))));
+        for wrong in ["k8s://models", "kubernetes://a/b", "kubernetes://A", "etcd:2379", ""] {
+            assert!(parse_kubernetes(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn members_are_written_as_etcds_tools_write_them() {

@@ -1,4 +1,4 @@
-//! One small interface over the three sources, and how those who find each other know each other.
+//! One small interface over the four sources, and how those who find each other know each other.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -12,13 +12,14 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::etcd::{Etcd, EtcdSettings};
 use crate::fixed::Addresses;
+use crate::kubernetes::{Kubernetes, KubernetesSettings};
 use crate::snapshot::Snapshot;
-use crate::{etcd, fixed, memory};
+use crate::{etcd, fixed, kubernetes, memory};
 
 /// How long a withdrawal may take before the lease's end has to do.
 const WITHDRAWAL_LIMIT: Duration = Duration::from_secs(3);
 
-/// Where nodes register and are found: etcd, a fixed list, or this process; and how they know each other. Clones share it.
+/// Where nodes are found, and register if need be: etcd, the Kubernetes API, a fixed list, or this process; and how they know each other. Clones share it.
 #[derive(Clone)]
 pub struct Discovery {
     view: watch::Sender<Arc<Snapshot>>,
@@ -33,6 +34,7 @@ enum Source {
     Memory,
     Fixed(Addresses),
     Etcd(Arc<Etcd>),
+    Kubernetes(Arc<Kubernetes>),
 }
 
 impl Discovery {
@@ -53,6 +55,11 @@ impl Discovery {
     /// An etcd cluster, which need not be there yet.
     pub fn etcd(settings: EtcdSettings) -> Self {
         Self::new(Source::Etcd(Arc::new(Etcd::new(settings))))
+    }
+
+    /// What the Kubernetes API lists, which need not be there yet.
+    pub fn kubernetes(settings: KubernetesSettings) -> Self {
+        Self::new(Source::Kubernetes(Arc::new(Kubernetes::new(settings))))
     }
 
     /// The same, of nodes that know each other by `security`. To be said before anything is asked.
@@ -79,39 +86,43 @@ impl Discovery {
                 Source::Memory => return None,
                 Source::Fixed(addresses) => tokio::spawn(fixed::follow(addresses.clone(), connector, view)),
                 Source::Etcd(etcd) => tokio::spawn(etcd::follow(etcd.clone(), connector, view)),
+                Source::Kubernetes(kubernetes) => tokio::spawn(kubernetes::follow(kubernetes.clone(), connector, view)),
             };
             Some(AbortOnDropHandle::new(following))
         });
         self.view.subscribe()
     }
 
-    /// Whether etcd answers, where nodes are found there: then the view is current.
-    pub fn etcd_connected(&self) -> Option<bool> {
+    /// Whether etcd or the Kubernetes API answers, where nodes are found there: then the view is current. A node that looks for no
+    /// others asks Kubernetes nothing, and has none.
+    pub fn connected(&self) -> Option<bool> {
         match &self.source {
             Source::Etcd(etcd) => Some(etcd.connected()),
+            Source::Kubernetes(kubernetes) => self.follower.get().map(|_| kubernetes.connected()),
             Source::Memory | Source::Fixed(_) => None,
         }
     }
 
     /// Whether nodes register here, and so need an address to register.
     pub fn registers(&self) -> bool {
-        !matches!(self.source, Source::Fixed(_))
+        matches!(self.source, Source::Memory | Source::Etcd(_))
     }
 
     /// Whether all decode nodes are found here: a list may be the router's alone.
     pub fn knows_decode_nodes(&self) -> bool {
         match &self.source {
             Source::Fixed(addresses) => !addresses.decode.is_empty(),
-            Source::Memory | Source::Etcd(_) => true,
+            Source::Memory | Source::Etcd(_) | Source::Kubernetes(_) => true,
         }
     }
 
     /// Lists a node as ready until the registration is withdrawn or dropped. Returns at once: if the source is away,
-    /// it registers when the source comes, and again whenever its entry was lost. With a fixed list there is nothing to do.
+    /// it registers when the source comes, and again whenever its entry was lost. With a fixed list, or where Kubernetes lists the
+    /// node's pod, there is nothing to do.
     pub fn register(&self, node: NodeInfo) -> Registration {
         let stop = CancellationToken::new();
         let task = match &self.source {
-            Source::Fixed(_) => None,
+            Source::Fixed(_) | Source::Kubernetes(_) => None,
             Source::Memory => Some(tokio::spawn(memory::hold(self.view.clone(), node, stop.clone()))),
             Source::Etcd(etcd) => {
                 let watches = self.follower.get().is_some();

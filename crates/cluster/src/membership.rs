@@ -17,16 +17,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use overfill_types::NodeInfo;
+use overfill_types::{NodeInfo, PeerAddress, Role};
 
+use crate::asking::Members;
+use crate::probe::{NoStatus, Reply};
 use crate::snapshot::Snapshot;
 
 /// Time between two questions to a node that is doubted.
-const INTERVAL: Duration = Duration::from_secs(1);
+pub(crate) const INTERVAL: Duration = Duration::from_secs(1);
 /// Probes in a row without an answer after which a node is given up.
 pub(crate) const TRIES: u32 = 2;
-/// After so long without an answer of etcd's or of any node's this process is taken to be cut off.
-const DEAF: Duration = Duration::from_secs(3);
+/// After so long without an answer of the source's or of any node's this process is taken to be cut off.
+pub(crate) const DEAF: Duration = Duration::from_secs(3);
 /// Keys of malformed values that are remembered, so that each is warned of once; beyond it they are left out in silence.
 const MOST_REMEMBERED: usize = 1024;
 
@@ -44,9 +46,20 @@ pub(crate) enum Event {
     Deleted(String),
 }
 
+/// What etcd says.
+#[derive(Debug)]
+pub(crate) enum Word {
+    /// All entries.
+    Listed(Vec<Entry>),
+    /// What happened since.
+    Changed(Vec<Event>),
+    /// It is away.
+    Away,
+}
+
 /// What came of asking a node for its status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Answer {
+enum Answer {
     /// It is ready, and the process that had registered.
     Ready,
     /// Nobody listens at its address, or another process, or it drains.
@@ -111,7 +124,7 @@ impl Membership {
     }
 
     /// etcd answers, and these are all entries that it has.
-    pub(crate) fn listed(&mut self, entries: Vec<Entry>, now: Instant) {
+    fn listed(&mut self, entries: Vec<Entry>, now: Instant) {
         self.away = false;
         let gone: BTreeSet<String> = {
             let listed: BTreeSet<&str> = entries.iter().map(|entry| entry.key.as_str()).collect();
@@ -134,7 +147,7 @@ impl Membership {
     }
 
     /// What happened since, in order.
-    pub(crate) fn changed(&mut self, events: Vec<Event>, now: Instant) {
+    fn changed(&mut self, events: Vec<Event>, now: Instant) {
         for event in events {
             match event {
                 Event::Put(entry) => self.put(entry, now),
@@ -148,7 +161,7 @@ impl Membership {
 
     /// etcd cannot be reached. The nodes are asked themselves, spread over an interval: an absence that is shorter costs
     /// few probes, and a longer one none at the same instant.
-    pub(crate) fn away(&mut self, now: Instant) {
+    fn away(&mut self, now: Instant) {
         if std::mem::replace(&mut self.away, true) {
             return;
         }
@@ -158,27 +171,8 @@ impl Membership {
         }
     }
 
-    /// At most `most` nodes to ask now, by key; those first that wait longest. Each is to be answered by [`Self::answered`].
-    pub(crate) fn due(&mut self, most: usize, now: Instant) -> Vec<(String, NodeInfo)> {
-        let mut due: Vec<_> = self.nodes.iter_mut().filter(|(_, known)| known.due().is_some_and(|at| at <= now)).collect();
-        due.sort_by_key(|(_, known)| known.due());
-        due.truncate(most);
-        let asked = due.into_iter().map(|(key, known)| {
-            if let Some(doubt) = &mut known.doubt {
-                doubt.due = None;
-            }
-            (key.clone(), known.node.clone())
-        });
-        asked.collect()
-    }
-
-    /// When the next node is to be asked.
-    pub(crate) fn next_due(&self) -> Option<Instant> {
-        self.nodes.values().filter_map(Known::due).min()
-    }
-
     /// What came of asking a node. One that has registered again meanwhile needs no answer.
-    pub(crate) fn answered(&mut self, key: &str, answer: Answer, now: Instant) {
+    fn conclude(&mut self, key: &str, answer: Answer, now: Instant) {
         let cut_off = self.away && self.heard.is_none_or(|heard| now.saturating_duration_since(heard) > DEAF);
         if answer != Answer::Silent {
             self.heard = Some(now);
@@ -213,11 +207,6 @@ impl Membership {
         } else {
             self.nodes.remove(key);
         }
-    }
-
-    /// The view, if it may have changed since it was last taken.
-    pub(crate) fn changed_view(&mut self) -> Option<Snapshot> {
-        std::mem::take(&mut self.changed).then(|| self.view())
     }
 
     /// All nodes that are there.
@@ -261,6 +250,51 @@ impl Membership {
     }
 }
 
+impl Members for Membership {
+    type Key = String;
+    type Word = Word;
+
+    fn heard(&mut self, word: Word, now: Instant) {
+        match word {
+            Word::Listed(entries) => self.listed(entries, now),
+            Word::Changed(events) => self.changed(events, now),
+            Word::Away => self.away(now),
+        }
+    }
+
+    /// Those first that wait longest.
+    fn due(&mut self, most: usize, now: Instant) -> Vec<(String, Role, PeerAddress)> {
+        let mut due: Vec<_> = self.nodes.iter_mut().filter(|(_, known)| known.due().is_some_and(|at| at <= now)).collect();
+        due.sort_by_key(|(_, known)| known.due());
+        due.truncate(most);
+        let asked = due.into_iter().map(|(key, known)| {
+            if let Some(doubt) = &mut known.doubt {
+                doubt.due = None;
+            }
+            (key.clone(), known.node.role, known.node.address.clone())
+        });
+        asked.collect()
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        self.nodes.values().filter_map(Known::due).min()
+    }
+
+    fn answered(&mut self, key: &String, reply: Reply, now: Instant) {
+        let own = self.nodes.get(key).map(|known| &known.node.id);
+        let answer = match reply {
+            Ok(Some(node)) if own == Some(&node.id) => Answer::Ready,
+            Ok(_) | Err(NoStatus::Refused) => Answer::Gone,
+            Err(NoStatus::Silent) => Answer::Silent,
+        };
+        self.conclude(key, answer, now);
+    }
+
+    fn changed_view(&mut self) -> Option<Snapshot> {
+        std::mem::take(&mut self.changed).then(|| self.view())
+    }
+}
+
 /// A node's key.
 pub(crate) fn key_of(prefix: &str, node: &NodeInfo) -> String {
     format!("{prefix}{}/{}", node.role, node.id)
@@ -299,7 +333,7 @@ mod tests {
     }
 
     fn due(membership: &mut Membership, now: Instant) -> Vec<String> {
-        membership.due(usize::MAX, now).into_iter().map(|(_, node)| node.id.to_string()).collect()
+        membership.due(usize::MAX, now).into_iter().map(|(key, ..)| key.rsplit('/').next().unwrap_or_default().to_owned()).collect()
     }
 
     /// Listed by etcd: these nodes.
@@ -336,7 +370,7 @@ mod tests {
                 assert_eq!(names(&membership), ["a", "b"]);
                 assert_eq!(due(&mut membership, now), ["a"]);
                 assert_eq!((due(&mut membership, now), membership.next_due()), (vec![], None), "asked once at a time");
-                membership.answered(&key("a"), Answer::Ready, now);
+                membership.conclude(&key("a"), Answer::Ready, now);
                 assert_eq!(membership.next_due(), Some(now + INTERVAL));
                 now += INTERVAL;
             }
@@ -355,7 +389,7 @@ mod tests {
                 for answer in answers {
                     assert_eq!(names(&membership), ["a", "b"]);
                     assert_eq!(due(&mut membership, now), ["a"], "without a pause");
-                    membership.answered(&key("a"), *answer, now);
+                    membership.conclude(&key("a"), *answer, now);
                 }
                 assert_eq!((names(&membership), membership.next_due()), (vec!["b".into()], None), "{answers:?}");
             }
@@ -371,7 +405,7 @@ mod tests {
             let at = now + INTERVAL * i;
             for answer in [Answer::Silent, Answer::Ready] {
                 assert_eq!(due(&mut membership, at), ["a"]);
-                membership.answered(&key("a"), answer, at);
+                membership.conclude(&key("a"), answer, at);
             }
         }
         assert_eq!(names(&membership), ["a"]);
@@ -384,10 +418,10 @@ mod tests {
         membership.listed(vec![], now);
         assert_eq!(due(&mut membership, now), ["a"]);
         membership.changed(vec![Event::Put(entry("a"))], now);
-        membership.answered(&key("a"), Answer::Gone, now);
+        membership.conclude(&key("a"), Answer::Gone, now);
         assert_eq!(names(&membership), ["a"]);
         membership.changed(vec![Event::Deleted(key("a"))], now);
-        membership.answered(&key("a"), Answer::Gone, now);
+        membership.conclude(&key("a"), Answer::Gone, now);
         assert_eq!(names(&membership), ["a"], "this doubt was not asked of yet");
     }
 
@@ -400,12 +434,12 @@ mod tests {
         assert_eq!(due(&mut membership, now + INTERVAL / 2), ["a", "b"], "spread");
         assert_eq!(due(&mut membership, now + INTERVAL), ["c", "d"]);
         let later = now + INTERVAL;
-        membership.answered(&key("a"), Answer::Gone, later);
-        membership.answered(&key("b"), Answer::Gone, later);
-        membership.answered(&key("c"), Answer::Ready, later);
-        membership.answered(&key("d"), Answer::Silent, later);
+        membership.conclude(&key("a"), Answer::Gone, later);
+        membership.conclude(&key("b"), Answer::Gone, later);
+        membership.conclude(&key("c"), Answer::Ready, later);
+        membership.conclude(&key("d"), Answer::Silent, later);
         assert_eq!((names(&membership), due(&mut membership, later)), (vec!["c".into(), "d".into()], vec!["d".into()]));
-        membership.answered(&key("d"), Answer::Silent, later);
+        membership.conclude(&key("d"), Answer::Silent, later);
         membership.away(later);
         assert_eq!(names(&membership), ["c"]);
 
@@ -413,7 +447,7 @@ mod tests {
         let later = later + INTERVAL;
         assert_eq!(due(&mut membership, later), ["a", "b", "c", "d"]);
         for (id, answer) in [("a", Answer::Ready), ("b", Answer::Gone), ("c", Answer::Ready), ("d", Answer::Silent)] {
-            membership.answered(&key(id), answer, later);
+            membership.conclude(&key(id), answer, later);
         }
         assert_eq!(names(&membership), ["a", "c"]);
 
@@ -422,8 +456,8 @@ mod tests {
         assert_eq!(names(&membership), ["a", "c"]);
         let later = later + INTERVAL;
         assert_eq!(due(&mut membership, later), ["a", "b"], "d is forgotten, and etcd vouches for c");
-        membership.answered(&key("a"), Answer::Gone, later);
-        membership.answered(&key("b"), Answer::Gone, later);
+        membership.conclude(&key("a"), Answer::Gone, later);
+        membership.conclude(&key("b"), Answer::Gone, later);
         assert_eq!((names(&membership), membership.nodes.len()), (vec!["c".into()], 2));
         membership.changed(vec![Event::Deleted(key("b"))], later);
         assert_eq!((membership.nodes.len(), membership.next_due()), (1, None), "its lease has ended");
@@ -435,10 +469,10 @@ mod tests {
         let mut membership = of(&["a"], now);
         membership.away(now);
         assert_eq!(due(&mut membership, now + INTERVAL), ["a"]);
-        membership.answered(&key("a"), Answer::Gone, now + INTERVAL);
+        membership.conclude(&key("a"), Answer::Gone, now + INTERVAL);
         membership.listed(vec![entry("a")], now + INTERVAL);
         assert_eq!((names(&membership), due(&mut membership, now + INTERVAL * 2)), (vec![], vec!["a".into()]));
-        membership.answered(&key("a"), Answer::Ready, now + INTERVAL * 2);
+        membership.conclude(&key("a"), Answer::Ready, now + INTERVAL * 2);
         assert_eq!((names(&membership), membership.next_due()), (vec!["a".into()], None));
     }
 
@@ -452,8 +486,8 @@ mod tests {
         while asked.len() < ids.len() {
             let some = membership.due(7, now);
             assert!((1..=7).contains(&some.len()));
-            for (key, _) in some {
-                membership.answered(&key, Answer::Ready, now);
+            for (key, ..) in some {
+                membership.conclude(&key, Answer::Ready, now);
                 assert!(asked.insert(key), "each is asked once");
             }
         }
@@ -469,10 +503,10 @@ mod tests {
         let mut asked = Vec::new();
         for _ in 0..4 * TRIES {
             // One at a time, and silent for a whole interval: the first are due again before the last had their turn.
-            let (key, node) = membership.due(1, now).remove(0);
+            let (key, ..) = membership.due(1, now).remove(0);
             now += INTERVAL;
-            membership.answered(&key, Answer::Silent, now);
-            asked.push(node.id.to_string());
+            membership.conclude(&key, Answer::Silent, now);
+            asked.push(key.rsplit('/').next().unwrap().to_owned());
         }
         asked.sort();
         assert_eq!(asked, ["a", "a", "b", "b", "c", "c", "d", "d"]);
@@ -485,7 +519,7 @@ mod tests {
         membership.away(now);
         let answered = |membership: &mut Membership, now: Instant, answers: [Answer; 2]| {
             assert_eq!(due(membership, now), ["a", "b"]);
-            ["a", "b"].iter().zip(answers).for_each(|(id, answer)| membership.answered(&key(id), answer, now));
+            ["a", "b"].iter().zip(answers).for_each(|(id, answer)| membership.conclude(&key(id), answer, now));
         };
         now += INTERVAL;
         answered(&mut membership, now, [Answer::Ready, Answer::Ready]);
@@ -500,10 +534,10 @@ mod tests {
         }
         // The cut is over. A probe that was lost in it says nothing, and one of them has died meanwhile, with its machine.
         assert_eq!(due(&mut membership, now), ["a", "b"]);
-        membership.answered(&key("b"), Answer::Ready, now);
-        membership.answered(&key("a"), Answer::Silent, now);
+        membership.conclude(&key("b"), Answer::Ready, now);
+        membership.conclude(&key("a"), Answer::Silent, now);
         assert_eq!((names(&membership), due(&mut membership, now)), (vec!["a".into(), "b".into()], vec!["a".into()]));
-        membership.answered(&key("a"), Answer::Silent, now);
+        membership.conclude(&key("a"), Answer::Silent, now);
         assert_eq!(names(&membership), ["b"]);
     }
 
@@ -523,8 +557,8 @@ mod tests {
                 3 => membership.listed(vec![entry(id)], now),
                 _ => {
                     let answer = [Answer::Ready, Answer::Gone, Answer::Silent][rng.random_range(0..3)];
-                    for (key, _) in membership.due(1, now) {
-                        membership.answered(&key, answer, now);
+                    for (key, ..) in membership.due(1, now) {
+                        membership.conclude(&key, answer, now);
                     }
                 }
             }

@@ -5,9 +5,9 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use overfill_proto::v1::node_client::NodeClient;
-use overfill_proto::v1::{self, NodeStatus, StatusRequest};
+use overfill_proto::v1::{self, NodeStatus, Phase, StatusRequest};
 use overfill_transport::Connector;
-use overfill_types::{PeerAddress, Role};
+use overfill_types::{Fingerprint, NodeId, NodeInfo, PeerAddress, Role, ServedPair};
 use tokio::time::timeout;
 
 /// Time for an answer, connecting included.
@@ -22,15 +22,18 @@ pub(crate) enum NoStatus {
     Silent,
 }
 
+/// The node that is ready there; `None` where one answers that is not.
+pub(crate) type Reply = Result<Option<NodeInfo>, NoStatus>;
+
 /// What the node at `address` says of itself. The connection is a new one each time: whether one can be made is part of
 /// what is asked.
-pub(crate) async fn ask(connector: &Connector, role: Role, address: &PeerAddress) -> Result<NodeStatus, NoStatus> {
-    let role = match role {
+pub(crate) async fn ask(connector: &Connector, role: Role, address: &PeerAddress) -> Reply {
+    let said = match role {
         Role::Prefill => v1::Role::Prefill,
         Role::Decode => v1::Role::Decode,
     };
     match timeout(LIMIT, status(connector, address)).await {
-        Ok(Ok(status)) if status.role() == role => Ok(status),
+        Ok(Ok(status)) if status.role() == said => Ok(ready(status, role, address)),
         Ok(Ok(_)) => Err(NoStatus::Silent),
         Ok(Err(error)) if refused(&*error) => Err(NoStatus::Refused),
         Ok(Err(error)) => {
@@ -39,6 +42,17 @@ pub(crate) async fn ask(connector: &Connector, role: Role, address: &PeerAddress
         }
         Err(_) => Err(NoStatus::Silent),
     }
+}
+
+/// The node, where it says that it is ready.
+fn ready(status: NodeStatus, role: Role, address: &PeerAddress) -> Option<NodeInfo> {
+    (status.phase() == Phase::Ready).then(|| NodeInfo {
+        id: NodeId::new(status.node_id),
+        role,
+        address: address.clone(),
+        pairs: status.pairs.into_iter().map(|p| ServedPair { model: p.model, fingerprint: Fingerprint::new(p.fingerprint) }).collect(),
+        max_context: status.max_context as usize,
+    })
 }
 
 async fn status(connector: &Connector, address: &PeerAddress) -> Result<NodeStatus, Box<dyn Error + Send + Sync>> {

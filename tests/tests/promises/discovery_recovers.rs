@@ -121,7 +121,7 @@ async fn an_idle_cluster_stays_connected() {
     // etcd breaks off at the third ping that comes too early.
     let over = Instant::now() + Duration::from_secs(20);
     while Instant::now() < over {
-        assert_eq!(discovery.etcd_connected(), Some(true));
+        assert_eq!(discovery.connected(), Some(true));
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

@@ -13,6 +13,7 @@ mod discovery_recovers;
 mod every_process_counts_what_it_did;
 mod frames_may_arrive_in_any_state;
 mod guides_cannot_hurt;
+mod kubernetes_finds_nodes;
 mod nobody_gets_in;
 mod nodes_may_say_anything;
 mod one_trace_runs_through_all_processes;

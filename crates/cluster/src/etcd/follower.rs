@@ -1,76 +1,26 @@
-//! The view, kept current: etcd's list and watch on one side, questions to nodes that it does not vouch for on the other.
-//! What follows from both is decided in `membership`.
-//!
-//! **Invariant:** neither side waits for the other. A silent etcd keeps no node from being asked, and silent nodes keep no
-//! change of etcd's from being seen.
+//! What etcd says, by list and watch. What follows from it is decided in `membership`.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use etcd_client::{Error, EventType, GetOptions, KeyValue, WatchOptions};
-use overfill_proto::v1::Phase;
 use overfill_transport::Connector;
-use overfill_types::NodeInfo;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, sleep_until};
-use tokio_util::task::{AbortOnDropHandle, JoinMap};
+use tokio::time::sleep;
+use tokio_util::task::AbortOnDropHandle;
 
-use super::{Etcd, pause, within};
-use crate::membership::{Answer, Entry, Event, Membership};
-use crate::probe::{self, NoStatus};
-use crate::snapshot::{Snapshot, publish};
-
-/// Most nodes that are asked at a time: a thousand that answer in milliseconds have their turn within a second, and
-/// a process's sockets are not used up by those that are silent.
-const MOST_ASKED: usize = 64;
-/// Messages of etcd that wait to be entered, which takes microseconds; then the watch waits, and etcd keeps them.
-const MOST_WAITING: usize = 16;
-
-/// What etcd says.
-enum Word {
-    /// All entries.
-    Listed(Vec<Entry>),
-    /// What happened since.
-    Changed(Vec<Event>),
-    /// It is away.
-    Away,
-}
+use super::{Etcd, LONGEST_PAUSE, within};
+use crate::asking::{self, MOST_WAITING};
+use crate::membership::{Entry, Event, Membership, Word};
+use crate::pause::pause;
+use crate::snapshot::Snapshot;
 
 /// Keeps the view current, for as long as it runs.
 pub(crate) async fn follow(etcd: Arc<Etcd>, connector: Connector, view: watch::Sender<Arc<Snapshot>>) {
-    let mut membership = Membership::new(etcd.prefix());
-    let (sender, mut words) = mpsc::channel(MOST_WAITING);
+    let membership = Membership::new(etcd.prefix());
+    // Where none may wait any more, etcd keeps what happens.
+    let (sender, words) = mpsc::channel(MOST_WAITING);
     let _listening = AbortOnDropHandle::new(tokio::spawn(listen(etcd, sender)));
-    let mut asked: JoinMap<String, Answer> = JoinMap::new();
-    loop {
-        let room = MOST_ASKED.saturating_sub(asked.len());
-        for (key, node) in membership.due(room, Instant::now()) {
-            asked.spawn(key, ask(connector.clone(), node));
-        }
-        if let Some(snapshot) = membership.changed_view() {
-            publish(&view, snapshot);
-        }
-        // Those that are due while there is no room have their turn when an answer makes some.
-        let next = membership.next_due().filter(|_| asked.len() < MOST_ASKED);
-        tokio::select! {
-            word = words.recv() => match word {
-                Some(Word::Listed(entries)) => membership.listed(entries, Instant::now()),
-                Some(Word::Changed(events)) => membership.changed(events, Instant::now()),
-                Some(Word::Away) => membership.away(Instant::now()),
-                None => return,
-            },
-            Some((key, answer)) = asked.join_next() => membership.answered(&key, answer.unwrap_or(Answer::Silent), Instant::now()),
-            () = sleep_until(next.unwrap_or_else(Instant::now).into()), if next.is_some() => {}
-        }
-    }
-}
-
-async fn ask(connector: Connector, node: NodeInfo) -> Answer {
-    match probe::ask(&connector, node.role, &node.address).await {
-        Ok(status) if status.node_id == node.id.as_str() && status.phase() == Phase::Ready => Answer::Ready,
-        Ok(_) | Err(NoStatus::Refused) => Answer::Gone,
-        Err(NoStatus::Silent) => Answer::Silent,
-    }
+    asking::follow(membership, words, connector, view).await;
 }
 
 /// Passes on what etcd says, and lists anew whenever the watch has ended.
@@ -87,7 +37,7 @@ async fn listen(etcd: Arc<Etcd>, words: mpsc::Sender<Word>) {
             return;
         }
         failures = if listed { 0 } else { failures + 1 };
-        sleep(pause(failures)).await;
+        sleep(pause(failures, LONGEST_PAUSE)).await;
     }
 }
 

@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, Error};
 use overfill_types::PeerAddress;
-use rand::Rng;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -25,8 +24,9 @@ const LIMIT: Duration = Duration::from_secs(2);
 /// How often a silent connection is tried. etcd breaks off those that are tried more often than every 5 s
 /// (its `--grpc-keepalive-min-time`), or while nothing is asked on them.
 const KEEP_ALIVE: Duration = Duration::from_secs(6);
+
 /// Longest wait between two attempts.
-const LONGEST_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Which etcd, and how.
 #[derive(Clone, Debug)]
@@ -79,11 +79,4 @@ async fn within<T>(answer: impl Future<Output = Result<T, Error>>) -> Result<T, 
         Ok(answer) => answer,
         Err(_) => Err(Error::IoError(std::io::Error::new(std::io::ErrorKind::TimedOut, "etcd did not answer in time"))),
     }
-}
-
-/// A pause after a failure, which grows with their number. All of a cluster meet the same failure at the same moment: the
-/// first pause is drawn from nothing upwards, so that they come back one after the other.
-fn pause(failures: u32) -> Duration {
-    let longest = LONGEST_WAIT.min(Duration::from_millis(250) * 2u32.saturating_pow(failures.min(10)));
-    longest.mul_f64(rand::rng().random_range(0.0..1.0))
 }

@@ -11,8 +11,9 @@ use overfill_types::NodeInfo;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use super::{Etcd, pause, within};
+use super::{Etcd, LONGEST_PAUSE, within};
 use crate::membership::key_of;
+use crate::pause::pause;
 
 /// Keeps `node` registered until `stop`. One that looks for others itself is registered once it watches them: whoever finds
 /// it may send it to any of them, also when etcd goes away right then.
@@ -43,7 +44,7 @@ pub(crate) async fn hold(etcd: Arc<Etcd>, node: NodeInfo, watches: bool, stop: C
         failures = if registered { 0 } else { failures + 1 };
         tokio::select! {
             () = stop.cancelled() => return,
-            () = sleep(pause(failures)) => {}
+            () = sleep(pause(failures, LONGEST_PAUSE)) => {}
         }
     }
 }

@@ -115,16 +115,16 @@ impl Registry {
         self.inner.register(Box::new(ReadAtScrape::new(Kind::Counter, self.opts(name, help, &[]), move || read() as f64)?))
     }
 
-    /// Whether etcd answers; nothing where `connected` gives nothing, because nodes are found otherwise.
+    /// Whether etcd or the Kubernetes API answers; nothing where `connected` gives nothing, because nodes are found otherwise.
     ///
     /// # Errors
     /// As [`Registry::counter`].
-    pub fn etcd(&self, connected: impl Fn() -> Option<bool> + Send + Sync + 'static) -> Result<(), Error> {
+    pub fn discovery(&self, connected: impl Fn() -> Option<bool> + Send + Sync + 'static) -> Result<(), Error> {
         if connected().is_none() {
             return Ok(());
         }
-        let help = "1 while etcd answers and the view of nodes is current, 0 while the last view serves.";
-        self.read_gauge("overfill_etcd_connected", help, &[], move || f64::from(u8::from(connected() == Some(true))))
+        let help = "1 while etcd or the Kubernetes API answers and the view of nodes is current, 0 while the last view serves.";
+        self.read_gauge("overfill_discovery_connected", help, &[], move || f64::from(u8::from(connected() == Some(true))))
     }
 
     fn opts(&self, name: &str, help: &str, labels: &[(&str, &str)]) -> Opts {

@@ -1,0 +1,73 @@
+//! The view, kept current: what a source says on one side, questions to nodes on the other. What follows from both is decided by
+//! [`Members`], without I/O.
+//!
+//! **Invariant:** neither side waits for the other. A silent source keeps no node from being asked, and silent nodes keep no
+//! word of the source's from being heard.
+
+use std::hash::Hash;
+use std::sync::Arc;
+use std::time::Instant;
+
+use overfill_transport::Connector;
+use overfill_types::{PeerAddress, Role};
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep_until;
+use tokio_util::task::JoinMap;
+
+use crate::probe::{self, NoStatus, Reply};
+use crate::snapshot::{Snapshot, publish};
+
+/// Most nodes that are asked at a time: a thousand that answer in milliseconds have their turn within a second, and
+/// a process's sockets are not used up by those that are silent.
+const MOST_ASKED: usize = 64;
+/// Words of the source that wait to be entered, which takes microseconds; then the source waits.
+pub(crate) const MOST_WAITING: usize = 16;
+
+/// Which nodes are there, as far as a source and the nodes themselves say: a state without I/O.
+pub(crate) trait Members {
+    /// Names one node to the source.
+    type Key: Clone + Eq + Hash + Send + 'static;
+    /// What the source says.
+    type Word;
+
+    /// The source has said something.
+    fn heard(&mut self, word: Self::Word, now: Instant);
+    /// At most `most` nodes to ask now. Each is to be answered by [`Self::answered`].
+    fn due(&mut self, most: usize, now: Instant) -> Vec<(Self::Key, Role, PeerAddress)>;
+    /// When the next node is to be asked.
+    fn next_due(&self) -> Option<Instant>;
+    /// What came of asking a node.
+    fn answered(&mut self, key: &Self::Key, reply: Reply, now: Instant);
+    /// The view, if it may have changed since it was last taken.
+    fn changed_view(&mut self) -> Option<Snapshot>;
+}
+
+/// Keeps the view current, for as long as the source goes on.
+pub(crate) async fn follow<M: Members>(
+    mut members: M,
+    mut words: mpsc::Receiver<M::Word>,
+    connector: Connector,
+    view: watch::Sender<Arc<Snapshot>>,
+) {
+    let mut asked: JoinMap<M::Key, Reply> = JoinMap::new();
+    loop {
+        let room = MOST_ASKED.saturating_sub(asked.len());
+        for (key, role, address) in members.due(room, Instant::now()) {
+            let connector = connector.clone();
+            asked.spawn(key, async move { probe::ask(&connector, role, &address).await });
+        }
+        if let Some(snapshot) = members.changed_view() {
+            publish(&view, snapshot);
+        }
+        // Those that are due while there is no room have their turn when an answer makes some.
+        let next = members.next_due().filter(|_| asked.len() < MOST_ASKED);
+        tokio::select! {
+            word = words.recv() => match word {
+                Some(word) => members.heard(word, Instant::now()),
+                None => return,
+            },
+            Some((key, reply)) = asked.join_next() => members.answered(&key, reply.unwrap_or(Err(NoStatus::Silent)), Instant::now()),
+            () = sleep_until(next.unwrap_or_else(Instant::now).into()), if next.is_some() => {}
+        }
+    }
+}
