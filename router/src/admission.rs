@@ -6,7 +6,7 @@ use std::time::Duration;
 use overfill_lifecycle::Trace;
 use overfill_schedule::Share;
 use overfill_text::{Chat, StopMatcher, TextModel};
-use overfill_types::{Code, GenerationConfig, Limits, Quality, RequestId, SamplingParams, ServiceError, StopConditions};
+use overfill_types::{Code, Fingerprint, GenerationConfig, Limits, Quality, RequestId, SamplingParams, ServiceError, StopConditions};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tracing::Instrument;
@@ -36,8 +36,6 @@ pub(crate) enum Input {
 
 /// What a client asks, as its front end has read it.
 pub(crate) struct ClientRequest {
-    /// Empty where the client named none.
-    pub(crate) model: String,
     pub(crate) inputs: Vec<Input>,
     /// Answers to each input, from 1.
     pub(crate) n: usize,
@@ -96,25 +94,41 @@ pub(crate) struct RequestPermit {
 }
 
 impl Router {
-    /// Checks and tokenises what is asked. Gives `n` requests for each input, in their order; the first of an input has the seed
+    /// The model that answers a request which names it so.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`] naming those that are here.
+    pub(crate) fn model(&self, name: &str) -> Result<Arc<TextModel>, ServiceError> {
+        let able = |pair: &Fingerprint| self.pairing.has_all(pair);
+        self.models.draw(name, able).inspect_err(|error| self.metrics.refused(error))
+    }
+
+    /// Checks and tokenises what is asked of `model`. Gives `n` requests for each input, in their order; the first of an input has the seed
     /// that was asked for, the others have seeds that follow from it.
     ///
     /// # Errors
-    /// [`Code::InvalidArgument`], [`Code::NotFound`] for an unknown model, [`Code::ResourceExhausted`] where the client is
-    /// over its limits, [`Code::Unavailable`] where too many requests are under way, and at a drain.
-    pub(crate) async fn admit(&self, client: &Arc<Client>, asked: ClientRequest, trace: &Trace) -> Result<Vec<ValidRequest>, ServiceError> {
+    /// [`Code::InvalidArgument`], [`Code::ResourceExhausted`] where the client is over its limits, [`Code::Unavailable`] where too
+    /// many requests are under way, and at a drain.
+    pub(crate) async fn admit(
+        &self,
+        client: &Arc<Client>,
+        model: &Arc<TextModel>,
+        asked: ClientRequest,
+        trace: &Trace,
+    ) -> Result<Vec<ValidRequest>, ServiceError> {
         let span = tracing::debug_span!(parent: trace.span(), "admit");
-        let admitted = self.check(client, asked, trace, Instant::now()).instrument(span).await;
+        let admitted = self.check(client, model, asked, trace).instrument(span).await;
         admitted.inspect_err(|error| self.metrics.refused(error))
     }
 
     async fn check(
         &self,
         client: &Arc<Client>,
+        model: &Arc<TextModel>,
         mut asked: ClientRequest,
         trace: &Trace,
-        arrived: Instant,
     ) -> Result<Vec<ValidRequest>, ServiceError> {
+        let arrived = Instant::now();
         if self.drain.draining() {
             return Err(ServiceError::new(Code::Unavailable, "the router is draining: send the request to another"));
         }
@@ -128,8 +142,7 @@ impl Router {
             ServiceError::new(Code::Unavailable, message).retry_after(Duration::from_secs(1))
         })?;
         let mut allowances = client.begin(answers)?.into_iter();
-        let model = self.models.find(&asked.model)?;
-        let counters = self.metrics.of(&model.manifest.name)?;
+        let counters = self.metrics.of(&model.manifest)?;
         asked.sampling = asked.said.or(model.manifest.generation).fill(asked.sampling);
         asked.sampling.validate()?;
         // Special tokens are no part of the text that stop strings are looked for in.
@@ -137,7 +150,7 @@ impl Router {
             asked.stop.iter().filter_map(|stop| Some((model.special_token(stop)?, stop.clone()))).collect();
         asked.stop_token_ids.extend(stop_tokens.iter().map(|(token, _)| *token));
         let stop_strings = StopMatcher::new(asked.stop)?;
-        let limits = Limits { max_context: self.max_context(&model), vocab_size: model.manifest.vocab_size() };
+        let limits = Limits { max_context: self.max_context(model), vocab_size: model.manifest.vocab_size() };
         limits.check_sampling(&asked.sampling)?;
         if asked.quality == Quality::Decode && asked.sampling.prompt_logprobs.is_some() {
             let message = "log-probabilities of the prompt are the full model's: ask for quality overfill or full, or leave them out";
@@ -153,7 +166,7 @@ impl Router {
         }
         if let Some(guide) = &asked.sampling.guide {
             // The nodes compile it too; here one that cannot be followed is told of before any node is asked.
-            let guides = self.models.guides(&model)?;
+            let guides = self.models.guides(model)?;
             let checked = async {
                 let _turn = client.turn_to_compile().await;
                 guides.check(guide).await
@@ -167,7 +180,7 @@ impl Router {
         let cache_salt = self.config.prefix_sharing.salt(client, &asked.cache_salt);
         let mut requests = Vec::with_capacity(answers);
         for input in asked.inputs {
-            let prompt = Arc::new(self.tokens(&model, input).await?);
+            let prompt = Arc::new(self.tokens(model, input).await?);
             self.suspicions.check(&prompt).inspect_err(|_| self.metrics.quarantined(&prompt))?;
             let left = limits.max_context.saturating_sub(prompt.len());
             let max_tokens = asked.max_tokens.unwrap_or_else(|| self.config.default_max_tokens.min(left).max(1));
@@ -237,8 +250,14 @@ impl Router {
     ///
     /// # Errors
     /// As [`Router::admit`].
-    pub(crate) async fn admit_one(&self, client: &Arc<Client>, asked: ClientRequest, trace: &Trace) -> Result<ValidRequest, ServiceError> {
-        let first = self.admit(client, asked, trace).await?.into_iter().next();
+    pub(crate) async fn admit_one(
+        &self,
+        client: &Arc<Client>,
+        model: &Arc<TextModel>,
+        asked: ClientRequest,
+        trace: &Trace,
+    ) -> Result<ValidRequest, ServiceError> {
+        let first = self.admit(client, model, asked, trace).await?.into_iter().next();
         first.ok_or_else(|| ServiceError::new(Code::InvalidArgument, "the input is missing"))
     }
 }

@@ -248,6 +248,11 @@ pub struct RequestBounds {
     /// TLS of both doors.
     #[command(flatten)]
     pub tls: TlsArgs,
+    /// Pairs of one name are versions of one model: a file of the part that each gets of its requests, as
+    /// {"MODEL": {"VERSION": WEIGHT}}, a version being the name of its folder or how its fingerprint begins. What is changed in it
+    /// is taken at once [default: the first pair of a name gets all]
+    #[arg(long, env = "OVERFILL_TRAFFIC")]
+    pub traffic: Option<PathBuf>,
     /// Seconds after SIGTERM in which all that comes is still served, while whoever sends it learns that this router leaves
     #[arg(long, env = "OVERFILL_DRAIN_DELAY", default_value_t = 5.0, value_parser = parse_seconds)]
     pub drain_delay: f64,
@@ -283,6 +288,8 @@ pub struct RouterConfig {
     pub queue_timeout: Duration,
     /// File of the clients' keys; `None` where nobody needs one.
     pub keys: Option<PathBuf>,
+    /// File of the part that each version of a model gets; `None` where the first gets all.
+    pub traffic: Option<PathBuf>,
     /// Seconds after which a request is given up.
     pub request_timeout: u64,
     /// What answers where nodes are missing.
@@ -320,6 +327,7 @@ impl RouterConfig {
             max_waiting: bounds.max_waiting as usize,
             queue_timeout: Duration::from_secs_f64(bounds.queue_timeout),
             keys: bounds.keys,
+            traffic: bounds.traffic,
             request_timeout: bounds.request_timeout,
             fallback: bounds.fallback,
             guides: bounds.guides,

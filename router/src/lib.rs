@@ -19,8 +19,10 @@ mod relay;
 mod status_streams;
 mod suspicions;
 mod tokenising;
+mod traffic;
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -101,7 +103,7 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
     let router = Router::new(config, models, &discovery, discovery.connector(), drain.clone())?;
     let descriptors = if listeners.admin.is_some() { None } else { Some(DESCRIPTORS) };
     let (grpc, health) = server::with_health(Routes::from(router.grpc()), descriptors).await?;
-    tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.models.names().collect::<Vec<_>>(), "router ready");
+    tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.models.names().into_iter().map(|(name, _)| name).collect::<Vec<_>>(), "router ready");
 
     for listener in [&listeners.http, &listeners.grpc] {
         router.warn_where_open(listener.local_addr()?);
@@ -120,6 +122,7 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
     }
     parts.task("followers of the nodes' status", ended_by(end.clone(), router.clone().follow()));
     parts.task("file of keys", ended_by(end.clone(), follow_keys(router.clone())));
+    parts.task("file of weights", ended_by(end.clone(), follow_traffic(router.clone())));
     parts.task("readiness", ended_by(end.clone(), tell_readiness(router.clone(), health.clone())));
 
     let mut served = parts.until(&drain).await;
@@ -153,16 +156,26 @@ async fn ended_by(end: Drain, work: impl Future<Output = ()>) -> Result<(), &'st
 
 /// Takes the file of keys anew when it has changed. Never ends.
 async fn follow_keys(router: Arc<Router>) {
-    let Some(file) = &router.config.keys else { return std::future::pending().await };
+    follow_file(router.config.keys.as_deref(), "keys", |file| router.clients.reload(file)).await;
+}
+
+/// Takes the file of versions' weights anew when it has changed. Never ends.
+async fn follow_traffic(router: Arc<Router>) {
+    follow_file(router.config.traffic.as_deref(), "versions' weights", |file| router.models.shift_traffic(file)).await;
+}
+
+/// Calls `take` whenever the file of `what` has changed. Never ends.
+async fn follow_file(file: Option<&Path>, what: &str, take: impl Fn(&Path) -> Result<(), String>) {
+    let Some(file) = file else { return std::future::pending().await };
     let mut known = stamp(file);
     loop {
         tokio::time::sleep(LOOKED_AT).await;
         let now = stamp(file);
         if now != known {
             known = now;
-            match router.clients.reload(file) {
-                Ok(()) => tracing::info!(file = %file.display(), "the file of keys has changed, and is taken as it is now"),
-                Err(why) => tracing::error!(why, "the file of keys has changed and cannot be taken: all keys stay as they were"),
+            match take(file) {
+                Ok(()) => tracing::info!(file = %file.display(), "the file of {what} has changed, and is taken as it is now"),
+                Err(why) => tracing::error!(why, "the file of {what} has changed and cannot be taken: all stays as it was"),
             }
         }
     }
@@ -197,7 +210,7 @@ impl Router {
         leaving: Drain,
     ) -> Result<Arc<Self>, RunError> {
         let most = config.max_requests as usize;
-        let metrics = Arc::new(Metrics::new(models.names())?);
+        let metrics = Arc::new(Metrics::new(models.iter().map(|model| &model.manifest))?);
         let (of_metrics, seen) = (discovery.watch(), discovery.clone());
         metrics.nodes(move |role| of_metrics.borrow().nodes.iter().filter(|n| n.role == role).count())?;
         metrics.registry.discovery(move || seen.connected())?;

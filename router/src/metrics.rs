@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use overfill_lifecycle::metrics::{Counting, Error, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, buckets};
 use overfill_types::prompt::short;
-use overfill_types::{Code, FinishReason, Role, ServiceError, prompt_digest};
+use overfill_types::{Code, Fingerprint, FinishReason, PairManifest, Role, ServiceError, prompt_digest};
 use tokio::time::Instant;
 
 /// Longest prompt and answer that histograms of tokens tell apart: what is longer is in the last bucket.
@@ -27,7 +27,7 @@ pub(crate) enum Held {
 /// The router's counters.
 pub(crate) struct Metrics {
     pub(crate) registry: Registry,
-    models: HashMap<String, Arc<OfModel>>,
+    models: HashMap<Fingerprint, Arc<OfModel>>,
     reservation_wait: Histogram,
     attempts_failed: IntCounterVec,
     migrations: IntCounterVec,
@@ -42,10 +42,13 @@ impl Metrics {
     /// Of a router that serves these models.
     ///
     /// # Errors
-    /// Where two metrics, or two models, have one name.
-    pub(crate) fn new<'a>(models: impl IntoIterator<Item = &'a str>) -> Result<Self, Error> {
+    /// Where two metrics have one name, or two of these are one pair.
+    pub(crate) fn new<'a>(models: impl IntoIterator<Item = &'a PairManifest>) -> Result<Self, Error> {
         let registry = Registry::new("router", None)?;
-        let models = models.into_iter().map(|name| Ok((name.to_owned(), Arc::new(OfModel::new(&registry.of_model(name))?))));
+        let models = models.into_iter().map(|PairManifest { name, fingerprint, .. }| {
+            let registry = registry.of_model(name, fingerprint.short());
+            Ok((fingerprint.clone(), Arc::new(OfModel::new(&registry)?)))
+        });
         Ok(Self {
             models: models.collect::<Result<_, Error>>()?,
             reservation_wait: registry.histogram(
@@ -116,9 +119,9 @@ impl Metrics {
     ///
     /// # Errors
     /// [`Code::Internal`] where the router does not serve it.
-    pub(crate) fn of(&self, model: &str) -> Result<Arc<OfModel>, ServiceError> {
-        let found = self.models.get(model).cloned();
-        found.ok_or_else(|| ServiceError::new(Code::Internal, format!("model '{model}' has no counters")))
+    pub(crate) fn of(&self, model: &PairManifest) -> Result<Arc<OfModel>, ServiceError> {
+        let found = self.models.get(&model.fingerprint).cloned();
+        found.ok_or_else(|| ServiceError::new(Code::Internal, format!("model '{}' has no counters", model.name)))
     }
 
     /// A request was refused since engines died under its prompt, which its digest names.

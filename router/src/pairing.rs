@@ -219,6 +219,11 @@ impl Pairing {
         format!("{what} of model {} (pair {}) is ready", pair.name, pair.fingerprint.short())
     }
 
+    /// Whether both halves of a pair have nodes.
+    pub(crate) fn has_all(&self, pair: &Fingerprint) -> bool {
+        self.lock().scheduler.cluster().absent(pair, Quality::Overfill).is_none()
+    }
+
     /// Longest sequence that a pair's nodes take now, in tokens; `None` where there are none.
     pub(crate) fn max_context(&self, pair: &Fingerprint) -> Option<usize> {
         let shared = self.lock();

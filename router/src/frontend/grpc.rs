@@ -42,8 +42,9 @@ impl Inference for InferenceService {
         let client = client_of(&request).map_err(|e| error::to_status(&e))?;
         let request = request.into_inner();
         let echo = request.echo_prompt_token_ids;
+        let model = self.router.model(&request.model).map_err(|e| error::to_status(&e))?;
         let asked = asked(request, timeout).map_err(|e| error::to_status(&e))?;
-        let valid = self.router.admit_one(&client, asked, &trace).await.map_err(|e| error::to_status(&e))?;
+        let valid = self.router.admit_one(&client, &model, asked, &trace).await.map_err(|e| error::to_status(&e))?;
         let prompt_tokens = valid.prompt.len() as u32;
         let started = Started {
             request_id: valid.id.to_string(),
@@ -98,7 +99,6 @@ fn asked(request: GenerateRequest, timeout: Option<Duration>) -> Result<ClientRe
         None => return Err(ServiceError::new(Code::InvalidArgument, "the input is missing: set text, chat or token_ids")),
     };
     Ok(ClientRequest {
-        model: request.model,
         inputs: vec![input],
         n: 1,
         quality,

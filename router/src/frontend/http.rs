@@ -126,21 +126,22 @@ async fn ready(State(router): State<Arc<Router>>) -> Response {
 }
 
 async fn models(State(router): State<Arc<Router>>) -> Json<Value> {
-    let data: Vec<Value> = router.models.iter().map(|model| described(&router, model)).collect();
+    let data: Vec<Value> = router.models.names().iter().map(|(name, model)| described(&router, name, model)).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
 async fn model(State(router): State<Arc<Router>>, Path(name): Path<String>) -> Response {
-    match router.models.find(&name) {
-        Ok(model) => Json(described(&router, &model)).into_response(),
+    match router.model(&name) {
+        Ok(model) => Json(described(&router, &name, &model)).into_response(),
         Err(error) => Failed::from(error).into_response(),
     }
 }
 
-fn described(router: &Router, model: &TextModel) -> Value {
+/// A model, as clients ask for it by `name`.
+fn described(router: &Router, name: &str, model: &TextModel) -> Value {
     let manifest = &model.manifest;
     json!({
-        "id": manifest.name, "object": "model", "created": router.started, "owned_by": "overfill", "root": manifest.name, "parent": null,
+        "id": name, "object": "model", "created": router.started, "owned_by": "overfill", "root": manifest.name, "parent": null,
         "max_model_len": router.max_context(model), "fingerprint": manifest.fingerprint, "permission": [],
     })
 }

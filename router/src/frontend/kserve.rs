@@ -20,6 +20,7 @@ use overfill_proto::kserve::{
     ModelReadyRequest, ModelReadyResponse, ModelStreamInferResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
     ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
 };
+use overfill_text::TextModel;
 use overfill_transport::connections::Connection;
 use overfill_transport::deadline::timeout_of;
 use overfill_types::{Code, Quality, ServiceError};
@@ -39,7 +40,7 @@ use crate::relay::{self, Answer, End, Event};
 
 /// Responses that wait for a slow client.
 const RESPONSES: usize = 16;
-/// The only version of every model.
+/// The version of a model that has one only.
 const VERSION: &str = "1";
 /// Sampling parameters that are texts; a number or a truth value in quotes is taken for one elsewhere.
 const TEXTS: [&str; 7] =
@@ -69,7 +70,7 @@ impl GrpcInferenceService for KserveService {
 
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
         let ModelReadyRequest { name, version } = request.into_inner();
-        let model = self.router.models.find(&name).and_then(|model| of_version(model, &version)).map_err(|e| error::to_status(&e))?;
+        let model = model(&self.router, &name, &version).map_err(|e| error::to_status(&e))?;
         let ready = self.router.pairing.missing(&model.manifest, Quality::Overfill).is_empty();
         Ok(Response::new(ModelReadyResponse { ready }))
     }
@@ -81,11 +82,12 @@ impl GrpcInferenceService for KserveService {
 
     async fn model_metadata(&self, request: Request<ModelMetadataRequest>) -> Result<Response<ModelMetadataResponse>, Status> {
         let ModelMetadataRequest { name, version } = request.into_inner();
-        let model = self.router.models.find(&name).and_then(|model| of_version(model, &version)).map_err(|e| error::to_status(&e))?;
+        let model = model(&self.router, &name, &version).map_err(|e| error::to_status(&e))?;
         let tensor = |name: &str, datatype: &str| TensorMetadata { name: name.into(), datatype: datatype.into(), shape: vec![1] };
+        let versions = self.router.models.versions(&model.manifest.name);
         Ok(Response::new(ModelMetadataResponse {
             name: model.manifest.name.clone(),
-            versions: vec![VERSION.into()],
+            versions: if versions.is_empty() { vec![VERSION.into()] } else { versions },
             platform: "overfill".into(),
             inputs: vec![
                 tensor("text_input", "BYTES"),
@@ -159,16 +161,25 @@ fn refuse<T>(message: impl Into<String>) -> Result<T, ServiceError> {
     Err(ServiceError::new(Code::InvalidArgument, message))
 }
 
-fn of_version<T>(model: T, version: &str) -> Result<T, ServiceError> {
-    if version.is_empty() || version == VERSION {
-        return Ok(model);
+fn model(router: &Router, name: &str, version: &str) -> Result<Arc<TextModel>, ServiceError> {
+    let versions = router.models.versions(name);
+    match version {
+        "" => router.model(name),
+        VERSION if versions.is_empty() => router.model(name),
+        _ if versions.is_empty() => {
+            let message = format!("version '{version}' is not served here: there is version {VERSION} of model '{name}'");
+            Err(ServiceError::new(Code::NotFound, message))
+        }
+        _ => router.model(&format!("{name}@{version}")),
     }
-    Err(ServiceError::new(Code::NotFound, format!("version '{version}' is not served here: there is version {VERSION} of each model")))
 }
 
 /// What a request asks.
 struct Question {
     id: String,
+    /// Of the model, and of its version.
+    name: String,
+    version: String,
     text: String,
     stream: bool,
     /// The answer begins with `text`.
@@ -184,7 +195,6 @@ impl Question {
         if raw && request.raw_input_contents.len() != request.inputs.len() {
             return refuse(format!("{} raw contents were sent for {} inputs", request.raw_input_contents.len(), request.inputs.len()));
         }
-        of_version((), &request.model_version)?;
         if let Some(other) = request.outputs.iter().find(|output| output.name != "text_output") {
             return refuse(format!("output '{}' is not offered: text_output is", other.name));
         }
@@ -207,8 +217,8 @@ impl Question {
         let guide: GuideFields = serde_json::from_value(Value::Object(parameters)).map_err(fields)?;
         let mut asked = sampling.asked(vec![Input::Text { text: text.clone(), special_tokens: true }], None)?;
         asked.sampling.guide = guide_of(guide)?;
-        asked.model = request.model_name;
-        Ok(Self { id: request.id, text, stream, with_input, raw, asked })
+        let (name, version) = (request.model_name, request.model_version);
+        Ok(Self { id: request.id, name, version, text, stream, with_input, raw, asked })
     }
 
     async fn start(
@@ -218,9 +228,10 @@ impl Question {
         timeout: Option<Duration>,
         trace: &Trace,
     ) -> Result<Reply, ServiceError> {
-        let Self { id, text, with_input, raw, asked, .. } = self;
-        let request = router.admit_one(client, ClientRequest { timeout, ..asked }, trace).await?;
-        let model = request.model.manifest.name.clone();
+        let Self { id, name, version, text, with_input, raw, asked, .. } = self;
+        let model = model(router, &name, &version)?;
+        let request = router.admit_one(client, &model, ClientRequest { timeout, ..asked }, trace).await?;
+        let model = model.manifest.name.clone();
         let before = if with_input { text } else { String::new() };
         let prompt_tokens = request.prompt.len();
         Ok(Reply { id, model, before, raw, prompt_tokens, answer: relay::start(router.clone(), request) })

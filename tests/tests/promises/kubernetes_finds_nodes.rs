@@ -16,6 +16,7 @@ use overfill_tests::scrape::Scrape;
 use overfill_tests::security;
 use overfill_tests::tiny::{self, Kind};
 use overfill_types::SamplingParams;
+use serde_json::{Value, json};
 use tokio::sync::Mutex;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -30,8 +31,7 @@ const CLIENTS: usize = 8;
 struct Kubernetes {
     api: ApiServer,
     kubeconfig: PathBuf,
-    _folder: tempfile::TempDir,
-    pair: PathBuf,
+    folder: tempfile::TempDir,
     _router: Process,
     http: String,
     grpc: String,
@@ -48,32 +48,48 @@ struct Node {
 impl Kubernetes {
     /// With a prefill and so many decode nodes, which the router sees.
     async fn start(pair: &Path, decode: usize) -> Self {
-        let (api, folder) = (ApiServer::start().await, tempfile::tempdir().unwrap());
-        let kubeconfig = folder.path().join("kubeconfig");
-        api.write_kubeconfig(&kubeconfig);
-        let (http, grpc) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
-        let dir = pair.display().to_string();
-        let flags = [&["--pair", &dir, "--http", &http, "--grpc", &grpc][..], &DISCOVER].concat();
-        let secured = [security::peer_flags(), security::door_flags()].concat();
-        let router = start("router", &flags, &secured, &kubeconfig);
-        let (http, grpc) = (security::without_tls(&http, false), security::without_tls(&grpc, true));
-        let (http, grpc) = (format!("http://{http}"), format!("http://{grpc}"));
-        let nodes = BTreeMap::new();
-        let mut cluster = Self { api, kubeconfig, _folder: folder, pair: pair.to_owned(), _router: router, http, grpc, nodes };
-        cluster.start_node("p", "prefill").await;
+        let mut cluster = Self::router(&[pair]).await;
+        cluster.start_node("p", "prefill", pair).await;
         for number in 0..decode {
-            cluster.start_node(&format!("d{number}"), "decode").await;
+            cluster.start_node(&format!("d{number}"), "decode", pair).await;
         }
         cluster.until_seen("prefill", 1).await;
         cluster.until_seen("decode", decode).await;
         cluster
     }
 
+    /// A router alone. Its file of weights is not there yet.
+    async fn router(pairs: &[&Path]) -> Self {
+        let (api, folder) = (ApiServer::start().await, tempfile::tempdir().unwrap());
+        let kubeconfig = folder.path().join("kubeconfig");
+        api.write_kubeconfig(&kubeconfig);
+        let (http, grpc) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
+        let dirs: Vec<String> = pairs.iter().map(|pair| pair.display().to_string()).collect();
+        let (dirs, weights) = (dirs.join(","), folder.path().join("weights.json"));
+        std::fs::write(&weights, "{}").unwrap();
+        let weights = weights.display().to_string();
+        let flags = [&["--pair", &dirs, "--traffic", &weights, "--http", &http, "--grpc", &grpc][..], &DISCOVER].concat();
+        let secured = [security::peer_flags(), security::door_flags()].concat();
+        let router = start("router", &flags, &secured, &kubeconfig);
+        let (http, grpc) = (security::without_tls(&http, false), security::without_tls(&grpc, true));
+        let (http, grpc) = (format!("http://{http}"), format!("http://{grpc}"));
+        let nodes = BTreeMap::new();
+        Self { api, kubeconfig, folder, _router: router, http, grpc, nodes }
+    }
+
+    /// What the versions of the model get from now on.
+    fn weigh(&self, weights: &str) {
+        // As Kubernetes changes a ConfigMap: the file is another one at once.
+        let new = self.folder.path().join("new");
+        std::fs::write(&new, weights).unwrap();
+        std::fs::rename(new, self.folder.path().join("weights.json")).unwrap();
+    }
+
     /// Starts a pod, which is listed from the first moment, and ready when its probe says so.
-    async fn start_node(&mut self, name: &str, role: &'static str) {
+    async fn start_node(&mut self, name: &str, role: &'static str, pair: &Path) {
         let (address, admin) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
         self.api.put(name, role, &address, Pod::NotReady);
-        let pair = self.pair.display().to_string();
+        let pair = pair.display().to_string();
         let flags = ["--pair", &pair, "--listen", &address, "--admin", &admin, "--threads", "1", "--kv-memory", "32M"];
         let process = start(&format!("{role}-node"), &[&flags[..], &DISCOVER].concat(), &security::peer_flags(), &self.kubeconfig);
         self.nodes.insert(name.to_owned(), Node { process, role, address, admin });
@@ -118,12 +134,12 @@ fn start(name: &str, flags: &[&str], secured: &[String], kubeconfig: &Path) -> P
     Process::with(name, &[flags, &secured].concat(), &[("KUBECONFIG", &kubeconfig.display().to_string())])
 }
 
-/// Clients that ask without a pause. Each answer has to be the one that the first was.
+/// Clients that ask without a pause. Each answer has to be the one that the first of its pair was.
 struct Load {
     stop: Arc<AtomicBool>,
     answers: Arc<AtomicUsize>,
-    /// Decode nodes that wrote, since this was last taken.
-    wrote: Arc<Mutex<BTreeSet<String>>>,
+    /// Pairs and decode nodes that wrote, since this was last taken.
+    wrote: Arc<Mutex<BTreeSet<(String, String)>>>,
     clients: Vec<AbortOnDropHandle<()>>,
 }
 
@@ -135,16 +151,17 @@ impl Load {
             ask
         };
         let client = InferenceClient::connect(cluster.grpc.clone()).await.unwrap();
-        let (expected, _) = answer(client.clone(), ask()).await.unwrap();
+        let expected: Arc<Mutex<BTreeMap<String, Vec<u32>>>> = Arc::default();
         let (stop, answers, wrote) =
-            (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)), Arc::<Mutex<BTreeSet<String>>>::default());
+            (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)), Arc::<Mutex<BTreeSet<(String, String)>>>::default());
         let one = |_| {
             let (client, expected, stop, answers, wrote) = (client.clone(), expected.clone(), stop.clone(), answers.clone(), wrote.clone());
             AbortOnDropHandle::new(tokio::spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
                     let (tokens, finished) = answer(client.clone(), ask()).await.expect("no request fails");
-                    assert_eq!(tokens, expected);
-                    wrote.lock().await.insert(finished.served_by.unwrap().decode_node);
+                    let by = finished.served_by.unwrap();
+                    assert_eq!(tokens, *expected.lock().await.entry(by.fingerprint.clone()).or_insert(tokens.clone()));
+                    wrote.lock().await.insert((by.fingerprint, by.decode_node));
                     answers.fetch_add(1, Ordering::Relaxed);
                 }
             }))
@@ -163,8 +180,13 @@ impl Load {
         eventually(PATIENCE, "answers come", more).await;
     }
 
-    /// Decode nodes that write from now on.
-    async fn writers(&self) -> BTreeSet<String> {
+    /// Pairs that write from now on.
+    async fn pairs(&self) -> BTreeSet<String> {
+        self.writers().await.into_iter().map(|(pair, _)| pair).collect()
+    }
+
+    /// Pairs and decode nodes that write from now on.
+    async fn writers(&self) -> BTreeSet<(String, String)> {
         // Those that are under way were begun before.
         self.goes_on(2 * CLIENTS).await;
         self.wrote.lock().await.clear();
@@ -190,7 +212,7 @@ async fn pods_come_and_go_under_load() {
     for round in 0..3 {
         for (role, names) in [("decode", ["d0", "d1"]), ("prefill", ["p", "q"])] {
             let (old, new) = (names[round % 2], names[(round + 1) % 2]);
-            cluster.start_node(new, role).await;
+            cluster.start_node(new, role, &pair.dir).await;
             tokio::time::sleep(MIN_READY).await;
             cluster.end_node(old).await;
             cluster.until_seen(role, 1).await;
@@ -209,7 +231,7 @@ async fn pods_come_and_go_under_load() {
     cluster.nodes.remove("d1").unwrap().process.kill();
     cluster.until_seen("decode", 0).await;
     // Its container is started anew at its address, and Kubernetes says nothing new.
-    cluster.start_node("d3", "decode").await;
+    cluster.start_node("d3", "decode", &pair.dir).await;
     cluster.until_seen("decode", 1).await;
 }
 
@@ -245,7 +267,7 @@ async fn what_the_api_server_does_fails_no_request() {
 
     // An event that no watch was told of: the next watch begins before it.
     cluster.api.set(Mood::Loses);
-    cluster.start_node("e0", "decode").await;
+    cluster.start_node("e0", "decode", &pair.dir).await;
     cluster.api.set(Mood::Well);
     cluster.api.cut();
     cluster.until_seen("decode", 2).await;
@@ -253,7 +275,7 @@ async fn what_the_api_server_does_fails_no_request() {
     for (name, count) in [("e1", 3), ("e2", 4)] {
         let (lists, _) = cluster.api.asked();
         cluster.api.set(Mood::Loses);
-        cluster.start_node(name, "decode").await;
+        cluster.start_node(name, "decode", &pair.dir).await;
         cluster.api.set(Mood::Well);
         cluster.api.forget();
         if count == 3 {
@@ -289,7 +311,7 @@ async fn silence_and_lost_events_are_made_up_for() {
         let load = Load::start(&cluster).await;
         // The connection stays, and nothing comes over it any more.
         cluster.api.set(Mood::Silent);
-        cluster.start_node("d1", "decode").await;
+        cluster.start_node("d1", "decode", &pair.dir).await;
         load.goes_on(50).await;
         cluster.api.set(Mood::Well);
         eventually(3 * PATIENCE, "the pod that came in the silence is seen", || async { cluster.seen("decode").await == 2 }).await;
@@ -301,7 +323,7 @@ async fn silence_and_lost_events_are_made_up_for() {
         let before = cluster.api.asked();
         // The watch has gone on past an event that it was never told of: only a list can tell.
         cluster.api.set(Mood::Loses);
-        cluster.start_node("d1", "decode").await;
+        cluster.start_node("d1", "decode", &pair.dir).await;
         cluster.api.set(Mood::Well);
         cluster.api.bookmark();
         eventually(6 * PATIENCE, "the lost pod is seen", || async { cluster.seen("decode").await == 2 }).await;
@@ -309,6 +331,75 @@ async fn silence_and_lost_events_are_made_up_for() {
         load.end().await;
     };
     tokio::join!(silent, lost);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_version_of_a_model_is_rolled_out_and_back() {
+    let (old, new) = (tiny::pair(Kind::Identity, 5), tiny::pair(Kind::Identity, 6));
+    let [of_old, of_new] = [&old, &new].map(|pair| pair.open().manifest.fingerprint.to_string());
+    let mut cluster = Kubernetes::router(&[&old.dir, &new.dir]).await;
+    cluster.start_node("old-p", "prefill", &old.dir).await;
+    cluster.start_node("old-d", "decode", &old.dir).await;
+    cluster.until_seen("decode", 1).await;
+    cluster.until_seen("prefill", 1).await;
+    let load = Load::start(&cluster).await;
+    let only = |pair: &String| BTreeSet::from([pair.clone()]);
+    let both = BTreeSet::from([of_old.clone(), of_new.clone()]);
+    let reached = async |load: &Load, expected: BTreeSet<String>| {
+        let until = Instant::now() + PATIENCE;
+        while load.pairs().await != expected {
+            assert!(Instant::now() < until, "{expected:?} is not what answers");
+        }
+    };
+    assert_eq!(load.pairs().await, only(&of_old));
+    // Half of the requests are the new version's, which has no nodes yet.
+    cluster.weigh(&format!(r#"{{"tiny": {{"{of_old}": 1, "{of_new}": 1}}}}"#));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(load.pairs().await, only(&of_old));
+    cluster.start_node("new-p", "prefill", &new.dir).await;
+    cluster.start_node("new-d", "decode", &new.dir).await;
+    reached(&load, both.clone()).await;
+    // All of them, and the old version goes.
+    cluster.weigh(&format!(r#"{{"tiny": {{"{of_new}": 1}}}}"#));
+    reached(&load, only(&of_new)).await;
+    cluster.end_node("old-d").await;
+    cluster.end_node("old-p").await;
+    assert_eq!(load.pairs().await, only(&of_new));
+    // A file that says nonsense changes nothing. Then back to the old version.
+    cluster.weigh("{");
+    cluster.start_node("older-p", "prefill", &old.dir).await;
+    cluster.start_node("older-d", "decode", &old.dir).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(load.pairs().await, only(&of_new));
+    cluster.weigh("{}");
+    reached(&load, only(&of_old)).await;
+    load.end().await;
+
+    // Who names a version gets it, at every door.
+    let models: Value = reqwest::get(format!("{}/v1/models", cluster.http)).await.unwrap().json().await.unwrap();
+    let listed: Vec<&str> = models["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
+    let [short_old, short_new] = [&of_old, &of_new].map(|pair| format!("tiny@{}", &pair[..12]));
+    assert_eq!(listed, ["tiny", &short_old, &short_new]);
+    let client = InferenceClient::connect(cluster.grpc.clone()).await.unwrap();
+    for (model, pair) in [("tiny", &of_old), ("", &of_old), (&short_old, &of_old), (&short_new, &of_new)] {
+        let mut ask = request(&tiny::prompt(20, 1), &SamplingParams::greedy(), 4);
+        ask.model = model.into();
+        let (_, finished) = answer(client.clone(), ask).await.unwrap();
+        assert_eq!(finished.served_by.unwrap().fingerprint, *pair, "{model}");
+        let body = json!({ "model": model, "prompt": "a", "max_tokens": 4 });
+        let sent = reqwest::Client::new().post(format!("{}/v1/completions", cluster.http)).json(&body).send().await.unwrap();
+        let answered: Value = sent.json().await.unwrap();
+        assert_eq!((answered["model"].as_str(), answered["served_by"]["fingerprint"].as_str()), (Some("tiny"), Some(&**pair)), "{model}");
+    }
+    let mut ask = request(&tiny::prompt(20, 1), &SamplingParams::greedy(), 4);
+    ask.model = "tiny@0123456789ab".into();
+    let refused = answer(client, ask).await.unwrap_err();
+    assert!(refused.code() == tonic::Code::NotFound && refused.message().contains(&short_new), "{refused}");
+    let scrape = Scrape::of(&format!("{}/metrics", cluster.http)).await;
+    for pair in [&of_old, &of_new] {
+        let of_pair = [("model_name", "tiny"), ("version", &pair[..12])];
+        assert!(scrape.sum("vllm:generation_tokens_total", &of_pair) > 100.0, "{pair}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -34,8 +34,8 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 #[derive(Clone)]
 pub struct Registry {
     inner: prometheus::Registry,
-    /// Of every metric that is made here.
-    model_name: Option<String>,
+    /// Labels of every metric that is made here.
+    labels: Vec<(&'static str, String)>,
 }
 
 impl Registry {
@@ -45,8 +45,8 @@ impl Registry {
     /// None that a caller could meet: names of labels are fixed here.
     pub fn new(engine: &str, model_name: Option<&str>) -> Result<Self, Error> {
         let labels = HashMap::from([("engine".to_owned(), engine.to_owned())]);
-        let model_name = model_name.map(str::to_owned);
-        let registry = Self { inner: prometheus::Registry::new_custom(None, Some(labels))?, model_name };
+        let of_all = model_name.map(|name| ("model_name", name.to_owned()));
+        let registry = Self { inner: prometheus::Registry::new_custom(None, Some(labels))?, labels: of_all.into_iter().collect() };
         // Where servers share a process they share its tasks.
         if let Ok(runtime) = Handle::try_current() {
             let tasks = move || runtime.metrics().num_alive_tasks() as f64;
@@ -55,9 +55,9 @@ impl Registry {
         Ok(registry)
     }
 
-    /// The same registry; what is made here is of this model.
-    pub fn of_model(&self, name: &str) -> Self {
-        Self { inner: self.inner.clone(), model_name: Some(name.to_owned()) }
+    /// The same registry; what is made here is of this version of this model.
+    pub fn of_model(&self, name: &str, version: &str) -> Self {
+        Self { inner: self.inner.clone(), labels: vec![("model_name", name.to_owned()), ("version", version.to_owned())] }
     }
 
     /// A number that only grows.
@@ -128,8 +128,8 @@ impl Registry {
     }
 
     fn opts(&self, name: &str, help: &str, labels: &[(&str, &str)]) -> Opts {
-        let model = self.model_name.as_deref().map(|name| ("model_name", name));
-        labels.iter().copied().chain(model).fold(Opts::new(name, help), |opts, (name, value)| opts.const_label(name, value))
+        let of_all = self.labels.iter().map(|(name, value)| (*name, value.as_str()));
+        labels.iter().copied().chain(of_all).fold(Opts::new(name, help), |opts, (name, value)| opts.const_label(name, value))
     }
 
     fn register<C: Collector + Clone + 'static>(&self, metric: C) -> Result<C, Error> {

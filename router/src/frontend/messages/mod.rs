@@ -38,10 +38,10 @@ pub(crate) async fn create(
 
 async fn begin(router: &Arc<Router>, client: &Arc<Client>, body: &[u8], trace: &Trace) -> Result<Begun<Answer>, Failed> {
     let request: request::MessageRequest = parse(body)?;
-    let model = router.models.find(request.model())?;
+    let model = router.model(request.model())?;
     let read = request.read(parse(body)?, &model)?;
     let stream = read.stream;
-    let request = router.admit_one(client, read.asked, trace).await?;
+    let request = router.admit_one(client, &model, read.asked, trace).await?;
     let single = Single::new(request.prompt.clone(), read.calls.as_ref());
     let answer = Answer::new(format!("msg_{}", request.id), model.manifest.name.clone(), single);
     Ok(Begun { form: answer, events: start(router, vec![request], 1), stream })
@@ -57,7 +57,7 @@ pub(crate) async fn count(State(router): State<Arc<Router>>, body: Bytes) -> Res
 
 async fn counted(router: &Router, body: &[u8]) -> Result<Value, Failed> {
     let request: request::MessageRequest = parse(body)?;
-    let model = router.models.find(request.model())?;
+    let model = router.model(request.model())?;
     let tokens = router.tokens(&model, request.input(&model)?.0).await?;
     Ok(json!({ "input_tokens": tokens.len() }))
 }

@@ -68,10 +68,9 @@ impl MessageRequest {
             Some(0) => return refuse("max_tokens", "max_tokens is 0: ask for at least 1 token"),
             Some(n) => n as usize,
         };
-        let (stream, stop, name) = (self.stream.unwrap_or(false), self.stop_sequences.take(), self.model.take());
+        let (stream, stop) = (self.stream.unwrap_or(false), self.stop_sequences.take());
         let (input, tools) = self.input(model)?;
         let mut asked = sampling.asked(vec![input], None)?;
-        asked.model = name.unwrap_or_default();
         asked.max_tokens = Some(max_tokens);
         asked.stop = stop.unwrap_or_default();
         asked.sampling.guide = tools.guide;

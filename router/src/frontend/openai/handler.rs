@@ -46,7 +46,7 @@ struct Answers {
 async fn begin<R: OpenAiRequest>(router: &Arc<Router>, client: &Arc<Client>, body: Bytes, trace: &Trace) -> Result<Begun<Answers>, Failed> {
     // Several times, so that an error names the field: with all parts in one the path to it is lost.
     let common: Common = parse(&body)?;
-    let model = router.models.find(common.model())?;
+    let model = router.model(common.model())?;
     let (stream, include_usage) =
         (common.stream.unwrap_or(false), common.stream_options.and_then(|Object(o)| o.include_usage).unwrap_or(false));
     let token_ids = common.return_token_ids.unwrap_or(false);
@@ -54,7 +54,7 @@ async fn begin<R: OpenAiRequest>(router: &Arc<Router>, client: &Arc<Client>, bod
     let body = Body { own: parse(&body)?, prompt, sampling: parse(&body)?, guide: parse(&body)?, common };
     let parsed = R::parsed(body, &model)?;
     let n = parsed.asked.n;
-    let requests = router.admit(client, parsed.asked, trace).await?;
+    let requests = router.admit(client, &model, parsed.asked, trace).await?;
     let Some(first) = requests.first() else {
         return Err(ServiceError::of_field("prompt", "prompt is empty: send at least one").into());
     };

@@ -195,7 +195,6 @@ impl SamplingFields {
             Some(OneOrMore::More(stops)) => stops,
         };
         Ok(ClientRequest {
-            model: String::new(),
             inputs,
             n: 1,
             quality: self.quality.unwrap_or_default(),
@@ -255,7 +254,7 @@ impl OpenAiRequest for ChatRequest {
     fn parsed(body: Body<Self>, model: &TextModel) -> Result<Parsed, ServiceError> {
         let Body { own, prompt, common, sampling, guide } = body;
         let (chat, tools) = prompt.chat(model, own.add_special_tokens.unwrap_or(false))?;
-        let mut asked = common.named(sampling.asked(vec![Input::Chat(chat)], None)?)?;
+        let mut asked = common.answers(sampling.asked(vec![Input::Chat(chat)], None)?)?;
         if asked.max_tokens == Some(0) {
             return refuse("max_tokens", "max_tokens is 0: ask for at least 1 token");
         }
@@ -295,7 +294,7 @@ impl OpenAiRequest for CompletionRequest {
             Prompt::IdLists(lists) => inputs.extend(lists.into_iter().map(|ids| Input::TokenIds(whole::plain(ids)))),
         }
         inputs.extend(prompts.iter().map(|text| Input::Text { text: text.clone(), special_tokens }));
-        let mut asked = common.named(sampling.asked(inputs, Some(COMPLETION_TOKENS))?)?;
+        let mut asked = common.answers(sampling.asked(inputs, Some(COMPLETION_TOKENS))?)?;
         let echo = own.echo.unwrap_or(false);
         let prompt_only = asked.max_tokens == Some(0);
         if prompt_only {
@@ -317,12 +316,12 @@ impl Common {
         self.model.as_deref().unwrap_or_default()
     }
 
-    fn named(&self, asked: ClientRequest) -> Result<ClientRequest, ServiceError> {
+    fn answers(&self, asked: ClientRequest) -> Result<ClientRequest, ServiceError> {
         let n = match self.n.unwrap_or(1) {
             n @ 1..=128 => n as usize,
             n => return refuse("n", format!("n is {n}: it must be from 1 to 128")),
         };
-        Ok(ClientRequest { model: self.model().to_owned(), n, ..asked })
+        Ok(ClientRequest { n, ..asked })
     }
 }
 

@@ -51,7 +51,7 @@ fn answered(answer: Result<Value, Failed>) -> Response {
 }
 
 async fn tokens(router: &Router, request: TokenizeRequest, chat: ChatPrompt) -> Result<Value, ServiceError> {
-    let model = router.models.find(request.model.as_deref().unwrap_or_default())?;
+    let model = router.model(request.model.as_deref().unwrap_or_default())?;
     let special_tokens = request.add_special_tokens;
     let input = match (request.prompt, chat.messages.is_some()) {
         (Some(text), false) => Input::Text { text, special_tokens: special_tokens.unwrap_or(true) },
@@ -65,7 +65,7 @@ async fn tokens(router: &Router, request: TokenizeRequest, chat: ChatPrompt) -> 
 }
 
 fn text(router: &Router, request: DetokenizeRequest) -> Result<Value, ServiceError> {
-    let model = router.models.find(request.model.as_deref().unwrap_or_default())?;
+    let model = router.model(request.model.as_deref().unwrap_or_default())?;
     let tokens = whole::plain(request.tokens);
     if let Some(id) = tokens.iter().find(|&&id| id as usize >= model.manifest.vocab_size()) {
         let message = format!("tokens: {id} is out of range, the vocabulary has {} tokens", model.manifest.vocab_size());

@@ -35,11 +35,11 @@ pub(crate) async fn create(
 
 async fn begin(router: &Arc<Router>, client: &Arc<Client>, body: &[u8], trace: &Trace) -> Result<Begun<Answer>, Failed> {
     let request: request::ResponseRequest = parse(body)?;
-    let model = router.models.find(request.model())?;
+    let model = router.model(request.model())?;
     let names = TokenNames { guides: router.models.guides(&model)?, model: model.clone() };
     let read = request.read(parse(body)?, &model)?;
     let stream = read.stream;
-    let request = router.admit_one(client, read.asked, trace).await?;
+    let request = router.admit_one(client, &model, read.asked, trace).await?;
     let single = Single::new(request.prompt.clone(), read.calls.as_ref());
     let answer = Answer::new(format!("resp_{}", request.id), now(), single, names, read.logprobs, read.said);
     Ok(Begun { form: answer, events: start(router, vec![request], 1), stream })

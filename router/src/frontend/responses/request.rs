@@ -111,7 +111,6 @@ impl ResponseRequest {
         };
         let (chat, tools) = prompt.chat(model, false).map_err(of_input)?;
         let mut asked = sampling.asked(vec![Input::Chat(chat)], None)?;
-        asked.model = self.model.unwrap_or_default();
         asked.max_tokens = self.max_output_tokens.map(|n| n as usize);
         if asked.max_tokens == Some(0) {
             return refuse("max_output_tokens", "max_output_tokens is 0: ask for at least 1 token");
