@@ -53,6 +53,12 @@ impl Metrics {
             let held = a.held();
             held.sequences.saturating_sub(held.running)
         })?;
+        let promised = admission.clone();
+        let help = "Part of the KV blocks that may be promised which the sequences held may come to need, from 0 to 1.";
+        registry.read_gauge("overfill_kv_promised_share", help, &[], move || {
+            let held = promised.held();
+            held.promised as f64 / held.promised_most.max(1) as f64
+        })?;
         let counter = |name, help, read: fn(&Admission) -> u64| {
             let admission = admission.clone();
             registry.read_counter(name, help, move || read(&admission))

@@ -68,6 +68,7 @@ impl Metrics {
         gauge("vllm:num_requests_waiting", "Prompts that wait for blocks or for the engine, in requests.", |c| {
             c.waiting.load(Ordering::Relaxed)
         })?;
+        gauge("overfill_unread_tokens", "Tokens of the prompts held that are not read yet.", |c| c.unread.load(Ordering::Relaxed))?;
         gauge("overfill_requests_held", "Prompts of which anything is here: waiting, being read or being pushed, in requests.", |c| {
             c.held.load(Ordering::Relaxed)
         })?;

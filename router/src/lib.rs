@@ -240,7 +240,11 @@ impl Router {
         });
         // The metrics are the router's own: they do not keep it.
         let counted = Arc::downgrade(&router);
-        router.metrics.held(move |what| counted.upgrade().map_or(0, |router| router.held(what)))?;
+        router.metrics.held({
+            let counted = counted.clone();
+            move |what| counted.upgrade().map_or(0, |router| router.held(what))
+        })?;
+        router.metrics.waiting_for(move |role| counted.upgrade().map_or(0, |router| router.pairing.waiting_for(role)))?;
         Ok(router)
     }
 

@@ -115,6 +115,19 @@ impl Metrics {
         Ok(())
     }
 
+    /// Requests that wait for room on nodes of each role, as `count` finds them at a scrape.
+    ///
+    /// # Errors
+    /// Where it was called before.
+    pub(crate) fn waiting_for(&self, count: impl Fn(Role) -> usize + Clone + Send + Sync + 'static) -> Result<(), Error> {
+        for (name, role) in [("prefill", Role::Prefill), ("decode", Role::Decode)] {
+            let count = count.clone();
+            let help = "Requests that wait because no node of this role has room for them.";
+            self.registry.read_gauge("overfill_waiting_for_nodes", help, &[("role", name)], move || count(role) as f64)?;
+        }
+        Ok(())
+    }
+
     /// The counters of a model.
     ///
     /// # Errors

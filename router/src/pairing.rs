@@ -87,6 +87,11 @@ impl Pairing {
         self.lock().scheduler.held()
     }
 
+    /// Requests that wait for room on nodes of a role.
+    pub(crate) fn waiting_for(&self, role: Role) -> usize {
+        self.lock().scheduler.waiting_for(role)
+    }
+
     /// A request's own number: its age among all, over all of its attempts.
     pub(crate) fn number(&self) -> QueueNumber {
         QueueNumber(self.numbers.fetch_add(1, Ordering::Relaxed))

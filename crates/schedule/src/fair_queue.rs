@@ -285,6 +285,11 @@ impl FairQueue {
         }
     }
 
+    /// Requests that wait, of the groups that need this. Costs the number of groups.
+    pub(crate) fn count(&self, wanted: impl Fn(&Needs) -> bool) -> usize {
+        self.groups.iter().filter(|(name, _)| wanted(&name.needs)).map(|(_, group)| group.count).sum()
+    }
+
     /// When the turn of a request that comes now will be, beside those that want the same nodes (`rivals`); `None` where that
     /// is not known. Costs as much as there are clients that wait for these.
     pub(crate) fn expected(&self, share: Share, priority: i32, rivals: impl Fn(&Needs) -> bool) -> Option<Duration> {

@@ -69,6 +69,11 @@ impl HeldBack {
         needs.roles().any(|role| self.of(role).contains(&needs.pair))
     }
 
+    /// Whether a request that needs these waits for a node of `role`.
+    pub(crate) fn role(&self, role: Role, needs: &Needs) -> bool {
+        needs.roles().any(|needed| needed == role) && self.of(role).contains(&needs.pair)
+    }
+
     /// Whether a node is in one of them.
     pub(crate) fn node(&self, node: &Endpoint) -> bool {
         let held = self.of(node.role);

@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use overfill_types::{Fingerprint, NodeId, Quality};
+use overfill_types::{Fingerprint, NodeId, Quality, Role};
 
 use crate::choice::{Absent, Ask, Choice, NodePair, One, TooLarge};
 use crate::cluster::Cluster;
@@ -174,6 +174,12 @@ impl Scheduler {
         self.waiting.len() + self.resuming.len()
     }
 
+    /// Requests that wait for room on nodes of this role, as was found when they were last looked at. One that waits for room on
+    /// both counts for both.
+    pub fn waiting_for(&self, role: Role) -> usize {
+        self.queue.count(|needs| self.held_back.role(role, needs))
+    }
+
     /// A request that comes for the first time, or `again` since its turn brought nothing: the nodes that it got had no room
     /// after all, or the attempt failed. Then it has paid, and is first in its class. `number` is its own, over all attempts.
     pub fn submit(&mut self, order: Order, number: QueueNumber, again: bool, now: Instant) -> Submitted {
@@ -283,7 +289,7 @@ impl Scheduler {
 mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use overfill_types::{Endpoint, Role, ServedPair};
+    use overfill_types::{Endpoint, ServedPair};
 
     use super::*;
     use crate::{Report, Taken};
@@ -347,6 +353,7 @@ mod tests {
             })
             .collect();
         assert!(scheduler.turns(now).is_empty());
+        assert_eq!([Role::Prefill, Role::Decode].map(|role| scheduler.waiting_for(role)), [0, 6], "prefill nodes have room");
         scheduler.cancel(waiting[1]);
         let mut served = Vec::new();
         while let Some(pair) = running.pop() {
@@ -362,6 +369,7 @@ mod tests {
         }
         assert_eq!(served, [waiting[0], waiting[2], waiting[3], waiting[4], waiting[5]]);
         assert!(scheduler.waiting() == 0 && scheduler.cluster.idle());
+        assert_eq!([Role::Prefill, Role::Decode].map(|role| scheduler.waiting_for(role)), [0, 0]);
     }
 
     #[test]

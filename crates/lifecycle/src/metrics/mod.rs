@@ -249,7 +249,7 @@ mod tests {
     fn models_of_a_server_count_apart() {
         let registry = Registry::new("router", None).unwrap();
         for (model, n) in [("a", 1), ("b", 2)] {
-            registry.of_model(model).counter("overfill_a_total", "Things.").unwrap().inc_by(n);
+            registry.of_model(model, "v").counter("overfill_a_total", "Things.").unwrap().inc_by(n);
         }
         let text = registry.text().unwrap();
         for (model, n) in [("a", 1), ("b", 2)] {
