@@ -9,6 +9,7 @@ mod generate;
 mod inspect;
 mod key;
 mod pair;
+mod plan;
 mod progress;
 mod prune;
 mod self_prompt;
@@ -101,6 +102,8 @@ enum Command {
     Prune(prune::PruneArgs),
     /// Train a decode model to answer from the full model's KV cache
     Train(Box<train::TrainArgs>),
+    /// Say how many nodes of each role a load needs
+    Plan(plan::PlanArgs),
     /// Measure speed
     Bench {
         #[command(subcommand)]
@@ -149,6 +152,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Pair(args) => pair::run(args),
         Command::Prune(args) => prune::run(args),
         Command::Train(args) => train::run(*args),
+        Command::Plan(args) => plan::run(args),
         Command::Bench { what } => bench::run(what, &cli.home),
     }
 }

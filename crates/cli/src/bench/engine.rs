@@ -212,6 +212,7 @@ impl Bench<'_> {
         if self.args.json {
             let line = json!({
                 "engine": "overfill", "model": model, "phase": phase, "batch": batch, "context": context, "threads": threads,
+                "prompt_tokens": self.args.prompt_tokens, "new_tokens": self.args.new_tokens,
                 "tokens_per_second": { "median": median, "min": min, "max": max },
             });
             println!("{line}");
