@@ -181,8 +181,9 @@ class Play:
             time.sleep(3)
             begun, busy = time.monotonic(), mean("prefill", "overfill_step_seconds_sum")
             gauges = {
-                "waiting": ("prefill", "vllm:num_requests_waiting", {}),
-                "kvShare": ("decode", "vllm:kv_cache_usage_perc", {}),
+                "waiting": ("router", "overfill_waiting_for_nodes", {"role": "prefill"}),
+                "unreadTokens": ("prefill", "overfill_unread_tokens", {}),
+                "kvShare": ("decode", "overfill_kv_promised_share", {}),
                 "sequences": ("decode", "vllm:num_requests_running", {}),
                 "requests": ("router", "overfill_router_held", {"what": "requests"}),
             }

@@ -173,9 +173,12 @@ class Pods(unittest.TestCase):
                 self.assertIn(kind, allowed | {"hostPath", "nfs"})
                 self.assertTrue(kind not in ("hostPath", "nfs") or volume["name"].startswith("pair-"))
 
-    def test_no_pod_has_a_token(self):
+    def test_no_pod_has_a_token_but_those_that_ask_the_api_server(self):
+        for values in VALUES:
+            for _, labels, pod in pods(rendered(values)):
+                asks = values == "kubernetes" and component(labels) in ("router", "prefill")
+                self.assertIs(pod["automountServiceAccountToken"], asks)
         for _, pod in self.each():
-            self.assertIs(pod["automountServiceAccountToken"], False)
             # Nor variables of Services, which may begin as ours do.
             self.assertIs(pod["enableServiceLinks"], False)
         for values in VALUES:
@@ -352,6 +355,56 @@ class Secrets(unittest.TestCase):
             self.assertTrue(any(a.startswith(f"--base-url=https://{RELEASE}-overfill:") for a in one["args"]))
 
 
+class Discovery(unittest.TestCase):
+    def test_nodes_are_found_by_the_kubernetes_api(self):
+        objects = rendered("kubernetes")
+        self.assertNotIn("etcd", {component(labels) for _, labels, _ in pods(objects)})
+        role = of_kind(objects, "Role")[0]
+        self.assertEqual(role["rules"], [{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}])
+        binding = of_kind(objects, "RoleBinding")[0]
+        self.assertEqual((binding["roleRef"]["name"], binding["subjects"][0]["namespace"]), (role["metadata"]["name"], NAMESPACE))
+        accounts = {pod["serviceAccountName"] for _, _, pod in pods(objects)}
+        self.assertEqual(accounts, {binding["subjects"][0]["name"]})
+        found = {s["metadata"]["labels"].get("overfill/role"): s for s in of_kind(objects, "Service")}
+        for workload in workloads(objects):
+            told, labels = environment(workload), workload["spec"]["template"]["metadata"]["labels"]
+            self.assertEqual((told["OVERFILL_DISCOVER"], told["OVERFILL_CLUSTER"]), (f"kubernetes://{NAMESPACE}", RELEASE))
+            self.assertNotIn("OVERFILL_ETCD", told)
+            if component(labels) == "router":
+                continue
+            service = found[component(labels)]
+            self.assertEqual((service["spec"]["clusterIP"], service["metadata"]["labels"]["overfill/cluster"]), ("None", RELEASE))
+            self.assertTrue(selects({"matchLabels": service["spec"]["selector"]}, labels), "all pools are found")
+            ports = {p["name"]: p["containerPort"] for p in container(workload)["ports"]}
+            self.assertEqual([(p["name"], p["port"]) for p in service["spec"]["ports"]], [("grpc", ports["grpc"])])
+
+    def test_only_those_that_ask_reach_the_api_server(self):
+        for policy in of_kind(rendered("kubernetes"), "NetworkPolicy"):
+            of = policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]
+            rules = [r for r in policy["spec"]["egress"] if {"protocol": "TCP", "port": 6443} in r["ports"]]
+            self.assertEqual([r["to"] for r in rules], [[{"ipBlock": {"cidr": "10.0.0.1/32"}}]] if of in ("router", "prefill") else [])
+        for values in VALUES:
+            if values != "kubernetes":
+                self.assertEqual(of_kind(rendered(values), "Role", "RoleBinding"), [])
+
+    def test_traffic_is_a_file_that_changes_while_routers_run(self):
+        objects = rendered("kubernetes")
+        weights = of_kind(objects, "ConfigMap")[0]
+        self.assertEqual(json.loads(weights["data"]["traffic.json"]), {"chat": {"chat-1": 90, "chat-2": 10}})
+        router = workloads(objects, "router")
+        self.assertEqual(environment(router)["OVERFILL_TRAFFIC"], "/traffic/traffic.json")
+        # Versions are named by their folders.
+        self.assertEqual(environment(router)["OVERFILL_PAIR"], "/pairs/chat-1,/pairs/chat-2")
+        mounts = {m["name"]: m for m in container(router)["volumeMounts"]}
+        self.assertNotIn("subPath", mounts["traffic"])
+        volumes = {v["name"]: v for v in router["spec"]["template"]["spec"]["volumes"]}
+        self.assertEqual(volumes["traffic"]["configMap"]["name"], weights["metadata"]["name"])
+        for prefix in ("prefill", "decode"):
+            self.assertNotIn("OVERFILL_TRAFFIC", environment(workloads(objects, prefix)))
+        refused = helm("kubernetes", 'traffic={"chat":{"chat-3":1}}')
+        self.assertIn("traffic.chat names chat-3", refused.stderr)
+
+
 class Scaling(unittest.TestCase):
     ADAPTER = yaml.safe_load((CHART / "files" / "prometheus-adapter.yaml").read_text())["rules"]["external"]
 
@@ -360,7 +413,7 @@ class Scaling(unittest.TestCase):
         scalers = of_kind(rendered("scaled"), "HorizontalPodAutoscaler")
         self.assertEqual(len(scalers), 3)
         used = {m["external"]["metric"]["name"] for s in scalers for m in s["spec"]["metrics"]}
-        self.assertEqual(used, made - {"overfill_prefill_waiting"}, "that one is null in these values")
+        self.assertEqual(used, made - {"overfill_prefill_waiting", "overfill_prefill_unread_tokens"}, "these are null in these values")
 
     def test_keda_asks_what_the_adapter_asks(self):
         asked = {rule["metricsQuery"].replace("<<.LabelMatchers>>", "SELECTOR") for rule in self.ADAPTER}

@@ -1,6 +1,7 @@
 {{/*
 What the nodes of each component are scaled by: a figure of `targets`, its metric's name for an HPA (files/prometheus-adapter.yaml makes it)
-and its query, whose SELECTOR becomes that of the workload's pods. All are sums over the pods, so a target is what one pod may have.
+and its query, whose SELECTOR becomes that of the workload's pods, or of all routers where `of` says so. All are sums, so a target is what
+one pod of the workload may have.
 */}}
 {{- define "overfill.figures" -}}
 - component: router
@@ -14,11 +15,16 @@ and its query, whose SELECTOR becomes that of the workload's pods. All are sums 
 - component: prefill
   figure: waiting
   metric: overfill_prefill_waiting
-  query: sum(avg_over_time(vllm:num_requests_waiting{engine="prefill",SELECTOR}[1m]))
+  of: router
+  query: sum(avg_over_time(overfill_waiting_for_nodes{role="prefill",SELECTOR}[1m]))
+- component: prefill
+  figure: unreadTokens
+  metric: overfill_prefill_unread_tokens
+  query: sum(avg_over_time(overfill_unread_tokens{engine="prefill",SELECTOR}[1m]))
 - component: decode
   figure: kvShare
   metric: overfill_decode_kv_share
-  query: sum(vllm:kv_cache_usage_perc{engine="decode",SELECTOR})
+  query: sum(overfill_kv_promised_share{engine="decode",SELECTOR})
 - component: decode
   figure: sequences
   metric: overfill_decode_sequences

@@ -5,10 +5,15 @@
 {{- $component := .workload.component }}
 - name: OVERFILL_PAIR
   value: {{ include "overfill.pairFolders" . }}
+{{- if eq $values.discovery "kubernetes" }}
+- name: OVERFILL_DISCOVER
+  value: kubernetes://{{ .root.Release.Namespace }}
+{{- else }}
 - name: OVERFILL_ETCD
   value: {{ include "overfill.etcdEndpoints" .root }}
+{{- end }}
 - name: OVERFILL_CLUSTER
-  value: {{ $values.etcd.cluster | default (printf "%s.%s" .root.Release.Namespace .root.Release.Name) }}
+  value: {{ include "overfill.cluster" .root }}
 {{- with $values.etcd.auth.user }}
 - name: OVERFILL_ETCD_USER
   value: {{ . | quote }}
@@ -16,6 +21,10 @@
 - name: OVERFILL_ADMIN
   value: 0.0.0.0:9100
 {{- if eq $component "router" }}
+{{- if $values.traffic }}
+- name: OVERFILL_TRAFFIC
+  value: /traffic/traffic.json
+{{- end }}
 - name: OVERFILL_HTTP
   value: 0.0.0.0:8000
 - name: OVERFILL_GRPC
@@ -74,6 +83,25 @@
   value: /secrets/{{ $secret.name }}/{{ $file }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* Name of the cluster, by which its processes find each other. */}}
+{{- define "overfill.cluster" -}}
+{{- if eq .Values.discovery "kubernetes" }}
+{{- .Release.Name }}
+{{- else }}
+{{- .Values.etcd.cluster | default (printf "%s.%s" .Release.Namespace .Release.Name) }}
+{{- end }}
+{{- end }}
+
+{{/* Whether this release has an etcd of its own: "true", or nothing. */}}
+{{- define "overfill.ownEtcd" -}}
+{{- if and .Values.etcd.enabled (eq .Values.discovery "etcd") }}true{{ end }}
+{{- end }}
+
+{{/* Whether pods of a component ask the Kubernetes API: "true", or nothing. Decode nodes look for nobody. Takes root and component. */}}
+{{- define "overfill.asksKubernetes" -}}
+{{- if and (eq .root.Values.discovery "kubernetes") (has .component (list "router" "prefill")) }}true{{ end }}
 {{- end }}
 
 {{- define "overfill.etcdEndpoints" -}}

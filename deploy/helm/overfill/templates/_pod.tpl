@@ -21,7 +21,7 @@ metadata:
   {{- end }}
 spec:
   serviceAccountName: {{ include "overfill.serviceAccount" $root }}
-  automountServiceAccountToken: false
+  automountServiceAccountToken: {{ eq (include "overfill.asksKubernetes" (dict "root" $root "component" $component)) "true" }}
   # A Service called overfill would set variables that begin with OVERFILL_.
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ add (int $settings.drain.delaySeconds) (int $settings.drain.seconds) 10 }}
@@ -68,6 +68,11 @@ spec:
         {{- toYaml $values.containerSecurityContext | nindent 8 }}
       volumeMounts:
         {{- include "overfill.pairMounts" . | trim | nindent 8 }}
+        {{- if and $values.traffic (eq $component "router") }}
+        - name: traffic
+          mountPath: /traffic
+          readOnly: true
+        {{- end }}
         {{- range $secrets }}
         - name: {{ .name }}
           mountPath: /secrets/{{ .name }}
@@ -76,6 +81,12 @@ spec:
         {{- with $settings.extraVolumeMounts }}{{ toYaml . | nindent 8 }}{{ end }}
   volumes:
     {{- include "overfill.pairVolumes" . | trim | nindent 4 }}
+    {{- if and $values.traffic (eq $component "router") }}
+    # A whole folder: a file of its own in a pod would stay as it was at the start.
+    - name: traffic
+      configMap:
+        name: {{ include "overfill.name" $root }}-traffic
+    {{- end }}
     {{- range $secrets }}
     - name: {{ .name }}
       secret:
