@@ -7,7 +7,7 @@ use clap::Args;
 use overfill_model::pair::{file_sha256, weights_sha256};
 use overfill_model::{ModelError, Pair};
 use overfill_text::tokenizer::TOKENIZER_FILE;
-use overfill_types::pair::ModelManifest;
+use overfill_types::pair::{ModelManifest, PAIR_FILE};
 use serde_json::Value;
 
 #[derive(Args)]
@@ -30,6 +30,7 @@ pub(crate) fn run(args: InspectArgs) -> anyhow::Result<()> {
     }
     println!("{:14}{}", "pair", manifest.name);
     println!("{:14}{}", "fingerprint", manifest.fingerprint);
+    println!("{:14}sha256 {}", PAIR_FILE, file_sha256(&dir.join(PAIR_FILE))?);
     println!("{:14}{}", "KV transform", manifest.kv);
     println!("{:14}{} tokens", "context", manifest.max_context());
     println!("{:14}{} tokens, ends with {:?}", "vocabulary", manifest.vocab_size(), manifest.tokenizer.eos_token_ids);

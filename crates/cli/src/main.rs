@@ -12,6 +12,7 @@ mod pair;
 mod plan;
 mod progress;
 mod prune;
+mod seal;
 mod self_prompt;
 mod serve;
 mod threads;
@@ -98,6 +99,8 @@ enum Command {
     Export(export::ExportArgs),
     /// Make a pair of two models
     Pair(pair::MakePairArgs),
+    /// Write into pair.json which files a pair has, with their sha256
+    Seal(seal::SealArgs),
     /// Make a smaller checkpoint of a full model
     Prune(prune::PruneArgs),
     /// Train a decode model to answer from the full model's KV cache
@@ -150,6 +153,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Eval(args) => eval::run(args, &cli.home),
         Command::Export(args) => export::run(args),
         Command::Pair(args) => pair::run(args),
+        Command::Seal(args) => seal::run(&args),
         Command::Prune(args) => prune::run(args),
         Command::Train(args) => train::run(*args),
         Command::Plan(args) => plan::run(args),

@@ -25,6 +25,7 @@ pub mod llama;
 pub mod making;
 pub mod names;
 pub mod pair;
+pub mod pair_files;
 pub mod pair_make;
 pub mod pass;
 pub mod profile;

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use candle_core::Device;
 use overfill_kernels::ThreadPool;
-use overfill_types::PairManifest;
 use overfill_types::pair::{ModelManifest, PAIR_FILE, WeightFormat};
+use overfill_types::{KvTransform, PairManifest, pair_files};
 use sha2::{Digest, Sha256};
 
 use crate::config::LlamaConfig;
@@ -53,11 +53,19 @@ impl Pair {
         self.load("decode model", &self.manifest.decode, device, pool)
     }
 
-    /// Loads the KV transform.
+    /// Loads the KV transform; the hash of a projection must be the manifest's.
     ///
     /// # Errors
-    /// As [`Transform::load`].
+    /// [`ModelError::Mismatch`] where it is not; as [`Transform::load`].
     pub fn load_transform(&self, pool: &ThreadPool) -> Result<Transform, ModelError> {
+        if let KvTransform::Projection { file, sha256: said, .. } = &self.manifest.kv {
+            let sha256 = file_sha256(&self.dir.join(file))?;
+            if sha256 != *said {
+                return Err(ModelError::Mismatch(format!(
+                    "the projection has sha256 {sha256}, {PAIR_FILE} says {said}: the file is not the one that the pair was made of; make it anew with `overfill pair`"
+                )));
+            }
+        }
         Transform::load(&self.manifest.kv, &self.dir, self.manifest.full.kv, self.manifest.decode.kv, pool)
     }
 
@@ -107,15 +115,11 @@ pub(crate) fn describe(config: &LlamaConfig, path: String, sha256: String, weigh
 /// [`ModelError::Read`].
 pub fn weights_sha256(path: &Path) -> Result<String, ModelError> {
     let files = if path.is_file() { gguf_parts::files(path)? } else { WeightFiles::of(path)?.files };
-    if let [file] = files.as_slice() {
-        return file_sha256(file);
-    }
-    let mut all = Sha256::new();
-    for file in &files {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        all.update(format!("{}  {name}\n", file_sha256(file)?));
-    }
-    Ok(hex::encode(all.finalize()))
+    let digests: Vec<(String, String)> = files
+        .iter()
+        .map(|file| Ok((file.file_name().unwrap_or_default().to_string_lossy().into_owned(), file_sha256(file)?)))
+        .collect::<Result<_, ModelError>>()?;
+    Ok(pair_files::weights_sha256(digests.iter().map(|(name, sha256)| (name.as_str(), sha256.as_str()))))
 }
 
 /// sha256 of a file.

@@ -11,6 +11,7 @@ use overfill_text::gguf::GgufVocabulary;
 use overfill_text::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 use overfill_text::{ModelText, probe};
 use overfill_types::pair::{PAIR_FILE, PAIR_FORMAT, TokenizerManifest, WeightFormat};
+use overfill_types::pair_files::Part;
 use overfill_types::{Fingerprint, GenerationConfig, KvFormats, KvTransform, PairManifest, PruneStrategy};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -23,8 +24,8 @@ use crate::gguf_parts;
 use crate::gguf_write::PROVENANCE_KEY;
 use crate::hugging_face;
 use crate::making;
-use crate::pair::{Pair, describe, file_sha256, weights_sha256};
-use crate::stored::WeightFiles;
+use crate::pair::{Pair, describe, file_sha256};
+use crate::pair_files;
 use crate::transform::Transform;
 use crate::weights::Weights;
 
@@ -114,7 +115,7 @@ impl MakePair {
             link_or_copy(file, &dir.join(PROJECTION_FILE))?;
         }
         write(&dir.join(TOKENIZER_FILE), &tokenizer.tokenizer)?;
-        write(&dir.join(TOKENIZER_CONFIG_FILE), &pretty(&tokenizer.config))?;
+        write(&dir.join(TOKENIZER_CONFIG_FILE), &pair_files::text(&tokenizer.config))?;
 
         let mut eos_token_ids = full.config().eos_token_ids.clone();
         eos_token_ids.extend(&decode.config().eos_token_ids);
@@ -122,17 +123,19 @@ impl MakePair {
         eos_token_ids.extend(texts.0.eos().into_iter().chain(texts.1.eos()));
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
+        let files = pair_files::list(dir, &full_path, &decode_path, &kv)?;
         let mut manifest = PairManifest {
             format: PAIR_FORMAT,
             name: self.name.clone(),
             fingerprint: Fingerprint::new(""),
-            full: describe(full.config(), full_path.clone(), weights_sha256(&dir.join(full_path))?, self.full_weights),
-            decode: describe(decode.config(), decode_path.clone(), weights_sha256(&dir.join(decode_path))?, self.decode_weights),
+            full: describe(full.config(), full_path, pair_files::weights_sha256(&files, Part::Full), self.full_weights),
+            decode: describe(decode.config(), decode_path, pair_files::weights_sha256(&files, Part::Decode), self.decode_weights),
             kv,
             kv_formats: self.kv_formats,
             tokenizer: TokenizerManifest { sha256: hex::encode(Sha256::digest(&tokenizer.tokenizer)), eos_token_ids },
             generation: self.generation,
             provenance: self.provenance.clone(),
+            files,
         };
         if let Some(made) = provenance(&self.decode)? {
             manifest.provenance.insert("decode".into(), Value::Object(made));
@@ -140,7 +143,7 @@ impl MakePair {
         manifest.fingerprint = manifest.compute_fingerprint();
         let pool = ThreadPool::new(1, &[]).map_err(|e| ModelError::Device(format!("no thread could be started: {e}")))?;
         Transform::load(&manifest.kv, dir, manifest.full.kv, manifest.decode.kv, &pool)?;
-        write(&dir.join(PAIR_FILE), &pretty(&manifest))?;
+        write(&dir.join(PAIR_FILE), &pair_files::text(&manifest))?;
 
         let made = making.keep();
         if let Err(source) = std::fs::rename(&made, out) {
@@ -384,10 +387,7 @@ fn install(model: &Path, dir: &Path, name: &str) -> Result<String, ModelError> {
     }
     let target = dir.join(name);
     std::fs::create_dir(&target).map_err(|source| ModelError::Read { path: target.clone(), source })?;
-    let WeightFiles { mut files, index, .. } = WeightFiles::of(model)?;
-    files.extend(index);
-    files.extend(["config.json", "generation_config.json"].map(|f| model.join(f)).into_iter().filter(|f| f.exists()));
-    for file in files {
+    for file in pair_files::of_folder(model)? {
         let Some(name) = file.file_name() else { continue };
         link_or_copy(&file, &target.join(name))?;
     }
@@ -405,9 +405,4 @@ fn link_or_copy(from: &Path, to: &Path) -> Result<(), ModelError> {
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
     std::fs::write(path, bytes).map_err(|source| ModelError::Read { path: path.to_owned(), source })
-}
-
-fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
-    // Our own types and JSON values have string keys only: nothing that could fail.
-    serde_json::to_vec_pretty(value).unwrap_or_default()
 }

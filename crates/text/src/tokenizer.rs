@@ -16,8 +16,8 @@ use crate::plain::SpecialTokens;
 use crate::template::{Chat, ChatTemplate, Message};
 use crate::tools::ToolFormat;
 
-/// The tokenizer in a pair's folder.
-pub const TOKENIZER_FILE: &str = "tokenizer.json";
+pub use overfill_types::pair::TOKENIZER_FILE;
+
 /// Chat template and special tokens in a pair's folder.
 pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
 

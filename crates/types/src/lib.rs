@@ -12,6 +12,7 @@ pub mod kv;
 pub mod node;
 pub mod outcome;
 pub mod pair;
+pub mod pair_files;
 pub mod prompt;
 pub mod quality;
 pub mod quarantine;

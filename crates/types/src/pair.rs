@@ -9,10 +9,14 @@ use crate::error::{Code, ServiceError};
 use crate::generation::GenerationConfig;
 use crate::id::Fingerprint;
 use crate::kv::{KvFormats, KvGeometry, KvTransform};
+use crate::pair_files::{self, PairFiles};
 use crate::sampling::SamplingParams;
 
 /// File name of the manifest in a pair's folder.
 pub const PAIR_FILE: &str = "pair.json";
+
+/// File name of the tokenizer beside it.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// Format number that this version writes and reads.
 pub const PAIR_FORMAT: u32 = 1;
@@ -44,6 +48,9 @@ pub struct PairManifest {
     /// How the decode model was made, for people; not part of the fingerprint.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub provenance: serde_json::Map<String, serde_json::Value>,
+    /// Every other file of the folder, with its sha256; not part of the fingerprint. Empty where an older version wrote this file.
+    #[serde(default, skip_serializing_if = "PairFiles::is_empty")]
+    pub files: PairFiles,
 }
 
 /// One of the two models of a pair.
@@ -115,7 +122,7 @@ impl PairManifest {
     ///
     /// # Errors
     /// [`Code::InvalidArgument`] where it is no manifest of this format, [`Code::Mismatch`] where the fingerprint is
-    /// not that of the rest (the file was edited by hand: make it anew with `overfill pair`).
+    /// not that of the rest (the file was edited by hand: make it anew with `overfill pair`), or the list of files is of other weights.
     pub fn from_json(text: &str) -> Result<Self, ServiceError> {
         let manifest: PairManifest =
             serde_json::from_str(text).map_err(|e| ServiceError::new(Code::InvalidArgument, format!("{PAIR_FILE} cannot be read: {e}")))?;
@@ -140,6 +147,7 @@ impl PairManifest {
                 ),
             ));
         }
+        pair_files::check(&manifest)?;
         Ok(manifest)
     }
 
@@ -154,8 +162,8 @@ impl PairManifest {
     }
 
     /// Hash of all that decides which tokens the pair writes: weights and how they are held, KV geometry of both,
-    /// transform and number formats, tokenizer, end-of-sequence ids. The name, the paths, the generation defaults and the provenance
-    /// are left out.
+    /// transform and number formats, tokenizer, end-of-sequence ids. The name, the paths, the generation defaults, the provenance
+    /// and the list of files are left out.
     pub fn compute_fingerprint(&self) -> Fingerprint {
         let model = |m: &ModelManifest| {
             format!(
@@ -194,10 +202,10 @@ impl PairManifest {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn manifest() -> PairManifest {
+    pub(crate) fn manifest() -> PairManifest {
         let model = |sha: &str| ModelManifest {
             path: "full".into(),
             sha256: sha.into(),
@@ -221,6 +229,7 @@ mod tests {
             tokenizer: TokenizerManifest { sha256: "cc".into(), eos_token_ids: vec![2] },
             generation: GenerationConfig { temperature: Some(0.2), ..GenerationConfig::default() },
             provenance: serde_json::Map::new(),
+            files: PairFiles::new(),
         };
         pair.fingerprint = pair.compute_fingerprint();
         pair
