@@ -2,6 +2,7 @@
 
 pub mod authority;
 pub mod cluster;
+pub mod file_server;
 pub mod kubernetes;
 pub mod nodes;
 pub mod process_cluster;

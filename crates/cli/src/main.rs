@@ -12,6 +12,7 @@ mod pair;
 mod plan;
 mod progress;
 mod prune;
+mod pull;
 mod seal;
 mod self_prompt;
 mod serve;
@@ -101,6 +102,8 @@ enum Command {
     Pair(pair::MakePairArgs),
     /// Write into pair.json which files a pair has, with their sha256
     Seal(seal::SealArgs),
+    /// Fetch a pair, or the half of it that a node needs, and check every byte
+    Pull(Box<pull::PullArgs>),
     /// Make a smaller checkpoint of a full model
     Prune(prune::PruneArgs),
     /// Train a decode model to answer from the full model's KV cache
@@ -114,6 +117,9 @@ enum Command {
     },
 }
 
+/// Exit status of what may go well when it is tried again: `EX_TEMPFAIL` of sysexits(3).
+const TRY_LATER: u8 = 75;
+
 fn main() -> ExitCode {
     if let Some(worker) = overfill_guide::worker::run_if_asked() {
         return worker;
@@ -123,7 +129,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            match error.downcast_ref::<pull::PullError>() {
+                Some(error) if error.passes() => ExitCode::from(TRY_LATER),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -140,7 +149,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         let _nothing_to_send = log.init("overfill")?;
     }
     // Whoever reads no further, as `head` does, ends us quietly; not where connections are written to, which would end us too.
-    if !matches!(cli.command, Command::Serve(_) | Command::Generate(_) | Command::Bench { .. }) {
+    if !matches!(cli.command, Command::Serve(_) | Command::Generate(_) | Command::Pull(_) | Command::Bench { .. }) {
         sigpipe::reset();
     }
     match cli.command {
@@ -154,6 +163,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Export(args) => export::run(args),
         Command::Pair(args) => pair::run(args),
         Command::Seal(args) => seal::run(&args),
+        Command::Pull(args) => pull::run(&args),
         Command::Prune(args) => prune::run(args),
         Command::Train(args) => train::run(*args),
         Command::Plan(args) => plan::run(args),

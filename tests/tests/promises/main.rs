@@ -31,3 +31,4 @@ mod the_front_door_speaks_openai_and_grpc;
 mod the_load_tester_counts_everything;
 mod the_same_words_through_every_door;
 mod training_and_serving_measure_the_same_loss;
+mod weights_come_whole_or_not_at_all;
