@@ -19,11 +19,12 @@ mod sampling;
 pub mod spread;
 mod summary;
 mod table;
+mod verdict;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{bail, ensure};
+use anyhow::ensure;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use overfill_lifecycle::Drain;
@@ -37,6 +38,7 @@ use record::{Outcome, Record};
 use result::ResultArgs;
 use sampling::SamplingArgs;
 use summary::{FigureArgs, Summary};
+use verdict::VerdictArgs;
 
 /// Warm-up prompts are drawn from another seed, so that they warm no cache for the run.
 const WARM_UP_SEED: u64 = 0x5eed_0f3a;
@@ -59,6 +61,8 @@ pub struct LoadTestArgs {
     figures: FigureArgs,
     #[command(flatten)]
     result: ResultArgs,
+    #[command(flatten)]
+    verdict: VerdictArgs,
     /// Requests that are answered first and not measured
     #[arg(long, env = "OVERFILL_BENCH_NUM_WARMUPS", default_value_t = 0)]
     num_warmups: usize,
@@ -114,7 +118,7 @@ struct Run {
 /// Blocks the calling thread, on a runtime of its own; Ctrl-C ends it early with what was measured until then.
 ///
 /// # Errors
-/// Where options contradict each other, a data set cannot be read, the server cannot be reached or answers no request, or a
+/// Where options contradict each other, a data set cannot be read, the server cannot be reached, more requests fail than may, or a
 /// file cannot be written.
 pub fn run(args: &LoadTestArgs) -> anyhow::Result<()> {
     let processes = args.arrivals.processes()?;
@@ -139,10 +143,7 @@ pub fn run(args: &LoadTestArgs) -> anyhow::Result<()> {
             report::write(path, &runs, &args.figures)?;
             println!("the report is in {}", path.display());
         }
-        match runs.iter().find(|r| r.summary.completed == 0) {
-            Some(run) if run.summary.failed > 0 => bail!("no request was answered: all {} failed", run.summary.failed),
-            _ => Ok(()),
-        }
+        runs.iter().try_for_each(|run| args.verdict.on(&run.summary))
     })
 }
 

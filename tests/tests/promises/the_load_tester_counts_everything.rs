@@ -210,7 +210,7 @@ async fn a_full_cluster_is_counted() {
     let cluster = Builder::new(&pair.dir).router_flags(&["--max-requests", "4"]).start().await;
     for (backend, url, kind) in [("openai", &cluster.http, "http_503"), ("grpc", &cluster.grpc, "grpc_unavailable")] {
         let flags = ["--backend", backend, "--base-url", url, "--vocab-size", VOCABULARY, "--num-prompts", "30", "--input-len", "8"];
-        let ran = bench(&[&flags[..], &["--output-len", "200"]].concat()).await;
+        let ran = bench(&[&flags[..], &["--output-len", "200", "--allow-failures", "0.99"]].concat()).await;
         let result = ran.result();
         assert!(ran.output.status.success(), "some were answered: {}", ran.said());
         assert!(result["completed"].as_u64().unwrap() >= 1);
@@ -310,7 +310,8 @@ async fn every_failure_has_its_kind() {
         bench(&["--base-url", &url, "--num-prompts", "27", "--max-concurrency", "1", "--input-len", "3", "--request-timeout", "0.3"]).await;
     assert!(begun.elapsed() < Duration::from_secs(20), "a server that hangs holds nobody up");
     let result = ran.result();
-    assert!(ran.output.status.success(), "three were answered: {}", ran.said());
+    assert_eq!(ran.output.status.code(), Some(1), "{}", ran.said());
+    assert!(ran.said().contains("24 of 27 requests failed, and 0 may (--allow-failures): 6 http_429, "), "{}", ran.said());
     let failures = &result["overfill"]["failures"];
     for (kind, count, first) in [
         ("http_429", 6, "refused with 429"),
@@ -327,6 +328,16 @@ async fn every_failure_has_its_kind() {
     }
     assert_eq!((&result["completed"], &result["total_output_tokens"]), (&3.into(), &6.into()), "what broke off counts for nothing");
     assert!(result["mean_tpot_ms"].as_f64().unwrap() >= 19.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn as_many_may_fail_as_are_allowed_to() {
+    let (url, _server) = server(&[Does::Answer, Does::Answer, Does::Answer, Does::Refuse(503)]).await;
+    let flags = ["--base-url", &url, "--num-prompts", "8", "--max-concurrency", "1", "--input-len", "3", "--allow-failures"];
+    for (allowed, code) in [("0.25", 0), ("0.24", 1)] {
+        let ran = bench(&[&flags[..], &[allowed]].concat()).await;
+        assert_eq!((ran.output.status.code(), &ran.result()["failed"]), (Some(code), &2.into()), "{}", ran.said());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
