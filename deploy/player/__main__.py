@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.chart import Networks
 
 from . import podman
+from .files import Files
 from .kubelet import Kubelet
 from .load import Door, Load
 from .manifests import TOOLS, Rendered
@@ -171,6 +172,23 @@ class Play:
                 self.network.remove(f"play-{place}")
             podman.remove([f"play-{place}" for place in others])
 
+    def pull(self, values, pair):
+        """A pod more of each role, into which an init container pulls its half, and that alone, from a server on this machine."""
+        with Files(pair, self.network.machine) as files:
+            rendered = self.rendered.with_values({**values, "pairs": {"pair": files.values()}})
+            for component in NODES:
+                workload = rendered.workload(component)
+                pod = rendered.pod(workload, f"{workload['metadata']['name']}-pulled")
+                begun = time.monotonic()
+                self.kubelet.start(workload, pod)
+                self.kubelet.wait_ready(pod.name)
+                took, asked = time.monotonic() - begun, list(files.asked)
+                files.asked.clear()
+                if len(asked) != len(set(asked)) or set(asked) != files.half(component):
+                    raise SystemExit(f"{pod.name} pulled {asked}, and not {files.half(component)}")
+                say(f"{pod.name} pulled {', '.join(asked)}, and was ready {took:.1f} s after it was begun")
+                self.kubelet.stop(pod.name)
+
     def figures(self, load, seconds=10):
         """What the chart scales by, of a pod on average, while the streams ask."""
         def mean(component, name, **labels):
@@ -242,10 +260,10 @@ class Play:
 def main():
     parser = argparse.ArgumentParser(prog="play")
     parser.add_argument("binaries", type=Path)
-    parser.add_argument("what", nargs="*", metavar="WHAT", help="ask, roll, kill, freeze (default: all but freeze)")
+    parser.add_argument("what", nargs="*", metavar="WHAT", help="ask, pull, roll, kill, freeze (default: all but freeze)")
     args = parser.parse_args()
-    what = args.what or ["ask", "roll", "kill"]
-    if unknown := set(what) - {"ask", "roll", "kill", "freeze"}:
+    what = args.what or ["ask", "pull", "roll", "kill"]
+    if unknown := set(what) - {"ask", "pull", "roll", "kill", "freeze"}:
         parser.error(f"there is no {', '.join(sorted(unknown))} to play")
     with tempfile.TemporaryDirectory(prefix="overfill-play-") as work:
         podman.configure(work)
@@ -253,10 +271,14 @@ def main():
             raise SystemExit(CANNOT)
         pair = os.environ.get("PAIR") or subprocess.run([args.binaries / "overfill", "fetch"], check=True, capture_output=True, text=True,
                                                         timeout=600).stdout.strip()
-        images(args.binaries, pair)
+        # A copy, of links, of which no older version is the maker.
+        sealed = Path(work) / "pair"
+        podman.run("cp", "--recursive", "--link", pair, sealed)
+        podman.run(args.binaries / "overfill", "seal", sealed, timeout=600)
+        images(args.binaries, sealed)
         say("images are built")
         secrets = Secrets(Path(work) / "secrets", SERVICE, PEERS)
-        door = Door(SERVICE, secrets.authority, secrets.key, json.loads((Path(pair) / "pair.json").read_text())["name"])
+        door = Door(SERVICE, secrets.authority, secrets.key, json.loads((sealed / "pair.json").read_text())["name"])
         play = Play(Rendered(os.environ["HELM"], DEPLOY / "helm" / "overfill", RELEASE, values(secrets), secrets), door)
         try:
             play.up()
@@ -266,6 +288,8 @@ def main():
                 play.ask()
                 play.reach()
                 play.figures(load)
+            if "pull" in what:
+                play.pull(values(secrets), sealed)
             if "roll" in what:
                 play.roll(load)
             if "kill" in what:

@@ -48,12 +48,16 @@ class Rendered:
     """What the chart makes of values."""
 
     def __init__(self, helm, chart, release, values, secrets):
-        self.secrets = secrets
+        self.helm, self.chart, self.release, self.secrets = helm, chart, release, secrets
         command = [helm, "template", release, str(chart), "--namespace", "play", "--values", "-"]
         text = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, timeout=60)
         if text.returncode:
             raise SystemExit(f"play: the chart cannot be rendered: {text.stderr}")
         self.objects = [o for o in yaml.safe_load_all(text.stdout) if o]
+
+    def with_values(self, values):
+        """What the same chart makes of other values."""
+        return Rendered(self.helm, self.chart, self.release, values, self.secrets)
 
     def workload(self, component):
         """The one object that makes pods of this component."""

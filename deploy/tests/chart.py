@@ -304,11 +304,66 @@ class Weights(unittest.TestCase):
             self.assertEqual(pod["volumes"], [{"name": "pair-smollm2-135m", "emptyDir": {}}])
             self.assertEqual(environment(workload)["OVERFILL_PAIR"], "/pairs/smollm2-135m")
 
+    def test_each_role_pulls_its_half_by_digest(self):
+        pair, small = "smollm2-135m", "smollm2-135m-small"
+        values = yaml.safe_load((CHART / "ci" / "pulled.yaml").read_text())["pairs"]
+        objects = rendered("pulled")
+        for workload in workloads(objects):
+            role, pod = component(workload["metadata"]["labels"]), workload["spec"]["template"]["spec"]
+            served = environment(workload)["OVERFILL_PAIR"].split(",")
+            inits = {i["name"]: i for i in pod["initContainers"]}
+            self.assertEqual(len(inits), len(served))
+            for name, init in inits.items():
+                name = name.removeprefix("pull-")
+                sha256 = values[name]["pull"]["sha256"]
+                self.assertEqual((init["image"], init["command"]), ("overfill-cli:0.1.0", ["overfill", "pull"]))
+                self.assertLessEqual({f"--half={role}", f"--sha256={sha256}", f"--to=/pairs/{name}/{sha256}"}, set(init["args"]))
+                self.assertIn(f"/pairs/{name}/{sha256}", served)
+                # It writes where the server only reads.
+                mounts = [next(m for m in one["volumeMounts"] if m["name"] == f"pair-{name}") for one in (init, pod["containers"][0])]
+                self.assertEqual([m["mountPath"] for m in mounts], [f"/pairs/{name}"] * 2)
+                self.assertEqual([m.get("readOnly") for m in mounts], [None, True])
+            volumes = {v["name"]: v for v in pod["volumes"]}
+            if small_init := inits.get(f"pull-{small}"):
+                self.assertEqual(small_init["args"][0], f"oci://registry.example.org/{small}-{role}:1")
+                self.assertIn(f"--auth-file=/secrets/pull-{small}-credentials/.dockerconfigjson", small_init["args"])
+                self.assertEqual(volumes[f"pair-{small}"]["emptyDir"], {})
+            if init := inits.get(f"pull-{pair}"):
+                self.assertEqual(init["args"][0], f"https://files.example.org:8443/pairs/{pair}/")
+                self.assertIn(f"--token-file=/secrets/pull-{pair}-credentials/token", init["args"])
+                self.assertIn(f"--ca-file=/secrets/pull-{pair}-ca/ca.crt", init["args"])
+                self.assertEqual(init["env"], [{"name": "HTTPS_PROXY", "value": "http://proxy.example.org:3128"}])
+                self.assertIn("hostPath", volumes[f"pair-{pair}"])
+                # What opens a source is no server's affair.
+                mounted = {m["name"] for m in pod["containers"][0]["volumeMounts"]}
+                self.assertFalse({f"pull-{pair}-credentials", f"pull-{pair}-ca"} & mounted)
+        for policy in of_kind(objects, "NetworkPolicy"):
+            ways = [(sorted(p["port"] for p in rule["ports"]), rule.get("to")) for rule in policy["spec"]["egress"]]
+            sources = ([443, 3128, 8443], [{"ipBlock": {"cidr": "10.1.0.0/16"}}])
+            self.assertEqual(sources in ways, component(policy["metadata"]["labels"]) in NODES)
+
+    def test_ports_follow_from_the_source(self):
+        sha256 = "0" * 64
+        for source, plain, port in [
+            ("https://a/b/", False, 443), ("http://a/b", False, 80), ("http://a:81", False, 81), ("oci://a/b:1", False, 443),
+            ("oci://a/b:1", True, 80), ("oci://a:5000/b/c@sha256:" + sha256, True, 5000),
+        ]:
+            pull = {"source": source, "sha256": sha256, "plainHttp": plain}
+            objects = rendered(None, "pairs=" + json.dumps({"p": {"pull": pull}}))
+            policy = next(p for p in of_kind(objects, "NetworkPolicy") if component(p["metadata"]["labels"]) == "decode")
+            self.assertEqual([rule["ports"] for rule in policy["spec"]["egress"] if "to" not in rule][1:], [[{"protocol": "TCP", "port": port}]])
+
     def test_what_cannot_be_is_refused_with_a_sentence(self):
+        pull = {"source": "https://a/b/", "sha256": "0" * 64}
         for settings, sentence in [
             (('pairs={}',), "name at least one pair"),
-            (('pairs={"a":{}}',), "pairs.a says neither `volume` nor `images`"),
-            (('pairs={"a":{"volume":{"emptyDir":{}},"images":{"router":"r"}}}',), "give one of the two"),
+            (('pairs={"a":{}}',), "pairs.a says neither `volume` nor `images` nor `pull`"),
+            (("pairs=" + json.dumps({"a": {"pull": pull, "path": "x"}}),), "what is pulled has its own"),
+            (("pairs=" + json.dumps({"a": {"pull": pull, "volume": {"emptyDir": {}}}}),), "pairs.a has volume and pull: give one of them"),
+            (("pairs=" + json.dumps({"a": {"pull": {**pull, "source": {"router": "oci://a/b:1"}}}}),), "pull.source has none for"),
+            (("pairs=" + json.dumps({"a": {"pull": {**pull, "source": "https://me:secret@a/"}}}),), "/pairs/a/pull/source"),
+            (("pairs=" + json.dumps({"a": {"pull": {"source": "https://a/b/"}}}),), "missing property 'sha256'"),
+            (('pairs={"a":{"volume":{"emptyDir":{}},"images":{"router":"r"}}}',), "pairs.a has volume and images: give one of them"),
             (('pairs={"a":{"images":{"router":"r"}}}',), "pairs.a.images has no image for prefill"),
             (('pairs={"a":{"volume":{"emptyDir":{}}}}', 'decode.pools={"x":{"pair":"b"}}'), "names the pair b, which is not in `pairs`"),
             (('pairs={"a":{"volume":{"emptyDir":{}}}}', 'etcd.enabled=false'), "say in etcd.endpoints where yours is"),

@@ -32,7 +32,7 @@ spec:
   {{- with $settings.runtimeClassName }}
   runtimeClassName: {{ . }}
   {{- end }}
-  {{- $inits := cat (include "overfill.pairCopies" .) | trim }}
+  {{- $inits := include "overfill.pairInits" . | trim }}
   {{- if or $inits $settings.extraInitContainers }}
   initContainers:
     {{- with $inits }}{{ . | nindent 4 }}{{ end }}
