@@ -14,6 +14,7 @@ mod error;
 pub mod frontend;
 mod metrics;
 mod models;
+pub mod overview;
 mod pairing;
 mod relay;
 mod status_streams;
@@ -38,6 +39,7 @@ use overfill_transport::{Connector, Peers};
 use overfill_types::Quality;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 
@@ -49,6 +51,7 @@ use crate::frontend::grpc::InferenceService;
 use crate::frontend::kserve::KserveService;
 use crate::metrics::{Held, Metrics};
 pub use crate::models::Models;
+use crate::overview::{Handoffs, Nodes};
 use crate::pairing::Pairing;
 use crate::relay::RetryBudget;
 use crate::suspicions::Suspicions;
@@ -63,11 +66,17 @@ pub struct Router {
     models: Models,
     /// Seconds since 1970 at the start.
     started: u64,
+    /// The same by the clock that intervals are taken by.
+    begun: Instant,
+    discovery: Discovery,
     view: watch::Receiver<Arc<Snapshot>>,
     pairing: Pairing,
     peers: Peers,
     retries: RetryBudget,
     suspicions: Arc<Suspicions>,
+    /// As they say themselves, for whoever looks at the cluster.
+    nodes: Nodes,
+    handoffs: Handoffs,
     tokenising: Tokenising,
     metrics: Arc<Metrics>,
     clients: Arc<Clients>,
@@ -88,7 +97,7 @@ pub struct Listeners {
     pub http: TcpListener,
     /// `overfill.v1.Inference`, and `inference.GRPCInferenceService` (KServe v2).
     pub grpc: TcpListener,
-    /// Metrics, probes, documentation and reflection, for those who run the cluster; without it they are at the doors.
+    /// The page, metrics, probes, documentation and reflection, for those who run the cluster; without it they are at the doors.
     pub admin: Option<TcpListener>,
 }
 
@@ -105,7 +114,8 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
     let (grpc, health) = server::with_health(Routes::from(router.grpc()), descriptors).await?;
     tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.models.names().into_iter().map(|(name, _)| name).collect::<Vec<_>>(), "router ready");
 
-    for listener in [&listeners.http, &listeners.grpc] {
+    // The page at the admin listener asks as clients do.
+    for listener in [&listeners.http, &listeners.grpc].into_iter().chain(&listeners.admin) {
         router.warn_where_open(listener.local_addr()?);
     }
 
@@ -222,11 +232,15 @@ impl Router {
         let router = Arc::new(Self {
             models,
             started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            begun: Instant::now(),
+            discovery: discovery.clone(),
             pairing: Pairing::new(view.clone(), config.max_waiting),
             view,
             peers: Peers::new(connector),
             retries: RetryBudget::default(),
             suspicions,
+            nodes: Nodes::default(),
+            handoffs: Handoffs::default(),
             tokenising: Tokenising::default(),
             metrics,
             clients,

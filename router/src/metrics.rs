@@ -2,13 +2,15 @@
 //!
 //! [`Metrics`] is the router's, [`OfModel`] has one model's handles, and [`Observed`] is the clock of one request.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use overfill_lifecycle::metrics::{Counting, Error, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, buckets};
+use overfill_lifecycle::metrics::{Counting, Error, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, buckets, counted_by};
 use overfill_types::prompt::short;
 use overfill_types::{Code, Fingerprint, FinishReason, PairManifest, Role, ServiceError, prompt_digest};
 use tokio::time::Instant;
+
+use crate::overview::ModelState;
 
 /// Longest prompt and answer that histograms of tokens tell apart: what is longer is in the last bucket.
 const MOST_TOKENS: usize = 1 << 20;
@@ -135,6 +137,36 @@ impl Metrics {
     pub(crate) fn of(&self, model: &PairManifest) -> Result<Arc<OfModel>, ServiceError> {
         let found = self.models.get(&model.fingerprint).cloned();
         found.ok_or_else(|| ServiceError::new(Code::Internal, format!("model '{}' has no counters", model.name)))
+    }
+
+    /// What was asked of a model so far; nothing of one that is not served.
+    pub(crate) fn state(&self, name: &str, fingerprint: &str) -> ModelState {
+        let of = |count: fn(&OfModel) -> u64| self.models.get(name).map_or(0, |model| count(model));
+        ModelState {
+            name: name.into(),
+            fingerprint: fingerprint.into(),
+            running: of(|model| u64::try_from(model.running.get()).unwrap_or(0)),
+            finished: of(|model| counted_by("finished_reason", &model.success).values().sum()),
+            cancelled: of(|model| model.cancelled.get()),
+            prompt_tokens: of(|model| model.prompt_tokens.get()),
+            cached_tokens: of(|model| model.cached_tokens.get()),
+            generation_tokens: of(|model| model.generation_tokens.get()),
+        }
+    }
+
+    /// Answers that ended with an error, by reason.
+    pub(crate) fn failures(&self) -> BTreeMap<String, u64> {
+        counted_by("reason", &self.failed)
+    }
+
+    /// Requests that were refused before any node was asked, by reason.
+    pub(crate) fn refusals(&self) -> BTreeMap<String, u64> {
+        counted_by("reason", &self.refused)
+    }
+
+    /// Attempts that failed, by reason.
+    pub(crate) fn failed_attempts(&self) -> BTreeMap<String, u64> {
+        counted_by("reason", &self.attempts_failed)
     }
 
     /// A request was refused since engines died under its prompt, which its digest names.

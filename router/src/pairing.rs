@@ -92,6 +92,11 @@ impl Pairing {
         self.lock().scheduler.waiting_for(role)
     }
 
+    /// Requests that wait for nodes.
+    pub(crate) fn waiting(&self) -> usize {
+        self.lock().scheduler.waiting()
+    }
+
     /// A request's own number: its age among all, over all of its attempts.
     pub(crate) fn number(&self) -> QueueNumber {
         QueueNumber(self.numbers.fetch_add(1, Ordering::Relaxed))
@@ -211,6 +216,11 @@ impl Pairing {
     pub(crate) fn suspect(&self, node: &NodeId) {
         tracing::warn!(%node, "node failed: left alone for a while");
         self.lock().scheduler.cluster_mut().suspect(node, Instant::now().into_std());
+    }
+
+    /// Whether a node is left alone.
+    pub(crate) fn suspects(&self, node: &NodeId) -> bool {
+        self.lock().scheduler.cluster().suspects(node, Instant::now().into_std())
     }
 
     /// Which half of a pair's nodes is missing of those that `quality` wants, as a sentence; empty if none is.

@@ -25,20 +25,22 @@ pub(crate) async fn follow(router: Arc<Router>) {
     let mut looks = interval(LOOK);
     loop {
         let nodes = view.borrow_and_update().clone();
+        router.nodes.listed(&nodes.nodes);
         streams.retain(|id, _| nodes.nodes.binary_search_by(|node| node.id.cmp(id)).is_ok());
         for node in &nodes.nodes {
             let stream = || {
                 let (router, node) = (router.clone(), node.clone());
                 AbortOnDropHandle::new(tokio::spawn(async move {
-                    node_status::follow(&router.peers, node.address.as_str(), |told| {
+                    let told = |told: NodeStatus| {
+                        router.nodes.told(&node.id, &told);
                         router.suspicions.told(told.refused_prompts.iter().map(|prompt| &prompt[..]));
                         match told.phase() {
                             Phase::Ready => router.pairing.told(&node.id, report(&told)),
                             // It drains, or its engine has died: the view lets go of it any moment.
                             _ => router.pairing.suspect(&node.id),
                         }
-                    })
-                    .await;
+                    };
+                    node_status::follow(&router.peers, node.address.as_str(), told, || router.nodes.lost(&node.id)).await;
                 }))
             };
             streams.entry(node.id.clone()).or_insert_with(stream);

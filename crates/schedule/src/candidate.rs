@@ -129,7 +129,7 @@ impl View<'_> {
     }
 
     fn rank(&self, node: &Node, room: Room) -> Rank {
-        let suspect = node.suspect_until.is_some_and(|until| until > self.now);
+        let suspect = node.suspected(self.now);
         let tried = self.ask.shunned.contains(&node.endpoint.id);
         // Who waits for room takes it where it is, and where that refused before asks again: nobody waits behind it meanwhile.
         if self.ask.with_room { Rank { suspect, room, tried } } else { Rank { suspect: suspect || tried, room, tried: false } }

@@ -101,6 +101,11 @@ impl Cluster {
         }
     }
 
+    /// Whether a node is left alone, since it failed.
+    pub fn suspects(&self, node: &NodeId, now: Instant) -> bool {
+        self.numbers.get(node).and_then(|number| self.nodes.get(number)).is_some_and(|node| node.suspected(now))
+    }
+
     /// Which half of the nodes is missing of those that this quality wants; `None` where all are there.
     pub fn absent(&self, pair: &Fingerprint, quality: Quality) -> Option<Absent> {
         let absent = Absent {
@@ -325,6 +330,7 @@ mod tests {
     fn suspects_and_shunned_ones_come_last() {
         let (mut cluster, now) = cluster(2, 2);
         cluster.suspect(&NodeId::new("d1"), now);
+        assert!(cluster.suspects(&NodeId::new("d1"), now) && !cluster.suspects(&NodeId::new("d0"), now));
         for i in 0..20 {
             let pair = chosen(&mut cluster, &prompt(i * 1000, 100), &[NodeId::new("p0")], now);
             assert_eq!((pair.prefill.id.as_str(), pair.decode.id.as_str()), ("p1", "d0"));
@@ -334,6 +340,7 @@ mod tests {
         only.suspect(&NodeId::new("d0"), now);
         assert_eq!(chosen(&mut only, &prompt(0, 1), &[NodeId::new("p0")], now).decode.id.as_str(), "d0");
         let later = now + SUSPICION * 2;
+        assert!(!cluster.suspects(&NodeId::new("d1"), later));
         assert!((0..50).any(|i| chosen(&mut cluster, &prompt(i, 9), &[], later).decode.id.as_str() == "d1"));
     }
 

@@ -130,6 +130,11 @@ impl Node {
         Some(usize::try_from(tokens).unwrap_or(usize::MAX) / crate::prefix_index::BLOCK)
     }
 
+    /// Whether it is left alone, since it failed.
+    pub(crate) fn suspected(&self, now: Instant) -> bool {
+        self.suspect_until.is_some_and(|until| until > now)
+    }
+
     /// Whether it has said lately what it holds.
     fn fresh(&self, now: Instant) -> bool {
         self.reported.is_some_and(|at| now.saturating_duration_since(at) <= STALE)

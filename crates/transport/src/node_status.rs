@@ -25,8 +25,9 @@ pub const SILENCE: Duration = HEARTBEAT.saturating_mul(3);
 /// Pauses before a stream is begun anew: the first, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// Tells `told` what the node at `address` says of itself, as long as it runs. Never ends.
-pub async fn follow(peers: &Peers, address: &str, told: impl Fn(NodeStatus)) {
+/// Tells `told` what the node at `address` says of itself, as long as it runs, and calls `lost` when its stream has ended or cannot
+/// be opened: until it tells something again, nothing is known of it. Never ends.
+pub async fn follow(peers: &Peers, address: &str, told: impl Fn(NodeStatus), lost: impl Fn()) {
     let (mut pause, mut why) = (PAUSES.0, None);
     let error = |status| from_status(&status, "it");
     loop {
@@ -47,6 +48,7 @@ pub async fn follow(peers: &Peers, address: &str, told: impl Fn(NodeStatus)) {
                 pause = PAUSES.0;
             }
         }
+        lost();
         // Of different length, so that routers do not come all at once.
         sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
         pause = (pause * 2).min(PAUSES.1);

@@ -24,6 +24,7 @@ mod tests {
     use crate::frontend::messages::MessageRequest;
     use crate::frontend::openai::schemas::*;
     use crate::frontend::responses::ResponseRequest;
+    use crate::overview::{HandoffState, Load, ModelState, NodeState, Overview, RouterState};
 
     /// Takes down which fields a type asks for.
     struct Fields<'a>(&'a mut Vec<&'static str>);
@@ -76,6 +77,12 @@ mod tests {
             ("Function", fields::<Function>()),
             ("TokenizeRequest", fields::<TokenizeRequest>()),
             ("DetokenizeRequest", fields::<DetokenizeRequest>()),
+            ("Overview", fields::<Overview>()),
+            ("RouterState", fields::<RouterState>()),
+            ("ModelState", fields::<ModelState>()),
+            ("NodeState", fields::<NodeState>()),
+            ("Load", fields::<Load>()),
+            ("HandoffState", fields::<HandoffState>()),
         ] {
             let described = document.pointer(&format!("/components/schemas/{name}/properties")).and_then(Value::as_object).unwrap();
             let mut described: Vec<&str> = described.keys().map(String::as_str).collect();

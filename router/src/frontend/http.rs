@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Path, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{any, get, post};
 use axum::{Json, Router as Routes};
 use overfill_lifecycle::profile;
 use overfill_text::TextModel;
@@ -17,7 +17,7 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use crate::Router;
 use crate::frontend::openai::{self, ChatRequest, CompletionRequest, Failed};
-use crate::frontend::{docs, messages, responses, stack};
+use crate::frontend::{docs, messages, page, responses, stack};
 
 /// How long a browser may remember what it was allowed.
 const PREFLIGHT: Duration = Duration::from_secs(600);
@@ -27,9 +27,12 @@ const PATHS: [&str; 5] = ["/v1/models", "/v1/chat/completions", "/v1/completions
 /// The whole door: what clients ask, probes, and with `admin` what those ask who run the cluster.
 pub(crate) fn door(router: Arc<Router>, admin: bool) -> Routes {
     let mut routes = clients(&router);
-    if admin {
-        routes = routes.merge(for_admins());
-    }
+    routes = if admin {
+        // What clients may see of each other there, only they may see.
+        routes.merge(for_admins()).merge(stack::keyed(&router, cluster())).merge(page::routes())
+    } else {
+        routes.route("/", get(page::sentence))
+    };
     let origins = &router.config.cors_origins;
     let cors = (!origins.is_empty()).then(|| cors(origins));
     let routes = routes.with_state(router);
@@ -99,7 +102,6 @@ fn clients(router: &Arc<Router>) -> Routes<Arc<Router>> {
 /// What probes ask; they are answered whatever happens, and to everyone.
 fn probes() -> Routes<Arc<Router>> {
     Routes::new()
-        .route("/", get(|| async { "OverFill answers here: see /docs and /v1/models\n" }))
         .route("/live", get(|| async { "live\n" }))
         .route("/ready", get(ready))
         // vLLM's name, which load testers ask before they begin.
@@ -108,7 +110,33 @@ fn probes() -> Routes<Arc<Router>> {
 
 /// What those ask who run the cluster, at a listener of their own.
 pub(crate) fn admin(router: Arc<Router>) -> Routes {
-    for_admins().merge(probes()).route("/profile", profile::route()).with_state(router)
+    let own = for_admins().merge(cluster()).merge(page::routes()).merge(probes()).route("/profile", profile::route());
+    own.merge(chat(&router)).with_state(router)
+}
+
+/// What the page asks where it is not at the door: as clients ask it there, within the same limits. This listener is in plain text,
+/// and asks nobody for a certificate: what the doors encrypt is not told here.
+fn chat(router: &Arc<Router>) -> Routes<Arc<Router>> {
+    if router.config.tls.tls_cert.is_some() {
+        return Routes::new().route(
+            "/v1/{*path}",
+            any(async |headers: HeaderMap| {
+                let message = "this listener is in plain text, and the doors of this router speak TLS: ask there";
+                stack::answer(&headers, ServiceError::new(Code::NotFound, message).into())
+            }),
+        );
+    }
+    let asked = Routes::new()
+        .route("/v1/chat/completions", post(openai::complete::<ChatRequest>))
+        .route("/v1/models", get(models))
+        .layer(DefaultBodyLimit::disable());
+    stack(router, asked)
+}
+
+/// The cluster as this router sees it.
+fn cluster() -> Routes<Arc<Router>> {
+    let told = async |State(router): State<Arc<Router>>| ([(header::CACHE_CONTROL, "no-store")], Json(router.overview()));
+    Routes::new().route("/cluster", get(told))
 }
 
 fn for_admins() -> Routes<Arc<Router>> {

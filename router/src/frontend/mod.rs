@@ -8,6 +8,7 @@ pub(crate) mod http;
 pub(crate) mod kserve;
 mod messages;
 mod openai;
+mod page;
 mod respond;
 mod responses;
 mod single;

@@ -18,7 +18,7 @@ use tower_http::validate_request::ValidateRequestHeaderLayer;
 use tracing::Span;
 
 use crate::Router;
-use crate::clients::API_KEY;
+use crate::clients::{API_KEY, Clients};
 use crate::frontend::openai::Failed;
 use crate::frontend::{bodies, messages};
 
@@ -31,25 +31,33 @@ const GRACE: Duration = Duration::from_secs(5);
 /// beyond the limit on requests that are parsed or wait for their answer's head, over both doors, they are shed, not queued;
 /// a timeout.
 pub(crate) fn stack<S: Clone + Send + Sync + 'static>(router: &Arc<Router>, routes: Routes<S>) -> Routes<S> {
-    let clients = router.clients.clone();
-    #[expect(clippy::result_large_err, reason = "the layer asks for a whole response")]
-    let whose = move |request: &mut Request<Body>| match clients.of(request.headers()) {
-        Ok(client) => {
-            request.extensions_mut().insert(client);
-            Ok(())
-        }
-        Err(error) => Err(answer(request.headers(), error.into())),
-    };
     let stack = ServiceBuilder::new()
         .layer(SetSensitiveRequestHeadersLayer::new([header::AUTHORIZATION, API_KEY]))
         .layer(TraceLayer::new_for_http().make_span_with(span))
-        .layer(ValidateRequestHeaderLayer::custom(whose))
+        .layer(ValidateRequestHeaderLayer::custom(whose(router.clients.clone())))
         .layer(axum::middleware::from_fn_with_state(router.bodies.clone(), bodies::read_whole))
         .layer(HandleErrorLayer::new(refused))
         .load_shed()
         .layer(GlobalConcurrencyLimitLayer::with_semaphore(router.heads.clone()))
         .timeout(Duration::from_secs(router.config.request_timeout) + GRACE);
     routes.layer(stack)
+}
+
+/// `routes` for those alone who have a key, where keys are asked for; whatever else the router has to do.
+pub(super) fn keyed<S: Clone + Send + Sync + 'static>(router: &Arc<Router>, routes: Routes<S>) -> Routes<S> {
+    routes.layer(ValidateRequestHeaderLayer::custom(whose(router.clients.clone())))
+}
+
+/// Notes whose key a request has, or refuses it.
+#[expect(clippy::result_large_err, reason = "the layer asks for a whole response")]
+fn whose(clients: Arc<Clients>) -> impl Fn(&mut Request<Body>) -> Result<(), Response<Body>> + Clone {
+    move |request| match clients.of(request.headers()) {
+        Ok(client) => {
+            request.extensions_mut().insert(client);
+            Ok(())
+        }
+        Err(error) => Err(answer(request.headers(), error.into())),
+    }
 }
 
 fn span(request: &Request<Body>) -> Span {

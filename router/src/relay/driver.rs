@@ -18,6 +18,7 @@ use tracing::{Instrument, Span, debug_span};
 use crate::Router;
 use crate::admission::ValidRequest;
 use crate::metrics::Observed;
+use crate::overview::Seen;
 use crate::pairing::{Both, Chosen, NoPair, Nodes, RightOfWay};
 use crate::relay::flow::{Failure, Flow};
 use crate::relay::text::Text;
@@ -225,6 +226,7 @@ impl Driver {
             }
             _ => Some(self.reserve(&both.decode, epoch).instrument(debug_span!("reserve", otel.kind = "client")).await?),
         };
+        let held_tokens = decode.as_ref().map_or(0, |d| d.held_tokens);
         let handoff = decode.as_ref().map(|d| v1::Handoff {
             address: both.decode.address.to_string(),
             ticket: d.ticket.clone(),
@@ -239,6 +241,9 @@ impl Driver {
         let mut begun = !self.flow.written().is_empty();
         // Until the handoff is proved: nothing that happens to the prefill node matters then.
         let mut reading = true;
+        // What is told of the handoff then, for whoever looks at the cluster, may come after the first tokens of the decode node.
+        let mut untold = decode.is_some();
+        let mut cached_tokens = None;
         loop {
             tokio::select! {
                 // What the decode node has said already proves more than what the prefill node may fail at.
@@ -275,9 +280,25 @@ impl Driver {
                         return Err(failure);
                     }
                 },
-                event = prefill.message(), if reading => match event {
+                event = prefill.message(), if reading || untold => match event {
+                    Ok(Some(PrefillEvent { event: Some(prefill_event::Event::HandoffDone(done)) })) => {
+                        (reading, untold) = (false, false);
+                        self.router.handoffs.saw(Seen {
+                            model: &self.request.model.manifest.name,
+                            from: &both.prefill.id,
+                            to: &both.decode.id,
+                            attempt: epoch,
+                            prompt_tokens: self.request.prompt.len(),
+                            cached_tokens,
+                            held_tokens,
+                            done,
+                        });
+                    }
+                    Ok(Some(_)) if !reading => {}
+                    _ if !reading => untold = false,
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) })) => {
                         begun = true;
+                        cached_tokens = Some(first.cached_tokens);
                         chosen.read();
                         drop(std::mem::replace(&mut stage, debug_span!("decode")));
                         if self.began(first, &both.prefill.id).await? {
@@ -289,7 +310,6 @@ impl Driver {
                             }
                         }
                     }
-                    Ok(Some(PrefillEvent { event: Some(prefill_event::Event::HandoffDone(_)) })) => reading = false,
                     Ok(Some(_)) => {}
                     Ok(None) if begun && decode.is_some() => reading = false,
                     Ok(None) => return Err(Failure::broken(PREFILL, &both.prefill.id)),

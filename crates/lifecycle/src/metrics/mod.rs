@@ -13,7 +13,7 @@
 pub mod buckets;
 mod read;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use axum::http::header;
@@ -154,6 +154,16 @@ impl Registry {
     }
 }
 
+/// What was counted so far, by the values of this label, which is the only one that varies.
+pub fn counted_by(label: &str, counters: &IntCounterVec) -> BTreeMap<String, u64> {
+    let families = counters.collect();
+    let counted = families.iter().flat_map(|family| family.get_metric()).filter_map(|metric| {
+        let value = metric.get_label().iter().find(|of| of.name() == label)?.value().to_owned();
+        Some((value, metric.get_counter().get_value() as u64))
+    });
+    counted.collect()
+}
+
 /// Counts up, and down again when it is dropped.
 pub struct Counting(IntGauge);
 
@@ -257,6 +267,14 @@ mod tests {
             let told = |line: &str| line.contains(&format!("model_name=\"{model}\"")) && line.ends_with(&format!("}} {n}"));
             assert!(text.lines().any(told), "{n} of {model} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn counts_are_read_by_their_label() {
+        let counters = Registry::new("router", Some("m")).unwrap().counters("overfill_a_total", "Things.", &["reason"]).unwrap();
+        counters.with_label_values(&["late"]).inc_by(2);
+        counters.with_label_values(&["lost"]).inc();
+        assert_eq!(counted_by("reason", &counters), BTreeMap::from([("late".into(), 2), ("lost".into(), 1)]));
     }
 
     #[test]
