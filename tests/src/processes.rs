@@ -32,6 +32,11 @@ impl Process {
         Self::start(command, name)
     }
 
+    /// The system's number of it.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// CPU seconds that it has used, its own and the kernel's for it: fields 14 and 15 of proc(5)'s `stat`, in hundredths.
     pub fn cpu_seconds(&self) -> f64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();

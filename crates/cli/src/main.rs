@@ -17,6 +17,7 @@ mod seal;
 mod self_prompt;
 mod serve;
 mod threads;
+mod top;
 mod train;
 
 use std::path::PathBuf;
@@ -84,6 +85,8 @@ impl PairArgs {
 enum Command {
     /// Router, one prefill node and one decode node in one process
     Serve(Box<serve::ServeArgs>),
+    /// Watch a cluster as its router sees it
+    Top(top::TopArgs),
     /// Answer one prompt
     Generate(generate::GenerateArgs),
     /// Make a key for a client
@@ -150,10 +153,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
     // Whoever reads no further, as `head` does, ends us quietly; not where connections are written to, which would end us too.
     if !matches!(cli.command, Command::Serve(_) | Command::Generate(_) | Command::Pull(_) | Command::Bench { .. }) {
+    if !matches!(cli.command, Command::Serve(_) | Command::Top(_) | Command::Generate(_) | Command::Bench { .. }) {
         sigpipe::reset();
     }
     match cli.command {
         Command::Serve(args) => serve::run(*args, &cli.home, &log),
+        Command::Top(args) => top::run(args),
         Command::Generate(args) => generate::run(args, &cli.home),
         Command::Fetch(args) => fetch::run(args, &cli.home),
         Command::Key(args) => key::run(args),

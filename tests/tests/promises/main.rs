@@ -29,6 +29,7 @@ mod the_client_chooses_who_writes;
 mod the_default_pair_answers;
 mod the_front_door_speaks_openai_and_grpc;
 mod the_load_tester_counts_everything;
+mod the_page_shows_the_cluster;
 mod the_same_words_through_every_door;
 mod training_and_serving_measure_the_same_loss;
 mod weights_come_whole_or_not_at_all;

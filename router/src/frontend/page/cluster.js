@@ -49,8 +49,7 @@ class Node {
     this.item.dataset.condition = condition;
     this.item.dataset.tone = this.dot.dataset.tone = TONES[condition] ?? "quiet";
     this.item.title = MEANINGS[condition] ?? "";
-    const since = gone ?? (condition === "silent" ? heard : null);
-    write(this.condition, since === null ? condition : `${condition} ${figures.ago(since)}`);
+    write(this.condition, gone === null ? this.now(condition, heard) : `${condition} ${figures.ago(gone)}`);
     this.item.classList.toggle("gone", gone !== null);
     const full = load && load.blocks ? load.blocks_held / load.blocks : 0;
     this.bar.style.inlineSize = `${full * 100}%`;
@@ -63,6 +62,10 @@ class Node {
       this.figure("prefix hits", load.prefix_queries ? figures.percent(load.prefix_hits / load.prefix_queries) : "–");
     }
     if (severalModels) this.figure("serves", models.join(", "));
+  }
+
+  now(condition, heard) {
+    return condition === "silent" && heard !== null ? `silent for ${Math.floor(heard)}\u00a0s` : condition;
   }
 
   figure(name, value) {
@@ -145,7 +148,7 @@ export class Cluster {
       ["tokens/s", uptime > since ? figures.count(Math.round((now - before) / (uptime - since))) : "–"],
       ["prefix hits", read ? figures.percent(sum("cached_tokens") / read) : "–"],
       ["finished", figures.count(sum("finished"))],
-      ["failed", figures.count([...Object.values(failed), ...Object.values(refused)].reduce((all, n) => all + n, 0))],
+      ["errors", figures.count([...Object.values(failed), ...Object.values(refused)].reduce((all, n) => all + n, 0))],
     ];
     this.totals ??= told.map(([name]) => figure(name, "–"));
     if (!at("totals").firstChild) at("totals").append(...this.totals);
