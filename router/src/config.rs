@@ -30,8 +30,8 @@ pub struct Cli {
     /// Where it listens for gRPC
     #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:8001")]
     pub grpc: SocketAddr,
-    /// Where it answers those who run the cluster: /metrics, /docs, probes, profiles, and gRPC's reflection, which are not at the
-    /// doors then [default: at the doors, but for profiles]
+    /// Where it answers those who run the cluster: the page, /cluster, /metrics, /docs, probes, profiles, and gRPC's reflection, which
+    /// are not at the doors then [default: at the doors, but for profiles]
     #[arg(long, env = "OVERFILL_ADMIN")]
     pub admin: Option<SocketAddr>,
     /// The pairs that it serves: their folders, separated by commas (pair.json and the tokenizer are read)

@@ -114,8 +114,9 @@ pub async fn run(config: RouterConfig, listeners: Listeners, discovery: Discover
     let (grpc, health) = server::with_health(Routes::from(router.grpc()), descriptors).await?;
     tracing::info!(http = %listeners.http.local_addr()?, grpc = %listeners.grpc.local_addr()?, models = ?router.models.names().into_iter().map(|(name, _)| name).collect::<Vec<_>>(), "router ready");
 
-    // The page at the admin listener asks as clients do.
-    for listener in [&listeners.http, &listeners.grpc].into_iter().chain(&listeners.admin) {
+    // The page asks at the admin listener as clients do at the doors, unless these speak TLS.
+    let chat = listeners.admin.as_ref().filter(|_| router.config.tls.tls_cert.is_none());
+    for listener in [&listeners.http, &listeners.grpc].into_iter().chain(chat) {
         router.warn_where_open(listener.local_addr()?);
     }
 

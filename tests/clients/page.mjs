@@ -52,11 +52,13 @@ async function fits(page) {
   assert.deepEqual(small, []);
 }
 
-const picture = async (page, name, more) => pictures && (await page.screenshot({ path: `${pictures}/${name}.png`, ...more }));
+const picture = async (page, name) => pictures && (await page.screenshot({ path: `${pictures}/${name}.png` }));
 const colour = (page, where, what) => page.$eval(where, (of, what) => getComputedStyle(of)[what].match(/[\d.]+/g).map(Number), what);
 const light = ([red, green, blue]) => (red + green + blue) / 3 > 128;
 
 const { page, wrong } = await open();
+await page.fill("#max-tokens", "96");
+await page.focus("#prompt");
 
 // The nodes are there, and everything that can be operated has a name.
 assert.equal(await page.$$eval("#prefill-nodes .node", (nodes) => nodes.length), 1);
@@ -122,6 +124,7 @@ await page.unroute("**/v1/chat/completions");
 // In the dark, and the other way round by hand.
 const night = await open({ colorScheme: "dark" });
 assert.ok(!light(await colour(night.page, "body > header", "backgroundColor")) && light(await colour(night.page, "h1", "color")));
+await night.page.fill("#max-tokens", "96");
 await night.page.fill("#prompt", prompt);
 await night.page.keyboard.press("Enter");
 await answers(night.page, 1);

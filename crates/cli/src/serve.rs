@@ -31,8 +31,8 @@ pub(crate) struct ServeArgs {
     /// Where it listens for gRPC
     #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:8001")]
     grpc: SocketAddr,
-    /// Where the router answers those who run it: /metrics, /docs, probes, profiles, and gRPC's reflection, which are not at the doors
-    /// then [default: at the doors, but for profiles]
+    /// Where the router answers those who run it: the page, /cluster, /metrics, /docs, probes, profiles, and gRPC's reflection, which
+    /// are not at the doors then [default: at the doors, but for profiles]
     #[arg(long, env = "OVERFILL_ADMIN")]
     admin: Option<SocketAddr>,
     /// Where the prefill node does: /metrics, probes, profiles [default: nowhere]

@@ -79,8 +79,9 @@ async fn what_is_told_is_what_happened() {
         let answer = told(asked).await.unwrap();
         by = answer["choices"][0]["served_by"].clone();
     }
-    let refused = Client::new().post(format!("{}/v1/chat/completions", cluster.http)).json(&json!({ "messages": 5 })).send().await.unwrap();
-    assert_eq!(refused.status(), StatusCode::BAD_REQUEST);
+    let too_much = json!({ "messages": [{ "role": "user", "content": "Hello" }], "max_tokens": 1_000_000 });
+    let refused = status(Client::new().post(format!("{}/v1/chat/completions", cluster.http)).json(&too_much)).await;
+    assert_eq!(refused, StatusCode::BAD_REQUEST);
     eventually(PATIENCE, "two handoffs, and nodes that are idle and have counted", || async {
         let told = overview().await;
         let nodes = told["nodes"].as_array().unwrap();

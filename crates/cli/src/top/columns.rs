@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use indicatif::DecimalBytes;
-use overfill_router::overview::{Condition, HandoffState, NodeState, Overview};
+use overfill_router::overview::{Condition, HandoffState, Load, ModelState, NodeState, Overview};
 use overfill_types::NodeId;
 
 /// Over which time the speed is taken, in seconds.
@@ -29,7 +29,7 @@ pub(super) fn node(node: &NodeState) -> [String; 9] {
     };
     // What one that is gone said last is over.
     let load = node.load.as_ref().filter(|_| node.gone.is_none());
-    let told = |of: &dyn Fn(&overfill_router::overview::Load) -> String| load.map_or_else(|| UNKNOWN.to_owned(), of);
+    let told = |of: &dyn Fn(&Load) -> String| load.map_or_else(|| UNKNOWN.to_owned(), of);
     [
         node.role.to_string(),
         short(&node.id).to_owned(),
@@ -60,7 +60,7 @@ pub(super) fn handoff(handoff: &HandoffState) -> [String; 8] {
 /// Figures of the whole: name and value.
 pub(super) fn totals(overview: &Overview, speed: Option<f64>) -> Vec<(&'static str, String)> {
     let Overview { router, models, .. } = overview;
-    let sum = |of: fn(&overfill_router::overview::ModelState) -> u64| models.iter().map(of).sum::<u64>();
+    let sum = |of: fn(&ModelState) -> u64| models.iter().map(of).sum::<u64>();
     let errors: u64 = router.failed.values().chain(router.refused.values()).sum();
     vec![
         ("answers", sum(|model| model.running).to_string()),

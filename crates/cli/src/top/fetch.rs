@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use overfill_router::overview::Overview;
 use reqwest::{Client, StatusCode};
 
@@ -45,8 +45,7 @@ impl Door {
         let url = &self.url;
         let asked = self.client.get(format!("{url}/cluster"));
         let asked = self.key.iter().fold(asked, |asked, key| asked.bearer_auth(key));
-        let mut response =
-            asked.send().await.map_err(reqwest::Error::without_url).with_context(|| format!("no router answers at {url}"))?;
+        let mut response = asked.send().await.map_err(|error| anyhow!("no router answers at {url}: {}", cause(&error)))?;
         match response.status() {
             status if status.is_success() => {}
             StatusCode::UNAUTHORIZED => bail!("the router at {url} asks for a key: give it one with --key"),
@@ -54,7 +53,7 @@ impl Door {
             status => bail!("{url} answered {status}"),
         }
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(reqwest::Error::without_url).with_context(|| format!("{url} broke off"))? {
+        while let Some(chunk) = response.chunk().await.map_err(|error| anyhow!("{url} broke off: {}", cause(&error)))? {
             if body.len() + chunk.len() > LONGEST {
                 bail!("{url} says more than {LONGEST} bytes: it is no router");
             }
@@ -63,4 +62,13 @@ impl Door {
         let overview = serde_json::from_slice(&body).with_context(|| format!("{url} is no router, or one of another version"))?;
         Ok(Look { text: String::from_utf8_lossy(&body).into_owned(), overview })
     }
+}
+
+/// What lies beneath an error: what the layers above it say is that they failed.
+fn cause(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(beneath) = cause.source() {
+        cause = beneath;
+    }
+    cause.to_string()
 }

@@ -84,7 +84,7 @@ impl Screen<'_> {
             let wrong = if errors.is_empty() { 0 } else { errors.len() as u16 + 1 };
             let [above, below, at_last] =
                 Layout::vertical([Constraint::Max(nodes + 1), Constraint::Min(HANDOFFS), Constraint::Length(wrong)]).areas(body);
-            frame.render_widget(nodes_of(overview), above);
+            frame.render_widget(nodes_of(overview, above), above);
             frame.render_widget(handoffs_of(overview, below), below);
             let lines: Vec<Line<'_>> = errors.into_iter().map(|(what, n)| Line::from(format!("{what}: {n}"))).collect();
             frame.render_widget(Text::from(lines), at_last);
@@ -113,7 +113,45 @@ impl Screen<'_> {
     }
 }
 
-fn nodes_of(overview: &Overview) -> Table<'static> {
+/// Columns of a table: how wide they are, which have figures, and which are left out first where there is no room for all.
+struct Columns<const N: usize> {
+    heads: [&'static str; N],
+    widths: [u16; N],
+    figures: usize,
+    spare: &'static [usize],
+}
+
+/// Address, preempted, to read, prefix hits.
+const NODES: Columns<9> = Columns { heads: NODE, widths: [7, 18, 22, 16, 6, 9, 8, 11, 9], figures: NODE_FIGURES, spare: &[2, 8, 6, 7] };
+/// Not sent, from cache, took.
+const HANDED: Columns<8> = Columns { heads: HANDOFF, widths: [9, 18, 18, 8, 10, 8, 11, 8], figures: HANDOFF_FIGURES, spare: &[5, 4, 7] };
+
+impl<const N: usize> Columns<N> {
+    /// Between two columns.
+    const SPACE: u16 = 2;
+
+    fn table(&self, rows: impl Iterator<Item = ([String; N], Style)>, width: u16) -> Table<'static> {
+        let mut kept: Vec<usize> = (0..N).collect();
+        for spare in self.spare {
+            let needed: u16 = kept.iter().map(|i| self.widths[*i] + Self::SPACE).sum();
+            if needed.saturating_sub(Self::SPACE) > width {
+                kept.retain(|i| i != spare);
+            }
+        }
+        let row = |texts: [String; N]| {
+            let cells = kept.iter().map(|i| {
+                let side = if *i < self.figures { Alignment::Left } else { Alignment::Right };
+                Cell::from(Text::from(texts[*i].clone()).alignment(side))
+            });
+            Row::new(cells.collect::<Vec<_>>())
+        };
+        let heads = row(self.heads.map(str::to_owned)).dim();
+        let rows: Vec<Row<'_>> = rows.map(|(texts, style)| row(texts).style(style)).collect();
+        Table::new(rows, kept.iter().map(|i| Constraint::Max(self.widths[*i]))).header(heads).column_spacing(Self::SPACE)
+    }
+}
+
+fn nodes_of(overview: &Overview, area: Rect) -> Table<'static> {
     let rows = overview.nodes.iter().map(|node| {
         let style = match node.condition {
             condition if condition.is_down() => Style::new().fg(Color::Red).add_modifier(Modifier::BOLD),
@@ -121,25 +159,14 @@ fn nodes_of(overview: &Overview) -> Table<'static> {
             Condition::Left | Condition::New | Condition::Starting => Style::new().add_modifier(Modifier::DIM),
             _ => Style::new(),
         };
-        row(columns::node(node), NODE_FIGURES).style(style)
+        (columns::node(node), style)
     });
-    let widths = [7, 18, 22, 16, 6, 9, 8, 11, 9].map(Constraint::Max);
-    Table::new(rows, widths).header(row(NODE.map(str::to_owned), NODE_FIGURES).dim()).column_spacing(2)
+    NODES.table(rows, area.width)
 }
 
 fn handoffs_of(overview: &Overview, area: Rect) -> Table<'static> {
     let most = usize::from(area.height.saturating_sub(1));
-    let rows = overview.handoffs.iter().take(most).map(|handoff| row(columns::handoff(handoff), HANDOFF_FIGURES));
-    let widths = [9, 18, 18, 8, 10, 8, 11, 8].map(Constraint::Max);
-    Table::new(rows.collect::<Vec<_>>(), widths).header(row(HANDOFF.map(str::to_owned), HANDOFF_FIGURES).dim()).column_spacing(2)
-}
-
-/// A row whose columns from `figures` on stand at their right.
-fn row<const N: usize>(columns: [String; N], figures: usize) -> Row<'static> {
-    Row::new(columns.into_iter().enumerate().map(|(i, text)| {
-        let side = if i < figures { Alignment::Left } else { Alignment::Right };
-        Cell::from(Text::from(text).alignment(side))
-    }))
+    HANDED.table(overview.handoffs.iter().take(most).map(|handoff| (columns::handoff(handoff), Style::new())), area.width)
 }
 
 #[cfg(test)]
@@ -151,10 +178,14 @@ mod tests {
     use crate::top::columns::tests::overview;
 
     fn drawn(screen: &Screen<'_>) -> Vec<String> {
-        let mut terminal = Terminal::new(TestBackend::new(120, 20)).unwrap();
+        drawn_on(screen, 124)
+    }
+
+    fn drawn_on(screen: &Screen<'_>, width: u16) -> Vec<String> {
+        let mut terminal = Terminal::new(TestBackend::new(width, 20)).unwrap();
         terminal.draw(|frame| screen.draw(frame)).unwrap();
         let buffer = terminal.backend().buffer().clone();
-        buffer.content.chunks(120).map(|line| line.iter().map(|cell| cell.symbol()).collect()).collect()
+        buffer.content.chunks(usize::from(width)).map(|line| line.iter().map(|cell| cell.symbol()).collect()).collect()
     }
 
     #[test]
@@ -167,6 +198,9 @@ mod tests {
         assert!(has(&lines, &["ready, 1 node down"]) && has(&lines, &["decode-455af6cd", "ready", "25 %", "3/64"]), "{lines:#?}");
         assert!(has(&lines, &["decode-far", "lost 12 s ago"]) && has(&lines, &["prefill-a", "412", "9.49 MB", "38 ms"]), "{lines:#?}");
         assert!(has(&lines, &["attempt failed: node lost: 5"]) && has(&lines, &["q ends"]), "{lines:#?}");
+        let narrow = drawn_on(&screen, 80);
+        assert!(has(&narrow, &["decode-far", "lost 12 s ago"]) && has(&narrow, &["decode-455af6cd", "25 %", "3/64"]), "{narrow:#?}");
+        assert!(!has(&narrow, &["10.0.0.7"]) && has(&narrow, &["prefill-a", "decode-far", "9.49 MB"]), "{narrow:#?}");
         screen.wrong = Some("no router answers at http://r:1".into());
         let lines = drawn(&screen);
         assert!(has(&lines, &["no router answers at http://r:1; asking on"]) && has(&lines, &["decode-455af6cd"]), "{lines:#?}");

@@ -35,6 +35,7 @@ class Column {
       if (signal.aborted) this.says("stopped");
       else this.fails(error);
     }
+    this.shown.normalize();
     this.shown.setAttribute("aria-busy", "false");
     scrolled();
   }

@@ -3,9 +3,11 @@
 import { element, figure, write } from "./element.js";
 import * as figures from "./figures.js";
 import * as key from "./key.js";
-import { refusal } from "./stream.js";
+import { Refused, refusal } from "./stream.js";
 
 const EVERY = 500;
+/** And where it does not answer, or not so. */
+const AGAIN = 2000;
 /** A router that does not answer for so long is not there. */
 const PATIENCE = 3000;
 /** Over which time the speed is taken, in seconds. */
@@ -65,7 +67,7 @@ class Node {
   }
 
   now(condition, heard) {
-    return condition === "silent" && heard !== null ? `silent for ${Math.floor(heard)}\u00a0s` : condition;
+    return condition === "silent" && heard >= 1 ? `silent for ${Math.floor(heard)}\u00a0s` : condition;
   }
 
   figure(name, value) {
@@ -86,22 +88,28 @@ export class Cluster {
     this.samples = [];
   }
 
-  /** Looks as long as the page is there; `asked` is called where the router asks for a key. */
-  async watch(asked) {
+  /** Looks as long as the page is there; calls `reached` when a router answers, for the first time and after it did not. */
+  async watch(reached) {
     for (;;) {
-      if (!document.hidden) await this.look(asked);
-      await new Promise((later) => setTimeout(later, EVERY));
+      const well = document.hidden || (await this.look(reached));
+      await new Promise((later) => setTimeout(later, well ? EVERY : AGAIN));
     }
   }
 
-  async look(asked) {
+  /** Whether all went well. */
+  async look(reached) {
     try {
       const response = await fetch("cluster", { headers: key.header(), signal: AbortSignal.timeout(PATIENCE) });
+      if (!this.there) reached();
+      this.there = true;
       if (!response.ok) throw await refusal(response);
       this.show(await response.json());
+      return true;
     } catch (error) {
-      if (error.status === 401) asked();
-      this.stale(error.status ? error.message : "the router does not answer; what is shown here is what it said last");
+      this.there = error instanceof Refused;
+      this.stale(this.there ? error.message : "The router does not answer: what stands here is what it said last.");
+      this.stand(this.there ? "quiet" : "bad", this.there ? "the cluster is not shown" : "the router does not answer");
+      return false;
     }
   }
 
@@ -109,7 +117,6 @@ export class Cluster {
     at("cluster").classList.add("stale");
     write(at("cluster-notice"), why);
     at("cluster-notice").hidden = false;
-    this.stand("bad", "the router does not answer");
   }
 
   stand(tone, text) {
@@ -205,7 +212,7 @@ export class Cluster {
   handoff({ number, from, to, attempt, prompt_tokens: tokens, cached_tokens: cached, held_tokens: held, bytes, transfer, tail }) {
     const code = (id) => element("code", { text: figures.node(id), title: id });
     const told = [figures.counted(tokens, "token")];
-    if (cached) told.push(`${figures.count(cached)} from the cache`);
+    if (cached) told.push(`${figures.count(cached)} cached`);
     if (held) told.push(`${figures.count(held)} not sent`);
     told.push(`${figures.bytes(bytes)} in ${figures.span(transfer)}`);
     if (attempt > 1) told.push(`attempt ${attempt}`);

@@ -24,23 +24,18 @@ function notice(text) {
   at("notice").hidden = !text;
 }
 
-/** Shows the field for the key, once: the router asks for one. */
-function askForKey() {
-  at("key-row").hidden = false;
-}
-
-/** Which models there are; asks for a key where the router does. */
+/** Which models there are; where the router asks for a key, so does the page. */
 async function listModels() {
   let response;
   try {
     response = await fetch("v1/models", { headers: key.header() });
   } catch {
-    return; // The cluster's part says that the router is not there, and asks on.
+    return; // The cluster's part says that the router has gone, and calls this when it is back.
   }
   at("send").disabled = !response.ok;
   if (!response.ok) {
     const refused = await refusal(response);
-    if (refused.status === 401) askForKey();
+    if (refused.status === 401) at("key-row").hidden = false;
     notice(refused.message);
     return;
   }
@@ -52,7 +47,7 @@ async function listModels() {
 
 function followKey() {
   at("key").value = key.read();
-  if (key.read()) askForKey();
+  at("key-row").hidden = !key.read();
   at("key").addEventListener("change", ({ target }) => {
     key.keep(target.value.trim());
     listModels();
@@ -126,5 +121,4 @@ function followChat() {
 followTheme();
 followKey();
 followChat();
-listModels();
-new Cluster().watch(askForKey);
+new Cluster().watch(listModels);
