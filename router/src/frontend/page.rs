@@ -40,13 +40,11 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 pub(crate) fn routes<S: Clone + Send + Sync + 'static>() -> Routes<S> {
     let front = async |headers: HeaderMap| {
         let wants = headers.get_all(header::ACCEPT).iter().any(|kinds| kinds.as_bytes().windows(9).any(|kind| kind == b"text/html"));
-        let mut front = if wants { HTML.into_response() } else { sentence().await.into_response() };
+        let mut front = if wants { HTML.respond() } else { sentence().await.into_response() };
         front.headers_mut().insert(header::VARY, HeaderValue::from_static("accept"));
         front
     };
-    PARTS
-        .iter()
-        .fold(Routes::new().route(HTML.path, get(front)), |routes, part| routes.route(part.path, get(async || part.into_response())))
+    PARTS.iter().fold(Routes::new().route(HTML.path, get(front)), |routes, part| routes.route(part.path, get(async || part.respond())))
 }
 
 /// What stands at `/` for those who do not ask for HTML, and where the page is elsewhere.
@@ -55,7 +53,7 @@ pub(crate) async fn sentence() -> &'static str {
 }
 
 impl Asset {
-    fn into_response(&self) -> Response {
+    fn respond(&self) -> Response {
         let headers = [
             (header::CONTENT_TYPE, self.kind),
             (header::CONTENT_SECURITY_POLICY, POLICY),

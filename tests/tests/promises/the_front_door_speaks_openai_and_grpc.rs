@@ -196,9 +196,9 @@ async fn with_an_admin_listener_the_doors_are_for_clients_alone() {
     let _router = Process::ours("router", &flags);
     let status = async |at: &str, path: &str| Some(reqwest::get(format!("http://{at}{path}")).await.ok()?.status().as_u16());
     eventually(Duration::from_secs(20), "the router listens", || async { status(&admin, "/live").await == Some(200) }).await;
-    for (path, at_the_door, at_admin) in
-        [("/metrics", 404, 200), ("/docs", 404, 200), ("/openapi.json", 404, 200), ("/ready", 503, 503), ("/v1/models", 200, 404)]
-    {
+    let everywhere = [("/ready", 503, 503), ("/v1/models", 200, 200), ("/tokenize", 405, 404), ("/v1/completions", 405, 404)];
+    let for_admins = ["/metrics", "/docs", "/openapi.json", "/cluster"].map(|path| (path, 404, 200));
+    for (path, at_the_door, at_admin) in everywhere.into_iter().chain(for_admins) {
         assert_eq!((status(&http, path).await, status(&admin, path).await), (Some(at_the_door), Some(at_admin)), "{path}");
     }
     for (at, known) in [(&grpc, false), (&admin, true)] {
