@@ -1,11 +1,12 @@
 // The router's page in Chromium: what somebody sees who asks it, by keyboard alone, in the dark, on a phone, and while a node dies.
-// Started by the test `the_page_shows_answers_and_nodes`; by hand, against a cluster with two decode nodes of which PID is one:
-//   apt-get install chromium && npm install playwright-core && node page.mjs http://127.0.0.1:8000 PID
+// Started by the test `the_page_shows_answers_and_nodes`; by hand, against a cluster of one prefill node and two decode
+// nodes, with the numbers of the processes of one of these and of the router:
+//   apt-get install chromium && npm install playwright-core && node page.mjs http://127.0.0.1:8000 NODE ROUTER
 // With SCREENSHOTS=FOLDER it leaves pictures there, with PROMPT='…' it asks that.
 import assert from "node:assert/strict";
 import { chromium } from "playwright-core";
 
-const [address, pid] = process.argv.slice(2);
+const [address, node, router] = process.argv.slice(2);
 const { SCREENSHOTS: pictures, PROMPT: prompt = "What is a volcano?", CHROMIUM: executablePath = "/usr/bin/chromium" } = process.env;
 const PATIENCE = { timeout: 60_000 };
 
@@ -152,7 +153,7 @@ const told = await (await fetch(`${address}/v1/chat/completions`, { method: "POS
 for (const { error, state } of await answers(refused.page, 1)) assert.deepEqual([error, state], [told.error.message, "failed"]);
 
 // A node is killed.
-process.kill(Number(pid), "SIGKILL");
+process.kill(Number(node), "SIGKILL");
 const killed = performance.now();
 const red = await page.waitForSelector("#decode-nodes .node[data-tone=bad]", { timeout: 3000 });
 const took = performance.now() - killed;
@@ -170,6 +171,14 @@ await page.click("label:has([value=decode])");
 await page.fill("#prompt", prompt);
 await page.keyboard.press("Enter");
 for (const { error } of await answers(page, 4)) assert.equal(error, "", "the other node serves");
+
+// The router hangs, and is back: what it said last stays in sight, and nobody has to load the page anew.
+process.kill(Number(router), "SIGSTOP");
+await page.waitForSelector("#cluster.stale", { timeout: 10_000 });
+assert.match(await page.textContent("#standing-text"), /does not answer/);
+assert.equal(await page.$$eval("#prefill-nodes .node", (nodes) => nodes.length), 1);
+process.kill(Number(router), "SIGCONT");
+await page.waitForSelector("#cluster:not(.stale)", { timeout: 10_000 });
 
 for (const { wrong: of } of [{ wrong }, night, phone]) assert.deepEqual(of, []);
 await browser.close();

@@ -40,9 +40,9 @@ async fn answers_stand_side_by_side_and_a_killed_node_turns_red() {
         told.is_some_and(|told| conditions(&told) == ["ready"; 3])
     })
     .await;
-    let (address, victim) = (cluster.http.clone(), cluster.decode[1].id().to_string());
+    let arguments = [cluster.http.clone(), cluster.decode[1].id().to_string(), cluster.router.id().to_string()];
     let looked = tokio::task::spawn_blocking(move || {
-        Command::new("node").current_dir(browser()).arg("page.mjs").args([address, victim]).output().expect("node is there (nodejs)")
+        Command::new("node").current_dir(browser()).arg("page.mjs").args(arguments).output().expect("node is there (nodejs)")
     });
     let looked = looked.await.unwrap();
     let (said, wrong) = (String::from_utf8_lossy(&looked.stdout), String::from_utf8_lossy(&looked.stderr));

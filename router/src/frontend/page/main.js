@@ -36,7 +36,7 @@ async function listModels() {
   if (!response.ok) {
     const refused = await refusal(response);
     if (refused.status === 401) at("key-row").hidden = false;
-    notice(refused.message);
+    notice(refused.status === 401 && !key.read() ? "This router asks for an API key." : refused.message);
     return;
   }
   notice("");
