@@ -20,7 +20,7 @@ use crate::{Home, PairArgs};
 
 #[derive(Args)]
 #[command(
-    after_help = "Then, for example:\n  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{\"model\": \"smollm2-135m\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'"
+    after_help = "Then open http://127.0.0.1:8000 in a browser, or for example:\n  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{\"model\": \"smollm2-135m\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'"
 )]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
