@@ -140,11 +140,11 @@ impl Metrics {
     }
 
     /// What was asked of a model so far; nothing of one that is not served.
-    pub(crate) fn state(&self, name: &str, fingerprint: &str) -> ModelState {
-        let of = |count: fn(&OfModel) -> u64| self.models.get(name).map_or(0, |model| count(model));
+    pub(crate) fn state(&self, model: &PairManifest) -> ModelState {
+        let of = |count: fn(&OfModel) -> u64| self.models.get(&model.fingerprint).map_or(0, |model| count(model));
         ModelState {
-            name: name.into(),
-            fingerprint: fingerprint.into(),
+            name: model.name.clone(),
+            fingerprint: model.fingerprint.to_string(),
             running: of(|model| u64::try_from(model.running.get()).unwrap_or(0)),
             finished: of(|model| counted_by("finished_reason", &model.success).values().sum()),
             cancelled: of(|model| model.cancelled.get()),

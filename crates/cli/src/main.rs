@@ -152,10 +152,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         let _nothing_to_send = log.init("overfill")?;
     }
     // Whoever reads no further, as `head` does, ends us quietly; not where connections are written to, which would end us too.
-    if !matches!(
-        cli.command,
-        Command::Serve(_) | Command::Top(_) | Command::Generate(_) | Command::Pull(_) | Command::Bench { .. }
-    ) {
+    if !matches!(cli.command, Command::Serve(_) | Command::Top(_) | Command::Generate(_) | Command::Pull(_) | Command::Bench { .. }) {
         sigpipe::reset();
     }
     match cli.command {

@@ -72,7 +72,7 @@ pub fn simulate(cluster: &Cluster, arrivals: &[Arrival], seed: u64) -> Result<Ve
         return Err(Unusable("a cluster has at least one prefill and one decode node".into()));
     }
     let mut run = Run::new(cluster, arrivals, seed)?;
-    run.to_the_end();
+    run.finish();
     Ok(run.requests.into_iter().map(|request| request.served).collect())
 }
 
@@ -192,7 +192,7 @@ impl<'a> Run<'a> {
         self.begun + Duration::from_secs_f64(at)
     }
 
-    fn to_the_end(&mut self) {
+    fn finish(&mut self) {
         while self.left > 0
             && let Some(Event { at, what, .. }) = self.events.pop()
         {

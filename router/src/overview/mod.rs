@@ -40,8 +40,8 @@ pub struct RouterState {
     pub uptime: f64,
     /// What keeps it from serving; `None` where it can.
     pub unready: Option<String>,
-    /// Whether etcd answers; `None` where nodes are not found by etcd.
-    pub etcd: Option<bool>,
+    /// Whether etcd or the Kubernetes API answers; `None` where nodes are found by neither.
+    pub discovery: Option<bool>,
     /// Requests under way, those that wait among them.
     pub requests: usize,
     /// Requests that wait for room on the nodes.
@@ -208,16 +208,13 @@ pub struct HandoffState {
 impl Router {
     /// The cluster as this router sees it now.
     pub(crate) fn overview(&self) -> Overview {
-        let models = self.models.iter().map(|model| {
-            let manifest = &model.manifest;
-            self.metrics.state(&manifest.name, manifest.fingerprint.as_str())
-        });
+        let models = self.models.iter().map(|model| self.metrics.state(&model.manifest));
         Overview {
             router: RouterState {
                 version: env!("CARGO_PKG_VERSION").into(),
                 uptime: self.begun.elapsed().as_secs_f64(),
                 unready: self.ready().err(),
-                etcd: self.discovery.etcd_connected(),
+                discovery: self.discovery.connected(),
                 requests: self.under_way(),
                 waiting: self.pairing.waiting(),
                 failed: self.metrics.failures(),

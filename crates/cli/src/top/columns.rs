@@ -85,7 +85,7 @@ pub(super) fn standing(overview: &Overview) -> (String, bool) {
     let down = overview.nodes.iter().filter(|node| node.condition.is_down()).count();
     match &overview.router.unready {
         Some(why) => (why.clone(), false),
-        None if overview.router.etcd == Some(false) => ("ready, without etcd".into(), false),
+        None if overview.router.discovery == Some(false) => ("ready, discovery is away".into(), false),
         None if down > 0 => (format!("ready, {down} {} down", if down == 1 { "node" } else { "nodes" }), false),
         None => ("ready".into(), true),
     }
@@ -152,7 +152,7 @@ pub(super) mod tests {
         };
         serde_json::from_value(json!({
             "router": {
-                "version": "0.1.0", "uptime": uptime, "unready": null, "etcd": true, "requests": 3, "waiting": 1,
+                "version": "0.1.0", "uptime": uptime, "unready": null, "discovery": true, "requests": 3, "waiting": 1,
                 "failed": { "node_lost": 2 }, "refused": {}, "attempts_failed": { "node_lost": 5, "internal": 0 },
             },
             "models": [{

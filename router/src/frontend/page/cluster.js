@@ -139,7 +139,7 @@ export class Cluster {
     this.showErrors(router);
     const down = nodes.filter(({ condition }) => TONES[condition] === "bad").length;
     if (router.unready !== null) this.stand("bad", router.unready);
-    else if (router.etcd === false) this.stand("fair", "ready, without etcd");
+    else if (router.discovery === false) this.stand("fair", "ready, discovery is away");
     else this.stand(down ? "fair" : "good", down ? `ready, ${figures.counted(down, "node")} down` : "ready");
   }
 
