@@ -26,26 +26,44 @@ async function open(options = {}) {
 }
 
 /** What has the focus. */
-const focused = (page) => page.evaluate(() => document.activeElement.id || document.activeElement.textContent.trim() || document.activeElement.value);
+const focused = (page) =>
+  page.evaluate(() => document.activeElement.id || document.activeElement.textContent.trim() || document.activeElement.value);
 
 /** The answers of the last turn, once they are whole. */
 async function answers(page, turns) {
-  await page.waitForFunction((n) => document.querySelectorAll("#turns > li").length === n && !document.querySelector("[aria-busy=true]"), turns, PATIENCE);
-  return page.$$eval("#turns > li:last-child .answer", (articles) => articles.map((article) => {
-    const text = (where) => article.querySelector(where)?.textContent ?? "";
-    const figures = [...article.querySelectorAll(".measured > div")].map((figure) => [figure.firstChild.textContent, figure.lastChild.textContent]);
-    return {
-      quality: article.dataset.quality, text: text(".text"), state: text(".state"), by: text(".by"), error: text(".error"),
-      nodes: [...article.querySelectorAll(".by code")].map((node) => node.title), figures: Object.fromEntries(figures), left: article.getBoundingClientRect().left,
-      top: article.getBoundingClientRect().top,
-    };
-  }));
+  await page.waitForFunction(
+    (n) => document.querySelectorAll("#turns > li").length === n && !document.querySelector("[aria-busy=true]"),
+    turns,
+    PATIENCE,
+  );
+  return page.$$eval("#turns > li:last-child .answer", (articles) =>
+    articles.map((article) => {
+      const text = (where) => article.querySelector(where)?.textContent ?? "";
+      const figures = [...article.querySelectorAll(".measured > div")].map((figure) => [
+        figure.firstChild.textContent,
+        figure.lastChild.textContent,
+      ]);
+      return {
+        quality: article.dataset.quality,
+        text: text(".text"),
+        state: text(".state"),
+        by: text(".by"),
+        error: text(".error"),
+        nodes: [...article.querySelectorAll(".by code")].map((node) => node.title),
+        figures: Object.fromEntries(figures),
+        left: article.getBoundingClientRect().left,
+        top: article.getBoundingClientRect().top,
+      };
+    }),
+  );
 }
 
 /** That nothing is wider than the screen, and nothing too small to read. */
 async function fits(page) {
   const { width, screen, small } = await page.evaluate(() => {
-    const sizes = [...document.querySelectorAll("body *")].filter((of) => of.checkVisibility() && [...of.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()));
+    const sizes = [...document.querySelectorAll("body *")].filter(
+      (of) => of.checkVisibility() && [...of.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()),
+    );
     const small = sizes.filter((of) => parseFloat(getComputedStyle(of).fontSize) < 12).map((of) => of.outerHTML);
     return { width: document.documentElement.scrollWidth, screen: innerWidth, small };
   });
@@ -54,7 +72,11 @@ async function fits(page) {
 }
 
 const picture = async (page, name) => pictures && (await page.screenshot({ path: `${pictures}/${name}.png` }));
-const colour = (page, where, what) => page.$eval(where, (of, what) => getComputedStyle(of)[what].match(/[\d.]+/g).map(Number), what);
+/** Red, green and blue of an element's property. */
+async function colour(page, where, property) {
+  const value = await page.$eval(where, (of, property) => getComputedStyle(of)[property], property);
+  return value.match(/[\d.]+/g).map(Number);
+}
 const light = ([red, green, blue]) => (red + green + blue) / 3 > 128;
 
 const { page, wrong } = await open();
@@ -69,7 +91,10 @@ const protocol = await page.context().newCDPSession(page);
 const { nodes: tree } = await protocol.send("Accessibility.getFullAXTree");
 const operated = ["button", "textbox", "checkbox", "combobox", "spinbutton", "link", "meter"];
 const nameless = tree.filter(({ role, name, ignored }) => !ignored && operated.includes(role?.value) && !name?.value);
-assert.deepEqual(nameless.map(({ role }) => role.value), []);
+assert.deepEqual(
+  nameless.map(({ role }) => role.value),
+  [],
+);
 
 // By keyboard alone: from the prompt back to the top of the page, from there past everything to the prompt, ask, read.
 assert.equal(await focused(page), "prompt");
@@ -85,14 +110,20 @@ assert.equal(await focused(page), "prompt");
 await page.keyboard.type(prompt);
 await page.keyboard.press("Enter");
 const three = await answers(page, 1);
-assert.deepEqual(three.map(({ quality }) => quality), ["full", "overfill", "decode"]);
+assert.deepEqual(
+  three.map(({ quality }) => quality),
+  ["full", "overfill", "decode"],
+);
 assert.equal(new Set(three.map(({ top }) => top)).size, 1, "side by side");
 assert.equal(new Set(three.map(({ left }) => left)).size, 3);
 for (const { quality, text, by, nodes, figures, error } of three) {
   assert.equal(error, "");
   assert.ok(text.length > 3, `${quality} wrote '${text}'`);
   assert.ok(by.startsWith(`served by ${quality}`), by);
-  assert.deepEqual(nodes.map((node) => node.split("-")[0]), { full: ["prefill"], overfill: ["prefill", "decode"], decode: ["decode"] }[quality]);
+  assert.deepEqual(
+    nodes.map((node) => node.split("-")[0]),
+    { full: ["prefill"], overfill: ["prefill", "decode"], decode: ["decode"] }[quality],
+  );
   assert.match(figures["first token"], /^[\d.]+\sm?s$/);
   assert.ok(Number(figures["tokens/s"]) > 0 && Number(figures.tokens) > 1, JSON.stringify(figures));
 }
@@ -110,7 +141,13 @@ await page.click("label:has([value=decode])");
 await page.check("#in-turn");
 await page.fill("#prompt", "And then?");
 await page.click("#send");
-assert.deepEqual((await answers(page, 2)).map(({ quality, error }) => [quality, error]), [["full", ""], ["overfill", ""]]);
+assert.deepEqual(
+  (await answers(page, 2)).map(({ quality, error }) => [quality, error]),
+  [
+    ["full", ""],
+    ["overfill", ""],
+  ],
+);
 
 // What is not answered is stopped.
 await page.route("**/v1/chat/completions", () => {});
@@ -119,7 +156,10 @@ await page.fill("#prompt", "Wait");
 await page.keyboard.press("Enter");
 await page.waitForSelector("#stop:not([hidden])");
 await page.keyboard.press("Escape");
-assert.deepEqual((await answers(page, 3)).map(({ state }) => state), ["stopped", "left out"]);
+assert.deepEqual(
+  (await answers(page, 3)).map(({ state }) => state),
+  ["stopped", "left out"],
+);
 await page.unroute("**/v1/chat/completions");
 
 // In the dark, and the other way round by hand.
@@ -149,7 +189,9 @@ await refused.page.fill("#max-tokens", "99999");
 await refused.page.fill("#prompt", prompt);
 await refused.page.keyboard.press("Enter");
 const body = JSON.stringify({ messages: [{ role: "user", content: prompt }], max_tokens: 99999 });
-const told = await (await fetch(`${address}/v1/chat/completions`, { method: "POST", headers: { "content-type": "application/json" }, body })).json();
+const told = await (
+  await fetch(`${address}/v1/chat/completions`, { method: "POST", headers: { "content-type": "application/json" }, body })
+).json();
 for (const { error, state } of await answers(refused.page, 1)) assert.deepEqual([error, state], [told.error.message, "failed"]);
 
 // A node is killed.

@@ -18,7 +18,13 @@ class Column {
     this.measured = { first: figure("first token", "–"), speed: figure("tokens/s", "–"), tokens: figure("tokens", "–") };
     const head = element("header", {}, element("h3", { text: quality }), this.state);
     const foot = element("footer", {}, element("dl", { class: "measured" }, ...Object.values(this.measured)), this.by);
-    this.article = element("article", { class: "answer", "data-quality": quality, "aria-label": `Answer of ${quality}` }, head, this.shown, foot);
+    this.article = element(
+      "article",
+      { class: "answer", "data-quality": quality, "aria-label": `Answer of ${quality}` },
+      head,
+      this.shown,
+      foot,
+    );
   }
 
   /** Asks for the answer and shows it as it comes. Never throws. */
@@ -117,7 +123,10 @@ export class Chat {
   /** What a quality has heard and said so far, and the prompt. */
   messages(quality, prompt) {
     const before = this.turns.filter((turn) => turn.said.get(quality));
-    const said = before.flatMap((turn) => [{ role: "user", content: turn.prompt }, { role: "assistant", content: turn.said.get(quality) }]);
+    const said = before.flatMap((turn) => [
+      { role: "user", content: turn.prompt },
+      { role: "assistant", content: turn.said.get(quality) },
+    ]);
     return [...said, { role: "user", content: prompt }];
   }
 

@@ -15,7 +15,15 @@ const LATELY = 5;
 const SHOWN_HANDOFFS = 10;
 
 const TONES = {
-  ready: "good", new: "quiet", starting: "quiet", draining: "fair", suspected: "fair", failed: "bad", silent: "bad", lost: "bad", left: "quiet",
+  ready: "good",
+  new: "quiet",
+  starting: "quiet",
+  draining: "fair",
+  suspected: "fair",
+  failed: "bad",
+  silent: "bad",
+  lost: "bad",
+  left: "quiet",
 };
 /** What a condition means to who looks at it. */
 const MEANINGS = {
@@ -39,12 +47,22 @@ class Node {
     this.dot = element("span", { class: "dot" });
     this.condition = element("span", { class: "condition" });
     this.bar = element("span", { class: "bar" });
-    this.meter = element("span", { class: "meter", role: "meter", "aria-label": "KV cache", "aria-valuemin": "0", "aria-valuemax": "100" }, this.bar);
+    this.meter = element(
+      "span",
+      { class: "meter", role: "meter", "aria-label": "KV cache", "aria-valuemin": "0", "aria-valuemax": "100" },
+      this.bar,
+    );
     this.kv = element("span", { class: "kv" });
     this.load = element("dl", { class: "load" });
     this.figures = new Map();
     const head = element("p", { class: "head" }, this.dot, this.name, element("span", { class: "address", text: address }), this.condition);
-    this.item = element("li", { class: "node" }, head, element("p", { class: "fullness" }, element("span", { text: "KV" }), this.meter, this.kv), this.load);
+    this.item = element(
+      "li",
+      { class: "node" },
+      head,
+      element("p", { class: "fullness" }, element("span", { text: "KV" }), this.meter, this.kv),
+      this.load,
+    );
   }
 
   show({ role, models, condition, gone, heard, load }, severalModels) {
@@ -226,7 +244,9 @@ export class Cluster {
 
   showErrors(router) {
     const told = Object.entries(ERRORS).flatMap(([field, name]) => {
-      return Object.entries(router[field]).filter(([, n]) => n > 0).map(([reason, n]) => [`${name}: ${reason.replaceAll("_", " ")}`, figures.count(n)]);
+      return Object.entries(router[field])
+        .filter(([, n]) => n > 0)
+        .map(([reason, n]) => [`${name}: ${reason.replaceAll("_", " ")}`, figures.count(n)]);
     });
     const key = JSON.stringify(told);
     if (key === this.errors) return;

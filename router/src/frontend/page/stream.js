@@ -43,7 +43,11 @@ export async function* answer(request, signal) {
     rest = events.pop();
     for (const event of events) {
       // Other lines are comments, which keep the connection open.
-      const data = event.split("\n").find((line) => line.startsWith("data:"))?.slice("data:".length).trim();
+      const data = event
+        .split("\n")
+        .find((line) => line.startsWith("data:"))
+        ?.slice("data:".length)
+        .trim();
       if (!data) continue;
       if (data === "[DONE]") return;
       yield* pieces(JSON.parse(data));
