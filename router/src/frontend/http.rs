@@ -27,12 +27,12 @@ const PATHS: [&str; 5] = ["/v1/models", "/v1/chat/completions", "/v1/completions
 /// The whole door: what clients ask, probes, and with `admin` what those ask who run the cluster.
 pub(crate) fn door(router: Arc<Router>, admin: bool) -> Routes {
     let mut routes = clients(&router);
-    routes = if admin {
+    routes = lost(if admin {
         // What clients may see of each other there, only they may see.
         routes.merge(for_admins()).merge(stack::keyed(&router, cluster())).merge(page::routes())
     } else {
         routes.route("/", get(page::sentence))
-    };
+    });
     let origins = &router.config.cors_origins;
     let cors = (!origins.is_empty()).then(|| cors(origins));
     let routes = routes.with_state(router);
@@ -83,8 +83,12 @@ fn clients(router: &Arc<Router>) -> Routes<Arc<Router>> {
         .route("/detokenize", post(openai::detokenize))
         // They were read, and are no larger than they may be.
         .layer(DefaultBodyLimit::disable());
-    stack(router, asked)
-        .merge(probes())
+    stack(router, asked).merge(probes())
+}
+
+/// What those are answered who ask a path that is not there, or ask one in another way than it can be.
+fn lost(routes: Routes<Arc<Router>>) -> Routes<Arc<Router>> {
+    routes
         .fallback(async |headers: HeaderMap| {
             let message = format!("there is no such path: see /docs, {}", PATHS.join(", "));
             stack::answer(&headers, ServiceError::new(Code::NotFound, message).into())

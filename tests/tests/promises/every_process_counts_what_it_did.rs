@@ -157,6 +157,7 @@ async fn names_and_buckets_are_those_of_vllm() {
             "reason",
             "result",
             "role",
+            "version",
             "what",
         ];
         assert!(told.labels().iter().all(|label| known.contains(label)), "{:?}", told.labels());

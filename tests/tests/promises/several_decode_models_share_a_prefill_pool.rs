@@ -125,13 +125,14 @@ async fn what_does_not_belong_together_is_refused() {
 }
 
 #[tokio::test]
-async fn two_pairs_of_one_name_are_refused_at_the_start() {
-    let pairs = [51, 52].map(|seed| tiny::pair_named("tiny", Kind::Identity, seed));
+async fn a_pair_that_is_there_twice_is_refused_at_the_start() {
+    // A fingerprint says nothing of names: these are the same models.
+    let pairs = ["one", "another"].map(|name| tiny::pair_named(name, Kind::Identity, 51));
     let cli = overfill_router::config::Cli::parse_from(["router", "--pair", "unused"]);
     let config = overfill_router::RouterConfig::new(pairs.iter().map(|pair| pair.dir.clone()).collect(), cli.bounds);
     let listen = || TcpListener::bind("127.0.0.1:0");
     let listeners = overfill_router::Listeners { http: listen().await.unwrap(), grpc: listen().await.unwrap(), admin: None };
     let ran = overfill_router::run(config, listeners, Discovery::fixed(vec![], vec![]), Drain::new()).await;
     let overfill_router::RunError::Pair(error) = ran.unwrap_err() else { panic!("of the pairs") };
-    assert!(error.message.contains("two of them are named 'tiny'"), "{error}");
+    assert!(error.message.contains("two of the pairs have one fingerprint"), "{error}");
 }
