@@ -51,9 +51,10 @@ def start(options, folder):
             time.sleep(0.2)
 
 
-def measured(options, folder, rate):
+def measured(options, folder, rate, seed):
+    """Prompts of another seed are others: none is in a cache."""
     result = folder / f"{rate}.json"
-    command = [options.bin / "overfill", "bench", "serve", "--base-url", f"http://127.0.0.1:{BASE}", "--request-rate", rate, "--seed", "7"]
+    command = [options.bin / "overfill", "bench", "serve", "--base-url", f"http://127.0.0.1:{BASE}", "--request-rate", rate, "--seed", seed, "--dataset-name", "random"]
     command += ["--num-prompts", options.requests, "--input-len", PROMPT, "--output-len", ANSWER, "--save-result", "--result-dir", folder]
     command += ["--result-filename", result.name]
     subprocess.run([str(c) for c in command], check=True, capture_output=True)
@@ -82,13 +83,13 @@ def main():
         (folder / "write.jsonl").write_text(write)
         processes = start(options, folder)
         try:
-            measured(options, folder, "2")  # warms up
+            measured(options, folder, "2", "99")  # warms up
             print(f"{'rate':>5}  {'figure':10} {'planned':>16} {'measured':>9} {'ratio':>6}")
-            for rate in options.rates.split(","):
+            for number, rate in enumerate(options.rates.split(",")):
                 command = [options.bin / "overfill", "plan", "--prefill-costs", folder / "read.jsonl", "--decode-costs", folder / "write.jsonl", "--json"]
                 command += ["--request-rate", rate, "--prompt-tokens", PROMPT, "--answer-tokens", ANSWER, "--nodes", "1,1"]
                 planned = json.loads(subprocess.run([str(c) for c in command], check=True, capture_output=True).stdout)
-                came = measured(options, folder, rate)
+                came = measured(options, folder, rate, str(100 + number))
                 for figure, of_result in FIGURES.items():
                     expected = planned["expected"][figure]
                     print(f"{rate:>5}  {figure:10} {expected['mean']:8.1f} ± {expected['interval']:5.1f} {came[of_result]:9.1f} {came[of_result] / expected['mean']:6.2f}")
