@@ -13,24 +13,23 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use overfill_cluster::Discovery;
 use overfill_lifecycle::Drain;
-use overfill_proto::v1::decode_server::{Decode, DecodeServer};
+use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::inference_server::{Inference, InferenceServer};
 use overfill_proto::v1::node_server::NodeServer;
 use overfill_proto::v1::{self, *};
 use overfill_tests::cluster::{request, tokens};
 use overfill_tests::processes::{Process, eventually, free_port};
+use overfill_tests::stub_node::{StubNode, ready, token};
 use overfill_tests::tiny::{self, Kind};
-use overfill_transport::calls::{EventReceiver, NodeService, Serving, Signals};
+use overfill_transport::calls::{NodeService, Signals};
 use overfill_transport::server as transport;
-use overfill_types::{SamplingParams, ServiceError};
+use overfill_types::SamplingParams;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::codegen::http::HeaderMap;
 use tonic::service::Routes;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status};
 
 /// Tokens of the prompt.
 const PROMPT: usize = 32;
@@ -57,20 +56,6 @@ fn main() {
     }
 }
 
-/// An answer of `max_tokens` tokens, all there at once.
-fn ready<T: Send + 'static, E>(messages: impl IntoIterator<Item = T>) -> mpsc::Receiver<Result<T, E>> {
-    let messages: Vec<T> = messages.into_iter().collect();
-    let (sender, stream) = mpsc::channel(messages.len().max(1));
-    for message in messages {
-        assert!(sender.try_send(Ok(message)).is_ok(), "there is room for all");
-    }
-    stream
-}
-
-fn token(index: u32) -> Token {
-    Token { id: 65 + index % 26, index, logprob: None }
-}
-
 struct Echo;
 
 #[tonic::async_trait]
@@ -93,68 +78,8 @@ impl Inference for Echo {
     }
 }
 
-/// A node of either kind that computes nothing.
-#[derive(Clone)]
-struct Stub(NodeStatus);
-
-/// What a prefill node says of a prompt.
-fn read() -> Vec<PrefillEvent> {
-    use prefill_event::Event;
-    let first = FirstToken { token: Some(token(0)), ..Default::default() };
-    let events = [Event::FirstToken(first), Event::HandoffDone(HandoffDone::default())];
-    events.map(|event| PrefillEvent { event: Some(event) }).into()
-}
-
-/// What a decode node says of a request.
-fn written(request: DecodeRequest) -> Vec<DecodeEvent> {
-    use decode_event::Event;
-    let most = request.stop.map_or(1, |stop| stop.max_tokens);
-    let reserved = Reserved { ticket: "ticket".into(), epoch: request.epoch, expires_in_ms: 1000, held_tokens: 0 };
-    let finished = DecodeFinished { reason: FinishReason::Length.into() };
-    let tokens = (1..most).map(|i| Event::Token(token(i)));
-    let events = [Event::Reserved(reserved)].into_iter().chain(tokens).chain([Event::Finished(finished)]);
-    events.map(|event| DecodeEvent { event: Some(event) }).collect()
-}
-
-impl Serving for Stub {
-    type Event = Said;
-
-    async fn begin(&self, what: call::What, _: HeaderMap) -> Result<EventReceiver<Said>, ServiceError> {
-        let events = match what {
-            call::What::Prefill(_) => read().into_iter().map(Said::from).collect(),
-            call::What::Decode(request) => written(request).into_iter().map(Said::from).collect(),
-            call::What::Cancel(_) => Vec::new(),
-        };
-        Ok(ready(events))
-    }
-
-    fn status(&self) -> NodeStatus {
-        self.0.clone()
-    }
-}
-
-#[tonic::async_trait]
-impl Decode for Stub {
-    async fn push_kv(&self, _: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
-        Ok(Response::new(PushSummary::default()))
-    }
-}
-
 async fn stubs(fingerprint: &str, prefill: &str, decode: &str) {
-    let stub = |id: &str, role: v1::Role| {
-        Stub(NodeStatus {
-            role: role.into(),
-            node_id: id.into(),
-            phase: v1::Phase::Ready.into(),
-            max_context: 4096,
-            block_tokens: 16,
-            blocks_total: 1 << 20,
-            blocks_free: 1 << 20,
-            sequences_most: 1 << 16,
-            pairs: vec![v1::ServedPair { model: "tiny".into(), fingerprint: fingerprint.into() }],
-            ..Default::default()
-        })
-    };
+    let stub = |id, role| StubNode::new(id, role, fingerprint);
     let node = |id, role| NodeServer::new(NodeService::new(Arc::new(stub(id, role)), Signals::default()));
     let prefill = serve(prefill, Routes::new(node("prefill-stub", v1::Role::Prefill)));
     let decode = serve(

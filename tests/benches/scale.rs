@@ -12,22 +12,20 @@ use std::time::{Duration, Instant};
 
 use overfill_cluster::{Discovery, EtcdSecurity, EtcdSettings};
 use overfill_lifecycle::Drain;
-use overfill_proto::v1::decode_server::{Decode, DecodeServer};
+use overfill_proto::v1;
+use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::node_server::NodeServer;
-use overfill_proto::v1::{self, *};
 use overfill_tests::cluster::{request, tokens};
 use overfill_tests::processes::{Etcd, Process, eventually, free_port};
 use overfill_tests::scrape::Scrape;
+use overfill_tests::stub_node::StubNode;
 use overfill_tests::tiny::{self, Kind};
-use overfill_transport::calls::{EventReceiver, NodeService, Serving, Signals};
+use overfill_transport::calls::{NodeService, Signals};
 use overfill_transport::server as transport;
-use overfill_types::{Fingerprint, NodeId, NodeInfo, Role, SamplingParams, ServedPair, ServiceError};
+use overfill_types::{Fingerprint, NodeId, NodeInfo, Role, SamplingParams, ServedPair};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
-use tonic::codegen::http::HeaderMap;
 use tonic::service::Routes;
-use tonic::{Request, Response, Status, Streaming};
 
 /// Nodes of one process of stubs: each has a connection to etcd, and one from every router.
 const OF_A_PROCESS: usize = 1000;
@@ -74,57 +72,6 @@ fn main() {
     }
 }
 
-/// A node of either kind that computes nothing.
-#[derive(Clone)]
-struct Stub(NodeStatus);
-
-fn ready<T>(messages: Vec<T>) -> mpsc::Receiver<Result<T, ServiceError>> {
-    let (sender, stream) = mpsc::channel(messages.len().max(1));
-    for message in messages {
-        assert!(sender.try_send(Ok(message)).is_ok(), "there is room for all");
-    }
-    stream
-}
-
-fn token(index: u32) -> Token {
-    Token { id: 65 + index % 26, index, logprob: None }
-}
-
-impl Serving for Stub {
-    type Event = Said;
-
-    async fn begin(&self, what: call::What, _: HeaderMap) -> Result<EventReceiver<Said>, ServiceError> {
-        let said = match what {
-            call::What::Prefill(_) => {
-                let first = prefill_event::Event::FirstToken(FirstToken { token: Some(token(0)), ..Default::default() });
-                let events = [first, prefill_event::Event::HandoffDone(HandoffDone::default())];
-                events.map(|event| Said::from(PrefillEvent { event: Some(event) })).into()
-            }
-            call::What::Decode(request) => {
-                let most = request.stop.map_or(1, |stop| stop.max_tokens);
-                let reserved = Reserved { ticket: "ticket".into(), epoch: request.epoch, expires_in_ms: 1000, held_tokens: 0 };
-                let mut events = vec![decode_event::Event::Reserved(reserved)];
-                events.extend((1..most).map(|i| decode_event::Event::Token(token(i))));
-                events.push(decode_event::Event::Finished(DecodeFinished { reason: FinishReason::Length.into() }));
-                events.into_iter().map(|event| Said::from(DecodeEvent { event: Some(event) })).collect()
-            }
-            call::What::Cancel(_) => Vec::new(),
-        };
-        Ok(ready(said))
-    }
-
-    fn status(&self) -> NodeStatus {
-        self.0.clone()
-    }
-}
-
-#[tonic::async_trait]
-impl Decode for Stub {
-    async fn push_kv(&self, _: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
-        Ok(Response::new(PushSummary::default()))
-    }
-}
-
 /// So many stub nodes, half of them prefill nodes, from the `first` on. All share two sockets, which are bound to every address.
 async fn stubs(fingerprint: &str, etcd: &str, first: usize, count: usize) {
     let settings = EtcdSettings {
@@ -137,20 +84,7 @@ async fn stubs(fingerprint: &str, etcd: &str, first: usize, count: usize) {
     for (place, role, of_wire) in [(0, Role::Prefill, v1::Role::Prefill), (1, Role::Decode, v1::Role::Decode)] {
         let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let stub = Stub(NodeStatus {
-            role: of_wire.into(),
-            node_id: "stub".into(),
-            phase: v1::Phase::Ready.into(),
-            max_context: 4096,
-            block_tokens: 16,
-            blocks_total: 1 << 20,
-            blocks_free: 1 << 20,
-            sequences_most: 1 << 16,
-            blocks_promised_most: 1 << 20,
-            prefix_blocks_most: 1 << 12,
-            pairs: vec![v1::ServedPair { model: "tiny".into(), fingerprint: fingerprint.into() }],
-            ..Default::default()
-        });
+        let stub = StubNode::new("stub", of_wire, fingerprint);
         let node = NodeServer::new(NodeService::new(Arc::new(stub.clone()), Signals::default()));
         let routes = Routes::new(node).add_service(DecodeServer::new(stub)).into_axum_router();
         tokio::spawn(transport::serve_peers(listener, routes, Drain::new(), overfill_transport::PeerSecurity::default()));

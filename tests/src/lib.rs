@@ -9,4 +9,5 @@ pub mod process_cluster;
 pub mod processes;
 pub mod scrape;
 pub mod security;
+pub mod stub_node;
 pub mod tiny;
