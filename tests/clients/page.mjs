@@ -81,6 +81,8 @@ const light = ([red, green, blue]) => (red + green + blue) / 3 > 128;
 
 const { page, wrong } = await open();
 await page.fill("#max-tokens", "96");
+// The same words in every run: a tiny model that draws its tokens may end an answer at once.
+await page.fill("#temperature", "0");
 await page.focus("#prompt");
 
 // The nodes are there, and everything that can be operated has a name.
