@@ -8,8 +8,9 @@ use overfill_types::ServiceError;
 use crate::calls::Calls;
 use crate::connection::{Channel, Connector};
 
-/// Addresses that are remembered; beyond it all are forgotten and made anew when needed.
-const MOST: usize = 4096;
+/// Addresses that are remembered. Beyond it those are forgotten that have no call, and are made anew when needed: nodes that
+/// have gone, and in a larger cluster the idle ones.
+const MOST: usize = 16_384;
 
 /// What a router has open to nodes.
 #[derive(Default)]
@@ -62,7 +63,7 @@ impl Peers {
         }
         let channel = self.connector.connect(address)?;
         if peers.len() >= MOST {
-            peers.clear();
+            peers.retain(|_, peer| peer.calls.as_ref().is_some_and(|calls| calls.under_way() > 0));
         }
         Ok(act(peers.entry(address.to_owned()).or_insert(Peer { channel, calls: None })))
     }
