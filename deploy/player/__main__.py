@@ -232,18 +232,20 @@ class Play:
             name = self.names[component][0]
             with load:
                 time.sleep(3)
-                begun = time.monotonic()
+                # The kubelet may have seen it before podman has said that it is done.
+                begun, before = time.monotonic(), self.kubelet.running[name].restarts
                 podman.run("podman", "kill", "--signal", signal, self.kubelet.running[name].pod.container)
-                self.wait_restarted(name, seconds)
+                self.wait_restarted(name, before, seconds)
                 took = time.monotonic() - begun
                 time.sleep(3)
             say(f"{name} got SIG{signal} under {load.streams} streams: ready again after {took:.1f} s; {load.told()}")
             if load.counts["failed"] or load.counts["wrong"] or (component != "router" and load.counts["broken off"]):
                 raise SystemExit(f"answers were lost: {load.complaints}")
 
-    def wait_restarted(self, name, seconds):
+    def wait_restarted(self, name, before, seconds):
+        """Waits until a pod is ready that had been started again `before` times."""
         running = self.kubelet.running[name]
-        before, until = running.restarts, time.monotonic() + seconds
+        until = time.monotonic() + seconds
         while running.restarts == before or not running.ready:
             if time.monotonic() > until:
                 raise SystemExit(f"{name} was not ready again after {seconds} s: {running.failures}\n{self.kubelet.log(name)}")
