@@ -1,7 +1,8 @@
 //! How far a cluster goes: routers and etcd with ten, a hundred, a thousand and more nodes. The nodes are stubs: each has an address
 //! of its own, registers under a lease of its own, tells its status, and answers at once.
 //!
-//! `cargo bench -p overfill-tests --bench scale -- 10 100 1000`, or `… -- 1000x10` for so many routers
+//! `cargo bench -p overfill-tests --bench scale -- 10 100 1000`, or `… -- 1000x10` for so many routers, `… -- 10000@kubernetes` for
+//! nodes that are found by the Kubernetes API (which the tests' stand-in plays) and write nothing
 //!
 //! CPU is of each process by the kernel's count, while nothing is asked and under requests; memory is what is resident.
 
@@ -17,6 +18,7 @@ use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_proto::v1::node_server::NodeServer;
 use overfill_tests::cluster::{request, tokens};
+use overfill_tests::kubernetes::{ApiServer, Pod};
 use overfill_tests::processes::{Etcd, Process, eventually, free_port};
 use overfill_tests::scrape::Scrape;
 use overfill_tests::stub_node::StubNode;
@@ -29,8 +31,8 @@ use tonic::service::Routes;
 
 /// Nodes of one process of stubs: each has a connection to etcd, and one from every router.
 const OF_A_PROCESS: usize = 1000;
-/// Name of the cluster in etcd.
-const CLUSTER: &str = "scale";
+/// Name of the cluster.
+const CLUSTER: &str = "test";
 /// How long each figure is taken.
 const WINDOW: Duration = Duration::from_secs(10);
 /// How long all may take to be seen.
@@ -51,7 +53,8 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     match arguments.first().map(String::as_str) {
         Some("serve-stubs") => {
-            runtime.block_on(stubs(&arguments[1], &arguments[2], arguments[3].parse().unwrap(), arguments[4].parse().unwrap()))
+            let number = |place: usize| arguments[place].parse::<usize>().unwrap();
+            runtime.block_on(stubs(&arguments[1], (number(2), number(3)), number(4) as u16, arguments.get(5).map(String::as_str)))
         }
         _ => {
             // Cargo says `--bench` as well.
@@ -65,54 +68,86 @@ fn main() {
             } else {
                 sizes.into_iter().cloned().collect()
             } {
-                let (nodes, routers) = size.split_once('x').unwrap_or((&size, "1"));
-                runtime.block_on(measure(nodes.parse().unwrap(), routers.parse().unwrap()));
+                let (size, kubernetes) = size.strip_suffix("@kubernetes").map_or((&*size, false), |size| (size, true));
+                let (nodes, routers) = size.split_once('x').unwrap_or((size, "1"));
+                runtime.block_on(measure(nodes.parse().unwrap(), routers.parse().unwrap(), kubernetes));
             }
         }
     }
 }
 
-/// So many stub nodes, half of them prefill nodes, from the `first` on. All share two sockets, which are bound to every address.
-async fn stubs(fingerprint: &str, etcd: &str, first: usize, count: usize) {
-    let settings = EtcdSettings {
+/// Whose stub it is, and where it listens: half of them are prefill nodes.
+fn place(number: usize, port: u16) -> (Role, String) {
+    let role = if number.is_multiple_of(2) { Role::Prefill } else { Role::Decode };
+    (role, format!("127.{}.{}.{}:{port}", 1 + number / 62_500, number / 250 % 250, 1 + number % 250))
+}
+
+/// The stub nodes of these numbers, which register in etcd if there is one.
+async fn stubs(fingerprint: &str, (first, count): (usize, usize), port: u16, etcd: Option<&str>) {
+    let discovery = etcd.map(|etcd| EtcdSettings {
         endpoints: vec![etcd.parse().unwrap()],
         security: EtcdSecurity::default(),
         cluster: CLUSTER.into(),
         lease_ttl: Duration::from_secs(5),
-    };
+    });
     let mut registrations = Vec::new();
-    for (place, role, of_wire) in [(0, Role::Prefill, v1::Role::Prefill), (1, Role::Decode, v1::Role::Decode)] {
-        let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let stub = StubNode::new("stub", of_wire, fingerprint);
+    for number in first..first + count {
+        let (role, address) = place(number, port);
+        let of_wire = if role == Role::Prefill { v1::Role::Prefill } else { v1::Role::Decode };
+        let id = format!("{role}-{number}");
+        let listener = TcpListener::bind(&address).await.unwrap();
+        let stub = StubNode::new(&id, of_wire, fingerprint);
         let node = NodeServer::new(NodeService::new(Arc::new(stub.clone()), Signals::default()));
         let routes = Routes::new(node).add_service(DecodeServer::new(stub)).into_axum_router();
         tokio::spawn(transport::serve_peers(listener, routes, Drain::new(), overfill_transport::PeerSecurity::default()));
-        for number in (first..first + count).filter(|number| number % 2 == place) {
-            let info = NodeInfo {
-                id: NodeId::new(format!("{role}-{number}")),
-                role,
-                address: format!("127.{}.{}.{}:{port}", 1 + number / 62_500, number / 250 % 250, 1 + number % 250).parse().unwrap(),
-                pairs: vec![ServedPair { model: "tiny".into(), fingerprint: Fingerprint::new(fingerprint) }],
-                max_context: 4096,
-            };
-            // A connection to etcd for each, as nodes have it.
-            registrations.push(Discovery::etcd(settings.clone()).register(info));
-        }
+        let Some(settings) = &discovery else { continue };
+        let info = NodeInfo {
+            id: NodeId::new(id),
+            role,
+            address: address.parse().unwrap(),
+            pairs: vec![ServedPair { model: "tiny".into(), fingerprint: Fingerprint::new(fingerprint) }],
+            max_context: 4096,
+        };
+        // A connection to etcd for each, as nodes have it.
+        registrations.push(Discovery::etcd(settings.clone()).register(info));
     }
     std::future::pending::<()>().await;
     drop(registrations);
 }
 
+/// Where routers learn of the nodes.
+enum Source {
+    Etcd(Etcd),
+    /// The API server, and a folder with the way there.
+    Kubernetes(ApiServer, tempfile::TempDir),
+}
+
+impl Source {
+    fn etcd(&self) -> Option<&Etcd> {
+        match self {
+            Self::Etcd(etcd) => Some(etcd),
+            Self::Kubernetes(..) => None,
+        }
+    }
+}
+
 /// This program again.
-fn start_stubs(fingerprint: &str, etcd: &str, nodes: usize) -> Vec<Process> {
+fn start_stubs(fingerprint: &str, source: &Source, nodes: usize, port: u16) -> Vec<Process> {
     let start = |first: usize| {
         let count = OF_A_PROCESS.min(nodes - first);
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["serve-stubs", fingerprint, etcd, &first.to_string(), &count.to_string()]).stdout(Stdio::null());
+        command.args(["serve-stubs", fingerprint, &first.to_string(), &count.to_string(), &port.to_string()]).stdout(Stdio::null());
+        command.args(source.etcd().map(|etcd| &etcd.address));
         Process::start(command, "stub nodes")
     };
-    (0..nodes).step_by(OF_A_PROCESS).map(start).collect()
+    let started = (0..nodes).step_by(OF_A_PROCESS).map(start).collect();
+    if let Source::Kubernetes(api, _) = source {
+        for number in 0..nodes {
+            let (role, address) = place(number, port);
+            api.put(&format!("{role}-{number}"), &role.to_string(), &address, Pod::Ready);
+        }
+    }
+    started
 }
 
 struct Router {
@@ -121,10 +156,17 @@ struct Router {
     grpc: String,
 }
 
-fn start_router(pair: &str, etcd: &str) -> Router {
+fn start_router(pair: &str, source: &Source) -> Router {
     let (http, grpc) = (format!("127.0.0.1:{}", free_port()), format!("127.0.0.1:{}", free_port()));
-    let flags = ["--pair", pair, "--http", &http, "--grpc", &grpc, "--etcd", etcd, "--cluster", CLUSTER];
-    Router { process: Process::ours("router", &flags), http, grpc }
+    let flags = ["--pair", pair, "--http", &http, "--grpc", &grpc, "--cluster", CLUSTER];
+    let process = match source {
+        Source::Etcd(etcd) => Process::ours("router", &[&flags[..], &["--etcd", &etcd.address]].concat()),
+        Source::Kubernetes(_, way) => {
+            let kubeconfig = way.path().join("kubeconfig").display().to_string();
+            Process::with("router", &[&flags[..], &["--discover", "kubernetes://"]].concat(), &[("KUBECONFIG", &kubeconfig)])
+        }
+    };
+    Router { process, http, grpc }
 }
 
 /// Seconds until each router sees so many nodes.
@@ -138,12 +180,19 @@ async fn seen(routers: &[Router], nodes: usize) -> f64 {
     begun.elapsed().as_secs_f64()
 }
 
-async fn measure(nodes: usize, routers: usize) {
+async fn measure(nodes: usize, routers: usize, kubernetes: bool) {
     let pair = tiny::pair(Kind::Identity, 1);
     let fingerprint = pair.open().manifest.fingerprint.to_string();
-    let (etcd, folder) = (Etcd::start(), pair.dir.display().to_string());
-    let start_routers = || (0..routers).map(|_| start_router(&folder, &etcd.address)).collect::<Vec<_>>();
-    let mut stubs = start_stubs(&fingerprint, &etcd.address, nodes);
+    let source = if kubernetes {
+        let (api, way) = (ApiServer::start().await, tempfile::tempdir().unwrap());
+        api.write_kubeconfig(&way.path().join("kubeconfig"));
+        Source::Kubernetes(api, way)
+    } else {
+        Source::Etcd(Etcd::start())
+    };
+    let (folder, port) = (pair.dir.display().to_string(), free_port());
+    let start_routers = || (0..routers).map(|_| start_router(&folder, &source)).collect::<Vec<_>>();
+    let mut stubs = start_stubs(&fingerprint, &source, nodes, port);
     let mut all = start_routers();
     let first = seen(&all, nodes).await;
     all.clear();
@@ -153,29 +202,30 @@ async fn measure(nodes: usize, routers: usize) {
     stubs.clear();
     // Their leases have ended.
     tokio::time::sleep(Duration::from_secs(8)).await;
-    stubs = start_stubs(&fingerprint, &etcd.address, nodes);
+    stubs = start_stubs(&fingerprint, &source, nodes, port);
     all = start_routers();
     let anew = seen(&all, nodes).await;
     tokio::time::sleep(WINDOW / 2).await;
 
     let cpu = |process: &Process| process.cpu_seconds();
     let of_stubs = |stubs: &[Process]| stubs.iter().map(Process::cpu_seconds).sum::<f64>();
-    let before = (cpu(&all[0].process), cpu(etcd.process()), of_stubs(&stubs));
+    let of_etcd = || source.etcd().map(|etcd| cpu(etcd.process()));
+    let before = (cpu(&all[0].process), of_etcd(), of_stubs(&stubs));
     tokio::time::sleep(WINDOW).await;
     let window = WINDOW.as_secs_f64();
-    let rest =
-        ((cpu(&all[0].process) - before.0) / window, (cpu(etcd.process()) - before.1) / window, (of_stubs(&stubs) - before.2) / window);
+    let rest = ((cpu(&all[0].process) - before.0) / window, (of_stubs(&stubs) - before.2) / window);
+    let etcd_at_rest = before.1.zip(of_etcd()).map(|(before, now)| (now - before) / window);
     let before = cpu(&all[0].process);
     let rate = throughput(&all[0].grpc).await;
     let asked = (cpu(&all[0].process) - before - rest.0 * window) / (rate * window);
     let mb = |process: &Process| process.resident_bytes() as f64 / 1e6;
+    let etcd = source.etcd().zip(etcd_at_rest);
+    let etcd = etcd.map_or("none".into(), |(etcd, share)| format!("{:.1} %, {:.0} MB", share * 100.0, mb(etcd.process())));
     println!(
-        "| {nodes} | {routers} | {first:.1} s | {again:.1} s | {anew:.1} s | {:.1} %, {:.0} MB | {:.1} %, {:.0} MB | {:.1} % | {rate:.0} | {:.0} us |",
+        "| {nodes} | {routers} | {first:.1} s | {again:.1} s | {anew:.1} s | {:.1} %, {:.0} MB | {etcd} | {:.1} % | {rate:.0} | {:.0} us |",
         rest.0 * 100.0,
         mb(&all[0].process),
         rest.1 * 100.0,
-        mb(etcd.process()),
-        rest.2 * 100.0,
         asked * 1e6,
     );
 }
