@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, Value};
@@ -71,7 +72,7 @@ impl GgufFile {
             GgmlDType::F32 => Weight::Dense(tensor.dequantize(device)?),
             GgmlDType::F16 => Weight::Dense(tensor.dequantize_f16(device)?),
             GgmlDType::BF16 => Weight::Dense(tensor.dequantize(device)?.to_dtype(candle_core::DType::BF16)?),
-            _ => Weight::Quantised(tensor),
+            _ => Weight::Quantised(Arc::new(tensor)),
         })
     }
 

@@ -1,4 +1,4 @@
-//! Attention of a step's tokens over the paged cache, in candle's operations.
+//! Attention of a step's tokens over the paged cache: our kernel's on a GPU, else candle's operations.
 
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
@@ -6,10 +6,19 @@ use candle_nn::ops::softmax_last_dim;
 use crate::cache::{KvCache, KvTensors};
 use crate::config::{LlamaConfig, Scalars};
 use crate::error::ModelError;
+#[cfg(feature = "cuda")]
+use crate::gpu::{launch, tiles};
 use crate::pass::Chunk;
 
 /// Puts the step's keys and values, `[tokens, kv_heads, head_dim]`, into one layer of the cache.
 pub(crate) fn append(cache: &mut KvCache, layer: usize, chunks: &[Chunk<'_>], k: &Tensor, v: &Tensor) -> Result<(), ModelError> {
+    #[cfg(feature = "cuda")]
+    if k.device().is_cuda() {
+        let slots = tiles::slots(chunks, cache.block_tokens());
+        let rows = cache.tensors(layer)?;
+        launch::append(&rows.k, k, &slots)?;
+        return Ok(launch::append(&rows.v, v, &slots)?);
+    }
     let mut first = 0;
     for chunk in chunks {
         let count = chunk.tokens.len();
@@ -30,6 +39,12 @@ pub(crate) fn append(cache: &mut KvCache, layer: usize, chunks: &[Chunk<'_>], k:
 /// Causal attention of the step's queries `[tokens, heads, head_dim]`, in chunk order; gives `[tokens, heads * head_dim]`.
 pub(crate) fn attend(cache: &KvCache, layer: usize, chunks: &[Chunk<'_>], q: &Tensor, config: &LlamaConfig) -> Result<Tensor, ModelError> {
     let window = config.layers[layer].window.unwrap_or(usize::MAX);
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() && tiles::fits(config) {
+        let attention = launch::Attention { chunks, config, window, block_tokens: cache.block_tokens() };
+        let rows = cache.tensors(layer)?;
+        return Ok(q.contiguous()?.apply_op3_no_bwd(&rows.k, &rows.v, &attention)?.flatten_from(D::Minus(2))?);
+    }
     let mut first = 0;
     let mut outs = Vec::with_capacity(chunks.len());
     for chunk in chunks {

@@ -22,7 +22,7 @@ pub(crate) enum Matrix {
 impl Matrix {
     pub(crate) fn load(weights: &Weights, name: &str, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
         Ok(match weights.matrix(name, format, device)? {
-            Weight::Quantised(q) => Matrix::Quantised(Arc::new(q)),
+            Weight::Quantised(q) => Matrix::Quantised(q),
             Weight::Dense(t) => Matrix::Dense(t),
         })
     }

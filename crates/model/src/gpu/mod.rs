@@ -1,7 +1,13 @@
-//! The forward pass on devices that are not the CPU: candle's operations throughout.
+//! The forward pass on devices that are not the CPU: candle's operations, but for attention, which on a GPU is a kernel of ours.
 
 mod attention;
+#[cfg(feature = "cuda")]
+mod launch;
 mod linear;
+#[cfg(test)]
+mod on_host;
+#[cfg(any(feature = "cuda", test))]
+mod tiles;
 
 use candle_core::{Device, Tensor};
 use candle_nn::ops::{rms_norm, silu};

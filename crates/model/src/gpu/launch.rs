@@ -1,0 +1,163 @@
+//! Our kernels on a GPU (`kernels/attention.cu`): compiled by NVRTC when one first needs them.
+
+use std::sync::OnceLock;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaSlice, DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use half::f16;
+
+use crate::config::LlamaConfig;
+use crate::gpu::tiles::{THREADS, Tiles, shared};
+use crate::pass::Chunk;
+
+const SOURCE: &str = include_str!("kernels/attention.cu");
+/// The oldest GPUs that the compiled kernels run on; newer ones compile them on.
+const ARCHITECTURE: &str = "compute_80";
+
+/// A kernel for a cache of this format.
+fn kernel(device: &CudaDevice, name: &str, cache: DType) -> Result<CudaFunction> {
+    static COMPILED: [OnceLock<std::result::Result<String, String>>; 2] = [const { OnceLock::new() }; 2];
+    let (place, format) = match cache {
+        DType::F16 => (0, "CACHE_F16"),
+        DType::F32 => (1, "CACHE_F32"),
+        other => bail!("a KV cache of {other:?} is not known to the attention kernel"),
+    };
+    let compile = || {
+        let options = CompileOptions { options: vec![format!("-D{format}")], arch: Some(ARCHITECTURE), ..CompileOptions::default() };
+        let compiled = compile_ptx_with_opts(SOURCE, options);
+        compiled.map(|ptx| ptx.to_src()).map_err(|error| format!("the attention kernel cannot be compiled: {error:?}"))
+    };
+    match COMPILED[place].get_or_init(compile) {
+        Ok(ptx) => Ok(device.get_or_load_custom_func(name, format, ptx)?.into_cuda_function()),
+        Err(why) => bail!("{why}"),
+    }
+}
+
+fn grid(x: usize, y: usize, z: usize, shared_floats: usize) -> LaunchConfig {
+    LaunchConfig {
+        grid_dim: (x as u32, y as u32, z as u32),
+        block_dim: (THREADS as u32, 1, 1),
+        shared_mem_bytes: (shared_floats * size_of::<f32>()) as u32,
+    }
+}
+
+/// Puts the rows of a pass's tokens, `[tokens, kv_heads, head_dim]`, into their slots of `rows`.
+///
+/// # Errors
+/// Where the device has no memory, or the kernel does not compile.
+pub(crate) fn append(rows: &Tensor, from: &Tensor, slots: &[i32]) -> Result<()> {
+    rows.inplace_op2(&from.contiguous()?, &Append { slots })
+}
+
+struct Append<'a> {
+    slots: &'a [i32],
+}
+
+impl Append<'_> {
+    fn run<T: CudaDType + DeviceRepr>(&self, rows: &mut CudaStorage, from: &CudaStorage, layout: &Layout) -> Result<()> {
+        let device = from.device().clone();
+        let append = kernel(&device, "append", rows.dtype())?;
+        let slots = device.clone_htod(self.slots)?;
+        let from = from.as_cuda_slice::<f32>()?.slice(layout.start_offset()..);
+        let width = (layout.shape().elem_count() / self.slots.len()) as i32;
+        let stream = device.cuda_stream();
+        let mut launch = stream.launch_builder(&append);
+        launch.arg(rows.as_cuda_slice_mut::<T>()?).arg(&from).arg(&slots).arg(&width);
+        // SAFETY: the kernel reads `width` numbers for each slot from `from`, and writes as many to slots of a block table that was
+        // checked against the cache.
+        unsafe { launch.launch(grid(self.slots.len(), 1, 1, 0)) }.w()?;
+        Ok(())
+    }
+}
+
+impl InplaceOp2 for Append<'_> {
+    fn name(&self) -> &'static str {
+        "append to the KV cache"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<()> {
+        bail!("{} is a GPU's", self.name())
+    }
+
+    fn cuda_fwd(&self, rows: &mut CudaStorage, _: &Layout, from: &CudaStorage, layout: &Layout) -> Result<()> {
+        match rows.dtype() {
+            DType::F16 => self.run::<f16>(rows, from, layout),
+            _ => self.run::<f32>(rows, from, layout),
+        }
+    }
+}
+
+/// Attention of a pass's queries `[tokens, heads, head_dim]` over one layer's keys and values `[slots, kv_heads, head_dim]`: as the
+/// queries are.
+pub(crate) struct Attention<'a> {
+    pub(crate) chunks: &'a [Chunk<'a>],
+    pub(crate) config: &'a LlamaConfig,
+    /// How many positions a token sees.
+    pub(crate) window: usize,
+    pub(crate) block_tokens: usize,
+}
+
+impl Attention<'_> {
+    fn run<T: CudaDType + DeviceRepr>(&self, q: &CudaStorage, queries: &Layout, [keys, values]: [&CudaStorage; 2]) -> Result<CudaStorage> {
+        let (device, kv) = (q.device(), self.config.kv);
+        let tiles = Tiles::of(self.chunks, self.block_tokens, self.config.heads / kv.kv_heads, kv.kv_heads);
+        let rows = queries.shape().elem_count() / kv.head_dim;
+        let (tables, of_tiles) = (device.clone_htod(&tiles.tables)?, device.clone_htod(&tiles.tiles)?);
+        // SAFETY: every number of it is written before it is read: each row is of one tile.
+        let mut out: CudaSlice<f32> = unsafe { device.alloc(rows * kv.head_dim) }?;
+        let left = if tiles.segments > 1 { rows * tiles.segments * (kv.head_dim + 2) } else { 1 };
+        // SAFETY: as above; with one segment nobody reads it.
+        let mut partial: CudaSlice<f32> = unsafe { device.alloc(left) }?;
+        let q = q.as_cuda_slice::<f32>()?.slice(queries.start_offset()..);
+        let [heads, kv_heads, head_dim, block_tokens] = [self.config.heads, kv.kv_heads, kv.head_dim, self.block_tokens].map(|n| n as i32);
+        let window = i32::try_from(self.window).unwrap_or(i32::MAX);
+        let scale = self.config.scalars.attention as f32;
+        let cap = self.config.scalars.attention_cap.unwrap_or(0.0) as f32;
+        let attention = kernel(device, "attention", keys.dtype())?;
+        let stream = device.cuda_stream();
+        let mut launch = stream.launch_builder(&attention);
+        launch.arg(&mut out).arg(&mut partial).arg(&q).arg(keys.as_cuda_slice::<T>()?).arg(values.as_cuda_slice::<T>()?);
+        launch.arg(&tables).arg(&of_tiles).arg(&heads).arg(&kv_heads).arg(&head_dim).arg(&block_tokens).arg(&window);
+        launch.arg(&scale).arg(&cap);
+        // SAFETY: tiles and tables are of the chunks, which were checked against the cache; the others have the sizes that are told.
+        unsafe { launch.launch(grid(tiles.tiles.len() / 4, kv.kv_heads, tiles.segments, shared(kv.head_dim))) }.w()?;
+        if tiles.segments > 1 {
+            let join = kernel(device, "join_segments", keys.dtype())?;
+            let segments = tiles.segments as i32;
+            let mut launch = stream.launch_builder(&join);
+            launch.arg(&mut out).arg(&partial).arg(&segments).arg(&head_dim);
+            // SAFETY: `partial` has what was written of every row and segment.
+            unsafe { launch.launch(grid(rows, 1, 1, 0)) }.w()?;
+        }
+        Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
+    }
+}
+
+impl CustomOp3 for Attention<'_> {
+    fn name(&self) -> &'static str {
+        "attention over the paged KV cache"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        bail!("{} is a GPU's", self.name())
+    }
+
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        queries: &Layout,
+        keys: &CudaStorage,
+        _: &Layout,
+        values: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let out = match keys.dtype() {
+            DType::F16 => self.run::<f16>(q, queries, [keys, values])?,
+            _ => self.run::<f32>(q, queries, [keys, values])?,
+        };
+        Ok((out, queries.shape().clone()))
+    }
+}

@@ -1,0 +1,261 @@
+//! Our GPU kernels, run on the CPU: the C compiler takes `kernels/attention.cu` as it is, with `kernels/on_host.c` around it, and
+//! what comes out is held against candle's operations.
+
+use std::ffi::{c_int, c_void};
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use candle_core::{DType, Device, Tensor};
+use half::f16;
+use libloading::Library;
+use overfill_kv::BlockId;
+use overfill_types::{KvFormat, KvGeometry};
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use serde_json::json;
+
+use crate::cache::KvCache;
+use crate::config::{LlamaConfig, Scalars};
+use crate::gpu::attention::{append, attend};
+use crate::gpu::tiles::{SEGMENT, Tiles, fits, shared, slots};
+use crate::pass::Chunk;
+
+const BLOCK: usize = 16;
+
+/// What `on_host.c` takes for a launch of `attention`.
+#[repr(C)]
+struct Arguments {
+    out: *mut f32,
+    partial: *mut f32,
+    q: *const f32,
+    keys: *const c_void,
+    values: *const c_void,
+    tables: *const i32,
+    tiles: *const i32,
+    heads: c_int,
+    kv_heads: c_int,
+    head_dim: c_int,
+    block_tokens: c_int,
+    window: c_int,
+    scale: f32,
+    cap: f32,
+}
+
+type Attention = unsafe extern "C" fn(*const Arguments, c_int, c_int, c_int) -> c_int;
+type Join = unsafe extern "C" fn(*mut f32, *const f32, c_int, c_int, c_int) -> c_int;
+type Append = unsafe extern "C" fn(*mut c_void, *const f32, *const i32, c_int, c_int) -> c_int;
+
+/// The kernels for one format of the cache.
+fn library(format: KvFormat) -> &'static Library {
+    static F16: OnceLock<Library> = OnceLock::new();
+    static F32: OnceLock<Library> = OnceLock::new();
+    let (cell, define) = if format == KvFormat::F16 { (&F16, "CACHE_F16") } else { (&F32, "CACHE_F32") };
+    cell.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let made = folder.path().join("kernels.so");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/gpu/kernels/on_host.c");
+        let flags = ["-O2", "-std=gnu11", "-ffp-contract=off", "-shared", "-fPIC", "-lm"];
+        let compiler = Command::new("cc").arg(source).args(flags).arg(format!("-D{define}")).arg("-o").arg(&made).output().unwrap();
+        assert!(compiler.status.success(), "{}", String::from_utf8_lossy(&compiler.stderr));
+        // SAFETY: loading it runs nothing.
+        unsafe { Library::new(made) }.unwrap()
+    })
+}
+
+/// Numbers as a cache of a format holds them.
+fn stored(format: KvFormat, numbers: &[f32]) -> Vec<u8> {
+    match format {
+        KvFormat::F16 => numbers.iter().flat_map(|n| f16::from_f32(*n).to_ne_bytes()).collect(),
+        _ => numbers.iter().flat_map(|n| n.to_ne_bytes()).collect(),
+    }
+}
+
+/// Keys and values of one layer, and sequences that have their places in it.
+struct Case {
+    config: LlamaConfig,
+    format: KvFormat,
+    window: Option<usize>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    /// Tokens that each sequence has, and its blocks.
+    sequences: Vec<(usize, Vec<BlockId>)>,
+}
+
+impl Case {
+    fn new(rng: &mut StdRng, config: &LlamaConfig, format: KvFormat, window: Option<usize>, lengths: &[usize]) -> Self {
+        let blocks: usize = lengths.iter().map(|length| length.div_ceil(BLOCK)).sum();
+        let mut numbers: Vec<BlockId> = (0..blocks as u32).map(BlockId).collect();
+        numbers.shuffle(rng);
+        let sequences = lengths.iter().map(|length| (*length, numbers.split_off(numbers.len() - length.div_ceil(BLOCK)))).collect();
+        let mut rows = || (0..blocks * BLOCK * config.kv.row()).map(|_| f16::from_f32(rng.random_range(-2.0..2.0)).to_f32()).collect();
+        let (keys, values) = (rows(), rows());
+        Self { config: config.clone(), format, window, keys, values, sequences }
+    }
+
+    /// The last `count` tokens of sequences, as a pass reads them.
+    fn chunks<'a>(&'a self, counts: &[usize], tokens: &'a [u32]) -> Vec<Chunk<'a>> {
+        let chunk = |((length, blocks), count): (&'a (usize, Vec<BlockId>), &usize)| Chunk {
+            tokens: &tokens[..*count],
+            start: length - count,
+            blocks,
+            logits: false,
+        };
+        self.sequences.iter().zip(counts).map(chunk).collect()
+    }
+
+    /// What the kernel makes of queries `[tokens, heads, head_dim]`, with one block for a sequence or one for each of its segments.
+    fn by_kernel(&self, chunks: &[Chunk<'_>], q: &[f32], split: bool) -> Vec<f32> {
+        let LlamaConfig { heads, kv, scalars, .. } = &self.config;
+        let mut tiles = Tiles::of(chunks, BLOCK, heads / kv.kv_heads, kv.kv_heads);
+        let longest = chunks.iter().map(|chunk| chunk.start + chunk.tokens.len()).max().unwrap();
+        tiles.segments = if split { longest.div_ceil(SEGMENT) } else { 1 };
+        let rows = q.len() / kv.head_dim;
+        let (mut out, mut partial) = (vec![f32::NAN; q.len()], vec![f32::NAN; rows * tiles.segments * (kv.head_dim + 2)]);
+        let (keys, values) = (stored(self.format, &self.keys), stored(self.format, &self.values));
+        let arguments = Arguments {
+            out: out.as_mut_ptr(),
+            partial: partial.as_mut_ptr(),
+            q: q.as_ptr(),
+            keys: keys.as_ptr().cast(),
+            values: values.as_ptr().cast(),
+            tables: tiles.tables.as_ptr(),
+            tiles: tiles.tiles.as_ptr(),
+            heads: *heads as c_int,
+            kv_heads: kv.kv_heads as c_int,
+            head_dim: kv.head_dim as c_int,
+            block_tokens: BLOCK as c_int,
+            window: self.window.map_or(c_int::MAX, |window| window as c_int),
+            scale: scalars.attention as f32,
+            cap: scalars.attention_cap.unwrap_or(0.0) as f32,
+        };
+        let (count, segments, bytes) = (tiles.tiles.len() / 4, tiles.segments as c_int, 4 * shared(kv.head_dim));
+        // SAFETY: the library has these functions, and what they are given is as large as the kernels say.
+        unsafe {
+            let attention = library(self.format).get::<Attention>("host_attention").unwrap();
+            assert_eq!(attention(&raw const arguments, count as c_int, segments, bytes as c_int), 0, "threads wait for each other");
+            if segments > 1 {
+                let join = library(self.format).get::<Join>("host_join").unwrap();
+                assert_eq!(join(out.as_mut_ptr(), partial.as_ptr(), rows as c_int, segments, kv.head_dim as c_int), 0);
+            }
+        }
+        let lost = out.iter().position(|number| !number.is_finite());
+        assert_eq!(lost, None, "every row is of one tile: {} x {} of {}, {segments} segments", heads, kv.head_dim, out.len());
+        out
+    }
+
+    /// What candle's operations make of them.
+    fn by_candle(&self, chunks: &[Chunk<'_>], q: &[f32]) -> Vec<f32> {
+        let kv = self.config.kv;
+        let slots = self.keys.len() / kv.row();
+        let cache = KvCache::in_tensors(KvGeometry { layers: 1, ..kv }, self.format, slots / BLOCK, BLOCK);
+        let tensors = cache.tensors(0).unwrap();
+        for (to, numbers) in [(&tensors.k, &self.keys), (&tensors.v, &self.values)] {
+            let rows = Tensor::from_slice(numbers, (slots, kv.kv_heads, kv.head_dim), &Device::Cpu).unwrap();
+            to.slice_set(&rows.to_dtype(to.dtype()).unwrap(), 0, 0).unwrap();
+        }
+        let q = Tensor::from_slice(q, (q.len() / self.config.heads / kv.head_dim, self.config.heads, kv.head_dim), &Device::Cpu).unwrap();
+        let mut config = self.config.clone();
+        config.layers[0].window = self.window;
+        attend(&cache, 0, chunks, &q, &config).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+}
+
+/// A model with such heads, of which nothing else matters.
+fn config(heads: usize, kv_heads: usize, head_dim: usize, cap: Option<f64>) -> LlamaConfig {
+    let json = json!({
+        "model_type": "llama", "hidden_size": heads * head_dim, "intermediate_size": 32, "vocab_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "max_position_embeddings": 4096, "eos_token_id": 2,
+    });
+    let config = LlamaConfig::from_hugging_face(&json.to_string(), None).unwrap();
+    LlamaConfig { scalars: Scalars { attention_cap: cap, ..config.scalars }, ..config }
+}
+
+/// Heads of SmolLM2 135M, of Llama 3 and of Gemma 2; one that leaves threads without a dimension; one KV head for all.
+fn configs() -> Vec<LlamaConfig> {
+    vec![config(9, 3, 64, None), config(8, 2, 128, None), config(4, 2, 256, Some(50.0)), config(6, 2, 80, None), config(16, 1, 8, None)]
+}
+
+fn queries(rng: &mut StdRng, tokens: usize, config: &LlamaConfig) -> Vec<f32> {
+    (0..tokens * config.heads * config.kv.head_dim).map(|_| rng.random_range(-3.0..3.0)).collect()
+}
+
+#[test]
+fn the_kernel_computes_what_candle_does() {
+    let (mut rng, tokens) = (StdRng::seed_from_u64(1), vec![0; 64]);
+    for config in configs() {
+        for (format, window) in [(KvFormat::F16, None), (KvFormat::F32, Some(40)), (KvFormat::F16, Some(600))] {
+            let lengths = [1, 17, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 150];
+            let counts = [1, 17, 1, 6, 21];
+            let case = Case::new(&mut rng, &config, format, window, &lengths);
+            let chunks = case.chunks(&counts, &tokens);
+            let q = queries(&mut rng, counts.iter().sum(), &config);
+            let (kernel, candle) = (case.by_kernel(&chunks, &q, false), case.by_candle(&chunks, &q));
+            let off = kernel.iter().zip(&candle).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off < 2e-5, "{} heads of {}, {format:?}, window {window:?}: {off}", config.heads, config.kv.head_dim);
+            assert_eq!(kernel, case.by_kernel(&chunks, &q, true), "segments may be joined by another block");
+        }
+    }
+}
+
+#[test]
+fn a_row_is_the_same_bits_whatever_is_beside_it_and_however_its_prompt_is_cut() {
+    let (mut rng, tokens) = (StdRng::seed_from_u64(2), vec![0; 64]);
+    for config in configs() {
+        let row = config.heads * config.kv.head_dim;
+        let case = Case::new(&mut rng, &config, KvFormat::F16, None, &[SEGMENT + 37, 90]);
+        let q = queries(&mut rng, 40, &config);
+        let whole = case.by_kernel(&case.chunks(&[37, 3], &tokens), &q, false);
+        for (at, count) in [(0, 1), (1, 12), (13, 24)] {
+            let (length, blocks) = &case.sequences[0];
+            let alone = Chunk { tokens: &tokens[..count], start: length - 37 + at, blocks, logits: false };
+            for split in [false, true] {
+                let own = case.by_kernel(&[alone], &q[at * row..(at + count) * row], split);
+                assert_eq!(own, whole[at * row..(at + count) * row], "tokens {at}..{}", at + count);
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_go_to_their_slots() {
+    let (mut rng, tokens) = (StdRng::seed_from_u64(3), vec![0; 64]);
+    let config = config(9, 3, 64, None);
+    for format in [KvFormat::F16, KvFormat::F32] {
+        let case = Case::new(&mut rng, &config, format, None, &[50, 33]);
+        let chunks = case.chunks(&[20, 33], &tokens);
+        let row = config.kv.row();
+        let from: Vec<f32> = (0..53 * row).map(|_| rng.random_range(-2.0..2.0)).collect();
+        let mut cache = KvCache::in_tensors(KvGeometry { layers: 1, ..config.kv }, format, case.keys.len() / row / BLOCK, BLOCK);
+        let rows = Tensor::from_slice(&from, (53, config.kv.kv_heads, config.kv.head_dim), &Device::Cpu).unwrap();
+        append(&mut cache, 0, &chunks, &rows, &rows).unwrap();
+        let expected: Vec<f32> = cache.tensors(0).unwrap().k.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let mut got = stored(format, &vec![0.0; case.keys.len()]);
+        let slots = slots(&chunks, BLOCK);
+        // SAFETY: as above; every slot is of the cache.
+        unsafe {
+            let append = library(format).get::<Append>("host_append").unwrap();
+            assert_eq!(append(got.as_mut_ptr().cast(), from.as_ptr(), slots.as_ptr(), slots.len() as c_int, row as c_int), 0);
+        }
+        assert!(got == stored(format, &expected));
+    }
+}
+
+#[test]
+fn a_pass_is_cut_into_tiles() {
+    assert!(configs().iter().all(fits));
+    assert!(!fits(&config(32, 1, 64, None)) && !fits(&config(4, 2, 512, None)) && !fits(&config(4, 2, 20, None)));
+    let blocks: Vec<BlockId> = [7, 3, 9].map(BlockId).into();
+    let tokens = [0; 40];
+    let chunk = |count: usize, start, blocks| Chunk { tokens: &tokens[..count], start, blocks, logits: false };
+    let tiles = Tiles::of(&[chunk(7, 0, &blocks[..1]), chunk(1, 40, &blocks)], BLOCK, 3, 3);
+    let expected = [[0, 5, 0, 0], [5, 2, 5, 0], [7, 1, 40, 1]];
+    assert_eq!(tiles, Tiles { tables: vec![7, 7, 3, 9], tiles: expected.concat(), segments: 1 });
+    assert_eq!(slots(&[chunk(3, 15, &blocks)], BLOCK), [7 * 16 + 15, 3 * 16, 3 * 16 + 1]);
+    let table: Vec<BlockId> = (0..200).map(BlockId).collect();
+    let long = chunk(1, 3000, &table);
+    assert_eq!(Tiles::of(&[long], BLOCK, 3, 3).segments, 6, "each of six segments has a block");
+    assert_eq!(Tiles::of(&vec![long; 200], BLOCK, 3, 3).segments, 1, "there are enough blocks");
+}
