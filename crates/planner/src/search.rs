@@ -99,20 +99,29 @@ fn smallest(load: &Load, cluster: Cluster, goals: &Goals) -> Result<Cluster, Unu
     let sample = load.draw(LEAST, 1);
     let mean = |of: fn(&Arrival) -> usize| sample.iter().map(|arrival| of(arrival) as f64).sum::<f64>() / sample.len().max(1) as f64;
     let (prompt, answer) = (mean(|arrival| arrival.prompt), mean(|arrival| arrival.answer));
-    let alone = cluster.step.seconds(1.0, prompt + answer / 2.0);
-    if alone > goals.tpot {
+    // What an idle cluster does for too few of them, no number of nodes does.
+    let part =
+        |meets: &dyn Fn(&Arrival) -> bool| sample.iter().filter(|arrival| meets(arrival)).count() as f64 / sample.len().max(1) as f64;
+    let context = |arrival: &Arrival| arrival.prompt as f64 + arrival.answer as f64 / 2.0;
+    let steady = part(&|arrival| arrival.answer < 2 || cluster.step.seconds(1.0, context(arrival)) <= goals.tpot);
+    if steady < goals.share {
         return Err(Unusable(format!(
-            "a decode step of one sequence takes {:.1} ms, and {:.1} ms between tokens are wanted: take faster machines, or another goal",
-            alone * 1e3,
-            goals.tpot * 1e3
+            "a decode step of one sequence takes {:.1} ms: of the answers {:.0} % would have {:.1} ms between tokens at an idle node, and {:.0} % are wanted: take faster machines, or another goal",
+            cluster.step.seconds(1.0, prompt + answer / 2.0) * 1e3,
+            steady * 100.0,
+            goals.tpot * 1e3,
+            goals.share * 100.0
         )));
     }
-    let unread = prompt * (1.0 - cluster.bounds.cached);
-    let reading = cluster.read.seconds(unread);
-    if reading > goals.ttft {
+    let unread = |prompt: f64| prompt * (1.0 - cluster.bounds.cached);
+    let reading = cluster.read.seconds(unread(prompt));
+    let early = part(&|arrival| cluster.read.seconds(unread(arrival.prompt as f64)) <= goals.ttft);
+    if early < goals.share {
         return Err(Unusable(format!(
-            "to read a mean prompt takes {reading:.2} s, and the first token is wanted after {:.2} s: take faster machines, or another goal",
-            goals.ttft
+            "to read a mean prompt takes {reading:.2} s: of the prompts {:.0} % would have their first token after {:.2} s at an idle node, and {:.0} % are wanted: take faster machines, or another goal",
+            early * 100.0,
+            goals.ttft,
+            goals.share * 100.0
         )));
     }
     // No fewer than those that would be busy all the time.
@@ -229,6 +238,12 @@ mod tests {
             let error = plan(&load(5.0), &goals).unwrap_err();
             assert!(error.0.contains(why), "{error}");
         }
+        // One in twenty has more than 2,000 tokens, which take 0.8 s.
+        let uneven = Load::Drawn { rate: 5.0, prompt: Lengths::LogNormal(300.0, 2000.0), answer: Lengths::Fixed(64) };
+        let most_of_them = Goals { ttft: 0.5, share: 0.99, ..GOALS };
+        let error = plan(&uneven, &most_of_them).unwrap_err();
+        assert!(error.0.contains("% would have their first token after 0.50 s at an idle node"), "{error}");
+        plan(&uneven, &Goals { share: 0.5, ..most_of_them }).unwrap();
     }
 
     #[test]
