@@ -48,19 +48,31 @@ static float of_lane(float value, int mask)
     return value;
 }
 
-static float from_half(unsigned short bits)
+// In integers, since not every C compiler has a type for it.
+static inline float from_half(unsigned short bits)
 {
-    _Float16 value;
-    memcpy(&value, &bits, 2);
-    return (float)value;
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float value = exponent == 31 ? (fraction ? NAN : INFINITY)
+                        : exponent     ? ldexpf((float)(fraction + 1024), exponent - 25)
+                                       : ldexpf((float)fraction, -24);
+    return bits >> 15 ? -value : value;
 }
 
-static unsigned short to_half(float number)
+// To the nearest, of two alike to the even one.
+static inline unsigned short to_half(float number)
 {
-    const _Float16 value = (_Float16)number;
-    unsigned short bits;
-    memcpy(&bits, &value, 2);
-    return bits;
+    const unsigned short sign = signbit(number) ? 0x8000 : 0;
+    int exponent;
+    if (isnan(number)) return sign | 0x7e00;
+    if (isinf(number)) return sign | 0x7c00;
+    frexpf(number, &exponent);
+    // What a step of the fraction is worth; below the normal numbers always the same.
+    const int step = exponent - 11 < -24 ? -24 : exponent - 11;
+    const int units = (int)nearbyintf(ldexpf(fabsf(number), -step));
+    if (units < 1024) return sign | units;
+    // 2048 units carry into the exponent, and too large a number into infinity.
+    const int coded = ((step + 24) << 10) + units;
+    return sign | (coded < 0x7c00 ? coded : 0x7c00);
 }
 
 #include "attention.cu"
