@@ -13,16 +13,14 @@ use crate::overview::HandoffState;
 const KEPT: usize = 64;
 
 /// A handoff as its request's driver sees it.
-pub(crate) struct Seen<'a> {
-    pub(crate) model: &'a str,
-    pub(crate) from: &'a NodeId,
-    pub(crate) to: &'a NodeId,
+pub(crate) struct Seen {
+    pub(crate) model: String,
+    pub(crate) from: NodeId,
+    pub(crate) to: NodeId,
     pub(crate) attempt: u64,
     pub(crate) prompt_tokens: usize,
     pub(crate) cached_tokens: Option<u32>,
     pub(crate) held_tokens: u32,
-    /// What the prefill node says of it.
-    pub(crate) done: HandoffDone,
 }
 
 /// The last of them.
@@ -37,16 +35,16 @@ struct Ring {
 }
 
 impl Handoffs {
-    /// One came about.
-    pub(crate) fn saw(&self, seen: Seen<'_>) {
-        let Seen { model, from, to, attempt, prompt_tokens, cached_tokens, held_tokens, done } = seen;
+    /// One came about; `done` is what the prefill node says of it.
+    pub(crate) fn saw(&self, seen: Seen, done: HandoffDone) {
+        let Seen { model, from, to, attempt, prompt_tokens, cached_tokens, held_tokens } = seen;
         let seconds = |micros: u64| micros as f64 / 1e6;
         let mut state = HandoffState {
             number: 0,
             ago: 0.0,
-            model: model.into(),
-            from: from.clone(),
-            to: to.clone(),
+            model,
+            from,
+            to,
             attempt,
             prompt_tokens,
             cached_tokens,
@@ -81,11 +79,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_last_are_kept_with_what_was_said_of_them() {
         let handoffs = Handoffs::default();
-        let (from, to) = (NodeId::new("p"), NodeId::new("d"));
         for prompt_tokens in 1..=KEPT + 10 {
             let done = HandoffDone { frames: 3, bytes: 1_000, tail_us: 2_000, transfer_us: 50_000 };
-            let seen = Seen { model: "m", from: &from, to: &to, attempt: 1, prompt_tokens, cached_tokens: Some(16), held_tokens: 0, done };
-            handoffs.saw(seen);
+            let (from, to) = (NodeId::new("p"), NodeId::new("d"));
+            let seen = Seen { model: "m".into(), from, to, attempt: 1, prompt_tokens, cached_tokens: Some(16), held_tokens: 0 };
+            handoffs.saw(seen, done);
             tokio::time::advance(Duration::from_secs(1)).await;
         }
         let latest = handoffs.latest();

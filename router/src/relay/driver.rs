@@ -34,6 +34,8 @@ const LONGEST_CUT: Duration = Duration::from_secs(30);
 const LISTENS: Duration = Duration::from_millis(100);
 /// How long the other node gets to say what it knows when one has failed, so that the more telling error is given.
 const SECOND_OPINION: Duration = Duration::from_millis(100);
+/// How long after the answer's end a prefill node is listened to for what came of its handoff.
+const LATE_REPORT: Duration = Duration::from_secs(1);
 
 pub(super) struct Driver {
     pub(super) router: Arc<Router>,
@@ -226,7 +228,6 @@ impl Driver {
             }
             _ => Some(self.reserve(&both.decode, epoch).instrument(debug_span!("reserve", otel.kind = "client")).await?),
         };
-        let held_tokens = decode.as_ref().map_or(0, |d| d.held_tokens);
         let handoff = decode.as_ref().map(|d| v1::Handoff {
             address: both.decode.address.to_string(),
             ticket: d.ticket.clone(),
@@ -242,9 +243,16 @@ impl Driver {
         // Until the handoff is proved: nothing that happens to the prefill node matters then.
         let mut reading = true;
         // What is told of the handoff then, for whoever looks at the cluster, may come after the first tokens of the decode node.
-        let mut untold = decode.is_some();
-        let mut cached_tokens = None;
-        loop {
+        let mut untold = decode.as_ref().map(|decode| Seen {
+            model: self.request.model.manifest.name.to_string(),
+            from: both.prefill.id.clone(),
+            to: both.decode.id.clone(),
+            attempt: epoch,
+            prompt_tokens: self.request.prompt.len(),
+            cached_tokens: None,
+            held_tokens: decode.held_tokens,
+        });
+        'answer: loop {
             tokio::select! {
                 // What the decode node has said already proves more than what the prefill node may fail at.
                 biased;
@@ -256,7 +264,7 @@ impl Driver {
                             chosen.read();
                         }
                         if self.decoded(event).await? {
-                            return Ok(());
+                            break 'answer;
                         }
                     }
                     Ok(Some(event)) => early.push(event),
@@ -275,38 +283,33 @@ impl Driver {
                         if let Some(first) = first
                             && self.began(first, &both.prefill.id).await?
                         {
-                            return Ok(());
+                            break 'answer;
                         }
                         return Err(failure);
                     }
                 },
-                event = prefill.message(), if reading || untold => match event {
+                event = prefill.message(), if reading || untold.is_some() => match event {
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::HandoffDone(done)) })) => {
-                        (reading, untold) = (false, false);
-                        self.router.handoffs.saw(Seen {
-                            model: &self.request.model.manifest.name,
-                            from: &both.prefill.id,
-                            to: &both.decode.id,
-                            attempt: epoch,
-                            prompt_tokens: self.request.prompt.len(),
-                            cached_tokens,
-                            held_tokens,
-                            done,
-                        });
+                        reading = false;
+                        if let Some(seen) = untold.take() {
+                            self.router.handoffs.saw(seen, done);
+                        }
                     }
                     Ok(Some(_)) if !reading => {}
-                    _ if !reading => untold = false,
+                    _ if !reading => untold = None,
                     Ok(Some(PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) })) => {
                         begun = true;
-                        cached_tokens = Some(first.cached_tokens);
+                        if let Some(seen) = &mut untold {
+                            seen.cached_tokens = Some(first.cached_tokens);
+                        }
                         chosen.read();
                         drop(std::mem::replace(&mut stage, debug_span!("decode")));
                         if self.began(first, &both.prefill.id).await? {
-                            return Ok(());
+                            break 'answer;
                         }
                         for event in std::mem::take(&mut early) {
                             if self.decoded(event).await? {
-                                return Ok(());
+                                break 'answer;
                             }
                         }
                     }
@@ -323,6 +326,11 @@ impl Driver {
                 else => return Err(Failure::broken(PREFILL, &both.prefill.id)),
             }
         }
+        // A short answer is whole before the prefill node can say what came of a handoff that its tokens have proved.
+        if let Some(seen) = untold.filter(|_| !reading) {
+            tokio::spawn(timeout(LATE_REPORT, hear_of_handoff(self.router.clone(), seen, prefill)));
+        }
+        Ok(())
     }
 
     /// A call to a node, which is a part of the stage that is under way; it is there when the node has taken it on.
@@ -496,6 +504,16 @@ async fn judged<T: TryFrom<said::What>>(
     match timeout(SECOND_OPINION, asked).await.ok().flatten() {
         Some(error) if error.blame != Blame::Way => Failure::of(error, kind, peer),
         _ => failure.of_way_to(peer),
+    }
+}
+
+/// Listens to a prefill node until it says what came of its handoff.
+async fn hear_of_handoff(router: Arc<Router>, seen: Seen, mut events: CallEvents<PrefillEvent>) {
+    while let Ok(Some(said)) = events.message().await {
+        if let Some(prefill_event::Event::HandoffDone(done)) = said.event {
+            router.handoffs.saw(seen, done);
+            return;
+        }
     }
 }
 
