@@ -9,6 +9,7 @@ use overfill_proto::MAX_MESSAGE;
 use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::v1::node_server::NodeServer;
 use overfill_transport::calls::{NodeService, Signals};
+use overfill_transport::push::Takes;
 use overfill_types::{Limits, NodeId, NodeInfo, PeerAddress, Role, ServedPair};
 use tonic::service::Routes;
 
@@ -29,6 +30,8 @@ pub struct Assembled<C> {
     pub pulse: Pulse,
     /// What it answers routers and prefill nodes.
     pub routes: Routes,
+    /// What takes handoffs of prefill nodes in this process.
+    pub takes: Arc<dyn Takes>,
     /// The blocks of its cache.
     pub blocks: BlockPool,
     /// What it counts.
@@ -68,8 +71,8 @@ pub fn assemble<C: Compute>(id: NodeId, config: &DecodeConfig, loaded: Loaded<C>
     let node = (id.clone(), pair.clone());
     let service = Arc::new(DecodeService::new(node, admission.clone(), commands, guides, metrics, signals.clone()));
     let routes = Routes::new(DecodeServer::from_arc(service.clone()).max_decoding_message_size(MAX_MESSAGE))
-        .add_service(NodeServer::new(NodeService::new(service, signals.clone())).max_decoding_message_size(MAX_MESSAGE));
-    Ok(Assembled { engine, pulse, routes, blocks, metrics: registry, id, pair, admission })
+        .add_service(NodeServer::new(NodeService::new(service.clone(), signals.clone())).max_decoding_message_size(MAX_MESSAGE));
+    Ok(Assembled { engine, pulse, routes, takes: service, blocks, metrics: registry, id, pair, admission })
 }
 
 impl<C> Assembled<C> {

@@ -22,6 +22,7 @@ use overfill_model::Placement;
 use overfill_node::{Life, NodeListeners, admin};
 use overfill_proto::DESCRIPTORS;
 use overfill_transport::calls::Signals;
+use overfill_transport::push::machine;
 use overfill_transport::server;
 use overfill_types::NodeId;
 
@@ -49,7 +50,9 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
     let signals = Signals { drain, ..Signals::default() };
     let node = assemble(id.clone(), &config, loaded, &signals)?;
     let (info, held) = (address.map(|address| node.info(address)), node.held());
-    let Assembled { engine, pulse, routes, blocks, metrics, .. } = node;
+    let Assembled { engine, pulse, routes, takes, blocks, metrics, .. } = node;
+    // Closed when the node ends.
+    let _open = info.as_ref().map(|info| discovery.within().open(info.address.as_str(), takes.clone()));
 
     let (mut parts, end, security) = (Parts::default(), signals.end.clone(), discovery.security().clone());
     let seen = discovery.clone();
@@ -57,6 +60,9 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
     let (routes, health) = server::with_health(routes, Some(DESCRIPTORS)).await?;
     if let Some(listener) = admin {
         parts.task("admin server", admin::serve(listener, metrics, health.clone(), signals.clone()));
+    }
+    if let Some(local) = security.is_open().then(|| machine::listen(listening)).flatten() {
+        parts.task("Unix socket", machine::serve(local, takes, end.clone()));
     }
     let (until, engine_placement) = (end.clone(), placement);
     parts.thread("decode engine", move || {

@@ -7,7 +7,8 @@ use overfill_proto::v1::{KvFrame, PushSummary, kv_frame};
 use overfill_proto::{MAX_FRAME_PAYLOAD, convert, error};
 use overfill_types::{Code, Epoch, Fingerprint, ServiceError, Ticket};
 use tokio::time::{Instant, timeout};
-use tonic::Streaming;
+use tokio_stream::{Stream, StreamExt};
+use tonic::Status;
 
 use crate::admission::Admission;
 use crate::commands::{Commands, LayerRows};
@@ -21,7 +22,7 @@ pub(crate) async fn receive(
     admission: &Admission,
     commands: &Commands,
     metrics: &Metrics,
-    frames: &mut Streaming<KvFrame>,
+    frames: &mut (impl Stream<Item = Result<KvFrame, Status>> + Unpin),
 ) -> Result<PushSummary, ServiceError> {
     let patience = admission.reservation_timeout();
     let Some(first) = next(frames, patience).await? else {
@@ -43,7 +44,7 @@ async fn take(
     mut assembler: Assembler,
     first: KvFrame,
     (commands, metrics): (&Commands, &Metrics),
-    frames: &mut Streaming<KvFrame>,
+    frames: &mut (impl Stream<Item = Result<KvFrame, Status>> + Unpin),
     patience: Duration,
 ) -> Result<PushSummary, ServiceError> {
     let mut summary = PushSummary::default();
@@ -94,10 +95,14 @@ fn names(frame: &KvFrame) -> (Fingerprint, Ticket, Epoch) {
     (Fingerprint::new(frame.fingerprint.as_str()), Ticket::new(frame.ticket.as_str()), Epoch(frame.epoch))
 }
 
-async fn next(frames: &mut Streaming<KvFrame>, patience: Duration) -> Result<Option<KvFrame>, ServiceError> {
-    match timeout(patience, frames.message()).await {
-        Ok(Ok(frame)) => Ok(frame),
-        Ok(Err(error)) => {
+async fn next(
+    frames: &mut (impl Stream<Item = Result<KvFrame, Status>> + Unpin),
+    patience: Duration,
+) -> Result<Option<KvFrame>, ServiceError> {
+    match timeout(patience, frames.next()).await {
+        Ok(None) => Ok(None),
+        Ok(Some(Ok(frame))) => Ok(Some(frame)),
+        Ok(Some(Err(error))) => {
             let error = error::from_status(&error, "the prefill node");
             Err(ServiceError::of_way(error.code, format!("the push broke off: {error}")))
         }

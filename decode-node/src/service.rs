@@ -6,15 +6,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use overfill_guide::Guides;
-use overfill_lifecycle::Trace;
+use overfill_lifecycle::{Trace, TraceHeaders};
 use overfill_node::Refusals;
 use overfill_proto::v1::decode_server::Decode;
 use overfill_proto::v1::{self, DecodeEvent, DecodeRequest, KvFrame, NodeStatus, PushSummary, Reserved, call, decode_event};
 use overfill_proto::{convert, error};
 use overfill_transport::calls::{EventReceiver, Serving, Signals};
+use overfill_transport::push::{Frames, Taken, Takes};
 use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServedPair, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_stream::{Stream, StreamExt};
 use tonic::codegen::http::HeaderMap;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::field::Empty;
@@ -92,6 +94,21 @@ impl DecodeService {
         self.commands.admit(Sequence::new(asked, guide, reservation, events, patience, (self.metrics.clone(), trace))).await?;
         Ok(answer)
     }
+
+    /// Takes one handoff, over whichever way it comes.
+    async fn receive(
+        &self,
+        mut frames: impl Stream<Item = Result<KvFrame, Status>> + Unpin,
+        headers: &HeaderMap,
+    ) -> Result<PushSummary, ServiceError> {
+        let span = info_span!("receive", otel.kind = "server", trace_id = Empty);
+        let _trace = Trace::begin(span.clone(), headers);
+        let receiving = receiver::receive(&self.admission, &self.commands, &self.metrics, &mut frames);
+        let summary = receiving.instrument(span.clone()).await;
+        self.metrics.pushed(&summary);
+        let _in = span.enter();
+        summary.inspect_err(|error| tracing::info!(code = %error.code, %error, "push refused"))
+    }
 }
 
 impl Serving for DecodeService {
@@ -139,16 +156,17 @@ impl Serving for DecodeService {
 #[tonic::async_trait]
 impl Decode for DecodeService {
     async fn push_kv(&self, request: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
-        let (headers, _, mut frames) = request.into_parts();
-        let span = info_span!("receive", otel.kind = "server", trace_id = Empty);
-        let _trace = Trace::begin(span.clone(), headers.as_ref());
-        let receiving = receiver::receive(&self.admission, &self.commands, &self.metrics, &mut frames);
-        let summary = receiving.instrument(span.clone()).await;
-        self.metrics.pushed(&summary);
-        let _in = span.enter();
-        summary.map(Response::new).map_err(|error| {
-            tracing::info!(code = %error.code, %error, "push refused");
-            error::to_peer(&error)
+        let (headers, _, frames) = request.into_parts();
+        self.receive(frames, headers.as_ref()).await.map(Response::new).map_err(|error| error::to_peer(&error))
+    }
+}
+
+impl Takes for DecodeService {
+    fn take(self: Arc<Self>, frames: Frames, trace: TraceHeaders) -> Taken {
+        Box::pin(async move {
+            let mut headers = HeaderMap::new();
+            trace.add_to(&mut headers);
+            self.receive(frames.map(Ok), &headers).await
         })
     }
 }

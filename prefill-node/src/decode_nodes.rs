@@ -28,7 +28,7 @@ impl DecodeNodes {
     /// Those that `discovery` knows. Must be called inside a tokio runtime.
     pub fn found_by(discovery: &Discovery) -> Self {
         let view = discovery.knows_decode_nodes().then(|| discovery.watch());
-        Self { pushes: Pushes::new(discovery.connector()), view }
+        Self { pushes: Pushes::new(discovery.connector(), discovery.within().clone(), discovery.security().is_open()), view }
     }
 
     /// Any that a router names.

@@ -4,12 +4,13 @@ use std::path::Path;
 
 use prost::Message;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "overfill/v1/node.proto",
     "overfill/v1/common.proto",
     "overfill/v1/decode.proto",
     "overfill/v1/prefill.proto",
     "overfill/v1/inference.proto",
+    "overfill/v1/local.proto",
     "inference/grpc_service.proto",
 ];
 const GENERATED: [&str; 2] = ["overfill.v1.rs", "inference.rs"];

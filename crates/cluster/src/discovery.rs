@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use overfill_transport::push::Within;
 use overfill_transport::{Connector, PeerSecurity};
 use overfill_types::{NodeInfo, PeerAddress};
 use tokio::sync::watch;
@@ -25,6 +26,7 @@ pub struct Discovery {
     view: watch::Sender<Arc<Snapshot>>,
     source: Source,
     security: PeerSecurity,
+    within: Within,
     /// Keeps the view current, from when it is first asked for; ends with the last clone. A node asks for none.
     follower: Arc<OnceLock<Option<AbortOnDropHandle<()>>>>,
 }
@@ -39,7 +41,13 @@ enum Source {
 
 impl Discovery {
     fn new(source: Source) -> Self {
-        Self { view: watch::Sender::default(), source, security: PeerSecurity::default(), follower: Arc::default() }
+        Self {
+            view: watch::Sender::default(),
+            source,
+            security: PeerSecurity::default(),
+            within: Within::default(),
+            follower: Arc::default(),
+        }
     }
 
     /// Within this process.
@@ -75,6 +83,11 @@ impl Discovery {
     /// What connects to nodes that are found here.
     pub fn connector(&self) -> Connector {
         Connector::secured(self.security.clone())
+    }
+
+    /// The decode nodes of this process.
+    pub fn within(&self) -> &Within {
+        &self.within
     }
 
     /// The current view, and every later one. While the source is away it keeps those nodes that answer.

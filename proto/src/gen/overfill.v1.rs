@@ -2063,3 +2063,42 @@ pub mod inference_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+/// What a prefill node says to a decode node of the same machine, over its Unix socket: each behind its length (32 bits, little
+/// endian), and before the bytes of the frame's keys and of its values, which it is without.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LocalFrame {
+    #[prost(message, optional, tag = "1")]
+    pub frame: ::core::option::Option<KvFrame>,
+    #[prost(uint32, tag = "2")]
+    pub k_bytes: u32,
+    #[prost(uint32, tag = "3")]
+    pub v_bytes: u32,
+    /// Of a push's first frame: the W3C trace context.
+    #[prost(string, tag = "4")]
+    pub traceparent: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub tracestate: ::prost::alloc::string::String,
+}
+/// What the decode node answers, behind its length (32 bits, little endian).
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LocalAnswer {
+    #[prost(oneof = "local_answer::What", tags = "1, 2, 3")]
+    pub what: ::core::option::Option<local_answer::What>,
+}
+/// Nested message and enum types in `LocalAnswer`.
+pub mod local_answer {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum What {
+        /// again and again, until it knows more
+        #[prost(message, tag = "1")]
+        Alive(super::Alive),
+        /// the push is verified; another may follow
+        #[prost(message, tag = "2")]
+        Summary(super::PushSummary),
+        /// it is not, and the connection ends
+        #[prost(message, tag = "3")]
+        Ended(super::Ended),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Alive {}

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Parser;
 use overfill_cluster::{Discovery, Registration};
 use overfill_prefill_node::DecodeNodes;
-use overfill_transport::push::Pushes;
+use overfill_transport::push::{Pushes, Within};
 use overfill_types::{NodeId, Role};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -82,7 +82,13 @@ impl HostSlot {
             Role::Prefill => {
                 let chunk = chunk.to_string();
                 let cli = overfill_prefill_node::config::Cli::parse_from(flags.chain(["--chunk-tokens", &chunk]));
-                Node::prefill(&cli.config, pairs, DecodeNodes::any(Pushes::new(self.network.connector(&at))), plan).await
+                Node::prefill(
+                    &cli.config,
+                    pairs,
+                    DecodeNodes::any(Pushes::new(self.network.connector(&at), Within::default(), false)),
+                    plan,
+                )
+                .await
             }
             Role::Decode => {
                 let reservation = reservation.as_secs().to_string();

@@ -1,8 +1,8 @@
 //! `overfill bench handoff`: what the KV cache's way from a prefill to a decode node costs, and how much of it is hidden.
 //!
-//! Two real nodes run in this process and speak over loopback; the bench is their router. For each prompt length it measures
+//! Two real nodes run in this process; the bench is their router. For each way between them and each prompt length it measures
 //! the hand-over of a prompt that the full model reads, the push of the same rows when they all are there already (the
-//! transfer's own time), and a plain TCP socket that moves as many bytes.
+//! transfer's own time), and a plain TCP socket that moves as many bytes over loopback.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use overfill_cluster::Discovery;
 use overfill_decode_node::DecodeConfig;
 use overfill_guide::GuideArgs;
@@ -25,11 +25,11 @@ use overfill_proto::v1::{
     DecodeEvent, DecodeRequest, Handoff, HandoffDone, KvCommit, KvFrame, KvRows, PrefillEvent, PrefillRequest, Reserved, Sampling,
     StatusRequest, StopTokens, call, decode_event, kv_frame, prefill_event, said,
 };
-use overfill_transport::Peers;
 use overfill_transport::calls::CallEvents;
-use overfill_transport::push::Pushes;
+use overfill_transport::push::{Pushes, Within};
+use overfill_transport::{PeerSecurity, Peers};
 use overfill_types::prompt_digest;
-use overfill_types::{Epoch, PairManifest, Ticket};
+use overfill_types::{Epoch, PairManifest, PeerAddress, Ticket};
 use serde_json::json;
 
 use crate::bench::spread::Spread;
@@ -40,6 +40,27 @@ const LOADING: Duration = Duration::from_secs(120);
 /// Events that a call tells of at most.
 const EVENTS: usize = 16;
 
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Process => "process",
+            Self::Machine => "machine",
+            Self::Network => "network",
+        }
+    }
+}
+
+/// How far the two nodes are from each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Way {
+    /// One process: rows are handed over as they are
+    Process,
+    /// One machine: a Unix socket
+    Machine,
+    /// Two machines: gRPC, here over loopback
+    Network,
+}
+
 #[derive(Args)]
 pub(crate) struct HandoffArgs {
     #[command(flatten)]
@@ -47,6 +68,9 @@ pub(crate) struct HandoffArgs {
     /// Tokens of the prompt, separated by commas
     #[arg(long, env = "OVERFILL_PROMPT_TOKENS", value_delimiter = ',', default_value = "512,1500")]
     prompt_tokens: Vec<usize>,
+    /// How far the nodes are from each other, separated by commas
+    #[arg(long, env = "OVERFILL_WAYS", value_enum, value_delimiter = ',', default_value = "process,machine,network")]
+    ways: Vec<Way>,
     /// Compute threads of the prefill node
     #[arg(long, env = "OVERFILL_THREADS", default_value_t = 1)]
     threads: u16,
@@ -65,18 +89,20 @@ pub(crate) fn run(args: &HandoffArgs, home: &Home) -> anyhow::Result<()> {
     let dir = args.pair.dir(home)?;
     let manifest = Pair::open(&dir)?.manifest;
     tokio::runtime::Runtime::new()?.block_on(async {
-        let nodes = Drain::new();
-        let (mut bench, prefill, decode) = start(args, dir, manifest, nodes.clone()).await?;
-        let measured = async {
-            for &tokens in &args.prompt_tokens {
-                bench.measure(args, tokens).await?;
-            }
-            nodes.start();
-            anyhow::Ok(())
-        };
-        tokio::try_join!(measured, async { prefill.await.context("the prefill node failed") }, async {
-            decode.await.context("the decode node failed")
-        })?;
+        for &way in &args.ways {
+            let nodes = Drain::new();
+            let (mut bench, prefill, decode) = start(args, way, (dir.clone(), manifest.clone()), nodes.clone()).await?;
+            let measured = async {
+                for &tokens in &args.prompt_tokens {
+                    bench.measure(args, tokens).await?;
+                }
+                nodes.start();
+                anyhow::Ok(())
+            };
+            tokio::try_join!(measured, async { prefill.await.context("the prefill node failed") }, async {
+                decode.await.context("the decode node failed")
+            })?;
+        }
         Ok(())
     })
 }
@@ -84,7 +110,7 @@ pub(crate) fn run(args: &HandoffArgs, home: &Home) -> anyhow::Result<()> {
 type Running<E> = std::pin::Pin<Box<dyn Future<Output = Result<(), E>>>>;
 type Started = (Bench, Running<overfill_prefill_node::RunError>, Running<overfill_decode_node::RunError>);
 
-async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Drain) -> anyhow::Result<Started> {
+async fn start(args: &HandoffArgs, way: Way, (dir, manifest): (PathBuf, PairManifest), end: Drain) -> anyhow::Result<Started> {
     let node = NodeArgs {
         advertise: None,
         admin: None,
@@ -119,17 +145,27 @@ async fn start(args: &HandoffArgs, dir: PathBuf, manifest: PairManifest, end: Dr
         nice: 0,
         reservation_timeout: 30,
     };
-    let listen = || tokio::net::TcpListener::bind("127.0.0.1:0");
-    let (for_prefill, for_decode) = (listen().await?, listen().await?);
-    let addresses = [for_prefill.local_addr()?, for_decode.local_addr()?].map(|a| a.to_string());
-    let discovery = Discovery::memory();
-    let prefill = overfill_prefill_node::run(prefill, for_prefill, discovery.clone(), end.clone());
+    let for_prefill = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let for_decode = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let address: PeerAddress = for_decode.local_addr()?.to_string().parse()?;
+    let addresses = [for_prefill.local_addr()?.to_string(), address.to_string()];
+    // Nodes that know each other by a token go the way over the network whatever machine they are on.
+    let security = if way == Way::Network { PeerSecurity::of_one_process()? } else { PeerSecurity::default() };
+    let discovery = Discovery::memory().secured(security.clone());
+    let (found, within) = match way {
+        Way::Process => (discovery.clone(), discovery.within().clone()),
+        Way::Machine | Way::Network => (Discovery::fixed(Vec::new(), vec![address]).secured(security.clone()), Within::default()),
+    };
+    let connector = discovery.connector();
+    let prefill = overfill_prefill_node::run(prefill, for_prefill, found, end.clone());
     let decode = overfill_decode_node::run(decode, for_decode, discovery, end);
-    let bench = Bench { addresses, peers: Peers::default(), pushes: Pushes::default(), manifest, requests: 0 };
+    let pushes = Pushes::new(connector.clone(), within, security.is_open());
+    let bench = Bench { way, addresses, peers: Peers::new(connector), pushes, manifest, requests: 0 };
     Ok((bench, Box::pin(prefill), Box::pin(decode)))
 }
 
 struct Bench {
+    way: Way,
     /// Of the prefill and of the decode node.
     addresses: [String; 2],
     peers: Peers,
@@ -162,13 +198,14 @@ impl Bench {
         let hidden = 1.0 - tail / own;
         if args.json {
             let line = json!({
-                "bench": "handoff", "prompt_tokens": tokens, "bytes": bytes, "tail_ms": tail, "transfer_ms": own, "hidden": hidden,
+                "bench": "handoff", "way": self.way.name(), "prompt_tokens": tokens, "bytes": bytes, "tail_ms": tail, "transfer_ms": own, "hidden": hidden,
                 "push_megabytes_per_second": rate(own), "socket_megabytes_per_second": rate(plain),
             });
             println!("{line}");
         } else {
             println!(
-                "{tokens:5} tokens  {:6.1} MB  {tail:6.2} ms from the last layer to the acknowledgement, {own:6.2} ms alone: {:.1} % hidden  push {:6.0} MB/s, plain socket {:6.0} MB/s ({:.0} %)",
+                "{:7} {tokens:5} tokens  {:6.1} MB  {tail:6.2} ms from the last layer to the acknowledgement, {own:6.2} ms alone: {:.1} % hidden  push {:6.0} MB/s, plain socket {:6.0} MB/s ({:.0} %)",
+                self.way.name(),
                 bytes as f64 / 1e6,
                 hidden * 100.0,
                 rate(own),

@@ -2,7 +2,11 @@
 //!
 //! A push takes the connection to its node that carries the fewest: pushes on one connection share its window, so one that
 //! the decode node takes slowly would hold up the others. Connecting again for each push would cost it a round trip, and its
-//! first window.
+//! first window. A decode node of the same process is handed the frames as they are (`within`), one of the same machine over a
+//! Unix socket (`machine`).
+
+pub mod machine;
+mod within;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -20,6 +24,9 @@ use tonic::Request;
 
 use crate::connection::{Channel, Connector};
 
+use self::machine::Streams;
+pub use self::within::{Frames, Open, Taken, Takes, Within};
+
 /// Connections to one decode node: as many as pushes that the network may have to carry at a time.
 const CONNECTIONS: usize = 4;
 /// Nodes whose connections are kept at most, beside those that pushes are under way to.
@@ -31,6 +38,9 @@ const KEPT: Duration = Duration::from_secs(300);
 #[derive(Clone, Default)]
 pub struct Pushes {
     connector: Connector,
+    within: Within,
+    /// `None`: none are looked for on this machine.
+    machine: Option<Streams>,
     nodes: Arc<Mutex<HashMap<String, Connections>>>,
 }
 
@@ -47,9 +57,9 @@ struct Connection {
 }
 
 impl Pushes {
-    /// Whose connections `connector` makes.
-    pub fn new(connector: Connector) -> Self {
-        Self { connector, nodes: Arc::default() }
+    /// Whose connections `connector` makes, but to the nodes of this process, and, if they are `looked_for`, those of this machine.
+    pub fn new(connector: Connector, within: Within, looked_for: bool) -> Self {
+        Self { connector, within, machine: looked_for.then(Streams::default), nodes: Arc::default() }
     }
 
     /// Pushes `frames` to the decode node at `address`; returns when it has verified them all.
@@ -62,15 +72,21 @@ impl Pushes {
         frames: impl Stream<Item = KvFrame> + Send + 'static,
         trace: TraceHeaders,
     ) -> Result<PushSummary, ServiceError> {
-        let (channel, _carried) = self.connection(address)?;
-        let mut request = Request::new(frames);
-        trace.add_to(request.metadata_mut().as_mut());
-        let pushed = DecodeClient::new(channel).max_encoding_message_size(MAX_MESSAGE).push_kv(request).await;
-        pushed.map(tonic::Response::into_inner).map_err(|told| {
-            let peer = format!("decode node {address}");
-            let error = error::from_status(&told, &peer);
-            ServiceError { message: format!("the handoff to {peer} failed: {error}"), ..error }
-        })
+        let peer = format!("decode node {address}");
+        let pushed = if let Some(node) = self.within.at(address) {
+            node.take(Box::pin(frames), trace).await
+        } else if let Some(machine) = &self.machine
+            && let Some(stream) = machine.to(address).await
+        {
+            machine.push(stream, frames, trace, &peer).await
+        } else {
+            let (channel, _carried) = self.connection(address)?;
+            let mut request = Request::new(frames);
+            trace.add_to(request.metadata_mut().as_mut());
+            let pushed = DecodeClient::new(channel).max_encoding_message_size(MAX_MESSAGE).push_kv(request).await;
+            pushed.map(tonic::Response::into_inner).map_err(|told| error::from_status(&told, &peer))
+        };
+        pushed.map_err(|error| ServiceError { message: format!("the handoff to {peer} failed: {error}"), ..error })
     }
 
     /// The connection to a node that carries the fewest pushes, and what counts one more on it.

@@ -91,9 +91,14 @@ impl PeerSecurity {
         Ok(Self { tls: None, token: Some(ClusterToken::random()?) })
     }
 
+    /// Whether processes know each other by nothing.
+    pub fn is_open(&self) -> bool {
+        self.tls.is_none() && self.token.is_none()
+    }
+
     /// Says it once where whoever reaches `listening` is served, unless only this machine does.
     pub fn warn_where_open(&self, listening: SocketAddr) {
-        if self.tls.is_none() && self.token.is_none() && !listening.ip().is_loopback() {
+        if self.is_open() && !listening.ip().is_loopback() {
             tracing::warn!(
                 %listening,
                 "whoever reaches this node is served: --cluster-token-file or --peer-tls-cert, --peer-tls-key and --peer-tls-ca keep others out"

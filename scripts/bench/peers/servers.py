@@ -1,0 +1,127 @@
+"""Whole servers under the same load, one after the other: `overfill bench serve` is the client of all of them.
+
+Prompts of 256 random tokens, answers of 64. Closed loops of 1 and 16 requests, and requests that arrive at given rates (Poisson), whose
+goodput is counted for two pairs of bounds.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import time
+import urllib.request
+
+import models
+
+PORT = 17800
+PROMPT, ANSWER = 256, 64
+CLOSED = (1, 16)
+STARTING = 600
+"""Seconds that a server may take to answer: vLLM compiles for minutes."""
+BOUNDS = {"TTFT 1 s, TPOT 50 ms": (1.0, 0.050), "TTFT 0.3 s, TPOT 25 ms": (0.3, 0.025)}
+
+
+def overfill(options, _):
+    command = [options.bin / "overfill", "serve", "--pair", options.pair, "--http", f"127.0.0.1:{PORT}", "--grpc", f"127.0.0.1:{PORT + 1}"]
+    return command, {"OVERFILL_LOG": "warn"}
+
+
+def llama_server(layers):
+    def command(options, folder):
+        context = max(CLOSED) * 2 * (PROMPT + ANSWER)
+        flags = ["--host", "127.0.0.1", "--port", PORT, "-np", max(CLOSED), "-c", context, "-t", max(options.threads)]
+        return [folder / "build" / "bin" / "llama-server", "-m", models.gguf(options, layers), *flags], {}
+
+    return command
+
+
+def vllm(options, folder):
+    model, cores = models.folder(options), f"0-{max(options.threads) - 1}"
+    command = [folder / "venv" / "bin" / "vllm", "serve", model, "--host", "127.0.0.1", "--port", PORT, "--max-model-len", 2048]
+    return command, {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": cores}
+
+
+SERVERS = {
+    "overfill": (None, overfill, {}),
+    "overfill, full model alone": (None, overfill, {"quality": "full"}),
+    "llama-server, Q8_0": ("llama.cpp", llama_server("q8_0"), {}),
+    "llama-server, Q4_0": ("llama.cpp", llama_server("q4_0"), {}),
+    "vLLM, bf16": ("vllm", vllm, {}),
+}
+"""Name: the peer that it is of, its command and environment, fields of each request."""
+
+
+@contextlib.contextmanager
+def running(options, folder, begin, log):
+    """A server, from when it answers to when it has ended."""
+    command, environment = begin(options, folder)
+    with open(log, "w") as file:
+        process = subprocess.Popen([str(word) for word in command], env={**os.environ, **environment}, stdout=file, stderr=file, start_new_session=True)
+    try:
+        until = time.monotonic() + STARTING
+        while not answers():
+            if process.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"{command[0]} does not serve:\n{log.read_text()[-4000:]}")
+            time.sleep(0.5)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def answers():
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/models", timeout=2) as told:
+            return told.status == 200
+    except OSError:
+        return False
+
+
+def load(options, fields, seed, *shape):
+    """What `overfill bench serve` saw of one load. Prompts of another seed are others: none is in a cache."""
+    result = options.work / "load.json"
+    result.unlink(missing_ok=True)
+    command = [options.bin / "overfill", "bench", "serve", "--base-url", f"http://127.0.0.1:{PORT}", "--seed", seed, "--dataset-name", "random"]
+    command += ["--random-input-len", PROMPT, "--random-output-len", ANSWER, "--tokenizer", options.pair, "--ignore-eos"]
+    command += ["--save-result", "--save-detailed", "--result-dir", result.parent, "--result-filename", result.name, *shape]
+    if fields:
+        command += ["--extra-body", json.dumps(fields)]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    return json.loads(result.read_text())
+
+
+def figures(told):
+    """Of one load; goodput by each pair of bounds, in requests a second."""
+    good = dict.fromkeys(BOUNDS, 0)
+    for ttft, itls in zip(told["ttfts"], told["itls"]):
+        tpot = sum(itls) / len(itls) if itls else float("inf")
+        for name, (first, each) in BOUNDS.items():
+            good[name] += 0 < ttft <= first and tpot <= each
+    kept = {key: told[key] for key in ("completed", "request_throughput", "output_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")}
+    return {**kept, "goodput": {name: count / told["duration"] for name, count in good.items()}}
+
+
+def measure(options, peers):
+    rows, seed = [], 0
+    for number in range(options.rounds):
+        for server, (peer, begin, fields) in SERVERS.items():
+            if peer and peer not in peers:
+                continue
+            print(f"round {number + 1} of {options.rounds}: {server}", flush=True)
+            with running(options, peers.get(peer), begin, pathlib.Path(options.work) / "server.log"):
+                load(options, fields, 10_000 + seed, "--num-prompts", 8, "--max-concurrency", 4)
+                for most in CLOSED:
+                    seed += 1
+                    told = load(options, fields, seed, "--num-prompts", 16 + 4 * most, "--max-concurrency", most)
+                    rows.append({"server": server, "at_once": most, **figures(told)})
+                # A rate takes its time: one round of them.
+                for rate in options.rates if number == 0 else []:
+                    seed += 1
+                    told = load(options, fields, seed, "--num-prompts", max(12, int(rate * options.seconds)), "--request-rate", rate)
+                    rows.append({"server": server, "rate": rate, **figures(told)})
+    return rows
