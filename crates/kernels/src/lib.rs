@@ -51,4 +51,5 @@ pub use kv::{BLOCK_MULTIPLE, KvFormat, KvLayer, KvShape, Run};
 pub use product::{Matrix, products};
 pub use quantised::QuantisedMatrix;
 pub use rows::{Addend, Gate, add, gated, norm_parts, rms_norm, rotate, soft_cap};
+pub use simd::{Vectors, use_at_most};
 pub use thread_pool::{Placement, ThreadPool};

