@@ -4,23 +4,22 @@ use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
 
 use crate::cache::{KvCache, KvTensors};
-use crate::config::{LlamaConfig, Scalars};
+use crate::config::Scalars;
 use crate::error::ModelError;
 #[cfg(feature = "cuda")]
-use crate::gpu::{launch, tiles};
-use crate::pass::Chunk;
+use crate::gpu::launch;
+use crate::gpu::step::Step;
 
 /// Puts the step's keys and values, `[tokens, kv_heads, head_dim]`, into one layer of the cache.
-pub(crate) fn append(cache: &mut KvCache, layer: usize, chunks: &[Chunk<'_>], k: &Tensor, v: &Tensor) -> Result<(), ModelError> {
+pub(crate) fn append(cache: &mut KvCache, step: &Step<'_>, layer: usize, k: &Tensor, v: &Tensor) -> Result<(), ModelError> {
     #[cfg(feature = "cuda")]
-    if k.device().is_cuda() {
-        let slots = tiles::slots(chunks, cache.block_tokens());
+    if let Some(told) = &step.told {
         let rows = cache.tensors(layer)?;
-        launch::append(&rows.k, k, &slots)?;
-        return Ok(launch::append(&rows.v, v, &slots)?);
+        launch::append(&rows.k, k, told)?;
+        return Ok(launch::append(&rows.v, v, told)?);
     }
     let mut first = 0;
-    for chunk in chunks {
+    for chunk in step.chunks {
         let count = chunk.tokens.len();
         let runs = cache.runs(layer, chunk.blocks, chunk.start, count)?;
         let rows = cache.tensors(layer)?;
@@ -37,17 +36,18 @@ pub(crate) fn append(cache: &mut KvCache, layer: usize, chunks: &[Chunk<'_>], k:
 }
 
 /// Causal attention of the step's queries `[tokens, heads, head_dim]`, in chunk order; gives `[tokens, heads * head_dim]`.
-pub(crate) fn attend(cache: &KvCache, layer: usize, chunks: &[Chunk<'_>], q: &Tensor, config: &LlamaConfig) -> Result<Tensor, ModelError> {
+pub(crate) fn attend(cache: &KvCache, step: &Step<'_>, layer: usize, q: &Tensor) -> Result<Tensor, ModelError> {
+    let Step { config, chunks, .. } = step;
     let window = config.layers[layer].window.unwrap_or(usize::MAX);
     #[cfg(feature = "cuda")]
-    if q.device().is_cuda() && tiles::fits(config) {
-        let attention = launch::Attention { chunks, config, window, block_tokens: cache.block_tokens() };
+    if let Some(tiles) = step.told.as_ref().and_then(|told| told.tiles.as_ref()) {
+        let attention = launch::Attention { tiles, config, window, block_tokens: cache.block_tokens() };
         let rows = cache.tensors(layer)?;
         return Ok(q.contiguous()?.apply_op3_no_bwd(&rows.k, &rows.v, &attention)?.flatten_from(D::Minus(2))?);
     }
     let mut first = 0;
     let mut outs = Vec::with_capacity(chunks.len());
-    for chunk in chunks {
+    for chunk in *chunks {
         let count = chunk.tokens.len();
         let runs = cache.runs(layer, chunk.blocks, 0, chunk.start + count)?;
         outs.push(attend_chunk(cache.tensors(layer)?, &runs, chunk.start, &q.narrow(0, first, count)?, &config.scalars, window)?);

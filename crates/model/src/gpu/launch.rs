@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, Inplace
 use half::f16;
 
 use crate::config::LlamaConfig;
-use crate::gpu::tiles::{THREADS, Tiles, shared};
+use crate::gpu::tiles::{THREADS, Tiles, fits, shared, slots};
 use crate::pass::Chunk;
 
 const SOURCE: &str = include_str!("kernels/attention.cu");
@@ -44,28 +44,57 @@ fn grid(x: usize, y: usize, z: usize, shared_floats: usize) -> LaunchConfig {
     }
 }
 
+/// What the kernels are told of a pass, on its device.
+pub(crate) struct Told {
+    /// Of its tokens' rows.
+    slots: CudaSlice<i32>,
+    /// `None` where the kernel does not compute the attention of such a model.
+    pub(crate) tiles: Option<OnDevice>,
+}
+
+/// [`Tiles`], there.
+pub(crate) struct OnDevice {
+    tables: CudaSlice<i32>,
+    tiles: CudaSlice<i32>,
+    segments: usize,
+}
+
+impl Told {
+    pub(crate) fn of(chunks: &[Chunk<'_>], config: &LlamaConfig, block_tokens: usize, device: &CudaDevice) -> Result<Self> {
+        let upload = |numbers: &[i32]| device.clone_htod(numbers);
+        let tiles = match fits(config) {
+            true => {
+                let Tiles { tables, tiles, segments } =
+                    Tiles::of(chunks, block_tokens, config.heads / config.kv.kv_heads, config.kv.kv_heads);
+                Some(OnDevice { tables: upload(&tables)?, tiles: upload(&tiles)?, segments })
+            }
+            false => None,
+        };
+        Ok(Self { slots: upload(&slots(chunks, block_tokens))?, tiles })
+    }
+}
+
 /// Puts the rows of a pass's tokens, `[tokens, kv_heads, head_dim]`, into their slots of `rows`.
 ///
 /// # Errors
 /// Where the device has no memory, or the kernel does not compile.
-pub(crate) fn append(rows: &Tensor, from: &Tensor, slots: &[i32]) -> Result<()> {
-    rows.inplace_op2(&from.contiguous()?, &Append { slots })
+pub(crate) fn append(rows: &Tensor, from: &Tensor, told: &Told) -> Result<()> {
+    rows.inplace_op2(&from.contiguous()?, &Append { slots: &told.slots })
 }
 
 struct Append<'a> {
-    slots: &'a [i32],
+    slots: &'a CudaSlice<i32>,
 }
 
 impl Append<'_> {
     fn run<T: CudaDType + DeviceRepr>(&self, rows: &mut CudaStorage, from: &CudaStorage, layout: &Layout) -> Result<()> {
         let device = from.device().clone();
         let append = kernel(&device, "append", rows.dtype())?;
-        let slots = device.clone_htod(self.slots)?;
         let from = from.as_cuda_slice::<f32>()?.slice(layout.start_offset()..);
         let width = (layout.shape().elem_count() / self.slots.len()) as i32;
         let stream = device.cuda_stream();
         let mut launch = stream.launch_builder(&append);
-        launch.arg(rows.as_cuda_slice_mut::<T>()?).arg(&from).arg(&slots).arg(&width);
+        launch.arg(rows.as_cuda_slice_mut::<T>()?).arg(&from).arg(self.slots).arg(&width);
         // SAFETY: the kernel reads `width` numbers for each slot from `from`, and writes as many to slots of a block table that was
         // checked against the cache.
         unsafe { launch.launch(grid(self.slots.len(), 1, 1, 0)) }.w()?;
@@ -93,7 +122,7 @@ impl InplaceOp2 for Append<'_> {
 /// Attention of a pass's queries `[tokens, heads, head_dim]` over one layer's keys and values `[slots, kv_heads, head_dim]`: as the
 /// queries are.
 pub(crate) struct Attention<'a> {
-    pub(crate) chunks: &'a [Chunk<'a>],
+    pub(crate) tiles: &'a OnDevice,
     pub(crate) config: &'a LlamaConfig,
     /// How many positions a token sees.
     pub(crate) window: usize,
@@ -103,12 +132,11 @@ pub(crate) struct Attention<'a> {
 impl Attention<'_> {
     fn run<T: CudaDType + DeviceRepr>(&self, q: &CudaStorage, queries: &Layout, [keys, values]: [&CudaStorage; 2]) -> Result<CudaStorage> {
         let (device, kv) = (q.device(), self.config.kv);
-        let tiles = Tiles::of(self.chunks, self.block_tokens, self.config.heads / kv.kv_heads, kv.kv_heads);
+        let OnDevice { tables, tiles, segments } = self.tiles;
         let rows = queries.shape().elem_count() / kv.head_dim;
-        let (tables, of_tiles) = (device.clone_htod(&tiles.tables)?, device.clone_htod(&tiles.tiles)?);
         // SAFETY: every number of it is written before it is read: each row is of one tile.
         let mut out: CudaSlice<f32> = unsafe { device.alloc(rows * kv.head_dim) }?;
-        let left = if tiles.segments > 1 { rows * tiles.segments * (kv.head_dim + 2) } else { 1 };
+        let left = if *segments > 1 { rows * segments * (kv.head_dim + 2) } else { 1 };
         // SAFETY: as above; with one segment nobody reads it.
         let mut partial: CudaSlice<f32> = unsafe { device.alloc(left) }?;
         let q = q.as_cuda_slice::<f32>()?.slice(queries.start_offset()..);
@@ -120,13 +148,13 @@ impl Attention<'_> {
         let stream = device.cuda_stream();
         let mut launch = stream.launch_builder(&attention);
         launch.arg(&mut out).arg(&mut partial).arg(&q).arg(keys.as_cuda_slice::<T>()?).arg(values.as_cuda_slice::<T>()?);
-        launch.arg(&tables).arg(&of_tiles).arg(&heads).arg(&kv_heads).arg(&head_dim).arg(&block_tokens).arg(&window);
+        launch.arg(tables).arg(tiles).arg(&heads).arg(&kv_heads).arg(&head_dim).arg(&block_tokens).arg(&window);
         launch.arg(&scale).arg(&cap);
         // SAFETY: tiles and tables are of the chunks, which were checked against the cache; the others have the sizes that are told.
-        unsafe { launch.launch(grid(tiles.tiles.len() / 4, kv.kv_heads, tiles.segments, shared(kv.head_dim))) }.w()?;
-        if tiles.segments > 1 {
+        unsafe { launch.launch(grid(tiles.len() / 4, kv.kv_heads, *segments, shared(kv.head_dim))) }.w()?;
+        if *segments > 1 {
             let join = kernel(device, "join_segments", keys.dtype())?;
-            let segments = tiles.segments as i32;
+            let segments = *segments as i32;
             let mut launch = stream.launch_builder(&join);
             launch.arg(&mut out).arg(&partial).arg(&segments).arg(&head_dim);
             // SAFETY: `partial` has what was written of every row and segment.

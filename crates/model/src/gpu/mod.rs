@@ -6,6 +6,7 @@ mod launch;
 mod linear;
 #[cfg(test)]
 mod on_host;
+mod step;
 #[cfg(any(feature = "cuda", test))]
 mod tiles;
 
@@ -20,8 +21,9 @@ use crate::cache::KvCache;
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gpu::linear::{Linear, Matrix};
-use crate::pass::{Chunk, Pass};
-use crate::rope::{Rotary, Turns};
+use crate::gpu::step::Step;
+use crate::pass::Pass;
+use crate::rope::Rotary;
 use crate::weights::Weights;
 
 /// A Llama's weights on a device.
@@ -57,19 +59,12 @@ impl GpuLlama {
         on_layer: &mut dyn FnMut(usize, &KvCache) -> Result<(), ModelError>,
     ) -> Result<Vec<f32>, ModelError> {
         let tokens: Vec<u32> = chunks.iter().flat_map(|c| c.tokens.iter().copied()).collect();
-        let mut turns = Turns::default();
-        rotary.at(chunks, &mut turns);
+        let step = Step::new(config, rotary, chunks, &self.device)?;
+        #[cfg(feature = "cuda")]
+        let step = step.with_told(cache.block_tokens(), &self.device)?;
         let mut x = (self.embedding.rows(&tokens, &self.device)? * config.scalars.embedding)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            let turn = match turns.of(config.layers[i].rotation) {
-                Some(turn) => {
-                    let tensor = |values: &[f32]| Tensor::from_slice(values, (tokens.len(), values.len() / tokens.len()), &self.device);
-                    Some([tensor(&turn.cos)?, tensor(&turn.sin)?])
-                }
-                None => None,
-            };
-            let step = Step { config, layer: i, chunks, turn };
-            let attended = layer.attention(&normed(layer.attention_norm.as_ref(), &x)?, &step, cache, on_layer)?;
+            let attended = layer.attention(&normed(layer.attention_norm.as_ref(), &x)?, (&step, i), cache, on_layer)?;
             x = (x + (normed(layer.attended_norm.as_ref(), &attended)? * config.scalars.residual)?)?;
             let made = layer.mlp(&normed(layer.mlp_norm.as_ref(), &x)?, config.family.gate())?;
             x = (x + (normed(layer.down_norm.as_ref(), &made)? * config.scalars.residual)?)?;
@@ -96,15 +91,6 @@ impl GpuLlama {
 
 fn normed(norm: Option<&Norm>, x: &Tensor) -> Result<Tensor, ModelError> {
     norm.map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
-}
-
-/// What the layers of one forward pass share.
-struct Step<'a> {
-    config: &'a LlamaConfig,
-    layer: usize,
-    chunks: &'a [Chunk<'a>],
-    /// Cosines and sines, each `[tokens, turned / 2]`; `None` where nothing turns.
-    turn: Option<[Tensor; 2]>,
 }
 
 struct Layer {
@@ -152,7 +138,7 @@ impl Layer {
     fn attention(
         &self,
         x: &Tensor,
-        step: &Step<'_>,
+        (step, layer): (&Step<'_>, usize),
         cache: &mut KvCache,
         on_layer: &mut dyn FnMut(usize, &KvCache) -> Result<(), ModelError>,
     ) -> Result<Tensor, ModelError> {
@@ -165,7 +151,7 @@ impl Layer {
                 None => y,
             };
             let y = y.reshape((1, tokens, heads, head_dim))?;
-            let Some([cos, sin]) = &step.turn else { return Ok(y.squeeze(0)?) };
+            let Some([cos, sin]) = step.turn(layer) else { return Ok(y.squeeze(0)?) };
             let turned = 2 * cos.dim(1)?;
             let rotated = rope_thd(&y.narrow(3, 0, turned)?.contiguous()?, cos, sin)?;
             Ok(Tensor::cat(&[rotated, y.narrow(3, turned, head_dim - turned)?], 3)?.squeeze(0)?)
@@ -174,9 +160,9 @@ impl Layer {
         let q = ready(self.q.forward(x)?, step.config.heads, query_norm)?;
         let k = ready(self.k.forward(x)?, kv_heads, key_norm)?;
         let v = self.v.forward(x)?.reshape((tokens, kv_heads, head_dim))?;
-        attention::append(cache, step.layer, step.chunks, &k, &v)?;
-        on_layer(step.layer, cache)?;
-        self.o.forward(&attention::attend(cache, step.layer, step.chunks, &q, step.config)?)
+        attention::append(cache, step, layer, &k, &v)?;
+        on_layer(layer, cache)?;
+        self.o.forward(&attention::attend(cache, step, layer, &q)?)
     }
 
     fn mlp(&self, x: &Tensor, act: Gate) -> Result<Tensor, ModelError> {

@@ -19,8 +19,10 @@ use serde_json::json;
 use crate::cache::KvCache;
 use crate::config::{LlamaConfig, Scalars};
 use crate::gpu::attention::{append, attend};
+use crate::gpu::step::Step;
 use crate::gpu::tiles::{SEGMENT, Tiles, fits, shared, slots};
 use crate::pass::Chunk;
+use crate::rope::Rotary;
 
 const BLOCK: usize = 16;
 
@@ -158,7 +160,8 @@ impl Case {
         let q = Tensor::from_slice(q, (q.len() / self.config.heads / kv.head_dim, self.config.heads, kv.head_dim), &Device::Cpu).unwrap();
         let mut config = self.config.clone();
         config.layers[0].window = self.window;
-        attend(&cache, 0, chunks, &q, &config).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+        let step = Step::new(&config, &Rotary::new(&config), chunks, &Device::Cpu).unwrap();
+        attend(&cache, &step, 0, &q).unwrap().flatten_all().unwrap().to_vec1().unwrap()
     }
 }
 
@@ -230,7 +233,8 @@ fn rows_go_to_their_slots() {
         let from: Vec<f32> = (0..53 * row).map(|_| rng.random_range(-2.0..2.0)).collect();
         let mut cache = KvCache::in_tensors(KvGeometry { layers: 1, ..config.kv }, format, case.keys.len() / row / BLOCK, BLOCK);
         let rows = Tensor::from_slice(&from, (53, config.kv.kv_heads, config.kv.head_dim), &Device::Cpu).unwrap();
-        append(&mut cache, 0, &chunks, &rows, &rows).unwrap();
+        let step = Step::new(&config, &Rotary::new(&config), &chunks, &Device::Cpu).unwrap();
+        append(&mut cache, &step, 0, &rows, &rows).unwrap();
         let expected: Vec<f32> = cache.tensors(0).unwrap().k.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         let mut got = stored(format, &vec![0.0; case.keys.len()]);
         let slots = slots(&chunks, BLOCK);
