@@ -297,6 +297,21 @@ class Weights(unittest.TestCase):
             for volume in workload["spec"]["template"]["spec"]["volumes"]:
                 self.assertIn(f"-{role}@sha256:", volume["image"]["reference"])
 
+    def test_a_gpu_is_asked_for_where_it_is_computed_on(self):
+        objects = rendered("gpu")
+        prefill, decode = workloads(objects, "prefill"), workloads(objects, "decode")
+        self.assertEqual([environment(w)["OVERFILL_DEVICE"] for w in (prefill, decode)], ["cuda:0", "cpu"])
+        images = [container(w)["image"].split(":")[0] for w in (prefill, decode, workloads(objects, "router"))]
+        self.assertEqual(images, ["overfill-cuda", "overfill", "overfill"])
+        self.assertEqual(container(prefill)["imagePullPolicy"], "IfNotPresent")
+        self.assertEqual(container(prefill)["resources"]["limits"]["nvidia.com/gpu"], 1)
+        self.assertEqual(prefill["spec"]["template"]["spec"]["runtimeClassName"], "nvidia")
+        without = helm("gpu", 'prefill.resources={"requests":{"cpu":"2"},"limits":{"memory":"8Gi","nvidia.com/gpu":null}}')
+        self.assertIn("its pods ask for no GPU", without.stderr)
+        claimed = helm("gpu", 'prefill.resources.limits={"nvidia.com/gpu":null}', 'prefill.resources.claims=[{"name":"gpu"}]')
+        self.assertEqual(claimed.returncode, 0, claimed.stderr)
+        self.assertIn("repository", helm("gpu", 'decode.image={"tag":"1"}').stderr)
+
     def test_where_images_cannot_be_mounted_they_are_copied(self):
         for workload in workloads(rendered("copied")):
             role, pod = component(workload["metadata"]["labels"]), workload["spec"]["template"]["spec"]

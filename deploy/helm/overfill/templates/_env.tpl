@@ -45,6 +45,15 @@
   value: 0.0.0.0:{{ $port }}
 - name: OVERFILL_ADVERTISE
   value: $(POD_IP):{{ $port }}
+{{- if hasPrefix "cuda" $settings.device }}
+{{- $asked := false }}
+{{- range $name, $count := $settings.resources.limits }}{{ if and (contains "/" $name) $count }}{{ $asked = true }}{{ end }}{{ end }}
+{{- if not (or $asked $settings.resources.claims) }}
+{{- fail (printf "%s.device is %s, and its pods ask for no GPU: resources.limits, e.g. { nvidia.com/gpu: 1 }, or resources.claims" $component $settings.device) }}
+{{- end }}
+{{- end }}
+- name: OVERFILL_DEVICE
+  value: {{ $settings.device | quote }}
 - name: OVERFILL_THREADS
   {{- if $settings.threads }}
   value: {{ $settings.threads | quote }}

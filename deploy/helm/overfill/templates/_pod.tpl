@@ -6,6 +6,7 @@
 {{- $settings := .workload.settings }}
 {{- $labels := dict "root" $root "component" $component "pool" .workload.pool }}
 {{- $secrets := include "overfill.secrets" . | fromYamlArray }}
+{{- $image := $settings.image | default $values.image }}
 metadata:
   labels:
     {{- include "overfill.labels" $labels | nindent 4 }}
@@ -40,8 +41,8 @@ spec:
   {{- end }}
   containers:
     - name: {{ $component }}
-      image: {{ include "overfill.image" (dict "root" $root "image" $values.image) }}
-      imagePullPolicy: {{ $values.image.pullPolicy }}
+      image: {{ include "overfill.image" (dict "root" $root "image" $image) }}
+      imagePullPolicy: {{ $image.pullPolicy | default $values.image.pullPolicy }}
       command: [{{ ternary "router" (printf "%s-node" $component) (eq $component "router") }}]
       {{- with $settings.extraArgs }}
       args:
