@@ -51,8 +51,8 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
     let node = assemble(id.clone(), &config, loaded, &signals)?;
     let (info, held) = (address.map(|address| node.info(address)), node.held());
     let Assembled { engine, pulse, routes, takes, blocks, metrics, .. } = node;
-    // Closed when the node ends.
-    let _open = info.as_ref().map(|info| discovery.within().open(info.address.as_str(), takes.clone()));
+    // By where it listens, not by what it advertises: who reaches it through something else is to go on doing so.
+    let _open = discovery.within().open(&listening.to_string(), takes.clone());
 
     let (mut parts, end, security) = (Parts::default(), signals.end.clone(), discovery.security().clone());
     let seen = discovery.clone();

@@ -20,7 +20,7 @@ pub trait Takes: Send + Sync {
     fn take(self: Arc<Self>, frames: Frames, trace: TraceHeaders) -> Taken;
 }
 
-/// Those of one process, by the addresses that others know them by. Clones share them.
+/// Those of one process, by the addresses that they listen at. Clones share them.
 #[derive(Clone, Default)]
 pub struct Within(Arc<Mutex<HashMap<String, Arc<dyn Takes>>>>);
 
