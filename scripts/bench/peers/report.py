@@ -31,7 +31,7 @@ def table(columns, rows):
 
 
 def engines(rows):
-    yield "## Engines\n\nTokens per second on the same GGUF files; decode from 64 tokens of context, 96 tokens. The ratio is to the best of the others.\n"
+    yield "## Engines\n\nTokens per second on the same GGUF files; decode from 64 tokens of context, 64 tokens. The ratio is to the best of the others.\n"
     yield from of_vectors([row for row in rows if row["vectors"] == "all"])
     yield "\nKept to AVX2 (`overfill bench engine --vectors avx2`; llama.cpp built for no more):\n"
     yield from of_vectors([row for row in rows if row["vectors"] == "avx2"])

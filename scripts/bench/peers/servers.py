@@ -5,6 +5,7 @@ goodput is counted for two pairs of bounds.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import time
 import urllib.request
 
 import models
+from kept import Kept
 
 PORT = 17800
 PROMPT, ANSWER = 256, 64
@@ -107,21 +109,24 @@ def figures(told):
 
 
 def measure(options, peers):
-    rows, seed = [], 0
+    kept = Kept(options.work / "servers.jsonl")
     for number in range(options.rounds):
         for server, (peer, begin, fields) in SERVERS.items():
-            if peer and peer not in peers:
-                continue
-            print(f"round {number + 1} of {options.rounds}: {server}", flush=True)
-            with running(options, peers.get(peer), begin, pathlib.Path(options.work) / "server.log"):
-                load(options, fields, 10_000 + seed, "--num-prompts", 8, "--max-concurrency", 4)
-                for most in CLOSED:
-                    seed += 1
-                    told = load(options, fields, seed, "--num-prompts", 16 + 4 * most, "--max-concurrency", most)
-                    rows.append({"server": server, "at_once": most, **figures(told)})
+            if peer is None or peer in peers:
                 # A rate takes its time: one round of them.
-                for rate in options.rates if number == 0 else []:
-                    seed += 1
-                    told = load(options, fields, seed, "--num-prompts", max(12, int(rate * options.seconds)), "--request-rate", rate)
-                    rows.append({"server": server, "rate": rate, **figures(told)})
-    return rows
+                rates = options.rates if number == 0 else []
+                kept.measure({"round": number, "server": server}, lambda: loads(options, peers.get(peer), begin, fields, number, rates))
+    return kept.rows
+
+
+def loads(options, folder, begin, fields, number, rates):
+    """What a server makes of each load, from one start."""
+    seeds = itertools.count(1_000 * (number + 1))
+    with running(options, folder, begin, pathlib.Path(options.work) / "server.log"):
+        load(options, fields, next(seeds), "--num-prompts", 8, "--max-concurrency", 4)
+        for most in CLOSED:
+            told = load(options, fields, next(seeds), "--num-prompts", 16 + 4 * most, "--max-concurrency", most)
+            yield {"at_once": most, **figures(told)}
+        for rate in rates:
+            told = load(options, fields, next(seeds), "--num-prompts", max(12, int(rate * options.seconds)), "--request-rate", rate)
+            yield {"rate": rate, **figures(told)}
