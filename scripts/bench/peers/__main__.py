@@ -57,7 +57,7 @@ def main():
         return
     options.work = options.work.absolute()
     peers = {peer: install.install(peer, options.work) for peer in options.peers.split(",") if peer}
-    measured = {"machine": machine(), "rounds": options.rounds}
+    measured = {"machine": machine()}
     if "engines" in options.parts:
         measured["engines"] = engines.measure(options, peers)
     if "servers" in options.parts:

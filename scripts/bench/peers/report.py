@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 HEAD = """# Beside its peers
 
 Written by `scripts/bench/peers`, which installs the peers, runs all of them in turns and draws this. {cpu}, {cores} cores ({units}), {day};
-the full model of the default pair, SmolLM2-135M-Instruct; medians of {rounds} rounds, with the least and the greatest.
+the full model of the default pair, SmolLM2-135M-Instruct; medians of the rounds, with the least and the greatest where there are several.
 """
 
 
@@ -30,8 +30,13 @@ def table(columns, rows):
     yield from ("| " + " | ".join(row) + " |" for row in rows)
 
 
+def rounds(rows):
+    number = len({row["round"] for row in rows})
+    return f"{number} rounds" if number > 1 else "one round"
+
+
 def engines(rows):
-    yield "## Engines\n\nTokens per second on the same GGUF files; decode from 64 tokens of context, 64 tokens. The ratio is to the best of the others.\n"
+    yield f"## Engines\n\nTokens per second on the same GGUF files; decode from 64 tokens of context, 64 tokens. The ratio is to the best of the others; {rounds(rows)}.\n"
     yield from of_vectors([row for row in rows if row["vectors"] == "all"])
     yield "\nKept to AVX2 (`overfill bench engine --vectors avx2`; llama.cpp built for no more):\n"
     yield from of_vectors([row for row in rows if row["vectors"] == "avx2"])
@@ -54,7 +59,7 @@ def of_vectors(rows):
 
 def servers(rows):
     names = list(dict.fromkeys(row["server"] for row in rows))
-    yield "## Servers\n\nPrompts of 256 random tokens, answers of 64, the same client (`overfill bench serve`).\n"
+    yield f"## Servers\n\nPrompts of 256 random tokens, answers of 64, the same client (`overfill bench serve`); {rounds(rows)}.\n"
     closed = [row for row in rows if "at_once" in row]
     shown = []
     for at_once, name in itertools.product(sorted({row["at_once"] for row in closed}), names):
@@ -99,7 +104,7 @@ def plot(rows, target):
 
 def write(measured, folder):
     machine = measured["machine"]
-    page = [HEAD.format(**{**machine, "units": ", ".join(machine["units"]), "rounds": measured["rounds"]})]
+    page = [HEAD.format(**{**machine, "units": ", ".join(machine["units"])})]
     if "engines" in measured:
         page += [*engines(measured["engines"]), ""]
     if "servers" in measured:

@@ -44,14 +44,16 @@ def vllm(options, folder):
     return command, {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": cores}
 
 
+# It closes connections that are kept after a number of answers, without a word.
+ONE_BY_ONE = ["--header", "Connection=close"]
 SERVERS = {
-    "overfill": (None, overfill, {}),
-    "overfill, full model alone": (None, overfill, {"quality": "full"}),
-    "llama-server, Q8_0": ("llama.cpp", llama_server("q8_0"), {}),
-    "llama-server, Q4_0": ("llama.cpp", llama_server("q4_0"), {}),
-    "vLLM, bf16": ("vllm", vllm, {}),
+    "overfill": (None, overfill, []),
+    "overfill, full model alone": (None, overfill, ["--extra-body", '{"quality": "full"}']),
+    "llama-server, Q8_0": ("llama.cpp", llama_server("q8_0"), ONE_BY_ONE),
+    "llama-server, Q4_0": ("llama.cpp", llama_server("q4_0"), ONE_BY_ONE),
+    "vLLM, bf16": ("vllm", vllm, []),
 }
-"""Name: the peer that it is of, its command and environment, fields of each request."""
+"""Name: the peer that it is of, its command and environment, what the client is told beside the load."""
 
 
 @contextlib.contextmanager
@@ -78,22 +80,22 @@ def running(options, folder, begin, log):
 
 def answers():
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/models", timeout=2) as told:
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=2) as told:
             return told.status == 200
     except OSError:
         return False
 
 
-def load(options, fields, seed, *shape):
+def load(options, told, seed, *shape):
     """What `overfill bench serve` saw of one load. Prompts of another seed are others: none is in a cache."""
     result = options.work / "load.json"
     result.unlink(missing_ok=True)
     command = [options.bin / "overfill", "bench", "serve", "--base-url", f"http://127.0.0.1:{PORT}", "--seed", seed, "--dataset-name", "random"]
     command += ["--random-input-len", PROMPT, "--random-output-len", ANSWER, "--tokenizer", options.pair, "--ignore-eos"]
     command += ["--save-result", "--save-detailed", "--result-dir", result.parent, "--result-filename", result.name, *shape]
-    if fields:
-        command += ["--extra-body", json.dumps(fields)]
-    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    done = subprocess.run([str(word) for word in [*command, *told]], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
     return json.loads(result.read_text())
 
 
@@ -111,22 +113,22 @@ def figures(told):
 def measure(options, peers):
     kept = Kept(options.work / "servers.jsonl")
     for number in range(options.rounds):
-        for server, (peer, begin, fields) in SERVERS.items():
+        for server, (peer, begin, told) in SERVERS.items():
             if peer is None or peer in peers:
                 # A rate takes its time: one round of them.
                 rates = options.rates if number == 0 else []
-                kept.measure({"round": number, "server": server}, lambda: loads(options, peers.get(peer), begin, fields, number, rates))
+                kept.measure({"round": number, "server": server}, lambda: loads(options, peers.get(peer), begin, told, number, rates))
     return kept.rows
 
 
-def loads(options, folder, begin, fields, number, rates):
+def loads(options, folder, begin, told, number, rates):
     """What a server makes of each load, from one start."""
     seeds = itertools.count(1_000 * (number + 1))
     with running(options, folder, begin, pathlib.Path(options.work) / "server.log"):
-        load(options, fields, next(seeds), "--num-prompts", 8, "--max-concurrency", 4)
+        load(options, told, next(seeds), "--num-prompts", 8, "--max-concurrency", 4)
         for most in CLOSED:
-            told = load(options, fields, next(seeds), "--num-prompts", 16 + 4 * most, "--max-concurrency", most)
-            yield {"at_once": most, **figures(told)}
+            seen = load(options, told, next(seeds), "--num-prompts", 16 + 4 * most, "--max-concurrency", most)
+            yield {"at_once": most, **figures(seen)}
         for rate in rates:
-            told = load(options, fields, next(seeds), "--num-prompts", max(12, int(rate * options.seconds)), "--request-rate", rate)
-            yield {"rate": rate, **figures(told)}
+            seen = load(options, told, next(seeds), "--num-prompts", max(12, int(rate * options.seconds)), "--request-rate", rate)
+            yield {"rate": rate, **figures(seen)}
