@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def vllm(folder):
 
 def name(requirement):
     """The package that a requirement is of."""
-    return requirement.replace("[", " ").replace(";", " ").replace("=", " ").replace("<", " ").replace(">", " ").replace("!", " ").replace("~", " ").split()[0].lower()
+    return re.match(r"[\w.-]+", requirement)[0].lower()
 
 
 PEERS = {"llama.cpp": llama_cpp, "ik_llama.cpp": ik_llama_cpp, "openvino": openvino, "vllm": vllm}

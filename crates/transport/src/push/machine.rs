@@ -24,7 +24,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::codec::{Decoder, FramedRead};
@@ -41,6 +41,8 @@ const SILENCE: Duration = Duration::from_secs(5);
 const MOST: usize = 256;
 /// Connections that are kept to one node, and nodes that they are kept to.
 const KEPT: (usize, usize) = (4, 256);
+/// How long a connection may wait for its next push: it takes the place of another one.
+const IDLE: Duration = Duration::from_secs(300);
 /// How long it is waited after a connection could not be accepted.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 
@@ -81,7 +83,7 @@ pub async fn serve(listener: UnixListener, node: Arc<dyn Takes>, end: Drain) -> 
 async fn converse(stream: UnixStream, node: Arc<dyn Takes>) -> io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut incoming = FramedRead::new(read, Incoming::default());
-    while let Some(first) = incoming.next().await {
+    while let Ok(Some(first)) = timeout(IDLE, incoming.next()).await {
         let (trace, frame) = first?;
         let told = take(frame, trace, &mut incoming, &mut write, node.clone()).await?;
         let over = told.is_err();
@@ -122,7 +124,7 @@ async fn take(
             }
         }
     });
-    let (mut passed, mut alive) = (false, interval(ALIVE));
+    let (mut passed, mut alive) = (false, interval_at(Instant::now() + ALIVE, ALIVE));
     alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
@@ -237,7 +239,7 @@ async fn say(write: &mut (impl AsyncWrite + Unpin), message: &impl Message, [k, 
     let length = message.encoded_len();
     let mut head = BytesMut::with_capacity(4 + length);
     head.put_u32_le(length as u32);
-    head.put_slice(&message.encode_to_vec());
+    message.encode(&mut head).map_err(io::Error::other)?;
     write.write_all_buf(&mut head.chain(k).chain(v)).await
 }
 
