@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use crate::config::LlamaConfig;
+use crate::config::{LlamaConfig, Rotation};
 use crate::error::ModelError;
 #[cfg(feature = "cuda")]
 use crate::gpu::launch::Told;
@@ -12,8 +12,8 @@ use crate::rope::{Rotary, Turns};
 pub(crate) struct Step<'a> {
     pub(crate) config: &'a LlamaConfig,
     pub(crate) chunks: &'a [Chunk<'a>],
-    /// Cosines and sines of each layer, each `[tokens, turned / 2]`; `None` where nothing turns.
-    turns: Vec<Option<[Tensor; 2]>>,
+    /// Cosines and sines of each rotary embedding that layers have, each `[tokens, turned / 2]`.
+    turns: Vec<(Rotation, [Tensor; 2])>,
     /// What our kernels are told, on a GPU.
     #[cfg(feature = "cuda")]
     pub(crate) told: Option<Told>,
@@ -22,27 +22,21 @@ pub(crate) struct Step<'a> {
 impl<'a> Step<'a> {
     pub(crate) fn new(config: &'a LlamaConfig, rotary: &Rotary, chunks: &'a [Chunk<'a>], device: &Device) -> Result<Self, ModelError> {
         let tokens: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
-        let mut turns = Turns::default();
-        rotary.at(chunks, &mut turns);
-        let mut known: Vec<(_, Option<[Tensor; 2]>)> = Vec::new();
-        let mut of_layers = Vec::with_capacity(config.layers.len());
+        let mut at = Turns::default();
+        rotary.at(chunks, &mut at);
+        let upload = |values: &[f32]| Tensor::from_slice(values, (tokens, values.len() / tokens.max(1)), device);
+        let mut turns: Vec<(Rotation, [Tensor; 2])> = Vec::new();
         for layer in &config.layers {
-            let turn = match known.iter().find(|(rotation, _)| *rotation == layer.rotation) {
-                Some((_, turn)) => turn.clone(),
-                None => {
-                    let upload = |values: &[f32]| Tensor::from_slice(values, (tokens, values.len() / tokens.max(1)), device);
-                    let turn = turns.of(layer.rotation).map(|turn| Ok::<_, ModelError>([upload(&turn.cos)?, upload(&turn.sin)?]));
-                    let turn = turn.transpose()?;
-                    known.push((layer.rotation, turn.clone()));
-                    turn
-                }
-            };
-            of_layers.push(turn);
+            if let Some(turn) = at.of(layer.rotation)
+                && turns.iter().all(|(known, _)| *known != layer.rotation)
+            {
+                turns.push((layer.rotation, [upload(&turn.cos)?, upload(&turn.sin)?]));
+            }
         }
         Ok(Self {
             config,
             chunks,
-            turns: of_layers,
+            turns,
             #[cfg(feature = "cuda")]
             told: None,
         })
@@ -57,7 +51,9 @@ impl<'a> Step<'a> {
         Ok(self)
     }
 
+    /// Of a layer; `None` where nothing turns.
     pub(crate) fn turn(&self, layer: usize) -> Option<&[Tensor; 2]> {
-        self.turns[layer].as_ref()
+        let rotation = self.config.layers[layer].rotation;
+        self.turns.iter().find(|(of, _)| *of == rotation).map(|(_, turn)| turn)
     }
 }
