@@ -8,8 +8,8 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use overfill_kernels::{
-    Activations, AttentionScratch, Bf16Matrix, BlockFormat, DenseMatrix, Gate, Into, KvFormat, KvLayer, KvShape, Matrix, QuantisedMatrix,
-    Reads, Run, Scores, ThreadPool, gated, paged_attention, products, rms_norm,
+    Activations, AttentionScratch, Bf16Matrix, BlockFormat, DenseMatrix, Gate, Into, KvFormat, KvLayer, KvShape, Matrix, Packer,
+    QuantisedMatrix, Reads, Run, Scores, ThreadPool, gated, paged_attention, products, rms_norm,
 };
 
 const HIDDEN: usize = 576;
@@ -36,16 +36,16 @@ fn matrices(pool: &ThreadPool, outputs: usize, inputs: usize) -> Vec<(String, Ma
     let halves: Vec<half::f16> = w.iter().map(|w| half::f16::from_f32(*w)).collect();
     let bfloats: Vec<half::bf16> = w.iter().map(|w| half::bf16::from_f32(*w)).collect();
     let mut all = vec![
-        ("f32".to_owned(), Matrix::Dense(DenseMatrix::from_f32(pool, &w, outputs, inputs))),
-        ("f16".to_owned(), Matrix::Dense(DenseMatrix::from_f16(pool, &halves, outputs, inputs))),
-        ("bf16".to_owned(), Matrix::Bf16(Bf16Matrix::new(pool, &bfloats, outputs, inputs))),
+        ("f32".to_owned(), Matrix::Dense(DenseMatrix::from_f32(&Packer::new(pool), &w, outputs, inputs))),
+        ("f16".to_owned(), Matrix::Dense(DenseMatrix::from_f16(&Packer::new(pool), &halves, outputs, inputs))),
+        ("bf16".to_owned(), Matrix::Bf16(Bf16Matrix::new(&Packer::new(pool), &bfloats, outputs, inputs))),
     ];
     for format in
         [BlockFormat::Q4_0, BlockFormat::Q4_1, BlockFormat::Q5_0, BlockFormat::Q5_1, BlockFormat::Q8_0, BlockFormat::Q4K, BlockFormat::Q6K]
     {
         if inputs.is_multiple_of(format.block()) {
             let bytes = blocks(format, outputs * inputs / format.block());
-            if let Some(packed) = QuantisedMatrix::from_blocks(pool, format, &bytes, outputs, inputs) {
+            if let Some(packed) = QuantisedMatrix::from_blocks(&Packer::new(pool), format, &bytes, outputs, inputs) {
                 all.push((format!("{format:?}"), Matrix::Quantised(packed)));
             }
         }
@@ -73,10 +73,12 @@ fn rows(c: &mut Criterion) {
     let Ok(pool) = ThreadPool::new(1, &[]) else { return };
     let mut group = c.benchmark_group("rows");
     // As quantised matrices read them.
-    let w = Matrix::Quantised(match QuantisedMatrix::from_blocks(&pool, BlockFormat::Q8_0, &blocks(BlockFormat::Q8_0, 1), 1, 32) {
-        Some(w) => w,
-        None => return,
-    });
+    let w = Matrix::Quantised(
+        match QuantisedMatrix::from_blocks(&Packer::new(&pool), BlockFormat::Q8_0, &blocks(BlockFormat::Q8_0, 1), 1, 32) {
+            Some(w) => w,
+            None => return,
+        },
+    );
     let reads = Reads::of(&[&w]);
     for rows in [1, 32] {
         let mut out = Activations::new();

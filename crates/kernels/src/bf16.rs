@@ -21,9 +21,8 @@ use half::bf16;
 
 use crate::activations::Activations;
 use crate::destination::{Destination, PANEL};
-use crate::disjoint::Disjoint;
+use crate::packing::{Packed, Packer};
 use crate::simd::dispatch;
-use crate::thread_pool::ThreadPool;
 
 pub(crate) use rows::{HalfRows, round_row};
 use singles::multiply as singles;
@@ -45,7 +44,7 @@ pub struct Bf16Matrix {
     outputs: usize,
     inputs: usize,
     /// `[panel][group][16 pairs]`; inputs that there are not are zero.
-    lines: Vec<Line>,
+    lines: Packed<Line>,
 }
 
 /// The bits of the bfloat16 next to `x`, ties to even; zero for what is less than [`LEAST`].
@@ -58,6 +57,18 @@ fn round(x: f32) -> u16 {
     if x.abs() < LEAST { 0 } else { rounded }
 }
 
+/// [`round`] of a number that is a bfloat16 already.
+#[inline(always)]
+fn keep(bits: u16) -> u16 {
+    const LEAST_BITS: u16 = (LEAST.to_bits() >> 16) as u16;
+    const INFINITE: u16 = 0x7f80;
+    match bits & 0x7fff {
+        size if size < LEAST_BITS => 0,
+        size if size > INFINITE => bits | 0x40,
+        _ => bits,
+    }
+}
+
 /// The number that a bfloat16's bits stand for.
 #[inline(always)]
 fn number(bits: u16) -> f32 {
@@ -66,18 +77,17 @@ fn number(bits: u16) -> f32 {
 
 impl Bf16Matrix {
     /// Packs bfloat16 weights `[outputs, inputs]`.
-    pub fn new(pool: &ThreadPool, weights: &[bf16], outputs: usize, inputs: usize) -> Self {
+    pub fn new(packer: &Packer<'_>, weights: &[bf16], outputs: usize, inputs: usize) -> Self {
         assert_eq!(weights.len(), outputs * inputs, "a matrix of {outputs} x {inputs}");
-        let (panels, each) = (outputs.div_ceil(PANEL), inputs.div_ceil(GROUP) * PAIRS);
-        let mut lines = vec![Line::default(); panels * each];
-        let to = Disjoint::new(&mut lines);
-        pool.run(panels, |panel| {
-            // SAFETY: each panel is written once.
-            let lines = unsafe { to.part(panel * each, each) };
-            for column in 0..PANEL.min(outputs - panel * PANEL) {
-                let row = &weights[(panel * PANEL + column) * inputs..][..inputs];
-                for (i, w) in row.iter().enumerate() {
-                    lines[i / 2].0[column][i % 2] = round(w.to_f32());
+        let each = inputs.div_ceil(GROUP) * PAIRS;
+        let lines = packer.panels(outputs.div_ceil(PANEL), each, Line::default(), |panel, lines| {
+            let rows = &weights[panel * PANEL * inputs..];
+            // A group of all columns at a time: its lines stay in the first-level cache.
+            for (group, lines) in lines.chunks_exact_mut(PAIRS).enumerate() {
+                for (column, row) in rows.chunks_exact(inputs).take(PANEL).enumerate() {
+                    let mut kept = [0; GROUP];
+                    kept.iter_mut().zip(&row[group * GROUP..]).for_each(|(kept, w)| *kept = keep(w.to_bits()));
+                    lines.iter_mut().zip(kept.as_chunks::<2>().0).for_each(|(line, pair)| line.0[column] = *pair);
                 }
             }
         });
@@ -93,7 +103,7 @@ impl Bf16Matrix {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        size_of_val(self.lines.as_slice())
+        size_of_val(&*self.lines)
     }
 
     pub(crate) fn row(&self, output: usize, to: &mut [f32]) {
@@ -126,6 +136,7 @@ mod tests {
     use crate::lanes;
     use crate::product::Matrix;
     use crate::product::tests::product;
+    use crate::thread_pool::ThreadPool;
 
     /// One output, as the module says that it is summed.
     fn sum(x: &[f32], w: &[f32]) -> f32 {
@@ -159,7 +170,7 @@ mod tests {
             let pool = ThreadPool::new(1, &[]).unwrap();
             let halves: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
             let w: Vec<f32> = halves.iter().map(|w| w.to_f32()).collect();
-            let matrix = Matrix::Bf16(Bf16Matrix::new(&pool, &halves, outputs, inputs));
+            let matrix = Matrix::Bf16(Bf16Matrix::new(&Packer::new(&pool), &halves, outputs, inputs));
             for unit in lanes::here() {
                 let y = lanes::on(unit, || product(&pool, &matrix, &x));
                 for (r, x) in x.chunks(inputs).enumerate() {
@@ -175,6 +186,7 @@ mod tests {
     fn rounding_is_halves_but_for_what_is_small() {
         let mut seen = 0u32;
         for i in 0..=u16::MAX {
+            assert_eq!(keep(i), round(number(i)), "{i:x}");
             for low in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
                 let x = f32::from_bits(u32::from(i) << 16 | low);
                 let want = bf16::from_f32(x);

@@ -10,10 +10,9 @@ use half::f16;
 
 use crate::activations::{Activations, BLOCK_ROWS};
 use crate::destination::{Destination, PANEL, even};
-use crate::disjoint::Disjoint;
 use crate::number::{F16, Number};
+use crate::packing::{Packed, Packer};
 use crate::simd::Simd;
-use crate::thread_pool::ThreadPool;
 
 /// Bytes of `x` that stay in the second-level cache while panels pass.
 const X_BLOCK: usize = 256 << 10;
@@ -24,8 +23,8 @@ const X_BLOCK: usize = 256 << 10;
 struct Line<T>([T; PANEL]);
 
 enum Lines {
-    F32(Vec<Line<f32>>),
-    F16(Vec<Line<F16>>),
+    F32(Packed<Line<f32>>),
+    F16(Packed<Line<F16>>),
 }
 
 /// A weight matrix `[out, in]`, packed for the CPU.
@@ -36,38 +35,32 @@ pub struct DenseMatrix {
 }
 
 fn pack<T: Copy + Sync, N: Number>(
-    pool: &ThreadPool,
+    packer: &Packer<'_>,
     weights: &[T],
     outputs: usize,
     inputs: usize,
     number: impl Fn(T) -> N + Sync,
-) -> Vec<Line<N>> {
+) -> Packed<Line<N>> {
     assert_eq!(weights.len(), outputs * inputs, "a matrix of {outputs} x {inputs}");
-    let panels = outputs.div_ceil(PANEL);
-    let mut lines = vec![Line([N::default(); PANEL]); panels * inputs];
-    let to = Disjoint::new(&mut lines);
-    pool.run(panels, |panel| {
-        // SAFETY: each panel is written once.
-        let lines = unsafe { to.part(panel * inputs, inputs) };
+    packer.panels(outputs.div_ceil(PANEL), inputs, Line([N::default(); PANEL]), |panel, lines| {
         for column in 0..PANEL.min(outputs - panel * PANEL) {
             let row = &weights[(panel * PANEL + column) * inputs..][..inputs];
             for (line, &w) in lines.iter_mut().zip(row) {
                 line.0[column] = number(w);
             }
         }
-    });
-    lines
+    })
 }
 
 impl DenseMatrix {
     /// Packs f32 weights `[outputs, inputs]`.
-    pub fn from_f32(pool: &ThreadPool, weights: &[f32], outputs: usize, inputs: usize) -> Self {
-        Self { outputs, inputs, lines: Lines::F32(pack(pool, weights, outputs, inputs, |w| w)) }
+    pub fn from_f32(packer: &Packer<'_>, weights: &[f32], outputs: usize, inputs: usize) -> Self {
+        Self { outputs, inputs, lines: Lines::F32(pack(packer, weights, outputs, inputs, |w| w)) }
     }
 
     /// Packs half-precision weights `[outputs, inputs]`; products are exact in the weights and sum in f32.
-    pub fn from_f16(pool: &ThreadPool, weights: &[f16], outputs: usize, inputs: usize) -> Self {
-        Self { outputs, inputs, lines: Lines::F16(pack(pool, weights, outputs, inputs, |w| F16(w.to_bits()))) }
+    pub fn from_f16(packer: &Packer<'_>, weights: &[f16], outputs: usize, inputs: usize) -> Self {
+        Self { outputs, inputs, lines: Lines::F16(pack(packer, weights, outputs, inputs, |w| F16(w.to_bits()))) }
     }
 
     pub(crate) fn outputs(&self) -> usize {
@@ -80,8 +73,8 @@ impl DenseMatrix {
 
     pub(crate) fn bytes(&self) -> usize {
         match &self.lines {
-            Lines::F32(lines) => size_of_val(lines.as_slice()),
-            Lines::F16(lines) => size_of_val(lines.as_slice()),
+            Lines::F32(lines) => size_of_val(&**lines),
+            Lines::F16(lines) => size_of_val(&**lines),
         }
     }
 

@@ -32,6 +32,7 @@ mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod number;
+mod packing;
 pub mod peak;
 mod product;
 mod quantised;
@@ -48,6 +49,7 @@ pub use dense::DenseMatrix;
 pub use destination::Into;
 pub use ggml::BlockFormat;
 pub use kv::{BLOCK_MULTIPLE, KvFormat, KvLayer, KvShape, Run};
+pub use packing::Packer;
 pub use product::{Matrix, products};
 pub use quantised::QuantisedMatrix;
 pub use rows::{Addend, Gate, add, gated, norm_parts, rms_norm, rotate, soft_cap};

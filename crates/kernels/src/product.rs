@@ -137,6 +137,7 @@ pub(crate) mod tests {
     use crate::ggml::BlockFormat;
     use crate::ggml::tests::{FORMATS, blocks};
     use crate::lanes;
+    use crate::packing::Packer;
 
     pub(crate) fn noise(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| (((i + seed) * 7919 % 2003) as f32 / 2003.0 - 0.5) * if i % 96 < 32 { 0.01 } else { 3.0 }).collect()
@@ -147,15 +148,15 @@ pub(crate) mod tests {
         let b: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
         let h: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
         let mut all = vec![
-            ("f32".to_owned(), Matrix::Dense(DenseMatrix::from_f32(pool, &w, outputs, inputs))),
-            ("bf16".to_owned(), Matrix::Bf16(Bf16Matrix::new(pool, &b, outputs, inputs))),
-            ("f16".to_owned(), Matrix::Dense(DenseMatrix::from_f16(pool, &h, outputs, inputs))),
+            ("f32".to_owned(), Matrix::Dense(DenseMatrix::from_f32(&Packer::new(pool), &w, outputs, inputs))),
+            ("bf16".to_owned(), Matrix::Bf16(Bf16Matrix::new(&Packer::new(pool), &b, outputs, inputs))),
+            ("f16".to_owned(), Matrix::Dense(DenseMatrix::from_f16(&Packer::new(pool), &h, outputs, inputs))),
         ];
         for format in FORMATS.into_iter().filter(|f| inputs.is_multiple_of(f.block())) {
             let bytes = blocks(format, outputs * inputs / format.block());
             all.push((
                 format!("{format:?}"),
-                Matrix::Quantised(QuantisedMatrix::from_blocks(pool, format, &bytes, outputs, inputs).unwrap()),
+                Matrix::Quantised(QuantisedMatrix::from_blocks(&Packer::new(pool), format, &bytes, outputs, inputs).unwrap()),
             ));
         }
         all
@@ -221,9 +222,9 @@ pub(crate) mod tests {
         let pool = ThreadPool::new(2, &[]).unwrap();
         let (rows, inputs) = (3, 64);
         let x = noise(rows * inputs, 2);
-        let (a, b) = (DenseMatrix::from_f32(&pool, &noise(20 * inputs, 3), 20, inputs), blocks(BlockFormat::Q8_0, 9 * 2));
+        let (a, b) = (DenseMatrix::from_f32(&Packer::new(&pool), &noise(20 * inputs, 3), 20, inputs), blocks(BlockFormat::Q8_0, 9 * 2));
         let a = Matrix::Dense(a);
-        let b = Matrix::Quantised(QuantisedMatrix::from_blocks(&pool, BlockFormat::Q8_0, &b, 9, inputs).unwrap());
+        let b = Matrix::Quantised(QuantisedMatrix::from_blocks(&Packer::new(&pool), BlockFormat::Q8_0, &b, 9, inputs).unwrap());
         let (alone_a, alone_b) = (product(&pool, &a, &x), product(&pool, &b, &x));
         let mut activations = Activations::new();
         activations.set(&pool, &x, inputs, if inputs.is_multiple_of(32) { ALL } else { ANY_WIDTH });

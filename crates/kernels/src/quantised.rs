@@ -10,11 +10,10 @@ use std::ops::Range;
 
 use crate::activations::{Activations, BLOCK_ROWS, GROUP, RoundedBlock};
 use crate::destination::{Destination, PANEL, even};
-use crate::disjoint::Disjoint;
 use crate::ggml::BlockFormat;
 use crate::number::{F16, Number};
+use crate::packing::{Packed, Packer};
 use crate::simd::{LINE, Simd};
-use crate::thread_pool::ThreadPool;
 
 /// Bytes of rounded `x` that stay in the second-level cache while panels pass.
 const X_BLOCK: usize = 256 << 10;
@@ -34,8 +33,8 @@ enum Factors {
 
 /// Both `[panel][group][16]`; no minima where the format has none.
 struct Pairs<T> {
-    scales: Vec<[T; PANEL]>,
-    mins: Vec<[T; PANEL]>,
+    scales: Packed<[T; PANEL]>,
+    mins: Packed<[T; PANEL]>,
 }
 
 /// A quantised weight matrix `[out, in]`, packed for the CPU.
@@ -44,21 +43,27 @@ pub struct QuantisedMatrix {
     outputs: usize,
     inputs: usize,
     /// `[panel][group][line]`
-    codes: Vec<Line>,
+    codes: Packed<Line>,
     factors: Factors,
 }
 
 impl<T: Number> Pairs<T> {
-    fn new(format: BlockFormat, count: usize) -> Self {
-        let zeros = |count| vec![[T::default(); PANEL]; count];
-        Self { scales: zeros(count), mins: zeros(if format.has_min() { count } else { 0 }) }
-    }
-
-    fn set(&mut self, at: usize, column: usize, (scale, min): (f32, f32)) {
-        self.scales[at][column] = T::from_f32(scale);
-        if let Some(mins) = self.mins.get_mut(at) {
-            mins[column] = T::from_f32(min);
-        }
+    /// Of `factors` of a panel's group and column.
+    fn new(
+        packer: &Packer<'_>,
+        format: BlockFormat,
+        panels: usize,
+        groups: usize,
+        factors: impl Fn(usize, usize, usize) -> (f32, f32) + Sync,
+    ) -> Self {
+        let pack = |groups, which: fn((f32, f32)) -> f32| {
+            packer.panels(panels, groups, [T::default(); PANEL], |panel, values| {
+                for (group, values) in values.iter_mut().enumerate() {
+                    values.iter_mut().enumerate().for_each(|(column, value)| *value = T::from_f32(which(factors(panel, group, column))));
+                }
+            })
+        };
+        Self { scales: pack(groups, |(scale, _)| scale), mins: pack(if format.has_min() { groups } else { 0 }, |(_, min)| min) }
     }
 
     fn get(&self, at: usize, column: usize) -> (f32, f32) {
@@ -66,22 +71,11 @@ impl<T: Number> Pairs<T> {
     }
 
     fn bytes(&self) -> usize {
-        size_of_val(self.scales.as_slice()) + size_of_val(self.mins.as_slice())
+        size_of_val(&*self.scales) + size_of_val(&*self.mins)
     }
 }
 
 impl Factors {
-    fn new(format: BlockFormat, count: usize) -> Self {
-        if format.block() == GROUP { Self::F16(Pairs::new(format, count)) } else { Self::F32(Pairs::new(format, count)) }
-    }
-
-    fn set(&mut self, at: usize, column: usize, factors: (f32, f32)) {
-        match self {
-            Self::F16(all) => all.set(at, column, factors),
-            Self::F32(all) => all.set(at, column, factors),
-        }
-    }
-
     fn get(&self, at: usize, column: usize) -> (f32, f32) {
         match self {
             Self::F16(all) => all.get(at, column),
@@ -99,27 +93,24 @@ impl Factors {
 
 impl QuantisedMatrix {
     /// Packs `[outputs, inputs]` weights from the blocks of a GGUF file; `None` where `bytes` are not as many as that takes.
-    pub fn from_blocks(pool: &ThreadPool, format: BlockFormat, bytes: &[u8], outputs: usize, inputs: usize) -> Option<Self> {
+    pub fn from_blocks(packer: &Packer<'_>, format: BlockFormat, bytes: &[u8], outputs: usize, inputs: usize) -> Option<Self> {
         let row_bytes = inputs / format.block() * format.bytes();
         if inputs == 0 || !inputs.is_multiple_of(format.block()) || bytes.len() != outputs * row_bytes {
             return None;
         }
         let (groups, lines, panels) = (inputs / format.group(), format.lines(), outputs.div_ceil(PANEL));
-        let mut codes = vec![Line([0; LINE]); panels * groups * lines];
-        let mut factors = Factors::new(format, panels * groups);
-        for (o, row) in bytes.chunks_exact(row_bytes).enumerate() {
-            for g in 0..groups {
-                factors.set(o / PANEL * groups + g, o % PANEL, format.factors(row, g));
-            }
-        }
-        let to = Disjoint::new(&mut codes);
-        pool.run(panels, |panel| {
-            // SAFETY: each panel is written once.
-            let panel_lines = unsafe { to.part(panel * groups * lines, groups * lines) };
-            for (column, row) in bytes[panel * PANEL * row_bytes..].chunks_exact(row_bytes).take(PANEL).enumerate() {
-                for (g, lines) in panel_lines.chunks_exact_mut(lines).enumerate() {
-                    let codes = format.codes(row, g);
-                    for (l, line) in lines.iter_mut().enumerate() {
+        let row = |panel: usize, column: usize| bytes.get((panel * PANEL + column) * row_bytes..)?.get(..row_bytes);
+        let of_group = |panel, group, column| row(panel, column).map_or((0.0, 0.0), |row| format.factors(row, group));
+        let factors = if format.block() == GROUP {
+            Factors::F16(Pairs::new(packer, format, panels, groups, of_group))
+        } else {
+            Factors::F32(Pairs::new(packer, format, panels, groups, of_group))
+        };
+        let codes = packer.panels(panels, groups * lines, Line([0; LINE]), |panel, of_panel| {
+            for (group, of_group) in of_panel.chunks_exact_mut(lines).enumerate() {
+                for (column, row) in (0..PANEL).map_while(|column| Some((column, row(panel, column)?))) {
+                    let codes = format.codes(row, group);
+                    for (l, line) in of_group.iter_mut().enumerate() {
                         for i in 0..4 {
                             let code = |at: usize| codes[at + l * 4 + i];
                             line.0[column * 4 + i] = if format.four_bits() { code(0) | code(16) << 4 } else { code(0) };
@@ -140,7 +131,7 @@ impl QuantisedMatrix {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        size_of_val(self.codes.as_slice()) + self.factors.bytes()
+        size_of_val(&*self.codes) + self.factors.bytes()
     }
 
     pub(crate) fn row(&self, output: usize, to: &mut [f32]) {
@@ -352,11 +343,13 @@ fn tile<S: Simd, C: Codes, T: Number, const R: usize, const P: usize>(
 mod tests {
     use super::*;
     use crate::ggml::tests::blocks;
+    use crate::thread_pool::ThreadPool;
 
     #[test]
     fn bytes_that_are_no_such_matrix_are_refused() {
         let pool = ThreadPool::new(1, &[]).unwrap();
-        let pack = |format, bytes: &[u8], outputs, inputs| QuantisedMatrix::from_blocks(&pool, format, bytes, outputs, inputs);
+        let pack =
+            |format, bytes: &[u8], outputs, inputs| QuantisedMatrix::from_blocks(&Packer::new(&pool), format, bytes, outputs, inputs);
         let bytes = blocks(BlockFormat::Q8_0, 8);
         assert!(pack(BlockFormat::Q8_0, &bytes, 4, 64).is_some());
         assert!(pack(BlockFormat::Q8_0, &bytes, 4, 48).is_none());

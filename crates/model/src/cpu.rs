@@ -1,11 +1,12 @@
 //! The forward pass on the CPU: our kernels on plain memory, no tensor and no allocation in a step.
 
+use bytemuck::AnyBitPattern;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use overfill_kernels::{
-    Activations, Addend, Bf16Matrix, DenseMatrix, Into, Matrix, QuantisedMatrix, Reads, Run, Scores, ThreadPool, add, gated, norm_parts,
-    paged_attention, products, rms_norm, rotate, soft_cap,
+    Activations, Addend, Bf16Matrix, DenseMatrix, Into, Matrix, Packer, QuantisedMatrix, Reads, Run, Scores, ThreadPool, add, gated,
+    norm_parts, paged_attention, products, rms_norm, rotate, soft_cap,
 };
 use overfill_kv::BlockId;
 use overfill_types::pair::WeightFormat;
@@ -19,7 +20,7 @@ use crate::profile::Part;
 use crate::rope::Rotary;
 use crate::values;
 use crate::weight::Weight;
-use crate::weights::Weights;
+use crate::weights::{InPlace, StoredAs, Weights};
 use crate::workspace::Workspace;
 
 /// A Llama's weights, packed for our kernels.
@@ -58,14 +59,14 @@ struct Linear<const N: usize> {
 
 impl CpuLlama {
     pub(crate) fn load(weights: &Weights, format: WeightFormat, pool: &ThreadPool) -> Result<Self, ModelError> {
-        let config = weights.config();
-        let embedding = matrix(weights, "model.embed_tokens.weight", format, pool)?;
+        let (config, packer) = (weights.config(), &Packer::in_huge_pages(pool));
+        let embedding = matrix(weights, "model.embed_tokens.weight", format, packer)?;
         let head = if config.tied_embeddings || !weights.has("lm_head.weight") {
             None
         } else {
-            Some(matrix(weights, "lm_head.weight", format, pool)?)
+            Some(matrix(weights, "lm_head.weight", format, packer)?)
         };
-        let layers = (0..config.kv.layers).map(|i| Layer::load(weights, i, format, pool)).collect::<Result<_, _>>()?;
+        let layers = (0..config.kv.layers).map(|i| Layer::load(weights, i, format, packer)).collect::<Result<_, _>>()?;
         Ok(Self { embedding, layers, norm: vector(weights, "model.norm.weight")?, head })
     }
 
@@ -187,7 +188,7 @@ impl CpuLlama {
 }
 
 impl Layer {
-    fn load(weights: &Weights, layer: usize, format: WeightFormat, pool: &ThreadPool) -> Result<Self, ModelError> {
+    fn load(weights: &Weights, layer: usize, format: WeightFormat, packer: &Packer<'_>) -> Result<Self, ModelError> {
         let name = |name: &str| format!("model.layers.{layer}.{name}");
         let attention = |which: &str| name(&format!("self_attn.{which}_proj"));
         let mlp = |which: &str| name(&format!("mlp.{which}_proj"));
@@ -203,22 +204,22 @@ impl Layer {
             query_key_norms,
             attended_norm: norm(norms.after_attention)?,
             down_norm: norm(norms.after_mlp)?,
-            qkv: Linear::load(weights, ["q", "k", "v"].map(attention), format, pool)?,
-            output: Linear::load(weights, [attention("o")], format, pool)?,
+            qkv: Linear::load(weights, ["q", "k", "v"].map(attention), format, packer)?,
+            output: Linear::load(weights, [attention("o")], format, packer)?,
             mlp_norm: norm(norms.before_mlp)?,
-            gate_up: Linear::load(weights, ["gate", "up"].map(mlp), format, pool)?,
-            down: Linear::load(weights, [mlp("down")], format, pool)?,
+            gate_up: Linear::load(weights, ["gate", "up"].map(mlp), format, packer)?,
+            down: Linear::load(weights, [mlp("down")], format, packer)?,
         })
     }
 }
 
 impl<const N: usize> Linear<N> {
     /// Loads `{name}.weight` of each, and `{name}.bias` where the file has one.
-    fn load(weights: &Weights, names: [String; N], format: WeightFormat, pool: &ThreadPool) -> Result<Self, ModelError> {
+    fn load(weights: &Weights, names: [String; N], format: WeightFormat, packer: &Packer<'_>) -> Result<Self, ModelError> {
         let mut matrices = Vec::with_capacity(N);
         let mut bias = Vec::new();
         for name in &names {
-            let matrix = matrix(weights, &format!("{name}.weight"), format, pool)?;
+            let matrix = matrix(weights, &format!("{name}.weight"), format, packer)?;
             let (name, before) = (format!("{name}.bias"), matrices.iter().map(Matrix::outputs).sum());
             if weights.has(&name) {
                 bias.resize(before, 0.0);
@@ -283,17 +284,37 @@ fn addend(norm: Option<&[f32]>, eps: f32, factor: f64) -> Option<Addend<'_>> {
     }
 }
 
-fn matrix(weights: &Weights, name: &str, format: WeightFormat, pool: &ThreadPool) -> Result<Matrix, ModelError> {
+fn matrix(weights: &Weights, name: &str, format: WeightFormat, packer: &Packer<'_>) -> Result<Matrix, ModelError> {
+    if let Some(matrix) = weights.in_place(name, format).and_then(|there| packed(&there, packer)) {
+        return Ok(matrix);
+    }
     match weights.matrix(name, format, &Device::Cpu)? {
-        Weight::Quantised(q) => Ok(Matrix::Quantised(quantised(name, &q, pool)?)),
-        Weight::Dense(t) => dense(&t, pool),
+        Weight::Quantised(q) => Ok(Matrix::Quantised(quantised(name, &q, packer)?)),
+        Weight::Dense(t) => dense(&t, packer),
     }
 }
 
-fn quantised(name: &str, q: &QTensor, pool: &ThreadPool) -> Result<QuantisedMatrix, ModelError> {
+/// Packs numbers where they lie in their file; `None` where they lie askew, or are not multiplied so.
+fn packed(there: &InPlace<'_>, packer: &Packer<'_>) -> Option<Matrix> {
+    let [outputs, inputs] = there.shape;
+    fn numbers<T: AnyBitPattern>(bytes: &[u8]) -> Option<&[T]> {
+        bytemuck::try_cast_slice(bytes).ok()
+    }
+    Some(match there.stored {
+        StoredAs::Dense(DType::BF16) => Matrix::Bf16(Bf16Matrix::new(packer, numbers(&there.bytes)?, outputs, inputs)),
+        StoredAs::Dense(DType::F16) => Matrix::Dense(DenseMatrix::from_f16(packer, numbers(&there.bytes)?, outputs, inputs)),
+        StoredAs::Dense(DType::F32) => Matrix::Dense(DenseMatrix::from_f32(packer, numbers(&there.bytes)?, outputs, inputs)),
+        StoredAs::Dense(_) => return None,
+        StoredAs::Blocks(dtype) => {
+            Matrix::Quantised(QuantisedMatrix::from_blocks(packer, block_format(dtype)?, &there.bytes, outputs, inputs)?)
+        }
+    })
+}
+
+fn quantised(name: &str, q: &QTensor, packer: &Packer<'_>) -> Result<QuantisedMatrix, ModelError> {
     let (outputs, inputs) = q.shape().dims2()?;
     let packed = match block_format(q.dtype()) {
-        Some(format) => QuantisedMatrix::from_blocks(pool, format, &q.data()?, outputs, inputs),
+        Some(format) => QuantisedMatrix::from_blocks(packer, format, &q.data()?, outputs, inputs),
         None => None,
     };
     packed.ok_or_else(|| {
@@ -302,12 +323,12 @@ fn quantised(name: &str, q: &QTensor, pool: &ThreadPool) -> Result<QuantisedMatr
     })
 }
 
-fn dense(t: &Tensor, pool: &ThreadPool) -> Result<Matrix, ModelError> {
+fn dense(t: &Tensor, packer: &Packer<'_>) -> Result<Matrix, ModelError> {
     let (outputs, inputs) = t.dims2()?;
     match t.dtype() {
-        DType::BF16 => values::read(t, |w: &[bf16]| Matrix::Bf16(Bf16Matrix::new(pool, w, outputs, inputs))),
-        DType::F16 => values::read(t, |w: &[f16]| Matrix::Dense(DenseMatrix::from_f16(pool, w, outputs, inputs))),
-        _ => values::read(&t.to_dtype(DType::F32)?, |w: &[f32]| Matrix::Dense(DenseMatrix::from_f32(pool, w, outputs, inputs))),
+        DType::BF16 => values::read(t, |w: &[bf16]| Matrix::Bf16(Bf16Matrix::new(packer, w, outputs, inputs))),
+        DType::F16 => values::read(t, |w: &[f16]| Matrix::Dense(DenseMatrix::from_f16(packer, w, outputs, inputs))),
+        _ => values::read(&t.to_dtype(DType::F32)?, |w: &[f32]| Matrix::Dense(DenseMatrix::from_f32(packer, w, outputs, inputs))),
     }
 }
 
@@ -343,7 +364,7 @@ mod tests {
             }
             let storage = QStorage::from_data(Cow::Borrowed(&bytes), &Device::Cpu, dtype).unwrap();
             let expected = QTensor::new(storage, (rows, columns)).unwrap().dequantize(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
-            let ours = Matrix::Quantised(QuantisedMatrix::from_blocks(&pool, format, &bytes, rows, columns).unwrap());
+            let ours = Matrix::Quantised(QuantisedMatrix::from_blocks(&Packer::new(&pool), format, &bytes, rows, columns).unwrap());
             let mut row = vec![0.0; columns];
             for (r, expected) in expected.iter().enumerate() {
                 ours.row(r, &mut row);

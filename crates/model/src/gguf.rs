@@ -6,14 +6,15 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Device};
 
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::gguf_parts::Parts;
 use crate::weight::Weight;
+use crate::weights::{InPlace, StoredAs};
 use crate::{gguf_config, names};
 
 /// An opened GGUF file.
@@ -56,6 +57,25 @@ impl GgufFile {
         Some(place.shape(shape))
     }
 
+    /// A matrix in its file, where its rows stand in their order.
+    pub(crate) fn in_place(&self, name: &str) -> Option<InPlace<'_>> {
+        let names::Place { stored, rows } = names::in_gguf(&self.config, name)?;
+        if names::interleaved_heads(&self.config, name).is_some() {
+            return None;
+        }
+        let (info, bytes) = self.parts.bytes(&stored)?;
+        let (all, inputs) = info.shape.dims2().ok()?;
+        let (row, rows) = (bytes.len().checked_div(all)?, rows.unwrap_or(0..all));
+        let stored = match info.ggml_dtype {
+            GgmlDType::F32 => StoredAs::Dense(DType::F32),
+            GgmlDType::F16 => StoredAs::Dense(DType::F16),
+            GgmlDType::BF16 => StoredAs::Dense(DType::BF16),
+            dtype => StoredAs::Blocks(dtype),
+        };
+        let bytes = bytes.get(rows.start * row..rows.end * row)?;
+        Some(InPlace { bytes: Cow::Borrowed(bytes), shape: [rows.len(), inputs], stored })
+    }
+
     pub(crate) fn tensor(&self, name: &str, device: &Device) -> Result<Weight, ModelError> {
         let missing = || ModelError::Format { path: self.path.clone(), what: format!("tensor {name} is missing") };
         let names::Place { stored, rows } = names::in_gguf(&self.config, name)
@@ -71,7 +91,7 @@ impl GgufFile {
         Ok(match tensor.dtype() {
             GgmlDType::F32 => Weight::Dense(tensor.dequantize(device)?),
             GgmlDType::F16 => Weight::Dense(tensor.dequantize_f16(device)?),
-            GgmlDType::BF16 => Weight::Dense(tensor.dequantize(device)?.to_dtype(candle_core::DType::BF16)?),
+            GgmlDType::BF16 => Weight::Dense(tensor.dequantize(device)?.to_dtype(DType::BF16)?),
             _ => Weight::Quantised(Arc::new(tensor)),
         })
     }

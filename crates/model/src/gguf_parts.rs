@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use candle_core::quantized::QTensor;
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
+use memmap2::Mmap;
 
 use crate::error::ModelError;
 use crate::gguf_config::whole;
@@ -20,10 +21,27 @@ use crate::gguf_header;
 pub(crate) struct Parts {
     /// The first part's values, and the tensors of all: where one lies in its file is not told from the beginning of this one.
     content: Content,
-    /// Each file, and where its tensors begin.
-    files: Vec<(PathBuf, u64)>,
+    files: Vec<Part>,
     /// The file of each tensor.
     places: HashMap<String, usize>,
+}
+
+struct Part {
+    path: PathBuf,
+    /// The file, in which tensors are looked up where they lie.
+    mapped: Mmap,
+    /// Where its tensors begin.
+    begin: u64,
+}
+
+impl Part {
+    fn new(path: PathBuf, content: &Content) -> Result<Self, ModelError> {
+        // SAFETY: the file is mapped for reading. Whoever changes a checkpoint while a node loads it gets wrong weights, which the
+        // check of the weights' hash finds when a pair is loaded; no memory of ours is at stake.
+        let mapped = unsafe { Mmap::map(&open(&path)?) };
+        let mapped = mapped.map_err(|source| ModelError::Read { path: path.clone(), source })?;
+        Ok(Self { path, mapped, begin: content.tensor_data_offset })
+    }
 }
 
 impl Parts {
@@ -62,7 +80,7 @@ impl Parts {
             match &mut all {
                 None => {
                     let places = content.tensor_infos.keys().map(|name| (name.clone(), 0)).collect();
-                    all = Some(Self { files: vec![(path, content.tensor_data_offset)], content, places });
+                    all = Some(Self { files: vec![Part::new(path, &content)?], content, places });
                 }
                 Some(all) => all.add(path, content)?,
             }
@@ -79,13 +97,14 @@ impl Parts {
     }
 
     fn add(&mut self, path: PathBuf, content: Content) -> Result<(), ModelError> {
+        let part = Part::new(path, &content)?;
         for (name, info) in content.tensor_infos {
             if self.places.insert(name.clone(), self.files.len()).is_some() {
-                return Err(ModelError::Format { path, what: format!("tensor {name} is in an earlier part too") });
+                return Err(ModelError::Format { path: part.path, what: format!("tensor {name} is in an earlier part too") });
             }
             self.content.tensor_infos.insert(name, info);
         }
-        self.files.push((path, content.tensor_data_offset));
+        self.files.push(part);
         Ok(())
     }
 
@@ -104,13 +123,21 @@ impl Parts {
     /// # Errors
     /// [`ModelError::Format`] where there is none of that name, or it cannot be read.
     pub(crate) fn tensor(&self, name: &str, device: &Device) -> Result<QTensor, ModelError> {
-        let (first, _) = &self.files[0];
         let Some((info, place)) = self.content.tensor_infos.get(name).zip(self.places.get(name)) else {
-            return Err(ModelError::Format { path: first.clone(), what: format!("tensor {name} is missing") });
+            return Err(ModelError::Format { path: self.files[0].path.clone(), what: format!("tensor {name} is missing") });
         };
-        let (path, begin) = &self.files[*place];
+        let Part { path, begin, .. } = &self.files[*place];
         info.read(&mut open(path)?, *begin, device)
             .map_err(|e| ModelError::Format { path: path.clone(), what: format!("tensor {name} cannot be read: {e}") })
+    }
+
+    /// What is said of a stored tensor, and its bytes where they lie.
+    pub(crate) fn bytes(&self, name: &str) -> Option<(&TensorInfo, &[u8])> {
+        let (info, place) = self.content.tensor_infos.get(name).zip(self.places.get(name))?;
+        let Part { mapped, begin, .. } = &self.files[*place];
+        let first = usize::try_from(begin.checked_add(info.offset)?).ok()?;
+        let length = info.shape.elem_count() / info.ggml_dtype.block_size() * info.ggml_dtype.type_size();
+        Some((info, mapped.get(first..first.checked_add(length)?)?))
     }
 }
 

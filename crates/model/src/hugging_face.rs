@@ -1,5 +1,6 @@
 //! A checkpoint as Hugging Face has it: a folder with `config.json` and weights, in one file or several shards.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::fp8::{self, Scheme};
 use crate::stored::{Stored, WeightFiles};
+use crate::weights::{InPlace, StoredAs};
 use crate::{known, names};
 
 /// An opened folder.
@@ -62,6 +64,22 @@ impl HuggingFaceFolder {
     pub(crate) fn native(&self, tensor: &Tensor, name: &str) -> DType {
         let scaled = self.tensors.get(&self.stored(name)).is_some_and(|(dtype, _)| dtype == Dtype::F8_E4M3);
         if scaled { fp8::HELD } else { tensor.dtype() }
+    }
+
+    /// A matrix in its file, unless scales are to be applied to it.
+    pub(crate) fn in_place(&self, name: &str) -> Option<InPlace<'_>> {
+        let names::Place { stored, rows } = names::place(&self.config, name);
+        let stored = format!("{}{stored}", self.prefix);
+        let (dtype, shape) = self.tensors.get(&stored).filter(|(dtype, _)| *dtype != Dtype::F8_E4M3)?;
+        let [all, inputs] = shape[..] else { return None };
+        let (bytes, rows) = (self.tensors.bytes(&stored)?, rows.unwrap_or(0..all));
+        let row = bytes.len().checked_div(all)?;
+        let (first, end) = (rows.start * row, rows.end * row);
+        let bytes = match bytes {
+            Cow::Borrowed(bytes) => Cow::Borrowed(bytes.get(first..end)?),
+            Cow::Owned(bytes) => Cow::Owned(bytes.get(first..end)?.to_vec()),
+        };
+        Some(InPlace { bytes, shape: [rows.len(), inputs], stored: StoredAs::Dense(DType::try_from(dtype).ok()?) })
     }
 
     pub(crate) fn tensor(&self, name: &str, device: &Device) -> Result<Tensor, ModelError> {

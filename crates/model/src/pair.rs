@@ -1,11 +1,13 @@
 //! A pair on disk: opened, checked, loaded. [`crate::pair_make`] makes one.
 
 use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Device;
+#[cfg(unix)]
+use memmap2::Advice;
+use memmap2::Mmap;
 use overfill_kernels::ThreadPool;
 use overfill_types::pair::{ModelManifest, PAIR_FILE, WeightFormat};
 use overfill_types::{KvTransform, PairManifest, pair_files};
@@ -72,15 +74,20 @@ impl Pair {
     fn load(&self, which: &str, said: &ModelManifest, device: &Device, pool: &ThreadPool) -> Result<Llama, ModelError> {
         let begun = Instant::now();
         let path = self.dir.join(&said.path);
-        let sha256 = weights_sha256(&path)?;
+        // One thread reads the bytes for their hash while the pool's read them for the model.
+        let (hashed, model) = std::thread::scope(|scope| {
+            let hash = scope.spawn(|| weights_sha256(&path).map(|sha256| (sha256, begun.elapsed())));
+            let model = Llama::load(&path, said.weights, device, pool);
+            (hash.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), model)
+        });
+        let (sha256, hashed) = hashed?;
         if sha256 != said.sha256 {
             return Err(ModelError::Mismatch(format!(
                 "the {which}'s weights have sha256 {sha256}, {PAIR_FILE} says {}: the files are not those that the pair was made of; make it anew with `overfill pair`",
                 said.sha256
             )));
         }
-        let hashed = begun.elapsed();
-        let model = Llama::load(&path, said.weights, device, pool)?;
+        let model = model?;
         let found = describe(model.config(), said.path.clone(), sha256, said.weights);
         if found != *said {
             return Err(ModelError::Mismatch(format!(
@@ -122,19 +129,16 @@ pub fn weights_sha256(path: &Path) -> Result<String, ModelError> {
     Ok(pair_files::weights_sha256(digests.iter().map(|(name, sha256)| (name.as_str(), sha256.as_str()))))
 }
 
-/// sha256 of a file.
+/// sha256 of a file, which is mapped: nothing is copied.
 ///
 /// # Errors
 /// [`ModelError::Read`].
 pub fn file_sha256(path: &Path) -> Result<String, ModelError> {
     let failed = |source| ModelError::Read { path: path.to_owned(), source };
-    let mut file = File::open(path).map_err(failed)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer).map_err(failed)? {
-            0 => return Ok(hex::encode(hash.finalize())),
-            n => hash.update(&buffer[..n]),
-        }
-    }
+    // SAFETY: the file is mapped for reading, and whatever bytes it has are hashed.
+    let bytes = unsafe { Mmap::map(&File::open(path).map_err(failed)?) }.map_err(failed)?;
+    #[cfg(unix)]
+    // The system may refuse to read further ahead: it is as right without.
+    let _ = bytes.advise(Advice::Sequential);
+    Ok(hex::encode(Sha256::digest(&bytes)))
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use overfill_kernels::{Activations, DenseMatrix, Into, Matrix, Reads, ThreadPool, products};
+use overfill_kernels::{Activations, DenseMatrix, Into, Matrix, Packer, Reads, ThreadPool, products};
 use overfill_kv::{BlockId, wire};
 use overfill_types::{KvGeometry, KvTransform, WireFormat};
 
@@ -132,7 +132,7 @@ fn load_projections(path: &Path, layers: usize, inputs: usize, outputs: usize, p
         .map(|i| {
             let weight = tensor(format!("embedding_proj.{i}.weight"), &[outputs, inputs])?;
             let bias = tensor(format!("embedding_proj.{i}.bias"), &[outputs])?;
-            Ok(Projection { weight: Matrix::Dense(DenseMatrix::from_f32(pool, &weight, outputs, inputs)), bias })
+            Ok(Projection { weight: Matrix::Dense(DenseMatrix::from_f32(&Packer::new(pool), &weight, outputs, inputs)), bias })
         })
         .collect()
 }

@@ -1,8 +1,10 @@
 //! Where a model's tensors come from: a Hugging Face folder, GGUF or memory, under Hugging Face's names.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use overfill_types::pair::WeightFormat;
 
@@ -24,6 +26,22 @@ pub enum Weights {
     Gguf(GgufFile),
     /// No file: numbers in memory, as those of a model that is being trained.
     Memory(LlamaConfig, HashMap<String, Tensor>),
+}
+
+/// A matrix whose numbers are in a file as they are wanted.
+pub(crate) struct InPlace<'w> {
+    /// In row-major order; borrowed from the file where they lie there in one run.
+    pub(crate) bytes: Cow<'w, [u8]>,
+    /// `[out, in]`
+    pub(crate) shape: [usize; 2],
+    pub(crate) stored: StoredAs,
+}
+
+/// What a matrix's bytes are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StoredAs {
+    Dense(DType),
+    Blocks(GgmlDType),
 }
 
 impl Weights {
@@ -106,6 +124,23 @@ impl Weights {
         }
         wants("model.norm.weight", &[hidden])?;
         may("lm_head.weight", &[vocab, hidden])
+    }
+
+    /// A matrix in the file itself, where it need not be changed for `format`: nobody has to copy what is read once. Whatever is
+    /// missing or wrong is told by [`Weights::matrix`].
+    pub(crate) fn in_place(&self, name: &str, format: WeightFormat) -> Option<InPlace<'_>> {
+        let there = match self {
+            Self::HuggingFace(folder) => folder.in_place(name)?,
+            Self::Gguf(file) => file.in_place(name)?,
+            Self::Memory(..) => return None,
+        };
+        let wanted = match format {
+            WeightFormat::F32 => StoredAs::Dense(DType::F32),
+            WeightFormat::Bf16 => StoredAs::Dense(DType::BF16),
+            WeightFormat::F16 => StoredAs::Dense(DType::F16),
+            WeightFormat::Native => there.stored,
+        };
+        (there.stored == wanted).then_some(there)
     }
 
     /// A matrix `[out, in]`, held as `format` says.
