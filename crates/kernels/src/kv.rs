@@ -7,6 +7,7 @@
 pub(crate) mod int8;
 
 use crate::disjoint::Disjoint;
+use crate::huge_pages;
 use crate::kv::int8::Int8;
 use crate::number::{F16, Number};
 use crate::thread_pool::ThreadPool;
@@ -117,8 +118,8 @@ impl KvLayer {
         let (k, v) = (shape.k_at(shape.blocks, 0), shape.v_at(shape.blocks, 0));
         // Integers, since the allocator gives those zeroed without touching them.
         let stored = match format {
-            KvFormat::F32 => Stored::F32(Both { k: vec![0.0; k], v: vec![0.0; v] }),
-            KvFormat::F16 => Stored::F16(Both { k: zeros(k), v: zeros(v) }),
+            KvFormat::F32 => Stored::F32(Both { k: untouched(vec![0.0; k]), v: untouched(vec![0.0; v]) }),
+            KvFormat::F16 => Stored::F16(Both { k: untouched(zeros(k)), v: untouched(zeros(v)) }),
             KvFormat::Int8 => Stored::Int8(Int8::new(shape)),
         };
         Self { shape, stored }
@@ -219,6 +220,12 @@ impl KvLayer {
             Stored::Int8(both) => both.copy(self.shape, run, k, v),
         }
     }
+}
+
+/// Memory that comes in huge pages once it is touched.
+fn untouched<T>(numbers: Vec<T>) -> Vec<T> {
+    huge_pages::ask(&numbers);
+    numbers
 }
 
 /// Zeroed memory that is not touched yet.

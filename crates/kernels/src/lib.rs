@@ -24,6 +24,7 @@ mod exp;
 mod ggml;
 #[cfg(test)]
 mod guarded;
+mod huge_pages;
 #[cfg(test)]
 mod invariance;
 mod kv;

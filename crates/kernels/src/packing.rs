@@ -8,10 +8,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::disjoint::Disjoint;
+use crate::huge_pages::{self, HUGE_PAGE};
 use crate::thread_pool::ThreadPool;
 
-/// Bytes of a huge page on x86-64 and, mostly, on Arm.
-const HUGE_PAGE: usize = 2 << 20;
 /// Bytes of a chunk that matrices share.
 const CHUNK: usize = 32 << 20;
 /// Each matrix begins at a cache line.
@@ -47,9 +46,8 @@ impl<'p> Packer<'p> {
         Self { pool, shared: None }
     }
 
-    /// Matrices lie side by side in huge pages, where the system gives them when it is asked (`transparent_hugepage` is `madvise` or
-    /// `always`): a step reads all of them, and so needs one entry of the address cache for 2 MiB instead of 512. The memory is given back
-    /// chunk by chunk, once all matrices in it are gone: for those of one model.
+    /// Matrices lie side by side in huge pages, where there are any. The memory is given back chunk by chunk, once all matrices in it
+    /// are gone: for those of one model.
     pub fn in_huge_pages(pool: &'p ThreadPool) -> Self {
         Self { pool, shared: Some(RefCell::default()) }
     }
@@ -95,7 +93,8 @@ impl<'p> Packer<'p> {
             _ => {
                 let size = bytes.max(CHUNK).next_multiple_of(HUGE_PAGE);
                 let chunk = Arc::new(Chunk::new(Layout::from_size_align(size, HUGE_PAGE).unwrap_or(wanted)));
-                chunk.ask_for_huge_pages();
+                // SAFETY: so many bytes are there; what they are is not looked at.
+                huge_pages::ask(unsafe { std::slice::from_raw_parts(chunk.at.as_ptr().cast::<MaybeUninit<u8>>(), size) });
                 (*open, *used) = (Some(Arc::clone(&chunk)), 0);
                 chunk
             }
@@ -112,14 +111,6 @@ impl Chunk {
         // SAFETY: it is more than nothing.
         let at = unsafe { alloc(layout) };
         Self { at: NonNull::new(at).unwrap_or_else(|| handle_alloc_error(layout)), layout }
-    }
-
-    fn ask_for_huge_pages(&self) {
-        #[cfg(target_os = "linux")]
-        {
-            // SAFETY: whole pages of this chunk, of which only the size changes. A system that has none to give says so; small ones do too.
-            let _ = unsafe { rustix::mm::madvise(self.at.as_ptr().cast(), self.layout.size(), rustix::mm::Advice::LinuxHugepage) };
-        }
     }
 }
 

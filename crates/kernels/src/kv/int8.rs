@@ -6,7 +6,7 @@
 //! `[head_dim / 16][4][16 numbers][4 tokens]`.
 
 use crate::disjoint::Disjoint;
-use crate::kv::{KvShape, Piece, Run, SourceRows};
+use crate::kv::{KvShape, Piece, Run, SourceRows, untouched};
 use crate::simd::{Simd, dispatch};
 use crate::thread_pool::ThreadPool;
 
@@ -144,7 +144,8 @@ impl Int8 {
     pub(super) fn new(shape: KvShape) -> Self {
         let tiles = shape.tile_at(shape.blocks, 0);
         let scales = shape.k_scales_at(shape.blocks, 0);
-        Self { k: vec![0; tiles * shape.k_tile()], v: vec![0; tiles * shape.v_tile()], scales: vec![0.0; scales] }
+        let (k, v) = (vec![0; tiles * shape.k_tile()], vec![0; tiles * shape.v_tile()]);
+        Self { k: untouched(k), v: untouched(v), scales: untouched(vec![0.0; scales]) }
     }
 
     pub(super) fn claim(&mut self, pool: &ThreadPool) {
