@@ -39,11 +39,12 @@ SHARD = 4 << 30
 
 
 def shapes(config):
-    hidden, middle, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"] * SHARED["head_dim"]
-    kv = SHARED["num_key_value_heads"] * SHARED["head_dim"]
-    yield "model.embed_tokens.weight", (SHARED["vocab_size"], hidden)
+    config = {**SHARED, **config}
+    hidden, middle, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    heads, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     yield "model.norm.weight", (hidden,)
-    for layer in range(SHARED["num_hidden_layers"]):
+    for layer in range(config["num_hidden_layers"]):
         of = f"model.layers.{layer}."
         for name, shape in {"q_proj": (heads, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, heads)}.items():
             yield f"{of}self_attn.{name}.weight", shape
