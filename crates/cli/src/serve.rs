@@ -8,7 +8,7 @@ use overfill_cluster::Discovery;
 use overfill_decode_node::DecodeConfig;
 use overfill_lifecycle::Drain;
 use overfill_lifecycle::telemetry::LogArgs;
-use overfill_node::{Board, CoreArgs, NodeArgs, Prefer};
+use overfill_node::{Board, CoreArgs, KvMemory, NodeArgs, Prefer};
 use overfill_prefill_node::PrefillConfig;
 use overfill_router::config::RequestBounds;
 use overfill_router::{Listeners, RouterConfig};
@@ -79,7 +79,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
             threads: args.threads,
             cpus: Vec::new(),
             device: args.device,
-            kv_memory: args.kv_memory,
+            kv_memory: KvMemory::Bytes(args.kv_memory),
             block_tokens: 16,
             max_context: None,
             // The router, before them, has taken its time.

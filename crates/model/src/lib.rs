@@ -13,6 +13,7 @@ pub mod family;
 #[cfg(test)]
 mod family_tests;
 mod fp8;
+mod free_memory;
 pub mod gguf;
 mod gguf_config;
 mod gguf_header;
@@ -48,6 +49,7 @@ pub use candle_core::quantized::GgmlDType;
 pub use config::LlamaConfig;
 pub use error::ModelError;
 pub use family::Family;
+pub use free_memory::free_memory;
 pub use gguf_write::GgufWriter;
 pub use llama::Llama;
 pub use overfill_kernels::{Placement, ThreadPool};

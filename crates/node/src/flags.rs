@@ -6,12 +6,13 @@ use std::time::Duration;
 use clap::Args;
 use overfill_guide::GuideArgs;
 use overfill_types::PeerAddress;
-use overfill_types::flags::{parse_bytes, parse_seconds};
+use overfill_types::flags::parse_seconds;
 use tokio::net::TcpListener;
 
 use crate::advertise::{self, AdvertiseError};
 use crate::cores::CoreArgs;
 use crate::faults::Fault;
+use crate::kv_memory::KvMemory;
 
 /// What a node holds, where it listens, and what it may use.
 #[derive(Args, Clone, Debug)]
@@ -32,9 +33,10 @@ pub struct NodeArgs {
     /// Where the model computes: cpu or cuda:N
     #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
     pub device: String,
-    /// Memory of the KV cache in bytes; K, M and G are understood
-    #[arg(long, env = "OVERFILL_KV_MEMORY", default_value = "1G", value_parser = parse_bytes)]
-    pub kv_memory: u64,
+    /// Memory of the KV cache in bytes (K, M and G are understood), or auto: nine tenths of what is free once the model is loaded, of the
+    /// GPU's memory, of the container's limit, or of half of what the machine has left
+    #[arg(long, env = "OVERFILL_KV_MEMORY", default_value = "1G")]
+    pub kv_memory: KvMemory,
     /// Token positions in a block of the KV cache: a multiple of 16
     #[arg(long, env = "OVERFILL_BLOCK_TOKENS", default_value_t = 16, value_parser = parse_block_tokens)]
     pub block_tokens: u32,
@@ -77,10 +79,16 @@ impl NodeArgs {
         self.max_context.unwrap_or(8192).min(made_for)
     }
 
-    /// Blocks of the pool, if a token position takes `bytes_per_token`; at least one.
-    pub fn blocks(&self, bytes_per_token: usize) -> u32 {
+    /// Blocks of the pool, if a token position takes `bytes_per_token`; at least one. `free` tells the bytes that are free.
+    ///
+    /// # Errors
+    /// Those of `free`, where it is asked.
+    pub fn blocks<E>(&self, bytes_per_token: usize, free: impl FnOnce() -> Result<u64, E>) -> Result<u32, E> {
+        let bytes = self.kv_memory.bytes(free)?;
         let block = bytes_per_token as u64 * u64::from(self.block_tokens);
-        u32::try_from(self.kv_memory / block.max(1)).unwrap_or(u32::MAX).max(1)
+        let blocks = u32::try_from(bytes / block.max(1)).unwrap_or(u32::MAX).max(1);
+        tracing::info!(blocks, tokens = u64::from(blocks) * u64::from(self.block_tokens), bytes = u64::from(blocks) * block, "KV cache");
+        Ok(blocks)
     }
 
     /// Where peers are told that this node, which listens on `listening`, is reached.

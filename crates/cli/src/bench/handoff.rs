@@ -17,7 +17,7 @@ use overfill_guide::GuideArgs;
 use overfill_kv::{HandoffDigest, RowsHeader, wire};
 use overfill_lifecycle::{Drain, TraceHeaders};
 use overfill_model::Pair;
-use overfill_node::{CoreArgs, NodeArgs};
+use overfill_node::{CoreArgs, KvMemory, NodeArgs};
 use overfill_prefill_node::PrefillConfig;
 use overfill_proto::convert;
 use overfill_proto::v1::node_client::NodeClient;
@@ -117,7 +117,7 @@ async fn start(args: &HandoffArgs, way: Way, (dir, manifest): (PathBuf, PairMani
         threads: Some(args.threads),
         cpus: Vec::new(),
         device: "cpu".into(),
-        kv_memory: 1 << 30,
+        kv_memory: KvMemory::Bytes(1 << 30),
         block_tokens: 16,
         max_context: None,
         drain_delay: 0.0,
