@@ -92,7 +92,10 @@ impl<'p> Packer<'p> {
             Some(chunk) if chunk.layout.size() - *used >= bytes => Arc::clone(chunk),
             _ => {
                 let size = bytes.max(CHUNK).next_multiple_of(HUGE_PAGE);
-                let chunk = Arc::new(Chunk::new(Layout::from_size_align(size, HUGE_PAGE).unwrap_or(wanted)));
+                let Ok(layout) = Layout::from_size_align(size, HUGE_PAGE) else {
+                    unreachable!("{size} bytes are more than addresses can tell")
+                };
+                let chunk = Arc::new(Chunk::new(layout));
                 // SAFETY: so many bytes are there; what they are is not looked at.
                 huge_pages::ask(unsafe { std::slice::from_raw_parts(chunk.at.as_ptr().cast::<MaybeUninit<u8>>(), size) });
                 (*open, *used) = (Some(Arc::clone(&chunk)), 0);
