@@ -308,6 +308,7 @@ impl Driver {
                             break 'answer;
                         }
                         for event in std::mem::take(&mut early) {
+                            reading &= !matches!(event.event, Some(decode_event::Event::Token(_)));
                             if self.decoded(event).await? {
                                 break 'answer;
                             }

@@ -12,6 +12,7 @@ use overfill_proto::v1::{
     PushSummary, Reserved, Said, Token, call, decode_event, prefill_event,
 };
 use overfill_tests::cluster::{Builder, Cluster, request, tokens};
+use overfill_tests::processes::eventually;
 use overfill_tests::tiny::{self, Kind};
 use overfill_transport::calls::{EventReceiver, NodeService, Serving, Signals};
 use overfill_types::{Blame, Code, Fingerprint, NodeId, NodeInfo, Role, SamplingParams, ServedPair, ServiceError};
@@ -185,6 +186,24 @@ async fn a_token_of_the_decode_model_proves_the_handoff() {
     .await;
     assert_eq!(stubs.answer(9).await.unwrap(), ids(9));
     assert_eq!(stubs.calls(), [2, 2], "the attempt that went on was not given up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handoff_is_told_of_also_where_the_whole_answer_came_before_its_first_token() {
+    let stubs = stubs(
+        |_, _| {
+            let others = std::iter::repeat_with(|| prefill(prefill_event::Event::Token(token(99)))).take(8);
+            others.chain([first(), done()]).collect()
+        },
+        written,
+    )
+    .await;
+    assert_eq!(stubs.answer(4).await.unwrap(), ids(4));
+    eventually(Duration::from_secs(5), "the handoff is told of", || async {
+        let told = reqwest::get(format!("{}/cluster", stubs.cluster.http)).await.unwrap();
+        told.json::<serde_json::Value>().await.unwrap()["handoffs"].as_array().unwrap().len() == 1
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
