@@ -26,8 +26,20 @@ impl<'a, T> Disjoint<'a, T> {
     /// Nobody else uses these values while the part lives.
     #[inline(always)]
     pub(crate) unsafe fn part(self, first: usize, count: usize) -> &'a mut [T] {
-        assert!(first <= self.len && count <= self.len - first, "{count} values from {first} of {}", self.len);
+        if first > self.len || count > self.len - first {
+            outside(first, count, self.len);
+        }
         // SAFETY: they lie within the slice; the caller keeps others away.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(first), count) }
+    }
+}
+
+/// A function of its own: where it is not called, what it would say costs nothing.
+#[cold]
+#[inline(never)]
+fn outside(first: usize, count: usize, len: usize) -> ! {
+    #[allow(clippy::panic, reason = "a kernel that would write elsewhere")]
+    {
+        panic!("{count} values from {first} of {len}")
     }
 }

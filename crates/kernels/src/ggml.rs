@@ -125,6 +125,17 @@ impl BlockFormat {
     }
 }
 
+/// Rounds a group to a block of [`BlockFormat::Q8_0`]: the greatest has the code 127 or -127.
+pub(crate) fn round_q8_0(group: [f32; 32], block: &mut [u8]) {
+    let greatest = group.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let scale = greatest / 127.0;
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    block[..2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+    for (code, x) in block[2..].iter_mut().zip(group) {
+        *code = ((x * inverse).round() as i8).cast_unsigned();
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;

@@ -113,14 +113,16 @@ mod tests {
         to
     }
 
+    /// As integers, and their sum.
     #[inline(always)]
-    fn rounded<S: Simd>(s: S, a: &[f32; 16]) -> [i8; 16] {
+    fn rounded<S: Simd>(s: S, a: &[f32; 16]) -> ([i8; 16], i32) {
         let mut to = [0; 16];
         for i in (0..16).step_by(S::LANES) {
             // SAFETY: arrays of 16; the values are from -127 to 127.
             unsafe { s.store_i8(to.as_mut_ptr().add(i), s.load(a.as_ptr().add(i))) };
         }
-        to
+        // SAFETY: as above.
+        (to, unsafe { s.sum_i8(to.as_ptr()) })
     }
 
     /// Both dot products of 16 outputs with three rows, and their integers as f32. The second vector of outputs has the codes backwards.

@@ -119,6 +119,11 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         }
     }
     #[inline(always)]
+    unsafe fn sum_i8(self, p: *const i8) -> i32 {
+        // SAFETY: see above.
+        unsafe { i32::from(vaddlvq_s8(vld1q_s8(p))) }
+    }
+    #[inline(always)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         // SAFETY: see above.
         unsafe { [vfmaq_f32(c[0], a[0], b[0]), vfmaq_f32(c[1], a[1], b[1])] }

@@ -52,6 +52,11 @@ impl<'p> Packer<'p> {
         Self { pool, shared: Some(RefCell::default()) }
     }
 
+    /// The threads that pack.
+    pub(crate) fn pool(&self) -> &ThreadPool {
+        self.pool
+    }
+
     /// `panels` times `each` values, zero but for what `write` makes of each panel.
     pub(crate) fn panels<T: Copy + Send + Sync>(
         &self,

@@ -10,7 +10,8 @@ use std::ops::Range;
 
 use crate::activations::{Activations, BLOCK_ROWS, GROUP, RoundedBlock};
 use crate::destination::{Destination, PANEL, even};
-use crate::ggml::BlockFormat;
+use crate::disjoint::Disjoint;
+use crate::ggml::{BlockFormat, round_q8_0};
 use crate::number::{F16, Number};
 use crate::packing::{Packed, Packer};
 use crate::simd::{LINE, Simd};
@@ -120,6 +121,33 @@ impl QuantisedMatrix {
             }
         });
         Some(Self { format, outputs, inputs, codes, factors })
+    }
+
+    /// Packs numbers `[outputs, inputs]`, rounded to [`BlockFormat::Q8_0`] as llama.cpp does it; `None` where rows are not whole groups, or
+    /// there are not as many numbers.
+    pub fn rounded<T: Copy + Sync>(
+        packer: &Packer<'_>,
+        numbers: &[T],
+        to_f32: impl Fn(T) -> f32 + Sync,
+        outputs: usize,
+        inputs: usize,
+    ) -> Option<Self> {
+        let format = BlockFormat::Q8_0;
+        if inputs == 0 || !inputs.is_multiple_of(format.block()) || numbers.len() != outputs * inputs {
+            return None;
+        }
+        let row_bytes = inputs / format.block() * format.bytes();
+        let mut bytes = vec![0; outputs * row_bytes];
+        let to = Disjoint::new(&mut bytes);
+        packer.pool().rows(outputs, inputs, |row| {
+            // SAFETY: each row is written once, by the thread that has it.
+            let to = unsafe { to.part(row * row_bytes, row_bytes) };
+            let groups = numbers[row * inputs..(row + 1) * inputs].chunks_exact(format.block());
+            for (group, block) in groups.zip(to.chunks_exact_mut(format.bytes())) {
+                round_q8_0(std::array::from_fn(|i| to_f32(group[i])), block);
+            }
+        });
+        Self::from_blocks(packer, format, &bytes, outputs, inputs)
     }
 
     pub(crate) fn outputs(&self) -> usize {

@@ -53,6 +53,9 @@ pub(crate) fn attend_segment<S: Simd, T: Number>(
             let block = blocks[position / shape.block_tokens] as usize;
             let offset = position % shape.block_tokens;
             *keys = &kv.k[shape.k_at(block, kv_head) + offset..];
+            if rows >= MANY_ROWS {
+                continue;
+            }
             // Blocks lie anywhere, so the processor does not foresee them: the values that these keys' scores will weigh, and the next keys.
             prefetch(s, &kv.v[shape.v_at(block, kv_head) + offset * shape.padded()..], 16 * shape.padded());
             let after = position + together * 16;
@@ -103,11 +106,15 @@ fn tiles_together<S: Simd>(rows: usize) -> usize {
     }
 }
 
+/// Rows with which arithmetic takes so long that the processor itself fetches what comes next in time.
+const MANY_ROWS: usize = 12;
+
 /// Asks for the first `count` numbers.
 #[inline(always)]
 fn prefetch<S: Simd, T>(s: S, numbers: &[T], count: usize) {
-    for line in numbers[..count.min(numbers.len())].chunks(64 / size_of::<T>()) {
-        s.prefetch(line.as_ptr());
+    let first = numbers.as_ptr().cast::<u8>();
+    for at in (0..count.min(numbers.len()) * size_of::<T>()).step_by(64) {
+        s.prefetch(first.wrapping_add(at));
     }
 }
 
@@ -199,10 +206,7 @@ pub(crate) fn softmax_numerators<S: Simd>(s: S, scores: &mut [f32]) -> [f32; 2] 
         // SAFETY: the chunk has `LANES` values.
         highest = s.max(unsafe { s.load(scores.as_ptr()) }, highest);
     }
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    // SAFETY: there is room for 16.
-    unsafe { s.store(lanes.as_mut_ptr(), highest) };
-    let highest = lanes.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m });
+    let highest = s.greatest(highest);
     if highest == f32::NEG_INFINITY {
         scores.fill(0.0);
         return [highest, 0.0];

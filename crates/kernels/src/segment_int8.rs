@@ -196,7 +196,7 @@ fn round_weights<S: Simd>(s: S, numerators: &[f32; TILE], scales: &[f32; TILE], 
 /// Asks for `bytes`.
 #[inline(always)]
 fn prefetch<S: Simd>(s: S, bytes: &[u8]) {
-    bytes.chunks(LINE).for_each(|line| s.prefetch(line.as_ptr()));
+    (0..bytes.len()).step_by(LINE).for_each(|at| s.prefetch(bytes.as_ptr().wrapping_add(at)));
 }
 
 /// Scores of `R` rows, from `row` on, for the 16 positions of each of `N` tiles; `to` is `[rows, SEGMENT]` from the first on.

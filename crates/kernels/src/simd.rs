@@ -36,6 +36,11 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `LANES` values can be written at `p`.
     unsafe fn store_i8(self, p: *mut i8, v: Self::V);
+    /// The sum of 16 integers.
+    ///
+    /// # Safety
+    /// 16 values can be read at `p`.
+    unsafe fn sum_i8(self, p: *const i8) -> i32;
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
@@ -233,6 +238,11 @@ impl Simd for Scalar {
     unsafe fn store_i8(self, p: *mut i8, v: [f32; 8]) {
         // SAFETY: as above.
         unsafe { p.cast::<[i8; 8]>().write_unaligned(v.map(|x| x.round_ties_even() as i8)) }
+    }
+    #[inline(always)]
+    unsafe fn sum_i8(self, p: *const i8) -> i32 {
+        // SAFETY: as above.
+        unsafe { p.cast::<[i8; 16]>().read_unaligned() }.iter().map(|x| i32::from(*x)).sum()
     }
     #[inline(always)]
     fn fma(self, a: [f32; 8], b: [f32; 8], c: [f32; 8]) -> [f32; 8] {

@@ -89,12 +89,9 @@ impl CpuLlama {
         let (hidden, head_dim, eps) = (config.hidden_size, config.kv.head_dim, config.rms_norm_eps as f32);
         let (q, kv) = (config.heads * head_dim, config.kv.row());
         let stride = q + 2 * kv;
-        let runs: Vec<Run<'_>> =
+        let mut runs: Vec<Run<'_>> =
             chunks.iter().map(|c| Run { blocks: BlockId::numbers(c.blocks), start: c.start, tokens: c.tokens.len() }).collect();
-        let tokens: usize = runs.iter().map(|r| r.tokens).sum();
-        // Each token attends to all before it and to itself.
-        let pairs: usize = runs.iter().map(|r| r.tokens * r.start + r.tokens * (r.tokens + 1) / 2).sum();
-        let context: usize = runs.iter().map(|r| r.start + r.tokens).sum();
+        let mut tokens: usize = runs.iter().map(|r| r.tokens).sum();
 
         let started = profile.start();
         rotary.at(chunks, turns);
@@ -135,9 +132,25 @@ impl CpuLlama {
             on_layer(i, cache, pool)?;
             profile.stop(Part::OnLayer, started, 0, 0);
 
+            // From here on the last layer makes nothing but what the logits are made of.
+            if i + 1 == self.layers.len() && rows.len() < tokens {
+                tokens = rows.len();
+                runs = runs_of(&runs, rows);
+                move_to_front(x, hidden, rows);
+                move_to_front(qkv, stride, rows);
+                attended.truncate(tokens * q);
+                gate_up.truncate(tokens * 2 * config.intermediate_size);
+                if tokens == 0 {
+                    break;
+                }
+            }
+
             let started = profile.start();
             let how = Scores { scale: scalars.attention as f32, cap: scalars.attention_cap.map(|cap| cap as f32), window: sees.window };
             paged_attention(pool, cache.host(i)?, qkv, stride, config.heads, how, &runs, attended, attention);
+            let context: usize = runs.iter().map(|r| r.start + r.tokens).sum();
+            // Each token attends to all before it and to itself.
+            let pairs: usize = runs.iter().map(|r| r.tokens * r.start + r.tokens * (r.tokens + 1) / 2).sum();
             profile.stop(Part::Attention, started, context * cache.bytes_per_token() / config.kv.layers, 4 * q * pairs);
 
             let started = profile.start();
@@ -162,11 +175,7 @@ impl CpuLlama {
             profile.stop(Part::Down, started, layer.down.bytes(), layer.down.operations(tokens));
         }
 
-        // The rows that logits are wanted of move to the front.
         let wanted = rows.len();
-        for (to, row) in rows.iter().enumerate() {
-            x.copy_within(row * hidden..(row + 1) * hidden, to * hidden);
-        }
         logits.resize(wanted * config.vocab_size, 0.0);
         if wanted > 0 {
             let started = profile.start();
@@ -268,6 +277,27 @@ impl<const N: usize> Linear<N> {
     }
 }
 
+/// The runs that rows belong to, whose numbers ascend and are counted over all tokens of `runs`: each with these tokens alone.
+fn runs_of<'a>(runs: &[Run<'a>], rows: &[usize]) -> Vec<Run<'a>> {
+    let (mut all, mut first) = (Vec::new(), 0);
+    for run in runs {
+        let of_run = rows.partition_point(|row| *row < first)..rows.partition_point(|row| *row < first + run.tokens);
+        for side_by_side in rows[of_run].chunk_by(|a, b| a + 1 == *b) {
+            all.push(Run { blocks: run.blocks, start: run.start + side_by_side[0] - first, tokens: side_by_side.len() });
+        }
+        first += run.tokens;
+    }
+    all
+}
+
+/// Leaves of `x`, rows of `width` numbers, those whose numbers are in `rows`, ascending.
+fn move_to_front(x: &mut Vec<f32>, width: usize, rows: &[usize]) {
+    for (to, row) in rows.iter().enumerate() {
+        x.copy_within(row * width..(row + 1) * width, to * width);
+    }
+    x.truncate(rows.len() * width);
+}
+
 /// Rows of the residual stream as a product reads them, normalised where there is a norm.
 fn normed(pool: &ThreadPool, x: &[f32], hidden: usize, norm: Option<&[f32]>, eps: f32, reads: Reads, input: &mut Activations) {
     match norm {
@@ -285,20 +315,34 @@ fn addend(norm: Option<&[f32]>, eps: f32, factor: f64) -> Option<Addend<'_>> {
 }
 
 fn matrix(weights: &Weights, name: &str, format: WeightFormat, packer: &Packer<'_>) -> Result<Matrix, ModelError> {
-    if let Some(matrix) = weights.in_place(name, format).and_then(|there| packed(&there, packer)) {
+    if let Some(matrix) = weights.in_place(name, format).and_then(|there| packed(&there, format, packer)) {
         return Ok(matrix);
     }
     match weights.matrix(name, format, &Device::Cpu)? {
         Weight::Quantised(q) => Ok(Matrix::Quantised(quantised(name, &q, packer)?)),
-        Weight::Dense(t) => dense(&t, packer),
+        Weight::Dense(t) => {
+            let rounded = if format == WeightFormat::Q8_0 { rounded(&t, packer)? } else { None };
+            rounded.map_or_else(|| dense(&t, packer), |rounded| Ok(Matrix::Quantised(rounded)))
+        }
     }
 }
 
 /// Packs numbers where they lie in their file; `None` where they lie askew, or are not multiplied so.
-fn packed(there: &InPlace<'_>, packer: &Packer<'_>) -> Option<Matrix> {
+fn packed(there: &InPlace<'_>, format: WeightFormat, packer: &Packer<'_>) -> Option<Matrix> {
     let [outputs, inputs] = there.shape;
     fn numbers<T: AnyBitPattern>(bytes: &[u8]) -> Option<&[T]> {
         bytemuck::try_cast_slice(bytes).ok()
+    }
+    if format == WeightFormat::Q8_0
+        && let StoredAs::Dense(dtype) = there.stored
+    {
+        let rounded = match dtype {
+            DType::BF16 => QuantisedMatrix::rounded(packer, numbers(&there.bytes)?, bf16::to_f32, outputs, inputs),
+            DType::F16 => QuantisedMatrix::rounded(packer, numbers(&there.bytes)?, f16::to_f32, outputs, inputs),
+            DType::F32 => QuantisedMatrix::rounded(packer, numbers(&there.bytes)?, |x: f32| x, outputs, inputs),
+            _ => None,
+        };
+        return rounded.map(Matrix::Quantised);
     }
     Some(match there.stored {
         StoredAs::Dense(DType::BF16) => Matrix::Bf16(Bf16Matrix::new(packer, numbers(&there.bytes)?, outputs, inputs)),
@@ -321,6 +365,13 @@ fn quantised(name: &str, q: &QTensor, packer: &Packer<'_>) -> Result<QuantisedMa
         let message = format!("tensor {name} is {:?}, which is not multiplied on a CPU: load the model as f32, bf16 or f16", q.dtype());
         ModelError::Device(message)
     })
+}
+
+/// Numbers rounded to Q8_0; `None` where rows are not whole groups.
+fn rounded(t: &Tensor, packer: &Packer<'_>) -> Result<Option<QuantisedMatrix>, ModelError> {
+    let (outputs, inputs) = t.dims2()?;
+    let rounded = values::read(t, |w: &[f32]| QuantisedMatrix::rounded(packer, w, |x| x, outputs, inputs))?;
+    Ok(rounded)
 }
 
 fn dense(t: &Tensor, packer: &Packer<'_>) -> Result<Matrix, ModelError> {

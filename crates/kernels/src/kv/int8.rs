@@ -5,6 +5,7 @@
 //! `[head_dim / 4][16 tokens][4]`; values as [`Simd::dot_weights`](crate::simd::Simd::dot_weights) does,
 //! `[head_dim / 16][4][16 numbers][4 tokens]`.
 
+use crate::activations::greatest_magnitude;
 use crate::disjoint::Disjoint;
 use crate::kv::{KvShape, Piece, Run, SourceRows, untouched};
 use crate::simd::{Simd, dispatch};
@@ -131,8 +132,8 @@ impl Block<'_> {
 
 /// Rounds a head as the wire does; gives its scale.
 #[inline(always)]
-fn round_head<S: Simd>(_: S, numbers: &[f32], codes: &mut [u8]) -> f32 {
-    let scale = numbers.iter().fold(0.0f32, |m, x| m.max(x.abs())) / 127.0;
+fn round_head<S: Simd>(s: S, numbers: &[f32], codes: &mut [u8]) -> f32 {
+    let scale = greatest_magnitude(s, numbers) / 127.0;
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     for (code, x) in codes.iter_mut().zip(numbers) {
         *code = ((x * inverse).round_ties_even() as i8).cast_unsigned();
