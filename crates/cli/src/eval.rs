@@ -31,7 +31,7 @@ pub(crate) struct EvalArgs {
     /// A decode model that reads the prompt itself: a Hugging Face folder or a .gguf file (may be given several times)
     #[arg(long, env = "OVERFILL_BASELINE", value_delimiter = ',')]
     baseline: Vec<PathBuf>,
-    /// How the baselines' weights are held: native, f32, bf16 or f16
+    /// How the baselines' weights are held: native, q8_0, bf16, f16 or f32
     #[arg(long, env = "OVERFILL_BASELINE_WEIGHTS", default_value = "native")]
     baseline_weights: WeightFormat,
     /// Most tokens of an answer

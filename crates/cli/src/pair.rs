@@ -49,10 +49,10 @@ pub(crate) struct MakePairArgs {
     /// What is said there otherwise, as a JSON object: {"temperature": 0.2, "top_p": 0.9}
     #[arg(long, env = "OVERFILL_OVERRIDE_GENERATION_CONFIG", value_parser = parse_generation)]
     override_generation_config: Option<GenerationConfig>,
-    /// How the full model's weights are held: native, f32, bf16 or f16
-    #[arg(long, env = "OVERFILL_FULL_WEIGHTS", default_value = "bf16")]
+    /// How the full model's weights are held: native, q8_0, bf16, f16 or f32
+    #[arg(long, env = "OVERFILL_FULL_WEIGHTS", default_value = "q8_0")]
     full_weights: WeightFormat,
-    /// How the decode model's weights are held: native, f32, bf16 or f16
+    /// How the decode model's weights are held: native, q8_0, bf16, f16 or f32
     #[arg(long, env = "OVERFILL_DECODE_WEIGHTS", default_value = "native")]
     decode_weights: WeightFormat,
 }

@@ -138,12 +138,18 @@ impl Weights {
             WeightFormat::F32 => StoredAs::Dense(DType::F32),
             WeightFormat::Bf16 => StoredAs::Dense(DType::BF16),
             WeightFormat::F16 => StoredAs::Dense(DType::F16),
+            WeightFormat::Q8_0 => match there.stored {
+                // They are rounded while they are packed.
+                StoredAs::Dense(dtype) => StoredAs::Dense(dtype),
+                StoredAs::Blocks(_) => StoredAs::Blocks(GgmlDType::Q8_0),
+            },
             WeightFormat::Native => there.stored,
         };
         (there.stored == wanted).then_some(there)
     }
 
-    /// A matrix `[out, in]`, held as `format` says.
+    /// A matrix `[out, in]`, held as `format` says; but where that is Q8_0 and the file has other numbers, they come as f32, and who
+    /// multiplies them rounds them.
     ///
     /// # Errors
     /// [`ModelError::Format`] where it is missing, is no matrix, or cannot be read.
@@ -153,6 +159,7 @@ impl Weights {
             Self::Memory(_, tensors) => self.held(tensors, name, device)?,
             Self::Gguf(file) => match (file.tensor(name, device)?, format) {
                 (Weight::Quantised(q), WeightFormat::Native) => return Ok(Weight::Quantised(q)),
+                (Weight::Quantised(q), WeightFormat::Q8_0) if q.dtype() == GgmlDType::Q8_0 => return Ok(Weight::Quantised(q)),
                 (Weight::Quantised(q), _) => q.dequantize(device)?,
                 (Weight::Dense(t), _) => t,
             },
@@ -161,7 +168,7 @@ impl Weights {
             return Err(self.format_error(format!("tensor {name} has shape {:?}, not that of a matrix", tensor.dims())));
         }
         let dtype = match format {
-            WeightFormat::F32 => DType::F32,
+            WeightFormat::F32 | WeightFormat::Q8_0 => DType::F32,
             WeightFormat::Bf16 => DType::BF16,
             WeightFormat::F16 => DType::F16,
             WeightFormat::Native => match self {

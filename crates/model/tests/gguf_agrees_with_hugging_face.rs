@@ -223,6 +223,37 @@ fn quantised_weights() {
 }
 
 #[test]
+fn what_is_rounded_when_it_is_loaded_is_what_candle_rounds() {
+    let exact = checkpoint(json!({}));
+    for dtype in [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16, GgmlDType::Q4_1, GgmlDType::Q8_0] {
+        let held = |tensor: &Tensor| match tensor.rank() {
+            1 => tensor.clone(),
+            _ => QTensor::quantize(tensor, dtype).unwrap().dequantize(&Device::Cpu).unwrap(),
+        };
+        let tensors = exact.tensors.iter().map(|(name, tensor)| (name.clone(), held(tensor))).collect();
+        let held = Checkpoint { config: exact.config.clone(), tensors };
+        let folder = held.save();
+        let [file, rounded] = ["model.gguf", "rounded.gguf"].map(|name| folder.path().join(name));
+        save_gguf(&exact, dtype, &file);
+        save_gguf(&held, GgmlDType::Q8_0, &rounded);
+        let expected = logits(&rounded, WeightFormat::Native);
+        for path in [folder.path(), &file] {
+            let got = logits(path, WeightFormat::Q8_0);
+            assert!(all_same_bits(&got, &expected), "{dtype:?}, {}: {}", path.display(), worst(&got, &expected));
+        }
+    }
+}
+
+#[test]
+fn a_matrix_of_other_rows_than_whole_groups_is_not_rounded() {
+    let checkpoint = checkpoint(json!({ "intermediate_size": 72 }));
+    let folder = checkpoint.save();
+    let (exact, rounded) = (logits(folder.path(), WeightFormat::F32), logits(folder.path(), WeightFormat::Q8_0));
+    let (off, size) = (deviation(&rounded, &exact), size(&exact));
+    assert!(off > 0.0 && off < 0.06 * size, "{off} of {size}");
+}
+
+#[test]
 fn a_file_that_is_cut_short_is_refused() {
     let checkpoint = checkpoint(json!({}));
     let folder = checkpoint.save();

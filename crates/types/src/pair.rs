@@ -81,7 +81,7 @@ pub struct ModelManifest {
 
 /// How a model's weights are held in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum WeightFormat {
     /// As the file has them: quantised stays quantised.
     Native,
@@ -91,6 +91,8 @@ pub enum WeightFormat {
     Bf16,
     /// Converted to 16-bit floats.
     F16,
+    /// Rounded to ggml's Q8_0: 8-bit integers, 32 to a scale. A matrix whose rows are not whole groups is held as f32.
+    Q8_0,
 }
 
 impl std::str::FromStr for WeightFormat {
@@ -102,7 +104,8 @@ impl std::str::FromStr for WeightFormat {
             "f32" => Ok(Self::F32),
             "bf16" => Ok(Self::Bf16),
             "f16" => Ok(Self::F16),
-            other => Err(format!("'{other}' is no weight format: use native, f32, bf16 or f16")),
+            "q8_0" => Ok(Self::Q8_0),
+            other => Err(format!("'{other}' is no weight format: use native, q8_0, bf16, f16 or f32")),
         }
     }
 }

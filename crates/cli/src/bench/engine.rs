@@ -24,7 +24,7 @@ pub(crate) struct EngineArgs {
     /// A Hugging Face folder or a .gguf file [default: both models of the default pair]
     #[arg(long, env = "OVERFILL_MODEL")]
     model: Option<PathBuf>,
-    /// How the weights are held: native, f32, bf16 or f16
+    /// How the weights are held: native, q8_0, bf16, f16 or f32
     #[arg(long, env = "OVERFILL_WEIGHTS", default_value = "native")]
     weights: WeightFormat,
     /// Tokens of the prompt

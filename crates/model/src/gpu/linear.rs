@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use overfill_types::pair::WeightFormat;
 
@@ -23,6 +23,9 @@ impl Matrix {
     pub(crate) fn load(weights: &Weights, name: &str, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
         Ok(match weights.matrix(name, format, device)? {
             Weight::Quantised(q) => Matrix::Quantised(q),
+            Weight::Dense(t) if format == WeightFormat::Q8_0 && t.dim(1)?.is_multiple_of(GgmlDType::Q8_0.block_size()) => {
+                Matrix::Quantised(Arc::new(QTensor::quantize(&t, GgmlDType::Q8_0)?))
+            }
             Weight::Dense(t) => Matrix::Dense(t),
         })
     }
