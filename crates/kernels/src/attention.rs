@@ -13,7 +13,7 @@ use crate::exp::exp;
 use crate::kv::int8::Int8;
 use crate::kv::{Both, KvLayer, KvShape, Run, Stored};
 use crate::number::Number;
-use crate::segment::{self, SEGMENT, Segment};
+use crate::segment::{self, Next, SEGMENT, Segment};
 use crate::segment_int8::{self, IntRows};
 use crate::simd::{Simd, dispatch};
 use crate::thread_pool::ThreadPool;
@@ -115,10 +115,16 @@ pub fn paged_attention(
     let call = Call { shape, how, q, stride, group, out: Disjoint::new(out), partial: Disjoint::new(partial) };
     let run = |i: usize| {
         let task = &tasks[i];
+        // The thread's next task, most of the time.
+        let next = tasks.get(i + 1).and_then(|next| {
+            let (segment, _) = next.segment?;
+            Some(Next { blocks: spans[next.span].blocks, kv_head: next.kv_head, from: segment * SEGMENT })
+        });
+        let blocks = spans[task.span].blocks;
         SCRATCH.with_borrow_mut(|local| match &layer.stored {
-            Stored::F32(both) => dispatch!(attend(both, call, spans[task.span].blocks, *task, local)),
-            Stored::F16(both) => dispatch!(attend(both, call, spans[task.span].blocks, *task, local)),
-            Stored::Int8(both) => dispatch!(attend(both, call, spans[task.span].blocks, *task, local)),
+            Stored::F32(both) => dispatch!(attend(both, call, blocks, *task, next, local)),
+            Stored::F16(both) => dispatch!(attend(both, call, blocks, *task, next, local)),
+            Stored::Int8(both) => dispatch!(attend(both, call, blocks, *task, next, local)),
         });
     };
     // A position costs some ten nanoseconds for each KV head.
@@ -228,7 +234,7 @@ impl Cached for Int8 {
 }
 
 #[inline(always)]
-fn attend<S: Simd, C: Cached>(s: S, kv: &C, call: Call<'_>, blocks: &[u32], task: Task, local: &mut Local) {
+fn attend<S: Simd, C: Cached>(s: S, kv: &C, call: Call<'_>, blocks: &[u32], task: Task, next: Option<Next<'_>>, local: &mut Local) {
     let Call { shape, how, group, .. } = call;
     let (head_dim, width) = (shape.head_dim, 2 + shape.padded());
     let rows = task.tokens * group;
@@ -250,7 +256,7 @@ fn attend<S: Simd, C: Cached>(s: S, kv: &C, call: Call<'_>, blocks: &[u32], task
     for segment in segments {
         let from = segment * SEGMENT;
         let count = SEGMENT.min(context - from);
-        let positions = Segment { shape, blocks, kv_head: task.kv_head, from, count, cap: how.cap };
+        let positions = Segment { shape, blocks, kv_head: task.kv_head, from, count, cap: how.cap, next };
         let within = |position: usize| position.saturating_sub(from).min(count);
         let seen = |r: usize| {
             let position = task.position + r / group;

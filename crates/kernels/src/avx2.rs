@@ -26,7 +26,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn prefetch<T>(self, p: *const T) {
         // SAFETY: a prefetch of any address does nothing worse than nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {

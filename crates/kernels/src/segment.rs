@@ -24,6 +24,26 @@ pub(crate) struct Segment<'a> {
     pub(crate) count: usize,
     /// Scores are bounded by it: see [`crate::Scores`].
     pub(crate) cap: Option<f32>,
+    /// What this thread attends to next, where its rows are so few that it would wait for it.
+    pub(crate) next: Option<Next<'a>>,
+}
+
+/// The segment from a position on, of a KV head of a sequence.
+#[derive(Clone, Copy)]
+pub(crate) struct Next<'a> {
+    pub(crate) blocks: &'a [u32],
+    pub(crate) kv_head: usize,
+    pub(crate) from: usize,
+}
+
+impl Next<'_> {
+    /// The block that its position `done` begins, or is the first looked at of; `None` in the middle of one, and after the last.
+    #[inline(always)]
+    pub(crate) fn block(&self, done: usize, block_tokens: usize) -> Option<usize> {
+        let position = self.from + done;
+        let begins = done == 0 || position.is_multiple_of(block_tokens);
+        self.blocks.get(position / block_tokens).filter(|_| begins).map(|block| *block as usize)
+    }
 }
 
 /// What `queries`, `[rows, head_dim]` and scaled, make of a segment of which row `r` sees the positions `seen(r)`.
@@ -39,7 +59,7 @@ pub(crate) fn attend_segment<S: Simd, T: Number>(
     scores: &mut [f32],
     part: &mut [f32],
 ) {
-    let Segment { shape, blocks, kv_head, from, count, cap } = segment;
+    let Segment { shape, blocks, kv_head, from, count, cap, .. } = segment;
     let (head_dim, width) = (shape.head_dim, 2 + shape.padded());
     let rows = queries.len() / head_dim;
     let tiles = count.div_ceil(16);
@@ -79,7 +99,7 @@ pub(crate) fn attend_segment<S: Simd, T: Number>(
         bound(s, scores, cap, seen(r));
         part[r * width..][..2].copy_from_slice(&softmax_numerators(s, scores));
     }
-    sum_values(s, &kv.v, segment, scores, rows, part);
+    sum_values(s, kv, segment, scores, rows, part);
 }
 
 /// Bounds a row's scores, and leaves out those of positions that it does not see.
@@ -228,7 +248,7 @@ pub(crate) fn softmax_numerators<S: Simd>(s: S, scores: &mut [f32]) -> [f32; 2] 
 /// Weighted sums of the segment's values, into `part`, `[rows, 2 + padded head]`, from the third number of each row on.
 /// `weights` are `[rows, SEGMENT]`.
 #[inline(always)]
-fn sum_values<S: Simd, T: Number>(s: S, v: &[T], segment: Segment<'_>, weights: &[f32], rows: usize, part: &mut [f32]) {
+fn sum_values<S: Simd, T: Number>(s: S, kv: &Both<T>, mut segment: Segment<'_>, weights: &[f32], rows: usize, part: &mut [f32]) {
     let padded = segment.shape.padded();
     let most = if S::LANES == 16 { 6 } else { 3 };
     let mut column = 0;
@@ -242,14 +262,16 @@ fn sum_values<S: Simd, T: Number>(s: S, v: &[T], segment: Segment<'_>, weights: 
             macro_rules! rows {
                 ($($n:literal)*) => {
                     match n {
-                        $($n if wide => value_tile::<S, T, $n, 4>(s, v, segment, column, weights, to),
-                        $n => value_tile::<S, T, $n, 1>(s, v, segment, column, weights, to),)*
+                        $($n if wide => value_tile::<S, T, $n, 4>(s, kv, segment, column, weights, to),
+                        $n => value_tile::<S, T, $n, 1>(s, kv, segment, column, weights, to),)*
                         _ => unreachable!("a tile has at most 6 rows"),
                     }
                 };
             }
             rows!(1 2 3 4 5 6);
             row += n;
+            // Asked for once.
+            segment.next = None;
         }
         column += if wide { 4 * S::LANES } else { S::LANES };
     }
@@ -259,13 +281,13 @@ fn sum_values<S: Simd, T: Number>(s: S, v: &[T], segment: Segment<'_>, weights: 
 #[inline(always)]
 fn value_tile<S: Simd, T: Number, const R: usize, const W: usize>(
     s: S,
-    v: &[T],
+    kv: &Both<T>,
     segment: Segment<'_>,
     column: usize,
     weights: &[f32],
     to: &mut [f32],
 ) {
-    let Segment { shape, blocks, kv_head, from, count, .. } = segment;
+    let Segment { shape, blocks, kv_head, from, count, next, .. } = segment;
     let padded = shape.padded();
     assert!(column + W * S::LANES <= padded && weights.len() >= (R - 1) * SEGMENT + count && to.len() >= R * (2 + padded));
     let mut sums = [[s.splat(0.0); W]; R];
@@ -275,7 +297,14 @@ fn value_tile<S: Simd, T: Number, const R: usize, const W: usize>(
         let offset = position % shape.block_tokens;
         let run = (shape.block_tokens - offset).min(count - done);
         let block = blocks[position / shape.block_tokens] as usize;
-        let values = &v[shape.v_at(block, kv_head) + offset * padded..][..run * padded];
+        // Memory has nothing to do while values that are here already are weighed: it brings the keys that come next.
+        if let Some(next) = next
+            && let Some(block) = next.block(done, shape.block_tokens)
+            && let Some(keys) = kv.k.get(shape.k_at(block, next.kv_head)..)
+        {
+            prefetch(s, keys, shape.head_dim * shape.block_tokens);
+        }
+        let values = &kv.v[shape.v_at(block, kv_head) + offset * padded..][..run * padded];
         for i in 0..run {
             let mut line = [s.splat(0.0); W];
             for (w, line) in line.iter_mut().enumerate() {

@@ -14,7 +14,8 @@ pub(crate) trait Simd: Copy {
     /// `LANES` lanes of i32.
     type I: Copy;
 
-    /// Asks for the cache line at `p`, which need not be there.
+    /// Asks for the cache line at `p`, which need not be there, to be brought to the second-level cache: a core has many lines on their
+    /// way there, and few to its first.
     fn prefetch<T>(self, p: *const T);
     fn splat(self, x: f32) -> Self::V;
     /// # Safety
