@@ -228,49 +228,28 @@ pub(crate) fn greatest_magnitude<S: Simd>(s: S, x: &[f32]) -> f32 {
     rest.iter().fold(s.greatest(greatest), |m, x| m.max(x.abs()))
 }
 
-/// Rounds a group of 16 or of 32 values to integers from -127 to 127; gives the value of code 1.
+/// Rounds a group to integers from -127 to 127; gives the value of code 1, and the sums of the first and of the last 16 codes.
 #[inline(always)]
-pub(crate) fn round_group<S: Simd>(s: S, x: &[f32], codes: &mut [i8]) -> f32 {
-    let (scale, inverse) = scale_of(s, x);
-    for (x, codes) in x.as_chunks().0.iter().zip(codes.as_chunks_mut().0) {
-        round_half(s, x, inverse, codes);
-    }
-    scale
-}
-
-/// The value of code 1 of a group, and what its values are multiplied by to become codes.
-#[inline(always)]
-fn scale_of<S: Simd>(s: S, x: &[f32]) -> (f32, f32) {
+pub(crate) fn round_group<S: Simd>(s: S, x: &[f32; GROUP], codes: &mut [i8; GROUP]) -> (f32, [i32; 2]) {
     let greatest = greatest_magnitude(s, x);
-    (greatest / 127.0, if greatest > 0.0 { 127.0 / greatest } else { 0.0 })
-}
-
-/// Rounds 16 values; gives the sum of their codes.
-#[inline(always)]
-fn round_half<S: Simd>(s: S, x: &[f32; 16], inverse: f32, codes: &mut [i8; 16]) -> i32 {
-    let inverse = s.splat(inverse);
-    for i in (0..16).step_by(S::LANES) {
-        // SAFETY: both have 16 places. The product is at least -127 and a rounding error, which rounds to -127; the minimum turns what is
+    let inverse = s.splat(if greatest > 0.0 { 127.0 / greatest } else { 0.0 });
+    for i in (0..GROUP).step_by(S::LANES) {
+        // SAFETY: both have 32 places. The product is at least -127 and a rounding error, which rounds to -127; the minimum turns what is
         // not a number into one, the same on all lanes.
         unsafe { s.store_i8(codes.as_mut_ptr().add(i), s.min(s.mul(s.load(x.as_ptr().add(i)), inverse), s.splat(127.0))) };
     }
-    // SAFETY: they are 16.
-    unsafe { s.sum_i8(codes.as_ptr()) }
+    // SAFETY: each half is 16.
+    (greatest / 127.0, unsafe { [s.sum_i8(codes.as_ptr()), s.sum_i8(codes.as_ptr().add(16))] })
 }
 
 /// Rounds one row.
 #[inline(always)]
 fn round<S: Simd>(s: S, x: &[f32], place: Place, to: Rounded<'_>) {
-    for (g, x) in x.as_chunks::<GROUP>().0.iter().enumerate() {
+    for (g, x) in x.as_chunks().0.iter().enumerate() {
         let at = place.at(g, to.groups, 1);
         // SAFETY: these places are this row's, and one thread has it.
-        let codes = unsafe { to.codes.part(at * GROUP, GROUP) };
-        let (scale, inverse) = scale_of(s, x);
-        let mut sums = [0; 2];
-        for ((sum, x), codes) in sums.iter_mut().zip(x.as_chunks().0).zip(codes.as_chunks_mut().0) {
-            *sum = round_half(s, x, inverse, codes);
-        }
-        let [low, high] = sums;
+        let Some(codes) = unsafe { to.codes.part(at * GROUP, GROUP) }.first_chunk_mut() else { unreachable!("a part of a group") };
+        let (scale, [low, high]) = round_group(s, x, codes);
         // SAFETY: as above.
         unsafe {
             to.scales.part(at, 1)[0] = scale;

@@ -115,8 +115,8 @@ pub fn paged_attention(
     let call = Call { shape, how, q, stride, group, out: Disjoint::new(out), partial: Disjoint::new(partial) };
     let run = |i: usize| {
         let task = &tasks[i];
-        // The thread's next task, most of the time.
-        let next = tasks.get(i + 1).and_then(|next| {
+        // The thread's next task, most of the time; a prompt's tokens have many segments before it.
+        let next = task.segment.and(tasks.get(i + 1)).and_then(|next| {
             let (segment, _) = next.segment?;
             Some(Next { blocks: spans[next.span].blocks, kv_head: next.kv_head, from: segment * SEGMENT })
         });

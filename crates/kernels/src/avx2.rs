@@ -67,12 +67,8 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn sum_i8(self, p: *const i8) -> i32 {
-        // SAFETY: see above. Plus 128 they have no sign: two sums of eight bytes each.
-        unsafe {
-            let bytes = _mm_xor_si128(_mm_loadu_si128(p.cast()), _mm_set1_epi8(-128));
-            let sums = _mm_sad_epu8(bytes, _mm_setzero_si128());
-            _mm_cvtsi128_si32(sums) + _mm_extract_epi16::<4>(sums) - 16 * 128
-        }
+        // SAFETY: see above.
+        unsafe { sum_i8(p) }
     }
     #[inline(always)]
     fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
@@ -220,5 +216,19 @@ impl Simd for Avx2 {
     fn to_f32(self, a: __m256i) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_cvtepi32_ps(a) }
+    }
+}
+
+/// The sum of 16 integers: plus 128 they have no sign, and the bytes of each half are summed at once.
+///
+/// # Safety
+/// 16 values can be read at `p`. All of x86-64 has the instructions.
+#[inline(always)]
+pub(crate) unsafe fn sum_i8(p: *const i8) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bytes = _mm_xor_si128(_mm_loadu_si128(p.cast()), _mm_set1_epi8(-128));
+        let sums = _mm_sad_epu8(bytes, _mm_setzero_si128());
+        _mm_cvtsi128_si32(sums) + _mm_extract_epi16::<4>(sums) - 16 * 128
     }
 }

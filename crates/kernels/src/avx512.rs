@@ -82,12 +82,8 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn sum_i8(self, p: *const i8) -> i32 {
-        // SAFETY: see above. Plus 128 they have no sign: two sums of eight bytes each.
-        unsafe {
-            let bytes = _mm_xor_si128(_mm_loadu_si128(p.cast()), _mm_set1_epi8(-128));
-            let sums = _mm_sad_epu8(bytes, _mm_setzero_si128());
-            _mm_cvtsi128_si32(sums) + _mm_extract_epi16::<4>(sums) - 16 * 128
-        }
+        // SAFETY: see above.
+        unsafe { crate::avx2::sum_i8(p) }
     }
     #[inline(always)]
     fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {

@@ -49,9 +49,9 @@ impl IntRows {
                 let mut group = [0.0; GROUP];
                 group[..numbers.len()].copy_from_slice(numbers);
                 let at = g * rows + r;
-                let codes = &mut self.queries.codes[at * GROUP..][..GROUP];
-                self.queries.scales[at] = round_group(s, &group, codes);
-                self.by_128[at] = -128 * codes.iter().map(|c| i32::from(*c)).sum::<i32>();
+                let (scale, [low, high]) = round_group(s, &group, &mut self.queries.codes.as_chunks_mut().0[at]);
+                self.queries.scales[at] = scale;
+                self.by_128[at] = -128 * (low + high);
             }
         }
     }

@@ -370,8 +370,7 @@ fn quantised(name: &str, q: &QTensor, packer: &Packer<'_>) -> Result<QuantisedMa
 /// Numbers rounded to Q8_0; `None` where rows are not whole groups.
 fn rounded(t: &Tensor, packer: &Packer<'_>) -> Result<Option<QuantisedMatrix>, ModelError> {
     let (outputs, inputs) = t.dims2()?;
-    let rounded = values::read(t, |w: &[f32]| QuantisedMatrix::rounded(packer, w, |x| x, outputs, inputs))?;
-    Ok(rounded)
+    values::read(t, |w: &[f32]| QuantisedMatrix::rounded(packer, w, |x| x, outputs, inputs))
 }
 
 fn dense(t: &Tensor, packer: &Packer<'_>) -> Result<Matrix, ModelError> {
