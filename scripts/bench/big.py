@@ -122,7 +122,7 @@ def make(options):
         decode = file
     pair = options.work / f"pair-{options.decode}"
     if not (pair / "pair.json").exists():
-        run(options.bin / "overfill", "pair", "--full", full, "--decode", decode, "--kv", "identity", "--name", "big", "--out", pair)
+        run(options.bin / "overfill", "pair", "--full", full, "--decode", decode, "--full-weights", "native", "--kv", "identity", "--name", "big", "--out", pair)
     return pair
 
 
