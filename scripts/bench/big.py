@@ -3,11 +3,10 @@
 
     scripts/bench/big.py WORK [--bin FOLDER] [--tokenizer-of PAIR] [--prompts 3] [--decode hf|gguf]
 
-Makes both models in WORK (11 GB; what is there is taken), of random weights in bfloat16: what they say means nothing, what they cost is
-what such models cost. The decode model has the full model's layers and KV heads and a narrower stream and MLP, as pruning makes it; with
-`--decode gguf` it is exported to Q4_0. Then a router and two nodes are started, a process each, and it tells how long each node took to
-load its model, from the disk and from the system's page cache, against reading the same bytes; what memory each holds; and for prompts of
-2,000 tokens the time to the first token, the rate after it, the bytes handed over for a token, and how much of that was hidden.
+Makes both models in WORK (`random_model`; 11 GB; what is there is taken); with `--decode gguf` the decode model is exported to Q4_0. Then
+a router and two nodes are started, a process each, and it tells how long each node took to load its model, from the disk and from the
+system's page cache, against reading the same bytes; what memory each holds; and for prompts of 2,000 tokens the time to the first token,
+the rate after it, the bytes handed over for a token, and how much of that was hidden.
 Needs numpy, and root where the page cache is to be emptied (else only the warm figures are told).
 """
 
@@ -15,95 +14,14 @@ import argparse
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import tempfile
 import time
 import urllib.request
 
-import numpy
+import random_model
 
 BASE = 17900
-FULL = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24}
-DECODE = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 24}
-SHARED = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 28, "num_key_value_heads": 8,
-    "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-    "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
-}  # fmt: skip
-DRAWN = 1 << 24
-"""Weights are drawn once and repeated from another place for each matrix."""
-SHARD = 4 << 30
-"""Bytes of one file at most."""
-
-
-def shapes(config):
-    config = {**SHARED, **config}
-    hidden, middle, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    heads, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
-    yield "model.norm.weight", (hidden,)
-    for layer in range(config["num_hidden_layers"]):
-        of = f"model.layers.{layer}."
-        for name, shape in {"q_proj": (heads, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, heads)}.items():
-            yield f"{of}self_attn.{name}.weight", shape
-        for name, shape in {"gate_proj": (middle, hidden), "up_proj": (middle, hidden), "down_proj": (hidden, middle)}.items():
-            yield f"{of}mlp.{name}.weight", shape
-        yield f"{of}input_layernorm.weight", (hidden,)
-        yield f"{of}post_attention_layernorm.weight", (hidden,)
-
-
-def bfloat16(numbers):
-    """Their upper halves, rounded to nearest."""
-    bits = numbers.astype(numpy.float32).view(numpy.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(numpy.uint16)
-
-
-def make_model(folder, config, tokenizer):
-    """A folder as Hugging Face's transformers load it."""
-    if (folder / "model.safetensors.index.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = numpy.tile(bfloat16(numpy.random.default_rng(7).normal(0, 0.02, DRAWN)), 2)
-    ones = bfloat16(numpy.ones(max(config["hidden_size"], 1)))
-    shards, size = [[]], 0
-    for name, shape in shapes(config):
-        own = 2 * int(numpy.prod(shape))
-        if size + own > SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, shape, own))
-        size += own
-    places = {}
-    for number, tensors in enumerate(shards):
-        file = folder / f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        at, head = 0, {}
-        for name, shape, own in tensors:
-            head[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + own]}
-            at += own
-            places[name] = file.name
-        told = json.dumps(head).encode()
-        told += b" " * (-len(told) % 8)
-        with open(file, "wb") as to:
-            to.write(len(told).to_bytes(8, "little") + told)
-            for name, shape, own in tensors:
-                left, begin = own // 2, hash_of(name) % DRAWN
-                while len(shape) > 1 and left > 0:
-                    part = drawn[begin : begin + min(left, DRAWN)]
-                    to.write(part.tobytes())
-                    left -= len(part)
-                if len(shape) == 1:
-                    to.write(ones[:left].tobytes())
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, folder / name)
-    (folder / "config.json").write_text(json.dumps({**SHARED, **config}, indent=1))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-
-
-def hash_of(name):
-    """The same in every process, unlike Python's."""
-    return int.from_bytes(name.encode()[-8:], "little") * 2654435761
 
 
 def run(*command):
@@ -113,8 +31,8 @@ def run(*command):
 def make(options):
     """The pair's folder."""
     full, decode = options.work / "full", options.work / "decode"
-    make_model(full, FULL, options.tokenizer_of)
-    make_model(decode, DECODE, options.tokenizer_of)
+    random_model.make("3b", full, options.tokenizer_of)
+    random_model.make("decode", decode, options.tokenizer_of)
     if options.decode == "gguf":
         file = options.work / "decode.gguf"
         if not file.exists():
@@ -235,7 +153,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=pathlib.Path)
     parser.add_argument("--bin", type=pathlib.Path, default=pathlib.Path("target/release"))
-    parser.add_argument("--tokenizer-of", type=pathlib.Path, default=pathlib.Path.home() / ".cache/overfill/pairs/smollm2-135m")
+    parser.add_argument("--tokenizer-of", type=pathlib.Path, default=random_model.TOKENIZER)
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--decode", choices=["hf", "gguf"], default="hf")
     options = parser.parse_args()

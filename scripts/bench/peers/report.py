@@ -59,8 +59,8 @@ def of_vectors(rows):
 
 def servers(rows):
     names = list(dict.fromkeys(row["server"] for row in rows))
-    yield f"## Servers\n\nPrompts of 256 random tokens, answers of 64, the same client (`overfill bench serve`); {rounds(rows)}.\n"
     closed = [row for row in rows if "at_once" in row]
+    yield f"## Servers\n\nPrompts of 256 random tokens, answers of 64, the same client (`overfill bench serve`); {rounds(closed)}.\n"
     shown = []
     for at_once, name in itertools.product(sorted({row["at_once"] for row in closed}), names):
         of = [row for row in closed if (row["at_once"], row["server"]) == (at_once, name)]
