@@ -39,7 +39,8 @@ def main():
         told = subprocess.run(command, check=True, capture_output=True, text=True)
         return cell(told.stdout, "length" in told.stderr)
 
-    print("| | full model alone | " + " | ".join(pairs) + " |\n|---|---|" + "---|" * len(pairs))
+    heads = pairs if len(pairs) > 1 else ["full model reads, decode model writes"]
+    print("| | full model alone | " + " | ".join(heads) + " |\n|---|---|" + "---|" * len(pairs))
     for prompt in PROMPTS:
         row = [prompt, answer(prompt, pairs[0], "full"), *(answer(prompt, pair, "overfill") for pair in pairs)]
         print("| " + " | ".join(row) + " |", flush=True)

@@ -15,7 +15,7 @@ use overfill_model::gguf::quantise;
 use overfill_model::pair::file_sha256;
 use overfill_model::{GgmlDType, KvSpec, MakePair, Pair};
 use overfill_types::pair::WeightFormat;
-use overfill_types::{GenerationConfig, KvFormat, KvFormats, WireFormat};
+use overfill_types::{GenerationConfig, KvFormat, KvFormats, PairManifest, WireFormat};
 use serde_json::json;
 
 use crate::Home;
@@ -30,6 +30,10 @@ const GGUF_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea37
 /// How the full model is held: read faster than in any other format by CPUs with VNNI and without AMX, and as close to f32 as loss can tell
 /// (docs/performance.md).
 const FULL_WEIGHTS: WeightFormat = WeightFormat::Q8_0;
+
+/// Half of f16's bytes in the caches and between the nodes, multiplied as integers; loss and scores tell no difference
+/// (docs/performance.md).
+const KV_FORMATS: KvFormats = KvFormats { cache: KvFormat::Int8, wire: WireFormat::Int8 };
 
 /// As the authors of SmolLM2-Instruct show it to be used in its model card: `temperature=0.2, top_p=0.9`.
 const GENERATION: GenerationConfig =
@@ -105,7 +109,8 @@ impl Decode {
     /// Whether `pair` has this decode model, and is not that of another version of this program.
     fn is_of(self, pair: &Path) -> bool {
         let Ok(pair) = Pair::open(pair) else { return false };
-        let same = pair.manifest.generation == GENERATION && pair.manifest.full.weights == FULL_WEIGHTS;
+        let PairManifest { generation, full, kv_formats, .. } = &pair.manifest;
+        let same = *generation == GENERATION && full.weights == FULL_WEIGHTS && *kv_formats == KV_FORMATS;
         same && self.trained().is_none_or(|trained| pair.manifest.decode.sha256 == trained.sha256)
     }
 }
@@ -153,7 +158,7 @@ pub(crate) fn install(home: &Path, decode: Decode) -> anyhow::Result<PathBuf> {
         decode: decode_file,
         decode_weights: WeightFormat::Native,
         kv: KvSpec::Identity,
-        kv_formats: KvFormats { cache: KvFormat::F16, wire: WireFormat::F16 },
+        kv_formats: KV_FORMATS,
         generation: GENERATION,
         provenance: provenance.as_object().cloned().unwrap_or_default(),
     };

@@ -60,6 +60,7 @@ impl KvCache {
                 "blocks of {block_tokens} token positions: a multiple of {BLOCK_MULTIPLE} is needed"
             )));
         }
+        let format = held_as(format, device);
         let rows = if device.is_cpu() {
             let stored = kernel_format(format);
             Storage::Host((0..geometry.layers).map(|_| KvLayer::new(shape(geometry, blocks, block_tokens), stored)).collect())
@@ -73,7 +74,7 @@ impl KvCache {
         let dtype = match format {
             KvFormat::F32 => DType::F32,
             KvFormat::F16 => DType::F16,
-            KvFormat::Int8 => return Err(ModelError::Device("an int8 KV cache is held on CPUs alone: use f16 on a GPU".into())),
+            KvFormat::Int8 => return Err(ModelError::Device("no kernel of a GPU reads int8 rows: they are held in f16 there".into())),
         };
         let zeros = || Tensor::zeros((slots, geometry.kv_heads, geometry.head_dim), dtype, device);
         let layers = (0..geometry.layers).map(|_| Ok(KvTensors { k: zeros()?, v: zeros()? }));
@@ -296,6 +297,14 @@ impl KvCache {
             return Ok(());
         }
         Err(ModelError::Mismatch(format!("layer {layer} is asked for, the KV cache has {}", self.geometry.layers)))
+    }
+}
+
+/// What a device holds the cache of a pair in: GPUs, whose kernels read no int8 rows, hold them in f16.
+pub fn held_as(format: KvFormat, device: &Device) -> KvFormat {
+    match format {
+        KvFormat::Int8 if !device.is_cpu() => KvFormat::F16,
+        format => format,
     }
 }
 
