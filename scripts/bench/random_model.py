@@ -3,8 +3,8 @@
 
     scripts/bench/random_model.py SHAPE FOLDER [--tokenizer-of PAIR]
 
-SHAPE is `3b` or `1b` (Llama 3.2's), or `decode`: the layers and KV heads of `3b` with a narrower stream and MLP, as pruning makes it, and a
-third of its weights. FOLDER is as Hugging Face's transformers load it; what is there is left. Needs numpy.
+SHAPE is `1b` or `3b` (Llama 3.2's), `8b` (Llama 3.1's), or `decode`: the layers and KV heads of `3b` with a narrower stream and MLP, as
+pruning makes it, and a third of its weights. FOLDER is as Hugging Face's transformers load it; what is there is left. Needs numpy.
 """
 
 import argparse
@@ -21,6 +21,7 @@ SHARED = {
     "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
 }  # fmt: skip
 SHAPES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128, "tie_word_embeddings": False},
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
     "decode": {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
@@ -37,6 +38,8 @@ def shapes(config):
     heads, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     yield "model.norm.weight", (hidden,)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
         of = f"model.layers.{layer}."
         for name, shape in {"q_proj": (heads, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, heads)}.items():

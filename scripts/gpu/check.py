@@ -7,16 +7,15 @@ The binaries are those of a build with `--features cuda`; DEFAULT is the default
 random and made there, with numpy (what is there is taken). It tells, as a table and in OUT/check.json:
 
 - whether a cluster of two processes on that device reads and writes as one on the CPU does: log-probabilities of prompts' tokens, and
-  greedy answers, of the default pair as it is and with all numbers in f32;
+  greedy answers, of the default pair as it is, with KV caches in f16, and with all numbers in f32;
 - how fast prefill and decode are in bfloat16, at each shape;
 - how many bytes a second the handoffs between the two processes carry, and what of them is hidden;
 - the most memory of the GPU that was taken.
 
-Exits with 1 where a log-probability differs by more than --most from the CPU's. With `--device cpu` it checks itself.
+Exits with 1 where a log-probability differs by more than --most from the CPU's, where both hold the same numbers. With `--device cpu` it checks itself.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
@@ -28,15 +27,10 @@ import threading
 import time
 import urllib.request
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "bench"))
+import random_model
+
 BASE = 18300
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-LLAMA = {"head_dim": 128, "num_key_value_heads": 8}
-SHAPES = {
-    "1b": {**LLAMA, "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_hidden_layers": 16},
-    "3b": {**LLAMA, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_hidden_layers": 28},
-    "8b": {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32, "tie_word_embeddings": False},
-}
-"""Llama 3.2 1B and 3B, Llama 3.1 8B."""
 PROMPTS = [
     "The capital of France is",
     "Once upon a time there was a small village by the sea, where",
@@ -48,9 +42,9 @@ PROMPTS = [
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--bin", type=pathlib.Path, default=REPOSITORY / "target/release")
+    parser.add_argument("--bin", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parents[2] / "target/release")
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--shapes", type=lambda text: text.split(",") if text else [], default=["135m", *SHAPES])
+    parser.add_argument("--shapes", type=lambda text: text.split(",") if text else [], default=["135m", "1b", "3b", "8b"])
     parser.add_argument("--pair", type=pathlib.Path, default=pathlib.Path.home() / ".cache/overfill/pairs/smollm2-135m", help="the default pair, fetched before")
     parser.add_argument("--most", type=float, default=0.05, help="difference of a log-probability that is allowed")
     options = parser.parse_args()
@@ -58,16 +52,16 @@ def main():
     memory = Memory()
     told = {"device": options.device, "gpu": gpu(), "same": [], "speed": [], "handoffs": []}
     with tempfile.TemporaryDirectory() as folder:
-        for name, pair in pairs(options, pathlib.Path(folder)):
+        for name, pair, most in pairs(options, pathlib.Path(folder)):
             same, handoffs = compared(options, pair, pathlib.Path(folder))
-            told["same"].append({"pair": name, **same})
+            told["same"].append({"pair": name, "differs": same["largest_difference"] > most, **same})
             told["handoffs"].append({"pair": name, **handoffs})
     for shape in options.shapes:
         told["speed"] += speeds(options, shape)
     told["peak_memory_mb"] = memory.most()
     (options.out / "check.json").write_text(json.dumps(told, indent=1))
     show(told)
-    if any(same["largest_difference"] > options.most for same in told["same"]):
+    if any(same["differs"] for same in told["same"]):
         sys.exit(f"log-probabilities differ by more than {options.most}")
 
 
@@ -107,13 +101,18 @@ def run(*command):
 
 
 def pairs(options, folder):
-    """The default pair, and its models with all numbers in f32."""
-    default = options.pair
-    floats = ("--full-weights", "f32", "--decode-weights", "f32", "--kv-cache", "f32", "--kv-wire", "f32")
-    models = ("--full", default / "full.gguf", "--decode", default / "decode.gguf", "--kv", "identity")
-    run(options.bin / "overfill", "pair", *models, *floats, "--name", "floats", "--out", folder / "floats")
-    yield "default, all in f32", folder / "floats"
-    yield "default", default
+    """The models of the default pair with all numbers in f32, with caches in f16, and as they are: int8 caches are f16 on a GPU."""
+    models = ("--full", options.pair / "full.gguf", "--decode", options.pair / "decode.gguf", "--kv", "identity")
+    formats = {
+        "floats": ("--full-weights", "f32", "--decode-weights", "f32", "--kv-cache", "f32", "--kv-wire", "f32"),
+        "halves": ("--kv-cache", "f16", "--kv-wire", "f16"),
+    }
+    for name, told in formats.items():
+        run(options.bin / "overfill", "pair", *models, *told, "--name", name, "--out", folder / name)
+    yield "default, all in f32", folder / "floats", options.most
+    yield "default, KV caches in f16", folder / "halves", options.most
+    # What int8 takes away on the CPU alone says nothing of the GPU.
+    yield "default", options.pair, float("inf")
 
 
 class Cluster:
@@ -201,10 +200,7 @@ def speeds(options, shape):
 
 def made(options, shape):
     """A model of random weights."""
-    spec = importlib.util.spec_from_file_location("big", REPOSITORY / "scripts/bench/big.py")
-    big = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(big)
-    big.make_model(options.out / shape, SHAPES[shape], options.pair)
+    random_model.make(shape, options.out / shape, options.pair)
     return options.out / shape
 
 
