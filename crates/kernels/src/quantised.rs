@@ -184,8 +184,8 @@ impl QuantisedMatrix {
     pub(crate) fn multiply<S: Simd>(&self, s: S, x: &Activations, to: Destination<'_>, panels: Range<usize>) {
         assert!(x.width() == self.inputs && x.rows() == to.rows && panels.end * PANEL < self.outputs + PANEL);
         let each = (X_BLOCK / self.inputs / BLOCK_ROWS).max(1) * BLOCK_ROWS;
-        for first in (0..to.rows).step_by(each) {
-            let blocks = (first..(first + each).min(to.rows)).step_by(BLOCK_ROWS);
+        for begin in (0..to.rows).step_by(each) {
+            let blocks = (begin..(begin + each).min(to.rows)).step_by(BLOCK_ROWS);
             let mut panel = panels.start;
             while panel < panels.end {
                 // With sixteen lanes there are registers for two panels, which share the loads of `x`. One row has next to none to
@@ -198,7 +198,9 @@ impl QuantisedMatrix {
                     while row < block.rows {
                         let count = even(block.rows - row, most);
                         for column in (0..PANEL).step_by(S::LANES) {
-                            let at = At { block, first, row, panel, column };
+                            // Several rows keep the vector unit busier than memory, and one panel's codes come while it is.
+                            let ahead = to.rows > 1 && first == begin && row == 0 && column == 0;
+                            let at = At { block, first, row, panel, column, ahead };
                             macro_rules! rows {
                                 ($($n:literal)*) => {
                                     match count {
@@ -230,7 +232,8 @@ impl QuantisedMatrix {
     }
 }
 
-/// Where a tile lies: the block of `x` with its first row, the tile's first row in it, its first panel, its first column in the panel.
+/// Where a tile lies: the block of `x` with its first row, the tile's first row in it, its first panel, its first column in the panel;
+/// and whether it fetches the codes of the panels after its own into the second-level cache.
 #[derive(Clone, Copy)]
 struct At<'a> {
     block: RoundedBlock<'a>,
@@ -238,6 +241,7 @@ struct At<'a> {
     row: usize,
     panel: usize,
     column: usize,
+    ahead: bool,
 }
 
 /// How a group's codes are stored.
@@ -319,7 +323,7 @@ fn tile<S: Simd, C: Codes, T: Number, const R: usize, const P: usize>(
     to: Destination<'_>,
     at: At<'_>,
 ) {
-    let At { block: x, first, row, panel, column } = at;
+    let At { block: x, first, row, panel, column, ahead } = at;
     let groups = w.inputs / C::GROUP;
     assert!(row + R <= x.rows && x.scales.len() == w.inputs / GROUP * x.rows && column + S::LANES <= PANEL);
     assert!((panel + P) * groups * C::LINES <= w.codes.len() && (panel + P) * groups <= factors.scales.len());
@@ -337,6 +341,13 @@ fn tile<S: Simd, C: Codes, T: Number, const R: usize, const P: usize>(
                 let group = (panel + p) * groups + g;
                 codes[p] = codes[p].add(group * C::LINES * LINE + column * 4);
                 scales[p] = T::load(s, factors.scales.as_ptr().add(group).cast::<T>().add(column));
+            }
+            if ahead {
+                for codes in codes {
+                    for line in 0..C::LINES {
+                        s.prefetch(codes.wrapping_add((P * groups * C::LINES + line) * LINE));
+                    }
+                }
             }
             let dots: [[S::I; P]; R] = C::dots(s, codes, x, g, row);
             for r in 0..R {
