@@ -36,8 +36,7 @@ pub(crate) async fn load(config: &DecodeConfig, placement: &Placement) -> Result
         let model = pair.load_decode(&device, &pool)?;
         let geometry = model.config().kv;
         let formats = pair.manifest.kv_formats;
-        let held = cache::held_as(formats.cache, &device);
-        let blocks = node.blocks(cache::bytes_per_token(geometry, held), || overfill_model::free_memory(&device))?;
+        let blocks = node.blocks(cache::bytes_per_token(geometry, formats.cache, &device), || overfill_model::free_memory(&device))?;
         let mut cache = KvCache::new(geometry, formats.cache, blocks as usize, node.block_tokens as usize, &device)?;
         cache.claim(&pool);
         let guides = Guides::open(&pair.dir, &pair.manifest, &node.guides);

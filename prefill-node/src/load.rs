@@ -39,8 +39,7 @@ pub(crate) async fn load(config: &PrefillConfig, placement: &Placement) -> Resul
         let rows = pairs::rows(&pairs, &pool)?;
         let geometry = model.config().kv;
         let format = first.manifest.kv_formats.cache;
-        let held = cache::held_as(format, &device);
-        let blocks = node.blocks(cache::bytes_per_token(geometry, held), || overfill_model::free_memory(&device))?;
+        let blocks = node.blocks(cache::bytes_per_token(geometry, format, &device), || overfill_model::free_memory(&device))?;
         let mut cache = KvCache::new(geometry, format, blocks as usize, node.block_tokens as usize, &device)?;
         cache.claim(&pool);
         let guides = Guides::open(&first.dir, &first.manifest, &node.guides);

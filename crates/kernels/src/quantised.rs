@@ -198,7 +198,7 @@ impl QuantisedMatrix {
                     while row < block.rows {
                         let count = even(block.rows - row, most);
                         for column in (0..PANEL).step_by(S::LANES) {
-                            // Several rows keep the vector unit busier than memory, and one panel's codes come while it is.
+                            // With several rows the vector unit is what is waited for: the next panels' codes come from memory meanwhile.
                             let ahead = to.rows > 1 && first == begin && row == 0 && column == 0;
                             let at = At { block, first, row, panel, column, ahead };
                             macro_rules! rows {

@@ -107,7 +107,7 @@ impl KvCache {
 
     /// Bytes of one token position in all layers.
     pub fn bytes_per_token(&self) -> usize {
-        bytes_per_token(self.geometry, self.format)
+        bytes_held(self.geometry, self.format)
     }
 
     /// Whether a block table covers `end` positions with blocks that are there.
@@ -300,16 +300,20 @@ impl KvCache {
     }
 }
 
+/// Bytes of one token position in all layers of a pair's cache on `device`.
+pub fn bytes_per_token(geometry: KvGeometry, format: KvFormat, device: &Device) -> usize {
+    bytes_held(geometry, held_as(format, device))
+}
+
 /// What a device holds the cache of a pair in: GPUs, whose kernels read no int8 rows, hold them in f16.
-pub fn held_as(format: KvFormat, device: &Device) -> KvFormat {
+fn held_as(format: KvFormat, device: &Device) -> KvFormat {
     match format {
         KvFormat::Int8 if !device.is_cpu() => KvFormat::F16,
         format => format,
     }
 }
 
-/// Bytes of one token position in all layers of a cache.
-pub fn bytes_per_token(geometry: KvGeometry, format: KvFormat) -> usize {
+fn bytes_held(geometry: KvGeometry, format: KvFormat) -> usize {
     geometry.layers * KvLayer::bytes_per_token(shape(geometry, 1, BLOCK_MULTIPLE), kernel_format(format))
 }
 
