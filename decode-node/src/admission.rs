@@ -238,6 +238,11 @@ impl Admission {
         self.lock().held.get(ticket).is_none_or(|h| h.superseded)
     }
 
+    /// Whether a reservation is held.
+    pub(crate) fn holds(&self, ticket: &Ticket) -> bool {
+        self.lock().held.contains_key(ticket)
+    }
+
     /// Sequences that are held.
     pub(crate) fn sequences(&self) -> usize {
         self.lock().held.len()

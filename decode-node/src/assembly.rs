@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use overfill_kv::BlockPool;
 use overfill_lifecycle::metrics::Registry;
+use overfill_nccl::Nccl;
 use overfill_node::{Cores, Faults, Pulse, RunError};
 use overfill_proto::MAX_MESSAGE;
 use overfill_proto::v1::decode_server::DecodeServer;
 use overfill_proto::v1::node_server::NodeServer;
 use overfill_transport::calls::{NodeService, Signals};
 use overfill_transport::push::Takes;
-use overfill_types::{Limits, NodeId, NodeInfo, PeerAddress, Role, ServedPair};
+use overfill_transport::push::nccl::Joined;
+use overfill_types::{Limits, NodeId, NodeInfo, PeerAddress, Role, ServedPair, Ticket};
 use tonic::service::Routes;
 
 use crate::admission::{Admission, SequenceBounds};
@@ -41,11 +43,17 @@ pub struct Assembled<C> {
     admission: Arc<Admission>,
 }
 
-/// Puts a decode node together.
+/// Puts a decode node together, which takes rows over `nccl` too, if it is given and they lie so in its cache.
 ///
 /// # Errors
 /// Where its metrics are malformed.
-pub fn assemble<C: Compute>(id: NodeId, config: &DecodeConfig, loaded: Loaded<C>, signals: &Signals) -> Result<Assembled<C>, RunError> {
+pub fn assemble<C: Compute>(
+    id: NodeId,
+    config: &DecodeConfig,
+    loaded: Loaded<C>,
+    nccl: Option<Nccl>,
+    signals: &Signals,
+) -> Result<Assembled<C>, RunError> {
     let Loaded { manifest, compute, blocks, guides } = loaded;
     let blocks = BlockPool::new(blocks, config.node.block_tokens as usize);
     let limits = Limits { max_context: config.node.max_context(manifest.max_context()), vocab_size: manifest.vocab_size() };
@@ -64,12 +72,16 @@ pub fn assemble<C: Compute>(id: NodeId, config: &DecodeConfig, loaded: Loaded<C>
     };
     let (pulse, faults) = (Pulse::default(), Faults::new(config.node.fault.clone()));
     let (commands, told) = Commands::new();
+    let held = admission.clone();
+    let joined = nccl
+        .filter(|_| compute.on_gpu(manifest.kv_formats.wire))
+        .map(|nccl| Joined::new(nccl, manifest.fingerprint.clone(), Arc::new(move |ticket: &Ticket| held.holds(ticket))));
     let cores = Cores::new(&config.node.cores, Role::Decode)?;
     let engine = Engine::new((compute, cores), told, settings, metrics.clone(), (pulse.clone(), faults));
     let pair = ServedPair { model: manifest.name, fingerprint: manifest.fingerprint };
     let registry = metrics.registry.clone();
     let node = (id.clone(), pair.clone());
-    let service = Arc::new(DecodeService::new(node, admission.clone(), commands, guides, metrics, signals.clone()));
+    let service = Arc::new(DecodeService::new(node, (admission.clone(), joined), commands, guides, metrics, signals.clone()));
     let routes = Routes::new(DecodeServer::from_arc(service.clone()).max_decoding_message_size(MAX_MESSAGE))
         .add_service(NodeServer::new(NodeService::new(service.clone(), signals.clone())).max_decoding_message_size(MAX_MESSAGE));
     Ok(Assembled { engine, pulse, routes, takes: service, blocks, metrics: registry, id, pair, admission })

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use overfill_nccl::GpuBytes;
 use overfill_types::{Code, ServiceError, Ticket};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
@@ -45,12 +46,19 @@ pub(crate) enum Part {
     },
 }
 
-/// Checked rows of one layer, `[tokens, kv_heads, head_dim]` each, as they came over the wire.
+/// Checked rows of one layer.
 pub(crate) struct LayerRows {
     pub(crate) layer: usize,
     pub(crate) start: usize,
-    pub(crate) k: Bytes,
-    pub(crate) v: Bytes,
+    pub(crate) rows: Rows,
+}
+
+/// Keys and values, `[tokens, kv_heads, head_dim]` each, as they came.
+pub(crate) enum Rows {
+    /// Over the wire.
+    Host { k: Bytes, v: Bytes },
+    /// To a GPU's memory, keys before values.
+    Gpu(GpuBytes),
 }
 
 /// The way to the engine. Each call waits until the engine has room for it; each error is that the node is stopping.

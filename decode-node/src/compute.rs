@@ -6,6 +6,8 @@
 use overfill_kv::BlockId;
 use overfill_model::cache::WireRows;
 use overfill_model::{Chunk, KvCache, Llama, ModelError, Sampled, Sampler, Workspace};
+use overfill_nccl::GpuBytes;
+use overfill_types::WireFormat;
 
 /// A model with its KV cache.
 pub trait Compute: Send + 'static {
@@ -14,6 +16,15 @@ pub trait Compute: Send + 'static {
     /// # Errors
     /// Where they do not fit the cache.
     fn write(&mut self, layer: usize, blocks: &[BlockId], rows: WireRows<'_>) -> Result<(), ModelError>;
+
+    /// As [`Self::write`], of rows that came to a GPU's memory, keys before values. Asked only of what is [`Self::on_gpu`].
+    ///
+    /// # Errors
+    /// Where they do not fit the cache.
+    fn put(&mut self, layer: usize, blocks: &[BlockId], start: usize, rows: &mut GpuBytes) -> Result<(), ModelError>;
+
+    /// Whether it takes rows of this format from GPU to GPU: its cache holds them so, in a GPU's memory.
+    fn on_gpu(&self, wire: WireFormat) -> bool;
 
     /// One forward pass over all chunks, which appends to the cache. Done again it writes the same.
     ///
@@ -36,6 +47,14 @@ pub(crate) struct DecodeModel {
 impl Compute for DecodeModel {
     fn write(&mut self, layer: usize, blocks: &[BlockId], rows: WireRows<'_>) -> Result<(), ModelError> {
         self.cache.write_wire(self.workspace.pool(), layer, blocks, rows)
+    }
+
+    fn put(&mut self, layer: usize, blocks: &[BlockId], start: usize, rows: &mut GpuBytes) -> Result<(), ModelError> {
+        self.cache.put(layer, blocks, start, rows)
+    }
+
+    fn on_gpu(&self, wire: WireFormat) -> bool {
+        self.cache.is_on_gpu(wire)
     }
 
     fn forward(&mut self, chunks: &[Chunk<'_>]) -> Result<(), ModelError> {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser};
 use overfill_cluster::DiscoveryArgs;
 use overfill_lifecycle::telemetry::LogArgs;
+use overfill_model::Placement;
 use overfill_node::NodeArgs;
 
 /// Holds the decode model of a pair and writes answers.
@@ -55,6 +56,11 @@ pub struct DecodeConfig {
 }
 
 impl DecodeConfig {
+    /// Where its compute threads run.
+    pub(crate) fn placement(&self) -> Placement {
+        Placement { cpus: self.node.cpus.clone(), nice: self.nice }
+    }
+
     /// How long a reservation is held without a frame.
     pub fn reservation_timeout(&self) -> Duration {
         Duration::from_secs(self.reservation_timeout)

@@ -26,7 +26,7 @@ use overfill_types::{Code, ServiceError, Ticket, WireFormat};
 use tokio::time::{Instant, timeout};
 
 use crate::admission::Seniority;
-use crate::commands::{Command, LayerRows, Part};
+use crate::commands::{Command, LayerRows, Part, Rows};
 use crate::compute::Compute;
 use crate::metrics::Metrics;
 use crate::sequence::Sequence;
@@ -162,11 +162,15 @@ impl<C: Compute> Engine<C> {
                 // Frames come: the sender lives. The same patience again.
                 sequence.until = Instant::now() + self.settings.patience;
                 let (compute, settings, faults) = (&mut self.compute, &self.settings, &self.faults);
-                let LayerRows { layer, start, k, v } = &rows;
-                let rows = WireRows { format: settings.wire, start: *start, k, v };
+                let LayerRows { layer, start, rows } = rows;
                 let written = caught("writing its KV cache", || {
                     faults.of("rows", || sequence.reservation.prompt_digest);
-                    compute.write(*layer, blocks(sequence), rows)
+                    match rows {
+                        Rows::Host { k, v } => {
+                            compute.write(layer, blocks(sequence), WireRows { format: settings.wire, start, k: &k, v: &v })
+                        }
+                        Rows::Gpu(mut rows) => compute.put(layer, blocks(sequence), start, &mut rows),
+                    }
                 });
                 match written {
                     Ok(()) => self.failed_handoffs.end(),

@@ -18,7 +18,6 @@ mod service;
 
 use overfill_cluster::Discovery;
 use overfill_lifecycle::{Drain, Parts};
-use overfill_model::Placement;
 use overfill_node::{Life, NodeListeners, admin};
 use overfill_proto::DESCRIPTORS;
 use overfill_transport::calls::Signals;
@@ -39,16 +38,31 @@ pub use overfill_node::RunError;
 /// # Errors
 /// Where the pair cannot be loaded, or where a part of the node ended or hangs.
 pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
+    let loading = load::load(config.clone());
+    run_over(loading, config, listeners, discovery, drain).await
+}
+
+/// The same over whatever computes.
+///
+/// # Errors
+/// Those of `loading`, and of [`run`].
+pub async fn run_over<C: Compute>(
+    loading: impl Future<Output = Result<Loaded<C>, RunError>>,
+    config: DecodeConfig,
+    listeners: impl Into<NodeListeners>,
+    discovery: Discovery,
+    drain: Drain,
+) -> Result<(), RunError> {
     let NodeListeners { grpc: listener, admin } = listeners.into();
     let listening = listener.local_addr()?;
     // Before anything is loaded: a flag that is missing is told at once.
     let address = if discovery.registers() { Some(config.node.advertised(listening)?) } else { None };
-    let placement = Placement { cpus: config.node.cpus.clone(), nice: config.nice };
-    let loaded = load::load(&config, &placement).await?;
+    let nccl = config.node.nccl.open(&config.node.device, discovery.security())?;
+    let loaded = loading.await?;
     let (id, pair, model) =
         (NodeId::new(format!("decode-{}", uuid::Uuid::new_v4())), loaded.manifest.fingerprint.clone(), loaded.manifest.name.clone());
     let signals = Signals { drain, ..Signals::default() };
-    let node = assemble(id.clone(), &config, loaded, &signals)?;
+    let node = assemble(id.clone(), &config, loaded, nccl, &signals)?;
     let (info, held) = (address.map(|address| node.info(address)), node.held());
     let Assembled { engine, pulse, routes, takes, blocks, metrics, .. } = node;
     // By where it listens, not by what it advertises: who reaches it through something else is to go on doing so.
@@ -64,9 +78,9 @@ pub async fn run(config: DecodeConfig, listeners: impl Into<NodeListeners>, disc
     if let Some(local) = security.is_open().then(|| machine::listen(listening)).flatten() {
         parts.task("Unix socket", machine::serve(local, takes, end.clone()));
     }
-    let (until, engine_placement) = (end.clone(), placement);
+    let (until, placement) = (end.clone(), config.placement());
     parts.thread("decode engine", move || {
-        engine_placement.apply_to_caller();
+        placement.apply_to_caller();
         engine.run(&until);
     })?;
 

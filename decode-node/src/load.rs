@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use overfill_guide::Guides;
-use overfill_model::{KvCache, ModelError, Pair, Placement, ThreadPool, Workspace, cache};
+use overfill_model::{KvCache, ModelError, Pair, ThreadPool, Workspace, cache};
 use overfill_node::RunError;
 use overfill_types::PairManifest;
 
@@ -22,12 +22,13 @@ pub struct Loaded<C> {
     pub guides: Arc<Guides>,
 }
 
-/// Loads the decode model, on threads of `placement`.
+/// Loads the decode model.
 ///
 /// # Errors
 /// Where the pair cannot be loaded.
-pub(crate) async fn load(config: &DecodeConfig, placement: &Placement) -> Result<Loaded<DecodeModel>, RunError> {
-    let (node, dir, placement) = (config.node.clone(), config.pair.clone(), placement.clone());
+pub(crate) async fn load(config: DecodeConfig) -> Result<Loaded<DecodeModel>, RunError> {
+    let placement = config.placement();
+    let DecodeConfig { node, pair: dir, .. } = config;
     let loading = tokio::task::spawn_blocking(move || {
         let pair = Pair::open(&dir)?;
         let device = overfill_model::device::parse(&node.device)?;

@@ -24,6 +24,7 @@ pub(crate) struct Metrics {
     pub(crate) step_sequences: Histogram,
     pub(crate) frames_received: IntCounter,
     pub(crate) bytes_received: IntCounter,
+    pub(crate) nccl_bytes_received: IntCounter,
     checksum_failures: IntCounter,
     pub(crate) handoff_seconds: Histogram,
     pushes: IntCounterVec,
@@ -95,6 +96,10 @@ impl Metrics {
             frames_received: registry.counter("overfill_kv_frames_received_total", "Frames of rows that came, and were in order.")?,
             bytes_received: registry
                 .counter("overfill_kv_bytes_received_total", "Bytes of keys and values that came, and were in order.")?,
+            nccl_bytes_received: registry.counter(
+                "overfill_kv_nccl_bytes_received_total",
+                "Of the bytes of keys and values that came, those that came over NCCL.",
+            )?,
             checksum_failures: registry
                 .counter("overfill_kv_checksum_failures_total", "Frames and handoffs whose content was changed on the way.")?,
             handoff_seconds: registry.histogram(

@@ -2,16 +2,17 @@
 
 use std::time::Duration;
 
-use overfill_kv::{Assembler, Commit, RowsHeader};
-use overfill_proto::v1::{KvFrame, PushSummary, kv_frame};
+use overfill_kv::{Assembler, Commit, Payload, RowsHeader};
+use overfill_proto::v1::{KvFrame, KvRows, PushSummary, kv_frame};
 use overfill_proto::{MAX_FRAME_PAYLOAD, convert, error};
+use overfill_transport::push::nccl::Joined;
 use overfill_types::{Code, Epoch, Fingerprint, ServiceError, Ticket};
 use tokio::time::{Instant, timeout};
 use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 
 use crate::admission::Admission;
-use crate::commands::{Commands, LayerRows};
+use crate::commands::{Commands, LayerRows, Rows};
 use crate::metrics::Metrics;
 
 /// Takes one handoff.
@@ -22,6 +23,7 @@ pub(crate) async fn receive(
     admission: &Admission,
     commands: &Commands,
     metrics: &Metrics,
+    joined: Option<&Joined>,
     frames: &mut (impl Stream<Item = Result<KvFrame, Status>> + Unpin),
 ) -> Result<PushSummary, ServiceError> {
     let patience = admission.reservation_timeout();
@@ -32,7 +34,7 @@ pub(crate) async fn receive(
     let (fingerprint, ticket, epoch) = names(&first);
     let expected = admission.claim(&fingerprint, &ticket, epoch)?;
     let guard = Guard::new(ticket.clone(), commands.clone());
-    let taken = take(Assembler::new(expected), first, (commands, metrics), frames, patience).await;
+    let taken = take(Assembler::new(expected), first, (commands, metrics, joined), frames, patience).await;
     if taken.is_ok() {
         metrics.handoff_seconds.observe(begun.elapsed().as_secs_f64());
     }
@@ -43,7 +45,7 @@ pub(crate) async fn receive(
 async fn take(
     mut assembler: Assembler,
     first: KvFrame,
-    (commands, metrics): (&Commands, &Metrics),
+    (commands, metrics, joined): (&Commands, &Metrics, Option<&Joined>),
     frames: &mut (impl Stream<Item = Result<KvFrame, Status>> + Unpin),
     patience: Duration,
 ) -> Result<PushSummary, ServiceError> {
@@ -59,19 +61,21 @@ async fn take(
                     let message = format!("frame {index} of {ticket} has rows of type {:?}: this pair's are {wanted}", rows.dtype());
                     return Err(ServiceError::of_way(Code::InvalidArgument, message));
                 }
-                let payload = rows.k.len() + rows.v.len();
+                let came = Came::take(&rows, (&ticket, index), joined, patience).await?;
+                let payload = came.bytes();
                 if payload > MAX_FRAME_PAYLOAD {
                     let message = format!("frame {index} of {ticket} has {payload} bytes: at most {MAX_FRAME_PAYLOAD} are taken");
                     return Err(ServiceError::of_way(Code::ResourceExhausted, message));
                 }
-                let (layer, start) = (rows.layer, rows.start);
-                let header = RowsHeader { fingerprint, ticket: ticket.clone(), epoch, index, layer, start, tokens: rows.tokens };
-                assembler.rows(&header, &rows.k, &rows.v, rows.checksum).inspect_err(|e| metrics.frame_refused(e))?;
+                let KvRows { layer, start, tokens, checksum, .. } = rows;
+                let header = RowsHeader { fingerprint, ticket: ticket.clone(), epoch, index, layer, start, tokens };
+                assembler.rows(&header, came.payload(), checksum).inspect_err(|e| metrics.frame_refused(e))?;
                 summary.frames += 1;
                 summary.bytes += payload as u64;
                 metrics.frames_received.inc();
                 metrics.bytes_received.inc_by(payload as u64);
-                commands.rows(ticket, LayerRows { layer: layer as usize, start: start as usize, k: rows.k, v: rows.v }).await?;
+                metrics.nccl_bytes_received.inc_by(came.on_gpu() as u64);
+                commands.rows(ticket, LayerRows { layer: layer as usize, start: start as usize, rows: came.rows }).await?;
             }
             Some(kv_frame::Body::Commit(commit)) => {
                 let first_token = commit.first_token;
@@ -88,6 +92,66 @@ async fn take(
                 return Err(ServiceError::of_way(Code::DataLoss, "the push ended before its commit: the prefill node gave up or is gone"));
             }
         };
+    }
+}
+
+/// The rows of a frame, wherever they came.
+struct Came {
+    rows: Rows,
+    /// Those on a GPU, where the frame has a checksum of them.
+    seen: Option<Vec<u8>>,
+}
+
+impl Came {
+    /// Those that are in a frame, or that come beside it.
+    async fn take(
+        frame: &KvRows,
+        (ticket, index): (&Ticket, u32),
+        joined: Option<&Joined>,
+        patience: Duration,
+    ) -> Result<Self, ServiceError> {
+        if frame.communicator.is_empty() {
+            return Ok(Self { rows: Rows::Host { k: frame.k.clone(), v: frame.v.clone() }, seen: None });
+        }
+        let Some(joined) = joined else {
+            let message =
+                format!("the rows of frame {index} of {ticket} are said to come over NCCL, which this decode node does not offer");
+            return Err(ServiceError::of_way(Code::InvalidArgument, message));
+        };
+        let rows = joined.take(&frame.communicator, ticket, index, patience).await?;
+        if frame.unseen {
+            return Ok(Self { rows: Rows::Gpu(rows), seen: None });
+        }
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut rows = rows;
+            rows.read().map(|seen| Self { rows: Rows::Gpu(rows), seen: Some(seen) })
+        });
+        let failed = |why: String| ServiceError::of_node(Code::Internal, format!("rows that came to the GPU cannot be read back: {why}"));
+        reading.await.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
+    }
+
+    fn payload(&self) -> Payload<'_> {
+        match (&self.rows, &self.seen) {
+            (Rows::Host { k, v }, _) => Payload::Seen { k, v },
+            (Rows::Gpu(_), Some(both)) => {
+                let (k, v) = both.split_at(both.len() / 2);
+                Payload::Seen { k, v }
+            }
+            (Rows::Gpu(rows), None) => Payload::Unseen { bytes: rows.len() },
+        }
+    }
+
+    /// Bytes of keys and values.
+    fn bytes(&self) -> usize {
+        match &self.rows {
+            Rows::Host { k, v } => k.len() + v.len(),
+            Rows::Gpu(rows) => rows.len(),
+        }
+    }
+
+    /// Of these, those that came over NCCL.
+    fn on_gpu(&self) -> usize {
+        if matches!(self.rows, Rows::Gpu(_)) { self.bytes() } else { 0 }
     }
 }
 

@@ -9,13 +9,17 @@ use overfill_guide::Guides;
 use overfill_lifecycle::{Trace, TraceHeaders};
 use overfill_node::Refusals;
 use overfill_proto::v1::decode_server::Decode;
-use overfill_proto::v1::{self, DecodeEvent, DecodeRequest, KvFrame, NodeStatus, PushSummary, Reserved, call, decode_event};
+use overfill_proto::v1::{
+    self, DecodeEvent, DecodeRequest, KvFrame, NcclJoined, NcclSend, NodeStatus, PushSummary, Reserved, call, decode_event,
+};
 use overfill_proto::{convert, error};
 use overfill_transport::calls::{EventReceiver, Serving, Signals};
+use overfill_transport::push::nccl::Joined;
 use overfill_transport::push::{Frames, Taken, Takes};
 use overfill_types::{Code, Epoch, Fingerprint, NodeId, RequestId, ServedPair, ServiceError};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::codegen::http::HeaderMap;
 use tonic::{Request, Response, Status, Streaming};
@@ -32,6 +36,8 @@ pub(crate) struct DecodeService {
     id: NodeId,
     pair: ServedPair,
     admission: Arc<Admission>,
+    /// What takes rows from GPU to GPU.
+    joined: Option<Joined>,
     commands: Commands,
     guides: Arc<Guides>,
     metrics: Arc<Metrics>,
@@ -43,13 +49,13 @@ impl DecodeService {
     /// `node` is its id and its pair.
     pub(crate) fn new(
         (id, pair): (NodeId, ServedPair),
-        admission: Arc<Admission>,
+        (admission, joined): (Arc<Admission>, Option<Joined>),
         commands: Commands,
         guides: Arc<Guides>,
         metrics: Arc<Metrics>,
         signals: Signals,
     ) -> Self {
-        Self { id, pair, admission, commands, guides, metrics, signals, refusals: Refusals::default() }
+        Self { id, pair, admission, joined, commands, guides, metrics, signals, refusals: Refusals::default() }
     }
 
     async fn reserve(&self, request: DecodeRequest, trace: Trace) -> Result<EventReceiver<DecodeEvent>, ServiceError> {
@@ -87,6 +93,7 @@ impl DecodeService {
             epoch: asked.epoch.0,
             held_tokens: reservation.blocks.shared_tokens() as u32,
             expires_in_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
+            nccl: self.joined.is_some(),
         };
         // The channel is empty and its reader is here: it has room.
         let _ = events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }));
@@ -103,7 +110,7 @@ impl DecodeService {
     ) -> Result<PushSummary, ServiceError> {
         let span = info_span!("receive", otel.kind = "server", trace_id = Empty);
         let _trace = Trace::begin(span.clone(), headers);
-        let receiving = receiver::receive(&self.admission, &self.commands, &self.metrics, &mut frames);
+        let receiving = receiver::receive(&self.admission, &self.commands, &self.metrics, self.joined.as_ref(), &mut frames);
         let summary = receiving.instrument(span.clone()).await;
         self.metrics.pushed(&summary);
         let _in = span.enter();
@@ -158,6 +165,14 @@ impl Decode for DecodeService {
     async fn push_kv(&self, request: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
         let (headers, _, frames) = request.into_parts();
         self.receive(frames, headers.as_ref()).await.map(Response::new).map_err(|error| error::to_peer(&error))
+    }
+
+    type JoinNcclStream = ReceiverStream<Result<NcclJoined, Status>>;
+
+    async fn join_nccl(&self, request: Request<Streaming<NcclSend>>) -> Result<Response<Self::JoinNcclStream>, Status> {
+        let unasked = || ServiceError::of_node(Code::Unimplemented, "this decode node takes no rows over NCCL: hand over by TCP");
+        let joining = async { self.joined.as_ref().ok_or_else(unasked)?.join(request.into_inner()).await };
+        joining.await.map(Response::new).map_err(|error| error::to_peer(&error))
     }
 }
 

@@ -68,8 +68,8 @@ pub fn assemble<C: Compute>(
     let (jobs, told) = flume::bounded(config.max_queue as usize);
     let cores = Cores::new(&config.node.cores, Role::Prefill)?;
     let (kept, counted) = ((blocks.clone(), pace), (counts.clone(), metrics.clone()));
+    let offers = Offers::new(&manifests, |pair| compute.on_gpu(pair));
     let engine = Engine::new((compute, cores), told, settings, kept, counted, (pulse.clone(), faults));
-    let offers = Offers::new(&manifests);
     let pairs = offers.served();
     let registry = metrics.registry.clone();
     let served = Served {
@@ -81,6 +81,7 @@ pub fn assemble<C: Compute>(
         prefix_cache: config.prefix_cache,
         guides,
         decode_nodes,
+        nccl_checksums: config.nccl_checksums,
     };
     let service = Arc::new(PrefillService::new(served, jobs, counts.clone(), metrics, signals.clone()));
     let service = NodeService::new(service, signals.clone());

@@ -6,6 +6,7 @@
 use bytes::Bytes;
 use overfill_kv::BlockId;
 use overfill_model::{Chunk, KvCache, Llama, ModelError, Row, Sampled, ThreadPool, Workspace};
+use overfill_nccl::{Gpu, GpuBytes};
 
 use crate::rows::{Piece, RowProjector};
 
@@ -25,6 +26,9 @@ pub trait Compute: Send + 'static {
 
     /// Rows that lie in the cache.
     fn cached(&mut self) -> impl CachedRows;
+
+    /// Whether rows for this pair can leave from GPU to GPU: they lie in a GPU's memory as they travel.
+    fn on_gpu(&self, pair: usize) -> bool;
 }
 
 /// Called with a layer of the full model whose rows are computed.
@@ -40,6 +44,12 @@ pub trait CachedRows {
     /// # Errors
     /// Where the cache does not have them.
     fn bytes(&mut self, pair: usize, blocks: &[BlockId], piece: Piece) -> Result<[Bytes; 2], ModelError>;
+
+    /// The same, keys before values in memory of `gpu`. Asked only of what is [`Compute::on_gpu`].
+    ///
+    /// # Errors
+    /// Where the cache does not have them, or the GPU fails.
+    fn gather(&mut self, gpu: &Gpu, pair: usize, blocks: &[BlockId], piece: Piece) -> Result<GpuBytes, ModelError>;
 }
 
 /// The full model of all pairs.
@@ -75,6 +85,10 @@ impl Compute for FullModel {
     fn cached(&mut self) -> impl CachedRows {
         ModelRows { cache: &self.cache, pool: self.workspace.pool(), rows: &mut self.rows }
     }
+
+    fn on_gpu(&self, pair: usize) -> bool {
+        self.rows[pair].on_gpu(&self.cache)
+    }
 }
 
 impl CachedRows for ModelRows<'_> {
@@ -84,5 +98,9 @@ impl CachedRows for ModelRows<'_> {
 
     fn bytes(&mut self, pair: usize, blocks: &[BlockId], piece: Piece) -> Result<[Bytes; 2], ModelError> {
         self.rows[pair].bytes(self.cache, self.pool, blocks, piece)
+    }
+
+    fn gather(&mut self, gpu: &Gpu, pair: usize, blocks: &[BlockId], piece: Piece) -> Result<GpuBytes, ModelError> {
+        self.rows[pair].gather(self.cache, gpu, blocks, piece)
     }
 }

@@ -7,6 +7,7 @@ use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, Parser};
 use overfill_cluster::DiscoveryArgs;
 use overfill_lifecycle::telemetry::LogArgs;
+use overfill_model::Placement;
 use overfill_node::NodeArgs;
 use overfill_types::flags::parse_seconds;
 
@@ -41,6 +42,9 @@ pub struct PrefillConfig {
     /// Most prompt tokens in one forward pass, over all prompts
     #[arg(long, env = "OVERFILL_CHUNK_TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub chunk_tokens: u32,
+    /// Of so many frames that go from GPU to GPU (--nccl on) one is read back and has a checksum of its rows; 0: none has
+    #[arg(long, env = "OVERFILL_NCCL_CHECKSUMS", default_value_t = 64)]
+    pub nccl_checksums: u32,
     /// Most prompts held at a time, waiting and running
     #[arg(long, env = "OVERFILL_MAX_QUEUE", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_queue: u32,
@@ -54,4 +58,11 @@ pub struct PrefillConfig {
     /// Whether KV blocks of prompts are kept for others that begin alike, while their memory is not needed: on or off
     #[arg(long, env = "OVERFILL_PREFIX_CACHE", default_value = "on", action = ArgAction::Set, value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub prefix_cache: bool,
+}
+
+impl PrefillConfig {
+    /// Where its compute threads run.
+    pub(crate) fn placement(&self) -> Placement {
+        Placement { cpus: self.node.cpus.clone(), nice: self.nice }
+    }
 }

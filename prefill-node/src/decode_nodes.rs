@@ -6,12 +6,17 @@ use std::time::Duration;
 
 use overfill_cluster::{Discovery, Snapshot};
 use overfill_lifecycle::TraceHeaders;
+use overfill_nccl::Nccl;
 use overfill_proto::v1::{KvFrame, PushSummary};
+use overfill_transport::Connector;
 use overfill_transport::push::Pushes;
+use overfill_transport::push::nccl::{Way, Ways};
 use overfill_types::{Code, Fingerprint, Role, ServiceError};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_stream::Stream;
+
+use crate::way::WhyTcp;
 
 /// How long a router may have known a decode node before this node does: as long as etcd's watch may be behind.
 const BEHIND: Duration = Duration::from_secs(2);
@@ -22,18 +27,43 @@ pub struct DecodeNodes {
     pushes: Pushes,
     /// Those that may; `None`: any that a router names.
     view: Option<watch::Receiver<Arc<Snapshot>>>,
+    /// Communicators to those that take rows so; `None`: this node sends none so.
+    ways: Option<Ways>,
 }
 
 impl DecodeNodes {
     /// Those that `discovery` knows. Must be called inside a tokio runtime.
     pub fn found_by(discovery: &Discovery) -> Self {
         let view = discovery.knows_decode_nodes().then(|| discovery.watch());
-        Self { pushes: Pushes::new(discovery.connector(), discovery.within().clone(), discovery.security().is_open()), view }
+        Self { pushes: Pushes::new(discovery.connector(), discovery.within().clone(), discovery.security().is_open()), view, ways: None }
     }
 
     /// Any that a router names.
     pub fn any(pushes: Pushes) -> Self {
-        Self { pushes, view: None }
+        Self { pushes, view: None, ways: None }
+    }
+
+    /// The same, whose rows may go from this GPU to theirs.
+    #[must_use]
+    pub(crate) fn over(self, nccl: Nccl, connector: Connector) -> Self {
+        Self { ways: Some(Ways::new(nccl, connector)), ..self }
+    }
+
+    /// Whether rows may go over NCCL at all.
+    pub(crate) fn over_nccl(&self) -> bool {
+        self.ways.is_some()
+    }
+
+    /// The communicator to the node at `address`, which takes rows of this pair so. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// Where there is none yet.
+    pub(crate) fn way(&self, address: &str, pair: &Fingerprint) -> Result<Way, WhyTcp> {
+        let ways = self.ways.as_ref().ok_or(WhyTcp::NotHere)?;
+        if self.view.as_ref().is_some_and(|view| !knows(&view.borrow(), address, pair)) {
+            return Err(WhyTcp::Unknown);
+        }
+        ways.to(address, pair).map_err(WhyTcp::NoWay)
     }
 
     /// Pushes `frames` of a pair to the node at `address`; returns when it has verified them all.
@@ -48,7 +78,7 @@ impl DecodeNodes {
         trace: TraceHeaders,
     ) -> Result<PushSummary, ServiceError> {
         if let Some(mut view) = self.view.clone() {
-            let known = view.wait_for(|view| view.of(Role::Decode, fingerprint).any(|node| node.address.as_str() == address));
+            let known = view.wait_for(|view| knows(view, address, fingerprint));
             if !timeout(BEHIND, known).await.is_ok_and(|known| known.is_ok()) {
                 let message = format!("no decode node of this pair is known at {address}: what is asked for there is not handed over");
                 return Err(ServiceError::of_way(Code::Unavailable, message));
@@ -56,6 +86,11 @@ impl DecodeNodes {
         }
         self.pushes.push(address, frames, trace).await
     }
+}
+
+/// Whether a decode node of this pair is known at `address`.
+fn knows(view: &Snapshot, address: &str, pair: &Fingerprint) -> bool {
+    view.of(Role::Decode, pair).any(|node| node.address.as_str() == address)
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use overfill_types::{Code, ServiceError, StopConditions};
 use tokio::time::{Instant, timeout};
 use tracing::{Span, debug_span};
 
-use crate::compute::{CachedRows, Compute};
+use crate::compute::Compute;
 use crate::handoff::Sender;
 use crate::metrics::Metrics;
 use crate::pace::Pace;
@@ -334,7 +334,7 @@ impl<C: Compute> Engine<C> {
             let (Some(handoff), blocks) = (handoff, reserved.blocks()) else { return true };
             let sent = caught(HANDING_OVER, || {
                 faults.of("rows", || prompt_digest(prompt));
-                handoff.fill(|piece| cached.bytes(*pair, blocks, piece))
+                handoff.fill(|piece, way| way.rows(&mut cached, *pair, blocks, piece))
             });
             match sent {
                 Ok(complete) => {
@@ -431,7 +431,7 @@ fn read(
             let sent = caught(HANDING_OVER, || {
                 faults.of("rows", || prompt_digest(prompt));
                 sender.available(cached.targets(*pair, layer), *start + tokens.len());
-                sender.fill(|piece| cached.bytes(*pair, blocks, piece))
+                sender.fill(|piece, way| way.rows(cached, *pair, blocks, piece))
             });
             if let Err(error) = sent {
                 tracing::error!(%error, "handoff failed");

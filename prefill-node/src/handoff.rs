@@ -9,6 +9,7 @@
 use bytes::Bytes;
 use overfill_kv::{HandoffDigest, RowsHeader, wire};
 use overfill_model::ModelError;
+use overfill_nccl::GpuBytes;
 use overfill_proto::v1::{KvCommit, KvFrame, KvRows, kv_frame};
 use overfill_proto::{MAX_FRAME_PAYLOAD, convert};
 use overfill_types::prompt_digest;
@@ -17,8 +18,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::push::{Push, Times};
+use crate::push::{Framed, Push, Times};
 use crate::rows::Piece;
+use crate::way::{Carried, RowsWay};
 
 /// Payload of a frame at most; small enough that the next layer's rows do not wait long behind it.
 const FRAME_PAYLOAD: usize = 1 << 20;
@@ -27,7 +29,7 @@ const _: () = assert!(FRAME_PAYLOAD <= MAX_FRAME_PAYLOAD);
 const FRAMES_AHEAD: usize = 8;
 
 /// Where a handoff goes.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct HandoffTarget {
     pub(crate) address: String,
     pub(crate) fingerprint: Fingerprint,
@@ -35,6 +37,8 @@ pub(crate) struct HandoffTarget {
     pub(crate) epoch: Epoch,
     /// Tokens at the prompt's front whose rows the decode node has.
     pub(crate) held_tokens: usize,
+    /// How rows get there.
+    pub(crate) way: RowsWay,
 }
 
 /// Cuts rows into frames. Dropped before the commit it breaks the push off, silently.
@@ -42,7 +46,7 @@ pub(crate) struct Sender {
     target: HandoffTarget,
     geometry: KvGeometry,
     wire: WireFormat,
-    frames: mpsc::Sender<KvFrame>,
+    frames: mpsc::Sender<Framed>,
     next: u32,
     digest: HandoffDigest,
     layers: Vec<Layer>,
@@ -75,6 +79,7 @@ pub(crate) fn handoff(target: HandoffTarget, geometry: KvGeometry, wire: WireFor
     let push = Push {
         address: target.address.clone(),
         fingerprint: target.fingerprint.clone(),
+        way: target.way.clone(),
         frames: received,
         committed: when,
         given_up: given_up.clone(),
@@ -116,16 +121,18 @@ impl Sender {
         self.end = Some(End { prompt_digest: prompt_digest(prompt), first_token, computed });
     }
 
-    /// Gives the push what it has room for and what there is: rows, which `bytes` fetches, and the commit. True after the commit.
+    /// Gives the push what it has room for and what there is: rows, which `rows` fetches for their way, and the commit. True after
+    /// the commit.
     ///
     /// # Errors
-    /// What `bytes` returns.
-    pub(crate) fn fill(&mut self, mut bytes: impl FnMut(Piece) -> Result<[Bytes; 2], ModelError>) -> Result<bool, ModelError> {
+    /// What `rows` returns.
+    pub(crate) fn fill(&mut self, mut rows: impl FnMut(Piece, &RowsWay) -> Result<Carried, ModelError>) -> Result<bool, ModelError> {
         while self.committed.is_some() {
             // Full, or over, which `broken` tells.
             let Ok(place) = self.frames.try_reserve() else { break };
+            let mut on_gpu: Option<GpuBytes> = None;
             let body = if let Some(piece) = self.due() {
-                let [k, v] = bytes(piece)?;
+                let carried = rows(piece, &self.target.way)?;
                 let header = RowsHeader {
                     fingerprint: self.target.fingerprint.clone(),
                     ticket: self.target.ticket.clone(),
@@ -135,11 +142,26 @@ impl Sender {
                     start: piece.start as u32,
                     tokens: piece.tokens as u32,
                 };
-                let checksum = header.checksum(&k, &v);
+                let (checksum, unseen) = match &carried {
+                    Carried::Host([k, v]) => (header.checksum(k, v), false),
+                    Carried::Gpu { seen: Some(both), .. } => {
+                        let (k, v) = both.split_at(both.len() / 2);
+                        (header.checksum(k, v), false)
+                    }
+                    Carried::Gpu { seen: None, .. } => (header.checksum(&[], &[]), true),
+                };
                 self.digest.update(&header, checksum);
                 self.layers[piece.layer].sent += piece.tokens;
                 let RowsHeader { layer, start, tokens, .. } = header;
-                kv_frame::Body::Rows(KvRows { layer, start, tokens, dtype: convert::wire_format_to_wire(self.wire).into(), k, v, checksum })
+                let [k, v] = match carried {
+                    Carried::Host(rows) => rows,
+                    Carried::Gpu { rows, .. } => {
+                        on_gpu = Some(rows);
+                        [Bytes::new(), Bytes::new()]
+                    }
+                };
+                let (dtype, communicator) = (convert::wire_format_to_wire(self.wire).into(), self.target.way.communicator().to_owned());
+                kv_frame::Body::Rows(KvRows { layer, start, tokens, dtype, k, v, checksum, communicator, unseen })
             } else if let Some(End { prompt_digest, first_token, computed }) = self.end.take() {
                 let digest = std::mem::take(&mut self.digest).finish(first_token);
                 // The push may have failed already; it has told the router then.
@@ -154,7 +176,7 @@ impl Sender {
             };
             let HandoffTarget { fingerprint, ticket, epoch, .. } = &self.target;
             let (fingerprint, ticket, epoch) = (fingerprint.to_string(), ticket.to_string(), epoch.0);
-            place.send(KvFrame { fingerprint, ticket, epoch, index: self.next, body: Some(body) });
+            place.send(Framed { frame: KvFrame { fingerprint, ticket, epoch, index: self.next, body: Some(body) }, on_gpu });
             self.begun.get_or_insert_with(Instant::now);
             self.next += 1;
         }
@@ -181,7 +203,7 @@ impl Drop for Sender {
 
 #[cfg(test)]
 mod tests {
-    use overfill_kv::{Assembler, Commit, Expected, FrameError};
+    use overfill_kv::{Assembler, Commit, Expected, FrameError, Payload};
 
     use super::*;
 
@@ -190,7 +212,7 @@ mod tests {
 
     fn target(held_tokens: usize) -> HandoffTarget {
         let (fingerprint, ticket) = (Fingerprint::new("pair"), Ticket::new("ticket"));
-        HandoffTarget { address: "host:1".into(), fingerprint, ticket, epoch: Epoch(3), held_tokens }
+        HandoffTarget { address: "host:1".into(), fingerprint, ticket, epoch: Epoch(3), held_tokens, way: RowsWay::Tcp }
     }
 
     fn assembler(held_tokens: usize) -> Assembler {
@@ -200,21 +222,22 @@ mod tests {
     }
 
     /// Rows that name their layer and token.
-    fn bytes(piece: Piece) -> Result<[Bytes; 2], ModelError> {
+    fn bytes(piece: Piece, _: &RowsWay) -> Result<Carried, ModelError> {
         let rows: Vec<f32> = (piece.start..piece.start + piece.tokens).flat_map(|t| [piece.layer as f32, t as f32]).collect();
         let rows = wire::encode(WireFormat::F32, &GEOMETRY, &rows);
-        Ok([rows.clone(), rows])
+        Ok(Carried::Host([rows.clone(), rows]))
     }
 
     /// Takes a frame as a decode node would; true if it was the commit.
-    fn take(assembler: &mut Assembler, frame: KvFrame) -> Result<bool, FrameError> {
+    fn take(assembler: &mut Assembler, Framed { frame, .. }: Framed) -> Result<bool, FrameError> {
         let (fingerprint, ticket, epoch) = (Fingerprint::new(frame.fingerprint), Ticket::new(frame.ticket), Epoch(frame.epoch));
         match frame.body.unwrap() {
             kv_frame::Body::Rows(KvRows { layer, start, tokens, k, v, checksum, .. }) => {
                 let header = RowsHeader { fingerprint, ticket, epoch, index: frame.index, layer, start, tokens };
                 let piece = Piece { layer: layer as usize, start: start as usize, tokens: tokens as usize };
-                assert_eq!([k.clone(), v.clone()], bytes(piece).unwrap());
-                assembler.rows(&header, &k, &v, checksum).map(|()| false)
+                let Carried::Host(rows) = bytes(piece, &RowsWay::Tcp).unwrap() else { unreachable!("nothing is on a GPU") };
+                assert_eq!([k.clone(), v.clone()], rows);
+                assembler.rows(&header, Payload::Seen { k: &k, v: &v }, checksum).map(|()| false)
             }
             kv_frame::Body::Commit(commit) => {
                 assert_eq!(commit.first_token, 9);
@@ -299,12 +322,12 @@ mod tests {
         sender.available_in_all(300);
         let mut pieces = Vec::new();
         sender
-            .fill(|piece| {
+            .fill(|piece, _| {
                 pieces.push((piece.start, piece.tokens));
-                Ok([Bytes::new(), Bytes::new()])
+                Ok(Carried::Host([Bytes::new(), Bytes::new()]))
             })
             .unwrap();
         assert_eq!(pieces, [(0, 256), (256, 44)]);
-        assert_eq!(push.frames.try_recv().unwrap().index, 0);
+        assert_eq!(push.frames.try_recv().unwrap().frame.index, 0);
     }
 }

@@ -18,13 +18,13 @@ mod push;
 mod queue;
 mod rows;
 mod service;
+mod way;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use overfill_cluster::Discovery;
 use overfill_lifecycle::{Drain, Parts};
-use overfill_model::Placement;
 use overfill_node::{Life, NodeListeners, admin};
 use overfill_proto::DESCRIPTORS;
 use overfill_transport::calls::Signals;
@@ -46,15 +46,34 @@ pub use overfill_node::RunError;
 /// # Errors
 /// Where the pair cannot be loaded, or where a part of the node ended or hangs.
 pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, discovery: Discovery, drain: Drain) -> Result<(), RunError> {
+    let loading = load::load(config.clone());
+    run_over(loading, config, listeners, discovery, drain).await
+}
+
+/// The same over whatever computes.
+///
+/// # Errors
+/// Those of `loading`, and of [`run`].
+pub async fn run_over<C: Compute>(
+    loading: impl Future<Output = Result<Loaded<C>, RunError>>,
+    config: PrefillConfig,
+    listeners: impl Into<NodeListeners>,
+    discovery: Discovery,
+    drain: Drain,
+) -> Result<(), RunError> {
     let NodeListeners { grpc: listener, admin } = listeners.into();
     let listening = listener.local_addr()?;
     // Before anything is loaded: a flag that is missing is told at once.
     let address = if discovery.registers() { Some(config.node.advertised(listening)?) } else { None };
-    let placement = Placement { cpus: config.node.cpus.clone(), nice: config.nice };
-    let loaded = load::load(&config, &placement).await?;
+    let nccl = config.node.nccl.open(&config.node.device, discovery.security())?;
+    let loaded = loading.await?;
     let id = NodeId::new(format!("prefill-{}", uuid::Uuid::new_v4()));
     let signals = Signals { drain, ..Signals::default() };
-    let node = assemble(id.clone(), &config, loaded, DecodeNodes::found_by(&discovery), &signals)?;
+    let mut decode_nodes = DecodeNodes::found_by(&discovery);
+    if let Some(nccl) = nccl {
+        decode_nodes = decode_nodes.over(nccl, discovery.connector());
+    }
+    let node = assemble(id.clone(), &config, loaded, decode_nodes, &signals)?;
     let (info, held) = (address.map(|address| node.info(address)), node.held());
     let Assembled { engine, pulse, routes, blocks, metrics, pairs, .. } = node;
 
@@ -65,7 +84,7 @@ pub async fn run(config: PrefillConfig, listeners: impl Into<NodeListeners>, dis
     if let Some(listener) = admin {
         parts.task("admin server", admin::serve(listener, metrics, health.clone(), signals.clone()));
     }
-    let until = end.clone();
+    let (until, placement) = (end.clone(), config.placement());
     parts.thread("prefill engine", move || {
         placement.apply_to_caller();
         engine.run(&until);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use overfill_guide::Guides;
-use overfill_model::{KvCache, ModelError, Placement, ThreadPool, Workspace, cache};
+use overfill_model::{KvCache, ModelError, ThreadPool, Workspace, cache};
 use overfill_node::RunError;
 use overfill_types::PairManifest;
 
@@ -23,12 +23,13 @@ pub struct Loaded<C> {
     pub guides: Arc<Guides>,
 }
 
-/// Loads the full model, on threads of `placement`.
+/// Loads the full model.
 ///
 /// # Errors
 /// Where the pairs cannot be loaded, or do not have one full model.
-pub(crate) async fn load(config: &PrefillConfig, placement: &Placement) -> Result<Loaded<FullModel>, RunError> {
-    let (node, dirs, placement) = (config.node.clone(), config.pair.clone(), placement.clone());
+pub(crate) async fn load(config: PrefillConfig) -> Result<Loaded<FullModel>, RunError> {
+    let placement = config.placement();
+    let PrefillConfig { node, pair: dirs, .. } = config;
     let loading = tokio::task::spawn_blocking(move || {
         let pairs = pairs::open(&dirs)?;
         let Some(first) = pairs.first() else { return Err(ModelError::Mismatch("no pair is named: give at least one".into())) };

@@ -8,6 +8,7 @@ use overfill_lifecycle::metrics::{CacheConfig, Error, Histogram, IntCounter, Int
 use overfill_types::{Code, PairManifest, ServiceError};
 
 use crate::Counts;
+use crate::way::{RowsWay, WhyTcp};
 
 /// The node's counters. Clones share them.
 #[derive(Clone)]
@@ -25,9 +26,11 @@ pub(crate) struct Metrics {
     pub(crate) step_tokens: IntCounter,
     pub(crate) frames_sent: IntCounter,
     pub(crate) bytes_sent: IntCounter,
+    pub(crate) nccl_bytes_sent: IntCounter,
     pub(crate) handoff_seconds: Histogram,
     pub(crate) handoff_tail_seconds: Histogram,
     handoffs: IntCounterVec,
+    ways: IntCounterVec,
     refused: IntCounterVec,
     mismatches: IntCounter,
 }
@@ -101,6 +104,13 @@ impl Metrics {
             step_tokens: registry.counter("overfill_step_tokens_total", "Tokens that forward passes of the full model computed.")?,
             frames_sent: registry.counter("overfill_kv_frames_sent_total", "Frames of rows that were sent to decode nodes.")?,
             bytes_sent: registry.counter("overfill_kv_bytes_sent_total", "Bytes of keys and values that were sent to decode nodes.")?,
+            nccl_bytes_sent: registry
+                .counter("overfill_kv_nccl_bytes_sent_total", "Of the bytes that were sent to decode nodes, those that went over NCCL.")?,
+            ways: registry.counters(
+                "overfill_handoff_ways_total",
+                "Handoffs that were begun, by the way of their rows (tcp, nccl), and why it was taken.",
+                &["way", "reason"],
+            )?,
             handoff_seconds: registry.histogram(
                 "overfill_handoff_seconds",
                 "Seconds from a handoff's first frame to the decode node's acknowledgement of the whole.",
@@ -125,6 +135,15 @@ impl Metrics {
             HandoffEnd::GivenUp => "given_up",
         };
         self.handoffs.with_label_values(&[result]).inc();
+    }
+
+    /// A handoff is to begin.
+    pub(crate) fn way(&self, way: &Result<RowsWay, WhyTcp>) {
+        let labels = match way {
+            Ok(_) => ["nccl", "both_offer_it"],
+            Err(why) => ["tcp", why.as_str()],
+        };
+        self.ways.with_label_values(&labels).inc();
     }
 
     pub(crate) fn refused(&self, error: &ServiceError) {

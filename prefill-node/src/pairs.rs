@@ -17,6 +17,8 @@ pub(crate) struct Offer {
     /// Of the decode model.
     pub(crate) geometry: KvGeometry,
     pub(crate) wire: WireFormat,
+    /// Its rows lie in a GPU's memory as they travel.
+    pub(crate) on_gpu: bool,
 }
 
 /// All pairs, in the order of their flags.
@@ -68,14 +70,16 @@ pub(crate) fn rows(pairs: &[Pair], pool: &ThreadPool) -> Result<Vec<RowProjector
 }
 
 impl Offers {
-    pub(crate) fn new(manifests: &[PairManifest]) -> Self {
+    /// Of these pairs; `on_gpu` says of each, by its number, whether its rows can go from GPU to GPU.
+    pub(crate) fn new(manifests: &[PairManifest], on_gpu: impl Fn(usize) -> bool) -> Self {
         let full = manifests.first().map(|m| format!("{} {:?}", m.full.sha256, m.kv_formats.cache));
-        let offer = |m: &PairManifest| Offer {
+        let offer = |(number, m): (usize, &PairManifest)| Offer {
             pair: ServedPair { model: m.name.clone(), fingerprint: m.fingerprint.clone() },
             geometry: m.decode.kv,
             wire: m.kv_formats.wire,
+            on_gpu: on_gpu(number),
         };
-        Self { offers: manifests.iter().map(offer).collect(), full: Fingerprint::new(full.unwrap_or_default()) }
+        Self { offers: manifests.iter().enumerate().map(offer).collect(), full: Fingerprint::new(full.unwrap_or_default()) }
     }
 
     /// The names under which peers know them.

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use overfill_kv::{BlockId, wire};
 use overfill_model::{KvCache, ModelError, ThreadPool, Transform};
+use overfill_nccl::{Gpu, GpuBytes};
 use overfill_types::{KvGeometry, WireFormat};
 
 /// Rows of one decode-model layer.
@@ -42,6 +43,19 @@ impl RowProjector {
     /// Decode-model layers that the full model's `layer` feeds.
     pub(crate) fn targets(&self, layer: usize) -> &[usize] {
         self.transform.targets(layer)
+    }
+
+    /// Whether rows go from GPU to GPU as they lie in the cache.
+    pub(crate) fn on_gpu(&self, cache: &KvCache) -> bool {
+        self.transform.is_copy() && cache.is_on_gpu(self.wire)
+    }
+
+    /// As [`Self::bytes`], keys before values in memory of `gpu`.
+    ///
+    /// # Errors
+    /// Where the cache does not have them, or not there.
+    pub(crate) fn gather(&self, cache: &KvCache, gpu: &Gpu, blocks: &[BlockId], piece: Piece) -> Result<GpuBytes, ModelError> {
+        cache.gather(gpu, self.sources[piece.layer], blocks, piece.start, piece.tokens)
     }
 
     /// Keys and values of a piece of the sequence that has `blocks`, each `[tokens, kv_heads, head_dim]`.

@@ -10,7 +10,7 @@ use overfill_lifecycle::Trace;
 use overfill_model::Sampler;
 use overfill_node::Refusals;
 use overfill_proto::convert;
-use overfill_proto::v1::{self, HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, call, prefill_event};
+use overfill_proto::v1::{self, Handoff, HandoffDone, NodeStatus, Phase, PrefillEvent, PrefillRequest, call, prefill_event};
 use overfill_transport::calls::{EventReceiver, Serving, Signals};
 use overfill_types::{Code, Epoch, Fingerprint, Limits, NodeId, ServiceError, Ticket};
 use tokio::sync::mpsc;
@@ -22,7 +22,8 @@ use crate::decode_nodes::DecodeNodes;
 use crate::engine::Job;
 use crate::handoff::{HandoffTarget, handoff};
 use crate::metrics::{HandoffEnd, Metrics};
-use crate::pairs::Offers;
+use crate::pairs::{Offer, Offers};
+use crate::way::{RowsWay, WhyTcp};
 use crate::{Counted, Counts};
 
 /// A prompt has at most a first token, a handoff's or an answer's end, and an error.
@@ -42,6 +43,8 @@ pub(crate) struct Served {
     pub(crate) guides: Arc<Guides>,
     /// What prompts are handed over to.
     pub(crate) decode_nodes: DecodeNodes,
+    /// Of so many frames that go from GPU to GPU one has a checksum of its rows; 0: none has.
+    pub(crate) nccl_checksums: u32,
 }
 
 pub(crate) struct PrefillService {
@@ -105,8 +108,11 @@ impl PrefillService {
         let (sender, push) = request
             .handoff
             .map(|h| {
+                let way = self.served.way(&h, offer);
                 let (fingerprint, ticket, epoch) = (offer.pair.fingerprint.clone(), Ticket::new(h.ticket), Epoch(h.epoch));
-                let target = HandoffTarget { address: h.address, fingerprint, ticket, epoch, held_tokens: held };
+                self.metrics.way(&way);
+                let way = way.unwrap_or(RowsWay::Tcp);
+                let target = HandoffTarget { address: h.address, fingerprint, ticket, epoch, held_tokens: held, way };
                 handoff(target, offer.geometry, offer.wire)
             })
             .unzip();
@@ -186,6 +192,20 @@ impl Serving for PrefillService {
 }
 
 impl Served {
+    /// How the rows of a handoff go.
+    fn way(&self, handoff: &Handoff, offer: &Offer) -> Result<RowsWay, WhyTcp> {
+        let Self { decode_nodes, nccl_checksums, .. } = self;
+        match () {
+            () if !decode_nodes.over_nccl() => Err(WhyTcp::NotHere),
+            () if !handoff.nccl => Err(WhyTcp::NotThere),
+            () if !offer.on_gpu => Err(WhyTcp::Format),
+            () => {
+                let way = decode_nodes.way(&handoff.address, &offer.pair.fingerprint)?;
+                Ok(RowsWay::Nccl { way, checksum_every: *nccl_checksums })
+            }
+        }
+    }
+
     fn status(&self, counts: &Counts, phase: Phase) -> NodeStatus {
         let Self { id, offers, limits, pool, .. } = self;
         NodeStatus {

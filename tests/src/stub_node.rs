@@ -59,7 +59,7 @@ fn read() -> Vec<PrefillEvent> {
 fn written(request: DecodeRequest) -> Vec<DecodeEvent> {
     use decode_event::Event;
     let most = request.stop.map_or(1, |stop| stop.max_tokens);
-    let reserved = Reserved { ticket: "ticket".into(), epoch: request.epoch, expires_in_ms: 1000, held_tokens: 0 };
+    let reserved = Reserved { ticket: "ticket".into(), epoch: request.epoch, expires_in_ms: 1000, held_tokens: 0, nccl: false };
     let finished = DecodeFinished { reason: FinishReason::Length.into() };
     let tokens = (1..most).map(|i| Event::Token(token(i)));
     let events = [Event::Reserved(reserved)].into_iter().chain(tokens).chain([Event::Finished(finished)]);
@@ -87,5 +87,11 @@ impl Serving for StubNode {
 impl Decode for StubNode {
     async fn push_kv(&self, _: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
         Ok(Response::new(PushSummary::default()))
+    }
+
+    type JoinNcclStream = tokio_stream::Empty<Result<NcclJoined, Status>>;
+
+    async fn join_nccl(&self, _: Request<Streaming<NcclSend>>) -> Result<Response<Self::JoinNcclStream>, Status> {
+        Err(Status::unimplemented("no NCCL here"))
     }
 }

@@ -8,7 +8,7 @@ use overfill_cluster::Discovery;
 use overfill_decode_node::DecodeConfig;
 use overfill_lifecycle::Drain;
 use overfill_lifecycle::telemetry::LogArgs;
-use overfill_node::{Board, CoreArgs, KvMemory, NodeArgs, Prefer};
+use overfill_node::{Board, CoreArgs, KvMemory, NcclArgs, NodeArgs, Prefer};
 use overfill_prefill_node::PrefillConfig;
 use overfill_router::config::RequestBounds;
 use overfill_router::{Listeners, RouterConfig};
@@ -86,6 +86,8 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
             drain_delay: 0.0,
             drain_timeout: args.bounds.router_drain_timeout,
             step_timeout: 30.0,
+            // What passes between its nodes is moved.
+            nccl: NcclArgs::default(),
             cores: CoreArgs { share_cores: None, prefer: args.prefer, board: Some(Board::of_this_process()?) },
             guides: args.bounds.guides.clone(),
             fault: Vec::new(),
@@ -94,6 +96,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
             pair: vec![pair.clone()],
             node: node.clone(),
             chunk_tokens: args.chunk_tokens,
+            nccl_checksums: 0,
             max_queue: 256,
             queue_seconds: 0.25,
             nice: 0,

@@ -158,6 +158,23 @@ pub struct Commit<'a> {
     pub first_token: u32,
 }
 
+/// What a frame of rows carries.
+#[derive(Clone, Copy, Debug)]
+pub enum Payload<'a> {
+    /// Keys and values, `[tokens, kv_heads, head_dim]` each.
+    Seen {
+        /// The keys.
+        k: &'a [u8],
+        /// The values.
+        v: &'a [u8],
+    },
+    /// Both lie in a GPU's memory, and only how many bytes they have in all is known: the checksum is of the header alone.
+    Unseen {
+        /// Keys and values together.
+        bytes: usize,
+    },
+}
+
 /// Checks one handoff, frame by frame.
 pub struct Assembler {
     expected: Expected,
@@ -184,10 +201,13 @@ impl Assembler {
     ///
     /// # Errors
     /// Every violation; then the handoff is over.
-    pub fn rows(&mut self, header: &RowsHeader, k: &[u8], v: &[u8], checksum: u64) -> Result<(), FrameError> {
+    pub fn rows(&mut self, header: &RowsHeader, payload: Payload<'_>, checksum: u64) -> Result<(), FrameError> {
         let checked = self.place(&header.fingerprint, &header.ticket, header.epoch, header.index).and_then(|()| {
-            self.shape(header, k, v)?;
-            let computed = header.checksum(k, v);
+            self.shape(header, payload)?;
+            let computed = match payload {
+                Payload::Seen { k, v } => header.checksum(k, v),
+                Payload::Unseen { .. } => header.checksum(&[], &[]),
+            };
             if computed != checksum {
                 return Err(FrameError::Checksum { index: header.index, ticket: header.ticket.clone(), got: checksum, computed });
             }
@@ -253,7 +273,7 @@ impl Assembler {
         Ok(())
     }
 
-    fn shape(&self, header: &RowsHeader, k: &[u8], v: &[u8]) -> Result<(), FrameError> {
+    fn shape(&self, header: &RowsHeader, payload: Payload<'_>) -> Result<(), FrameError> {
         let fail = |what: String| Err(FrameError::Shape { index: header.index, ticket: header.ticket.clone(), what });
         let Expected { geometry, wire, prompt_tokens, .. } = &self.expected;
         let Some(&filled) = self.filled.get(header.layer as usize) else {
@@ -267,14 +287,17 @@ impl Assembler {
             return fail(format!("tokens of layer {} from {start} on came where {filled} was due", header.layer));
         }
         let bytes = tokens * row_bytes(*wire, geometry);
-        if k.len() != bytes || v.len() != bytes {
-            return fail(format!(
+        match payload {
+            Payload::Seen { k, v } if k.len() != bytes || v.len() != bytes => fail(format!(
                 "{} bytes of keys and {} of values for {tokens} tokens of {geometry} as {wire}: {bytes} are due",
                 k.len(),
                 v.len()
-            ));
+            )),
+            Payload::Unseen { bytes: both } if both != 2 * bytes => {
+                fail(format!("{both} bytes of keys and values for {tokens} tokens of {geometry} as {wire}: {} are due", 2 * bytes))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -331,7 +354,7 @@ mod tests {
             digest.update(&f.header, f.checksum);
         }
         for f in frames {
-            assembler.rows(&f.header, &f.k, &f.v, f.checksum)?;
+            assembler.rows(&f.header, Payload::Seen { k: &f.k, v: &f.v }, f.checksum)?;
         }
         assembler.commit(
             &fingerprint,
@@ -347,21 +370,27 @@ mod tests {
         assert_eq!(receive(&handoff()), Ok(()));
         let mut assembler = Assembler::new(expected());
         let Frame { header, k, v, checksum } = frame(0, 0, 0, 5);
-        assembler.rows(&header, &k, &v, checksum).unwrap();
+        assembler.rows(&header, Payload::Seen { k: &k, v: &v }, checksum).unwrap();
         let again = RowsHeader { index: 1, ..header };
-        assert!(matches!(assembler.rows(&again, &k, &v, again.checksum(&k, &v)), Err(FrameError::Shape { .. })), "the same tokens twice");
+        assert!(
+            matches!(assembler.rows(&again, Payload::Seen { k: &k, v: &v }, again.checksum(&k, &v)), Err(FrameError::Shape { .. })),
+            "the same tokens twice"
+        );
         let Frame { header, k, v, checksum } = frame(1, 1, 0, 5);
-        assert!(matches!(assembler.rows(&header, &k, &v, checksum), Err(FrameError::Over { .. })), "nothing after an error");
+        assert!(
+            matches!(assembler.rows(&header, Payload::Seen { k: &k, v: &v }, checksum), Err(FrameError::Over { .. })),
+            "nothing after an error"
+        );
     }
 
     #[test]
     fn what_is_held_does_not_come_again() {
         let held = || Assembler::new(Expected { held_tokens: 3, ..expected() });
         let Frame { header, k, v, checksum } = frame(0, 0, 3, 2);
-        held().rows(&header, &k, &v, checksum).unwrap();
+        held().rows(&header, Payload::Seen { k: &k, v: &v }, checksum).unwrap();
         for (start, tokens) in [(0, 3), (2, 2), (4, 1)] {
             let Frame { header, k, v, checksum } = frame(0, 0, start, tokens);
-            assert!(matches!(held().rows(&header, &k, &v, checksum), Err(FrameError::Shape { .. })));
+            assert!(matches!(held().rows(&header, Payload::Seen { k: &k, v: &v }, checksum), Err(FrameError::Shape { .. })));
         }
         let Expected { fingerprint, ticket, epoch, prompt_digest, .. } = expected();
         let commit = |mut assembler: Assembler| {
@@ -394,7 +423,7 @@ mod tests {
         let mut assembler = Assembler::new(other);
         let mut digest = HandoffDigest::default();
         for f in handoff() {
-            assembler.rows(&f.header, &f.k, &f.v, f.checksum).unwrap();
+            assembler.rows(&f.header, Payload::Seen { k: &f.k, v: &f.v }, f.checksum).unwrap();
             digest.update(&f.header, f.checksum);
         }
         let Expected { fingerprint, ticket, epoch, prompt_digest, .. } = expected();
@@ -409,7 +438,7 @@ mod tests {
         let mut assembler = Assembler::new(expected());
         let mut digest = HandoffDigest::default();
         for f in handoff() {
-            assembler.rows(&f.header, &f.k, &f.v, f.checksum).unwrap();
+            assembler.rows(&f.header, Payload::Seen { k: &f.k, v: &f.v }, f.checksum).unwrap();
             digest.update(&f.header, f.checksum);
         }
         let changed = Commit { digest: &digest.finish(7), prompt_digest: &expected().prompt_digest, first_token: 6 };

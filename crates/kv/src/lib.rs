@@ -8,7 +8,7 @@ pub mod pool;
 pub mod prefix;
 pub mod wire;
 
-pub use assembler::{Assembler, Commit, Expected, FrameError};
+pub use assembler::{Assembler, Commit, Expected, FrameError, Payload};
 pub use frame::{HandoffDigest, RowsHeader};
 pub use pool::{BlockId, BlockPool, PoolFull, ReservedBlocks};
 pub use prefix::{BlockHash, block_hashes};

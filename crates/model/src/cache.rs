@@ -110,6 +110,11 @@ impl KvCache {
         bytes_held(self.geometry, self.format)
     }
 
+    /// Bytes of the keys of one token position in one layer; its values have as many.
+    pub(crate) fn bytes_per_row(&self) -> usize {
+        self.bytes_per_token() / (2 * self.geometry.layers)
+    }
+
     /// Whether a block table covers `end` positions with blocks that are there.
     ///
     /// # Errors
@@ -247,6 +252,14 @@ impl KvCache {
         let written = self.write(pool, layer, blocks, start, &keys, &values);
         self.decoded = [keys, values];
         written
+    }
+
+    /// Whether rows of this format can go to another GPU as they lie here.
+    pub fn is_on_gpu(&self, format: WireFormat) -> bool {
+        match &self.rows {
+            Storage::Device(layers) => is_same(self.format, format) && layers.iter().all(|rows| rows.k.device().is_cuda()),
+            Storage::Host(_) => false,
+        }
     }
 
     /// Runs of consecutive slots `(first, count)` that hold positions `start..start + count`.

@@ -27,6 +27,9 @@ pub enum ModelError {
     /// A device that was asked for is not there.
     #[error("{0}")]
     Device(String),
+    /// A GPU does not give or take rows.
+    #[error(transparent)]
+    Nccl(#[from] overfill_nccl::NcclError),
     /// Choosing a token panicked.
     #[error("choosing a token panicked")]
     Sampling,

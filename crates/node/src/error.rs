@@ -4,6 +4,7 @@ use overfill_lifecycle::PartEnded;
 
 use crate::advertise::AdvertiseError;
 use crate::cores::CoresError;
+use crate::nccl::NcclUnusable;
 
 /// A node that could not start, or broke.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +15,9 @@ pub enum RunError {
     /// Cores cannot be shared as it was asked to.
     #[error("the node cannot share cores")]
     Cores(#[from] CoresError),
+    /// KV caches cannot be handed over as it was asked to.
+    #[error("the node cannot use NCCL")]
+    Nccl(#[from] NcclUnusable),
     /// The pair cannot be loaded.
     #[error("the pair cannot be loaded")]
     Model(#[from] overfill_model::ModelError),

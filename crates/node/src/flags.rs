@@ -13,6 +13,7 @@ use crate::advertise::{self, AdvertiseError};
 use crate::cores::CoreArgs;
 use crate::faults::Fault;
 use crate::kv_memory::KvMemory;
+use crate::nccl::NcclArgs;
 
 /// What a node holds, where it listens, and what it may use.
 #[derive(Args, Clone, Debug)]
@@ -53,6 +54,9 @@ pub struct NodeArgs {
     /// elsewhere, and it exits
     #[arg(long, env = "OVERFILL_STEP_TIMEOUT", default_value_t = 30.0, value_parser = parse_step_timeout)]
     pub step_timeout: f64,
+    /// Whether KV caches go from GPU to GPU.
+    #[command(flatten)]
+    pub nccl: NcclArgs,
     /// Whether cores are shared with another node, and how.
     #[command(flatten)]
     pub cores: CoreArgs,

@@ -247,6 +247,9 @@ pub struct Reserved {
     /// Tokens of the prompt whose KV cache this node holds already: the handoff begins after them.
     #[prost(uint32, tag = "4")]
     pub held_tokens: u32,
+    /// This node takes rows over NCCL too.
+    #[prost(bool, tag = "5")]
+    pub nccl: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DecodeFinished {
@@ -301,6 +304,12 @@ pub struct KvRows {
     /// XXH3-64 of header and payload: overfill_kv::frame
     #[prost(fixed64, tag = "7")]
     pub checksum: u64,
+    /// Keys and values come over this communicator, keys first, and are left out here.
+    #[prost(string, tag = "8")]
+    pub communicator: ::prost::alloc::string::String,
+    /// The checksum is of the header alone: the payload has not left the GPU.
+    #[prost(bool, tag = "9")]
+    pub unseen: bool,
 }
 /// All rows were sent. The decode node starts to write once everything is checked.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -323,6 +332,48 @@ pub struct PushSummary {
     #[prost(uint64, tag = "2")]
     pub bytes: u64,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NcclSend {
+    #[prost(oneof = "nccl_send::What", tags = "1, 2")]
+    pub what: ::core::option::Option<nccl_send::What>,
+}
+/// Nested message and enum types in `NcclSend`.
+pub mod nccl_send {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum What {
+        /// always the first
+        #[prost(message, tag = "1")]
+        Join(super::NcclJoin),
+        #[prost(message, tag = "2")]
+        Piece(super::NcclPiece),
+    }
+}
+/// The prefill node is the communicator's first rank, the decode node its second.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NcclJoin {
+    /// of the pair; another one is refused
+    #[prost(string, tag = "1")]
+    pub fingerprint: ::prost::alloc::string::String,
+    /// its name, in frames
+    #[prost(string, tag = "2")]
+    pub communicator: ::prost::alloc::string::String,
+    /// ncclUniqueId, 128 bytes
+    #[prost(bytes = "bytes", tag = "3")]
+    pub unique_id: ::prost::bytes::Bytes,
+}
+/// The payload of one frame of rows.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NcclPiece {
+    #[prost(string, tag = "1")]
+    pub ticket: ::prost::alloc::string::String,
+    /// the frame's
+    #[prost(uint32, tag = "2")]
+    pub index: u32,
+    #[prost(uint32, tag = "3")]
+    pub bytes: u32,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NcclJoined {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum KvDtype {
@@ -473,6 +524,33 @@ pub mod decode_client {
             req.extensions_mut().insert(GrpcMethod::new("overfill.v1.Decode", "PushKv"));
             self.inner.client_streaming(req, path, codec).await
         }
+        /// One communicator of NCCL from a GPU of the prefill node to one of this node, as long as the call lasts: the prefill node tells
+        /// the communicator's identifier, then each piece that it sends over it, in the order in which it sends them. Answered once, when
+        /// both ends stand.
+        pub async fn join_nccl(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::NcclSend>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::NcclJoined>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/overfill.v1.Decode/JoinNccl",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("overfill.v1.Decode", "JoinNccl"));
+            self.inner.streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -493,6 +571,19 @@ pub mod decode_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::KvFrame>>,
         ) -> std::result::Result<tonic::Response<super::PushSummary>, tonic::Status>;
+        /// Server streaming response type for the JoinNccl method.
+        type JoinNcclStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::NcclJoined, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// One communicator of NCCL from a GPU of the prefill node to one of this node, as long as the call lasts: the prefill node tells
+        /// the communicator's identifier, then each piece that it sends over it, in the order in which it sends them. Answered once, when
+        /// both ends stand.
+        async fn join_nccl(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::NcclSend>>,
+        ) -> std::result::Result<tonic::Response<Self::JoinNcclStream>, tonic::Status>;
     }
     /// What prefill nodes ask of a decode node.
     #[derive(Debug)]
@@ -614,6 +705,50 @@ pub mod decode_server {
                     };
                     Box::pin(fut)
                 }
+                "/overfill.v1.Decode/JoinNccl" => {
+                    #[allow(non_camel_case_types)]
+                    struct JoinNcclSvc<T: Decode>(pub Arc<T>);
+                    impl<T: Decode> tonic::server::StreamingService<super::NcclSend>
+                    for JoinNcclSvc<T> {
+                        type Response = super::NcclJoined;
+                        type ResponseStream = T::JoinNcclStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<tonic::Streaming<super::NcclSend>>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Decode>::join_nccl(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = JoinNcclSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -699,6 +834,9 @@ pub struct Handoff {
     /// Tokens of the prompt that the decode node holds already: frames begin after them.
     #[prost(uint32, tag = "4")]
     pub held_tokens: u32,
+    /// It takes rows over NCCL too.
+    #[prost(bool, tag = "5")]
+    pub nccl: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PrefillEvent {

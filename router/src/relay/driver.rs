@@ -233,6 +233,7 @@ impl Driver {
             ticket: d.ticket.clone(),
             epoch,
             held_tokens: d.held_tokens,
+            nccl: d.nccl,
         });
         let mut stage = debug_span!("first_token");
         let mut prefill = self.prefill(&both.prefill, handoff).await?;
@@ -365,7 +366,8 @@ impl Driver {
         match events.message().await.map_err(|e| Failure::of(e, DECODE, &node.id))? {
             Some(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) }) => {
                 self.observed.reserved(asked);
-                Ok(Reserved { ticket: reserved.ticket, held_tokens: reserved.held_tokens, events })
+                let v1::Reserved { ticket, held_tokens, nccl, .. } = reserved;
+                Ok(Reserved { ticket, held_tokens, nccl, events })
             }
             _ => Err(Failure::broken(DECODE, &node.id)),
         }
@@ -523,6 +525,8 @@ pub(super) struct Reserved {
     ticket: String,
     /// Tokens of the prompt that the decode node holds already.
     held_tokens: u32,
+    /// The decode node takes rows over NCCL too.
+    nccl: bool,
     pub(super) events: CallEvents<DecodeEvent>,
 }
 

@@ -6,6 +6,7 @@
 use bytes::Bytes;
 use overfill_kv::{BlockId, wire};
 use overfill_model::ModelError;
+use overfill_nccl::{Gpu, GpuBytes};
 use overfill_prefill_node::{CachedRows, Piece};
 use overfill_types::{KvGeometry, WireFormat};
 
@@ -78,5 +79,10 @@ impl CachedRows for &Cache {
         let rows = (start..start + tokens).map(|position| self.carried(self.row(layer, blocks, position)));
         let (k, v): (Vec<_>, Vec<_>) = rows.map(|[k, v]| (k, v)).unzip();
         Ok([k.concat().into(), v.concat().into()])
+    }
+
+    fn gather(&mut self, gpu: &Gpu, pair: usize, blocks: &[BlockId], piece: Piece) -> Result<GpuBytes, ModelError> {
+        let [k, v] = self.bytes(pair, blocks, piece)?;
+        Ok(gpu.copy_of(&[&k, &v])?)
     }
 }

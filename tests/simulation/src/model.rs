@@ -8,8 +8,9 @@
 use overfill_kv::BlockId;
 use overfill_model::cache::WireRows;
 use overfill_model::{Chunk, ModelError, Row, Sampled, Sampler};
+use overfill_nccl::GpuBytes;
 use overfill_prefill_node::{CachedRows, OnLayer};
-use overfill_types::{FinishReason, PairManifest, Quality, SamplingParams, StopConditions};
+use overfill_types::{FinishReason, PairManifest, Quality, SamplingParams, StopConditions, WireFormat};
 
 use crate::cache::{Cache, NO_ROW};
 
@@ -46,6 +47,8 @@ pub struct Model {
     vocabulary: Vocabulary,
     /// Of what the last pass was asked the logits of.
     hashes: Vec<u64>,
+    /// Its rows go from GPU to GPU, as if they lay there.
+    on_gpu: bool,
 }
 
 /// What tokens there are.
@@ -63,7 +66,13 @@ impl Model {
             Half::Decode(_) => manifest.decode.kv,
         };
         let cache = Cache::new(geometry, manifest.kv_formats.wire, blocks, block_tokens);
-        Self { half, cache, vocabulary: Vocabulary::of(manifest), hashes: Vec::new() }
+        Self { half, cache, vocabulary: Vocabulary::of(manifest), hashes: Vec::new(), on_gpu: false }
+    }
+
+    /// The same, whose rows go from GPU to GPU where nodes do so.
+    #[must_use]
+    pub fn on_gpu(self) -> Self {
+        Self { on_gpu: true, ..self }
     }
 
     /// Reads the tokens of one chunk in one layer.
@@ -109,12 +118,27 @@ impl overfill_prefill_node::Compute for Model {
     fn cached(&mut self) -> impl CachedRows {
         &self.cache
     }
+
+    fn on_gpu(&self, _pair: usize) -> bool {
+        self.on_gpu
+    }
 }
 
 impl overfill_decode_node::Compute for Model {
     fn write(&mut self, layer: usize, blocks: &[BlockId], rows: WireRows<'_>) -> Result<(), ModelError> {
         self.cache.write(layer, blocks, rows.start, rows.k, rows.v);
         Ok(())
+    }
+
+    fn put(&mut self, layer: usize, blocks: &[BlockId], start: usize, rows: &mut GpuBytes) -> Result<(), ModelError> {
+        let both = rows.read()?;
+        let (k, v) = both.split_at(both.len() / 2);
+        self.cache.write(layer, blocks, start, k, v);
+        Ok(())
+    }
+
+    fn on_gpu(&self, _wire: WireFormat) -> bool {
+        self.on_gpu
     }
 
     fn forward(&mut self, chunks: &[Chunk<'_>]) -> Result<(), ModelError> {

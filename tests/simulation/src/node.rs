@@ -94,7 +94,7 @@ impl Node {
         let Pair { number, manifest, guides } = pair.clone();
         let compute = Model::new(Half::Decode(number), &manifest, plan.blocks, config.node.block_tokens as usize);
         let loaded = overfill_decode_node::Loaded { manifest, compute, blocks: plan.blocks, guides };
-        let node = overfill_decode_node::assemble(plan.id.clone(), config, loaded, &signals).unwrap();
+        let node = overfill_decode_node::assemble(plan.id.clone(), config, loaded, None, &signals).unwrap();
         let (info, held) = (node.info(plan.address.clone()), node.held());
         let overfill_decode_node::Assembled { engine, pulse, routes, blocks, .. } = node;
         Self::begin(&config.node, plan, (engine, pulse), (routes, blocks), (info, held), signals).await

@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use overfill_cluster::Registration;
-use overfill_kv::{Assembler, Commit, Expected, RowsHeader};
+use overfill_kv::{Assembler, Commit, Expected, Payload, RowsHeader};
 use overfill_proto::v1::decode_server::{Decode, DecodeServer};
 use overfill_proto::v1::node_server::NodeServer;
 use overfill_proto::v1::{
-    DecodeEvent, FirstToken, Handoff, HandoffDone, KvFrame, NodeStatus, PrefillEvent, PrefillRequest, PushSummary, Reserved, Sampling,
-    StopTokens, call, decode_event, kv_frame, prefill_event,
+    DecodeEvent, FirstToken, Handoff, HandoffDone, KvFrame, NcclJoined, NcclSend, NodeStatus, PrefillEvent, PrefillRequest, PushSummary,
+    Reserved, Sampling, StopTokens, call, decode_event, kv_frame, prefill_event,
 };
 use overfill_tests::cluster::{Builder, Cluster, request, tokens};
 use overfill_tests::nodes::{self, status};
@@ -20,6 +20,7 @@ use overfill_transport::calls::{CallEvents, EventReceiver, NodeService, Serving,
 use overfill_types::prompt_digest;
 use overfill_types::{Epoch, Fingerprint, KvGeometry, NodeId, NodeInfo, Role, SamplingParams, ServiceError, Ticket, WireFormat};
 use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::Empty;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::codegen::http::HeaderMap;
@@ -73,7 +74,7 @@ impl Stub {
 /// A reservation, and then silence until the router goes.
 fn reserved(epoch: u64) -> EventReceiver<DecodeEvent> {
     let (events, answer) = mpsc::channel(1);
-    let reserved = Reserved { ticket: "ticket".into(), epoch, expires_in_ms: 60_000, held_tokens: 0 };
+    let reserved = Reserved { ticket: "ticket".into(), epoch, expires_in_ms: 60_000, held_tokens: 0, nccl: false };
     events.try_send(Ok(DecodeEvent { event: Some(decode_event::Event::Reserved(reserved)) })).unwrap();
     tokio::spawn(async move { events.closed().await });
     answer
@@ -110,6 +111,12 @@ impl Decode for Stub {
             self.taken.lock().unwrap().push(frame);
         }
     }
+
+    type JoinNcclStream = Empty<Result<NcclJoined, Status>>;
+
+    async fn join_nccl(&self, _: Request<Streaming<NcclSend>>) -> Result<Response<Self::JoinNcclStream>, Status> {
+        Err(Status::unimplemented("no NCCL here"))
+    }
 }
 
 /// Asks the prefill node itself, as a router would, for a handoff to `address`.
@@ -121,7 +128,13 @@ async fn prefill(cluster: &Cluster, address: &str, prompt: &[u32], held_tokens: 
         prompt: prompt.to_vec(),
         sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),
         stop: Some(StopTokens { max_tokens: 10, ignore_eos: true, ..Default::default() }),
-        handoff: Some(Handoff { address: address.to_owned(), ticket: "ticket".into(), epoch: 1, held_tokens: held_tokens as u32 }),
+        handoff: Some(Handoff {
+            address: address.to_owned(),
+            ticket: "ticket".into(),
+            epoch: 1,
+            held_tokens: held_tokens as u32,
+            nccl: false,
+        }),
         ..PrefillRequest::default()
     };
     nodes::prefill(&node, request).await
@@ -154,7 +167,7 @@ fn assembled(frames: &[KvFrame], prompt: &[u32], held_tokens: usize, first: u32)
             kv_frame::Body::Rows(rows) => {
                 let (index, layer, start, tokens) = (frame.index, rows.layer, rows.start, rows.tokens);
                 let header = RowsHeader { fingerprint: fingerprint.clone(), ticket: ticket.clone(), epoch, index, layer, start, tokens };
-                assembler.rows(&header, &rows.k, &rows.v, rows.checksum).unwrap();
+                assembler.rows(&header, Payload::Seen { k: &rows.k, v: &rows.v }, rows.checksum).unwrap();
                 let row = GEOMETRY.row() * 4;
                 let rows = rows.k.chunks(row).zip(rows.v.chunks(row)).map(|(k, v)| [k.to_vec(), v.to_vec()]);
                 layers[layer as usize].extend(rows);

@@ -192,7 +192,8 @@ impl Attempt {
         let mut events = nodes::decode(&node, request).await?;
         match events.message().await?.unwrap().event {
             Some(decode_event::Event::Reserved(r)) => {
-                let handoff = Handoff { address: node.address.to_string(), ticket: r.ticket, epoch: 1, held_tokens: r.held_tokens };
+                let handoff =
+                    Handoff { address: node.address.to_string(), ticket: r.ticket, epoch: 1, held_tokens: r.held_tokens, nccl: r.nccl };
                 Ok((handoff, events))
             }
             other => panic!("{other:?}"),

@@ -171,7 +171,8 @@ fn frames(reserved: &Reserved, epoch: u64) -> Vec<KvFrame> {
             let checksum = header.checksum(&payload, &payload);
             digest.update(&header, checksum);
             let (k, v) = (payload.clone().into(), payload.clone().into());
-            let rows = KvRows { layer, start: 0, tokens: PROMPT.len() as u32, dtype: KvDtype::F32.into(), k, v, checksum };
+            let rows =
+                KvRows { layer, start: 0, tokens: PROMPT.len() as u32, dtype: KvDtype::F32.into(), k, v, checksum, ..KvRows::default() };
             frame(reserved, epoch, layer, kv_frame::Body::Rows(rows))
         })
         .collect();

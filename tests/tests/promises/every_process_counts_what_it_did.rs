@@ -224,7 +224,16 @@ async fn what_goes_wrong_is_counted() {
     let header = RowsHeader { fingerprint, ticket: ticket.clone(), epoch: Epoch(1), index: 0, layer: 0, start: 0, tokens };
     let checksum = header.checksum(&payload, &payload);
     payload[17] ^= 1;
-    let rows = KvRows { layer: 0, start: 0, tokens, dtype: KvDtype::F32.into(), k: payload.clone().into(), v: payload.into(), checksum };
+    let rows = KvRows {
+        layer: 0,
+        start: 0,
+        tokens,
+        dtype: KvDtype::F32.into(),
+        k: payload.clone().into(),
+        v: payload.into(),
+        checksum,
+        ..KvRows::default()
+    };
     let frame = KvFrame {
         fingerprint: node.pairs[0].fingerprint.to_string(),
         ticket: ticket.to_string(),

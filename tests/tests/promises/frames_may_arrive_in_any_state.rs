@@ -17,7 +17,7 @@ use overfill_model::{Device, ThreadPool};
 use overfill_proto::MAX_MESSAGE;
 use overfill_proto::v1::decode_client::DecodeClient;
 use overfill_proto::v1::decode_server::{Decode, DecodeServer};
-use overfill_proto::v1::{KvFrame, PushSummary, kv_frame};
+use overfill_proto::v1::{KvFrame, NcclJoined, NcclSend, PushSummary, kv_frame};
 use overfill_tests::cluster::{Builder, request, tokens};
 use overfill_tests::processes::{binary, eventually};
 use overfill_tests::tiny::{self, Kind, TinyPair};
@@ -28,6 +28,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tokio_stream::Empty;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::service::Routes;
@@ -178,6 +179,12 @@ impl Decode for Between {
         let answer = DecodeClient::new(channel).max_encoding_message_size(MAX_MESSAGE).push_kv(ReceiverStream::new(passed_on)).await;
         sending.abort();
         answer
+    }
+
+    type JoinNcclStream = Empty<Result<NcclJoined, Status>>;
+
+    async fn join_nccl(&self, _: Request<Streaming<NcclSend>>) -> Result<Response<Self::JoinNcclStream>, Status> {
+        Err(Status::unimplemented("no NCCL here"))
     }
 }
 

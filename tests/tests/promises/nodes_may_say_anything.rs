@@ -8,8 +8,8 @@ use overfill_lifecycle::Drain;
 use overfill_proto::v1::decode_server::{Decode, DecodeServer};
 use overfill_proto::v1::node_server::NodeServer;
 use overfill_proto::v1::{
-    DecodeEvent, DecodeFinished, DecodeRequest, FinishReason, FirstToken, HandoffDone, KvFrame, NodeStatus, Phase, PrefillEvent,
-    PushSummary, Reserved, Said, Token, call, decode_event, prefill_event,
+    DecodeEvent, DecodeFinished, DecodeRequest, FinishReason, FirstToken, HandoffDone, KvFrame, NcclJoined, NcclSend, NodeStatus, Phase,
+    PrefillEvent, PushSummary, Reserved, Said, Token, call, decode_event, prefill_event,
 };
 use overfill_tests::cluster::{Builder, Cluster, request, tokens};
 use overfill_tests::processes::eventually;
@@ -56,6 +56,12 @@ impl Serving for Stub {
 impl Decode for Stub {
     async fn push_kv(&self, _: Request<Streaming<KvFrame>>) -> Result<Response<PushSummary>, Status> {
         Ok(Response::new(PushSummary::default()))
+    }
+
+    type JoinNcclStream = tokio_stream::Empty<Result<NcclJoined, Status>>;
+
+    async fn join_nccl(&self, _: Request<Streaming<NcclSend>>) -> Result<Response<Self::JoinNcclStream>, Status> {
+        Err(Status::unimplemented("no NCCL here"))
     }
 }
 
@@ -131,7 +137,7 @@ fn done() -> Result<Said, ServiceError> {
 
 fn reserved(asked: &call::What) -> Result<Said, ServiceError> {
     let call::What::Decode(DecodeRequest { epoch, .. }) = asked else { panic!("a decode stub") };
-    decode(decode_event::Event::Reserved(Reserved { ticket: "t".into(), epoch: *epoch, expires_in_ms: 1000, held_tokens: 0 }))
+    decode(decode_event::Event::Reserved(Reserved { ticket: "t".into(), epoch: *epoch, expires_in_ms: 1000, held_tokens: 0, nccl: false }))
 }
 
 fn finished() -> Result<Said, ServiceError> {

@@ -17,7 +17,7 @@ use overfill_guide::GuideArgs;
 use overfill_kv::{HandoffDigest, RowsHeader, wire};
 use overfill_lifecycle::{Drain, TraceHeaders};
 use overfill_model::Pair;
-use overfill_node::{CoreArgs, KvMemory, NodeArgs};
+use overfill_node::{CoreArgs, KvMemory, NcclArgs, NodeArgs};
 use overfill_prefill_node::PrefillConfig;
 use overfill_proto::convert;
 use overfill_proto::v1::node_client::NodeClient;
@@ -123,6 +123,7 @@ async fn start(args: &HandoffArgs, way: Way, (dir, manifest): (PathBuf, PairMani
         drain_delay: 0.0,
         drain_timeout: 10,
         step_timeout: 30.0,
+        nccl: NcclArgs::default(),
         cores: CoreArgs::default(),
         guides: GuideArgs::default(),
         fault: Vec::new(),
@@ -131,6 +132,7 @@ async fn start(args: &HandoffArgs, way: Way, (dir, manifest): (PathBuf, PairMani
         pair: vec![dir.clone()],
         node: node.clone(),
         chunk_tokens: args.chunk_tokens,
+        nccl_checksums: 0,
         max_queue: 4,
         queue_seconds: 0.25,
         nice: 10,
@@ -272,6 +274,7 @@ impl Bench {
                 ticket: reserved.ticket,
                 epoch: 1,
                 held_tokens: reserved.held_tokens,
+                nccl: reserved.nccl,
             }),
             ..PrefillRequest::default()
         };
@@ -319,7 +322,7 @@ impl Bench {
                 let checksum = header.checksum(&k, &v);
                 digest.update(&header, checksum);
                 let dtype = convert::wire_format_to_wire(format).into();
-                let body = KvRows { layer, start: header.start, tokens: header.tokens, dtype, k, v, checksum };
+                let body = KvRows { layer, start: header.start, tokens: header.tokens, dtype, k, v, checksum, ..KvRows::default() };
                 rows.push(frame(header.index, kv_frame::Body::Rows(body)));
             }
         }

@@ -9,6 +9,7 @@ mod on_host;
 mod step;
 #[cfg(any(feature = "cuda", test))]
 mod tiles;
+mod transfer;
 
 use candle_core::{Device, Tensor};
 use candle_nn::ops::{rms_norm, silu};

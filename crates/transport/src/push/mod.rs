@@ -6,6 +6,7 @@
 //! Unix socket (`machine`).
 
 pub mod machine;
+pub mod nccl;
 mod within;
 
 use std::collections::HashMap;

@@ -54,6 +54,13 @@
 {{- end }}
 - name: OVERFILL_DEVICE
   value: {{ $settings.device | quote }}
+{{- if $settings.nccl }}
+{{- if not (hasPrefix "cuda" $settings.device) }}
+{{- fail (printf "%s.nccl sends from a GPU's memory, and %s.device is %s" $component $component $settings.device) }}
+{{- end }}
+- name: OVERFILL_NCCL
+  value: "on"
+{{- end }}
 - name: OVERFILL_THREADS
   {{- if $settings.threads }}
   value: {{ $settings.threads | quote }}

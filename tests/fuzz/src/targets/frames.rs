@@ -1,6 +1,6 @@
 //! Frames of a handoff, as a decode node reads them.
 
-use overfill_kv::{Assembler, Commit, Expected, HandoffDigest, RowsHeader};
+use overfill_kv::{Assembler, Commit, Expected, HandoffDigest, Payload, RowsHeader};
 use overfill_proto::v1::{KvCommit, KvFrame, KvRows, kv_frame};
 use overfill_types::{Epoch, Fingerprint, KvGeometry, Ticket, WireFormat, prompt_digest};
 use prost::Message;
@@ -63,7 +63,7 @@ impl Frames {
             match frame.body {
                 Some(kv_frame::Body::Rows(KvRows { layer, start, tokens, k, v, checksum, .. })) => {
                     let header = RowsHeader { fingerprint, ticket, epoch, index: frame.index, layer, start, tokens };
-                    if assembler.rows(&header, &k, &v, checksum).is_err() {
+                    if assembler.rows(&header, Payload::Seen { k: &k, v: &v }, checksum).is_err() {
                         return false;
                     }
                 }
