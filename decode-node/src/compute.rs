@@ -54,7 +54,7 @@ impl Compute for DecodeModel {
     }
 
     fn on_gpu(&self, wire: WireFormat) -> bool {
-        self.cache.is_on_gpu(wire)
+        self.cache.gpu(wire).is_some()
     }
 
     fn forward(&mut self, chunks: &[Chunk<'_>]) -> Result<(), ModelError> {

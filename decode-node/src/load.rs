@@ -31,13 +31,20 @@ pub(crate) async fn load(config: DecodeConfig) -> Result<Loaded<DecodeModel>, Ru
     let DecodeConfig { node, pair: dir, .. } = config;
     let loading = tokio::task::spawn_blocking(move || {
         let pair = Pair::open(&dir)?;
-        let device = overfill_model::device::parse(&node.device)?;
+        let [device] = node.device.as_slice() else {
+            let message =
+                format!("a decode model is on one device, and --device names {}: start a node on each", node.device.join(" and "));
+            return Err(ModelError::Device(message));
+        };
+        let device = overfill_model::device::parse(device)?;
         let pool = ThreadPool::placed(node.threads(), &placement)
             .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
         let model = pair.load_decode(&device, &pool)?;
         let geometry = model.config().kv;
         let formats = pair.manifest.kv_formats;
-        let blocks = node.blocks(cache::bytes_per_token(geometry, formats.cache, &device), || overfill_model::free_memory(&device))?;
+        let blocks = node.blocks(cache::bytes_per_token(geometry, formats.cache, &device), || {
+            overfill_model::free_memory(std::slice::from_ref(&device))
+        })?;
         let mut cache = KvCache::new(geometry, formats.cache, blocks as usize, node.block_tokens as usize, &device)?;
         cache.claim(&pool);
         let guides = Guides::open(&pair.dir, &pair.manifest, &node.guides);

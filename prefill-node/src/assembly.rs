@@ -68,7 +68,7 @@ pub fn assemble<C: Compute>(
     let (jobs, told) = flume::bounded(config.max_queue as usize);
     let cores = Cores::new(&config.node.cores, Role::Prefill)?;
     let (kept, counted) = ((blocks.clone(), pace), (counts.clone(), metrics.clone()));
-    let offers = Offers::new(&manifests, |pair| compute.on_gpu(pair));
+    let offers = Offers::new(&manifests, |pair| compute.gpu(pair));
     let engine = Engine::new((compute, cores), told, settings, kept, counted, (pulse.clone(), faults));
     let pairs = offers.served();
     let registry = metrics.registry.clone();

@@ -27,8 +27,8 @@ pub trait Compute: Send + 'static {
     /// Rows that lie in the cache.
     fn cached(&mut self) -> impl CachedRows;
 
-    /// Whether rows for this pair can leave from GPU to GPU: they lie in a GPU's memory as they travel.
-    fn on_gpu(&self, pair: usize) -> bool;
+    /// The GPU in whose memory rows for this pair lie as they travel.
+    fn gpu(&self, pair: usize) -> Option<Gpu>;
 }
 
 /// Called with a layer of the full model whose rows are computed.
@@ -45,7 +45,7 @@ pub trait CachedRows {
     /// Where the cache does not have them.
     fn bytes(&mut self, pair: usize, blocks: &[BlockId], piece: Piece) -> Result<[Bytes; 2], ModelError>;
 
-    /// The same, keys before values in memory of `gpu`. Asked only of what is [`Compute::on_gpu`].
+    /// The same, keys before values in memory of `gpu`. Asked only of what is in [`Compute::gpu`]'s.
     ///
     /// # Errors
     /// Where the cache does not have them, or the GPU fails.
@@ -86,8 +86,8 @@ impl Compute for FullModel {
         ModelRows { cache: &self.cache, pool: self.workspace.pool(), rows: &mut self.rows }
     }
 
-    fn on_gpu(&self, pair: usize) -> bool {
-        self.rows[pair].on_gpu(&self.cache)
+    fn gpu(&self, pair: usize) -> Option<Gpu> {
+        self.rows[pair].gpu(&self.cache).cloned()
     }
 }
 

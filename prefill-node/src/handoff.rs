@@ -6,19 +6,17 @@
 //! **Invariant:** the rows of each layer are sent in the order of their tokens, without a gap, each once, and only those
 //! that are computed and that the decode node does not hold. The commit comes after all of them.
 
-use bytes::Bytes;
-use overfill_kv::{HandoffDigest, RowsHeader, wire};
+use overfill_kv::wire;
 use overfill_model::ModelError;
-use overfill_nccl::GpuBytes;
-use overfill_proto::v1::{KvCommit, KvFrame, KvRows, kv_frame};
-use overfill_proto::{MAX_FRAME_PAYLOAD, convert};
+use overfill_proto::MAX_FRAME_PAYLOAD;
 use overfill_types::prompt_digest;
 use overfill_types::{Epoch, Fingerprint, KvGeometry, Ticket, WireFormat};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::push::{Framed, Push, Times};
+use crate::framing::Framing;
+use crate::push::{Part, Push, Times};
 use crate::rows::Piece;
 use crate::way::{Carried, RowsWay};
 
@@ -41,14 +39,12 @@ pub(crate) struct HandoffTarget {
     pub(crate) way: RowsWay,
 }
 
-/// Cuts rows into frames. Dropped before the commit it breaks the push off, silently.
+/// Cuts rows into the parts of frames. Dropped before the commit it breaks the push off, silently.
 pub(crate) struct Sender {
-    target: HandoffTarget,
     geometry: KvGeometry,
     wire: WireFormat,
-    frames: mpsc::Sender<Framed>,
-    next: u32,
-    digest: HandoffDigest,
+    way: RowsWay,
+    parts: mpsc::Sender<Part>,
     layers: Vec<Layer>,
     begun: Option<Instant>,
     end: Option<End>,
@@ -73,37 +69,29 @@ struct End {
 
 /// Both sides of a handoff of rows of this geometry.
 pub(crate) fn handoff(target: HandoffTarget, geometry: KvGeometry, wire: WireFormat) -> (Sender, Push) {
-    let (frames, received) = mpsc::channel(FRAMES_AHEAD);
+    let (parts, received) = mpsc::channel(FRAMES_AHEAD);
     let (committed, when) = oneshot::channel();
     let given_up = CancellationToken::new();
-    let push = Push {
-        address: target.address.clone(),
-        fingerprint: target.fingerprint.clone(),
-        way: target.way.clone(),
-        frames: received,
-        committed: when,
-        given_up: given_up.clone(),
-    };
+    let HandoffTarget { address, fingerprint, ticket, epoch, held_tokens, way } = target;
     let sender = Sender {
-        layers: vec![Layer { available: 0, sent: target.held_tokens }; geometry.layers],
-        target,
+        layers: vec![Layer { available: 0, sent: held_tokens }; geometry.layers],
         geometry,
         wire,
-        frames,
-        next: 0,
-        digest: HandoffDigest::default(),
+        way: way.clone(),
+        parts,
         begun: None,
         end: None,
         committed: Some(committed),
-        given_up,
+        given_up: given_up.clone(),
     };
-    (sender, push)
+    let framing = Framing::new(fingerprint.clone(), ticket, epoch, wire);
+    (sender, Push { address, fingerprint, way, parts: received, framing, committed: when, given_up })
 }
 
 impl Sender {
     /// Whether the push has ended (the decode node refused it or is gone).
     pub(crate) fn broken(&self) -> bool {
-        self.frames.is_closed()
+        self.parts.is_closed()
     }
 
     /// Rows of the first `tokens` tokens are in the cache, for these layers of the decode model.
@@ -129,56 +117,20 @@ impl Sender {
     pub(crate) fn fill(&mut self, mut rows: impl FnMut(Piece, &RowsWay) -> Result<Carried, ModelError>) -> Result<bool, ModelError> {
         while self.committed.is_some() {
             // Full, or over, which `broken` tells.
-            let Ok(place) = self.frames.try_reserve() else { break };
-            let mut on_gpu: Option<GpuBytes> = None;
-            let body = if let Some(piece) = self.due() {
-                let carried = rows(piece, &self.target.way)?;
-                let header = RowsHeader {
-                    fingerprint: self.target.fingerprint.clone(),
-                    ticket: self.target.ticket.clone(),
-                    epoch: self.target.epoch,
-                    index: self.next,
-                    layer: piece.layer as u32,
-                    start: piece.start as u32,
-                    tokens: piece.tokens as u32,
-                };
-                let (checksum, unseen) = match &carried {
-                    Carried::Host([k, v]) => (header.checksum(k, v), false),
-                    Carried::Gpu { seen: Some(both), .. } => {
-                        let (k, v) = both.split_at(both.len() / 2);
-                        (header.checksum(k, v), false)
-                    }
-                    Carried::Gpu { seen: None, .. } => (header.checksum(&[], &[]), true),
-                };
-                self.digest.update(&header, checksum);
+            let Ok(place) = self.parts.try_reserve() else { break };
+            let part = if let Some(piece) = self.due() {
+                let rows = rows(piece, &self.way)?;
                 self.layers[piece.layer].sent += piece.tokens;
-                let RowsHeader { layer, start, tokens, .. } = header;
-                let [k, v] = match carried {
-                    Carried::Host(rows) => rows,
-                    Carried::Gpu { rows, .. } => {
-                        on_gpu = Some(rows);
-                        [Bytes::new(), Bytes::new()]
-                    }
-                };
-                let (dtype, communicator) = (convert::wire_format_to_wire(self.wire).into(), self.target.way.communicator().to_owned());
-                kv_frame::Body::Rows(KvRows { layer, start, tokens, dtype, k, v, checksum, communicator, unseen })
+                Part::Rows(piece, rows)
             } else if let Some(End { prompt_digest, first_token, computed }) = self.end.take() {
-                let digest = std::mem::take(&mut self.digest).finish(first_token);
                 // The push may have failed already; it has told the router then.
                 let _ = self.committed.take().map(|c| c.send(Times { begun: self.begun.unwrap_or_else(Instant::now), computed }));
-                kv_frame::Body::Commit(KvCommit {
-                    digest: digest.to_vec().into(),
-                    prompt_digest: prompt_digest.to_vec().into(),
-                    first_token,
-                })
+                Part::Commit { prompt_digest, first_token }
             } else {
                 break;
             };
-            let HandoffTarget { fingerprint, ticket, epoch, .. } = &self.target;
-            let (fingerprint, ticket, epoch) = (fingerprint.to_string(), ticket.to_string(), epoch.0);
-            place.send(Framed { frame: KvFrame { fingerprint, ticket, epoch, index: self.next, body: Some(body) }, on_gpu });
+            place.send(part);
             self.begun.get_or_insert_with(Instant::now);
-            self.next += 1;
         }
         Ok(self.committed.is_none())
     }
@@ -203,7 +155,9 @@ impl Drop for Sender {
 
 #[cfg(test)]
 mod tests {
-    use overfill_kv::{Assembler, Commit, Expected, FrameError, Payload};
+    use bytes::Bytes;
+    use overfill_kv::{Assembler, Commit, Expected, FrameError, Payload, RowsHeader};
+    use overfill_proto::v1::{KvFrame, KvRows, kv_frame};
 
     use super::*;
 
@@ -212,7 +166,7 @@ mod tests {
 
     fn target(held_tokens: usize) -> HandoffTarget {
         let (fingerprint, ticket) = (Fingerprint::new("pair"), Ticket::new("ticket"));
-        HandoffTarget { address: "host:1".into(), fingerprint, ticket, epoch: Epoch(3), held_tokens, way: RowsWay::Tcp }
+        HandoffTarget { address: "host:1".into(), fingerprint, ticket, epoch: Epoch(3), held_tokens, way: RowsWay::Tcp { gpu: None } }
     }
 
     fn assembler(held_tokens: usize) -> Assembler {
@@ -228,14 +182,23 @@ mod tests {
         Ok(Carried::Host([rows.clone(), rows]))
     }
 
+    /// The next frame, if there is one.
+    fn frame(push: &mut Push) -> Option<KvFrame> {
+        match push.parts.try_recv().ok()? {
+            Part::Rows(piece, Carried::Host(rows)) => Some(push.framing.rows(piece, rows)),
+            Part::Rows(_, Carried::Gpu(_)) => unreachable!("nothing is on a GPU"),
+            Part::Commit { prompt_digest, first_token } => Some(push.framing.commit(prompt_digest, first_token)),
+        }
+    }
+
     /// Takes a frame as a decode node would; true if it was the commit.
-    fn take(assembler: &mut Assembler, Framed { frame, .. }: Framed) -> Result<bool, FrameError> {
+    fn take(assembler: &mut Assembler, frame: KvFrame) -> Result<bool, FrameError> {
         let (fingerprint, ticket, epoch) = (Fingerprint::new(frame.fingerprint), Ticket::new(frame.ticket), Epoch(frame.epoch));
         match frame.body.unwrap() {
             kv_frame::Body::Rows(KvRows { layer, start, tokens, k, v, checksum, .. }) => {
                 let header = RowsHeader { fingerprint, ticket, epoch, index: frame.index, layer, start, tokens };
                 let piece = Piece { layer: layer as usize, start: start as usize, tokens: tokens as usize };
-                let Carried::Host(rows) = bytes(piece, &RowsWay::Tcp).unwrap() else { unreachable!("nothing is on a GPU") };
+                let Carried::Host(rows) = bytes(piece, &RowsWay::Tcp { gpu: None }).unwrap() else { unreachable!("nothing is on a GPU") };
                 assert_eq!([k.clone(), v.clone()], rows);
                 assembler.rows(&header, Payload::Seen { k: &k, v: &v }, checksum).map(|()| false)
             }
@@ -264,21 +227,20 @@ mod tests {
             for layer in 0..GEOMETRY.layers {
                 sender.available(&[layer], end);
                 assert!(!sender.fill(bytes).unwrap());
-                assert!(push.frames.len() <= FRAMES_AHEAD);
+                assert!(push.parts.len() <= FRAMES_AHEAD);
             }
             for _ in 0..speed {
-                committed |= push.frames.try_recv().is_ok_and(|frame| take(&mut assembler, frame).unwrap());
+                committed |= frame(&mut push).is_some_and(|frame| take(&mut assembler, frame).unwrap());
             }
         }
         sender.end(&PROMPT, 9, Instant::now());
         while !committed {
             let complete = sender.fill(bytes).unwrap();
-            let frame = push.frames.try_recv().unwrap();
-            committed = take(&mut assembler, frame).unwrap();
+            committed = take(&mut assembler, frame(&mut push).unwrap()).unwrap();
             assert!(complete || !committed);
         }
-        assert!(sender.fill(bytes).unwrap() && push.frames.try_recv().is_err() && push.committed.try_recv().is_ok());
-        let frames = sender.next;
+        assert!(sender.fill(bytes).unwrap() && frame(&mut push).is_none() && push.committed.try_recv().is_ok());
+        let frames = push.framing.next();
         drop(sender);
         assert!(!push.given_up.is_cancelled());
         frames
@@ -305,8 +267,8 @@ mod tests {
             sender.available_in_all(end);
             assert!(!sender.fill(bytes).unwrap());
         }
-        assert_eq!((push.frames.len(), sender.next), (FRAMES_AHEAD, FRAMES_AHEAD as u32));
-        push.frames.close();
+        assert_eq!(push.parts.len(), FRAMES_AHEAD);
+        push.parts.close();
         assert!(sender.broken() && !sender.fill(bytes).unwrap());
         drop(sender);
         assert!(!push.given_up.is_cancelled(), "the push says why");
@@ -328,6 +290,6 @@ mod tests {
             })
             .unwrap();
         assert_eq!(pieces, [(0, 256), (256, 44)]);
-        assert_eq!(push.frames.try_recv().unwrap().frame.index, 0);
+        assert_eq!(frame(&mut push).unwrap().index, 0);
     }
 }

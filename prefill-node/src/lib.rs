@@ -9,6 +9,7 @@ mod compute;
 pub mod config;
 mod decode_nodes;
 mod engine;
+mod framing;
 mod handoff;
 mod load;
 mod metrics;

@@ -33,15 +33,15 @@ pub(crate) async fn load(config: PrefillConfig) -> Result<Loaded<FullModel>, Run
     let loading = tokio::task::spawn_blocking(move || {
         let pairs = pairs::open(&dirs)?;
         let Some(first) = pairs.first() else { return Err(ModelError::Mismatch("no pair is named: give at least one".into())) };
-        let device = overfill_model::device::parse(&node.device)?;
+        let devices = overfill_model::device::parse_all(&node.device)?;
         let pool = ThreadPool::placed(node.threads(), &placement)
             .map_err(|e| ModelError::Device(format!("{} compute threads cannot be started: {e}", node.threads())))?;
-        let model = first.load_full(&device, &pool)?;
+        let model = first.load_full_over(&devices, &pool)?;
         let rows = pairs::rows(&pairs, &pool)?;
         let geometry = model.config().kv;
         let format = first.manifest.kv_formats.cache;
-        let blocks = node.blocks(cache::bytes_per_token(geometry, format, &device), || overfill_model::free_memory(&device))?;
-        let mut cache = KvCache::new(geometry, format, blocks as usize, node.block_tokens as usize, &device)?;
+        let blocks = node.blocks(cache::bytes_per_token(geometry, format, &devices[0]), || overfill_model::free_memory(&devices))?;
+        let mut cache = KvCache::split(geometry, format, blocks as usize, node.block_tokens as usize, &devices)?;
         cache.claim(&pool);
         let guides = Guides::open(&first.dir, &first.manifest, &node.guides);
         let compute = FullModel { model, cache, workspace: Workspace::new(pool), rows };

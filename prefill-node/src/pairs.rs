@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use overfill_kv::{BlockHash, block_hashes};
 use overfill_model::{ModelError, Pair, ThreadPool};
+use overfill_nccl::Gpu;
 use overfill_types::{Code, Fingerprint, KvGeometry, PairManifest, ServedPair, ServiceError, WireFormat};
 
 use crate::rows::RowProjector;
@@ -17,8 +18,8 @@ pub(crate) struct Offer {
     /// Of the decode model.
     pub(crate) geometry: KvGeometry,
     pub(crate) wire: WireFormat,
-    /// Its rows lie in a GPU's memory as they travel.
-    pub(crate) on_gpu: bool,
+    /// In whose memory its rows lie as they travel.
+    pub(crate) gpu: Option<Gpu>,
 }
 
 /// All pairs, in the order of their flags.
@@ -70,14 +71,14 @@ pub(crate) fn rows(pairs: &[Pair], pool: &ThreadPool) -> Result<Vec<RowProjector
 }
 
 impl Offers {
-    /// Of these pairs; `on_gpu` says of each, by its number, whether its rows can go from GPU to GPU.
-    pub(crate) fn new(manifests: &[PairManifest], on_gpu: impl Fn(usize) -> bool) -> Self {
+    /// Of these pairs; `gpu` says of each, by its number, in which GPU's memory its rows lie as they travel.
+    pub(crate) fn new(manifests: &[PairManifest], gpu: impl Fn(usize) -> Option<Gpu>) -> Self {
         let full = manifests.first().map(|m| format!("{} {:?}", m.full.sha256, m.kv_formats.cache));
         let offer = |(number, m): (usize, &PairManifest)| Offer {
             pair: ServedPair { model: m.name.clone(), fingerprint: m.fingerprint.clone() },
             geometry: m.decode.kv,
             wire: m.kv_formats.wire,
-            on_gpu: on_gpu(number),
+            gpu: gpu(number),
         };
         Self { offers: manifests.iter().enumerate().map(offer).collect(), full: Fingerprint::new(full.unwrap_or_default()) }
     }

@@ -1,9 +1,8 @@
 //! The task that carries one handoff's frames to its decode node.
 
 use overfill_lifecycle::Trace;
-use overfill_nccl::GpuBytes;
-use overfill_proto::v1::{HandoffDone, KvFrame, kv_frame};
-use overfill_types::{Code, Fingerprint, ServiceError, Ticket};
+use overfill_proto::v1::{HandoffDone, KvFrame};
+use overfill_types::{Code, Fingerprint, ServiceError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -11,16 +10,22 @@ use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
 use crate::decode_nodes::DecodeNodes;
+use crate::framing::Framing;
 use crate::metrics::Metrics;
-use crate::way::RowsWay;
+use crate::rows::{self, Piece};
+use crate::way::{Carried, RowsWay};
 
-/// Frames on their way from the communicator to the connection.
+/// Frames on their way to the connection, beside those that wait for it.
 const FRAMES: usize = 2;
 
-/// A frame, and its rows where they do not go in it.
-pub(crate) struct Framed {
-    pub(crate) frame: KvFrame,
-    pub(crate) on_gpu: Option<GpuBytes>,
+/// What the engine gives the push, in the order of its frames.
+pub(crate) enum Part {
+    Rows(Piece, Carried),
+    /// The prompt was read to its end.
+    Commit {
+        prompt_digest: [u8; 32],
+        first_token: u32,
+    },
 }
 
 /// When a handoff's parts were there.
@@ -39,7 +44,8 @@ pub(crate) struct Push {
     /// The pair that the prompt was read for.
     pub(crate) fingerprint: Fingerprint,
     pub(crate) way: RowsWay,
-    pub(crate) frames: mpsc::Receiver<Framed>,
+    pub(crate) parts: mpsc::Receiver<Part>,
+    pub(crate) framing: Framing,
     /// Told with the commit.
     pub(crate) committed: oneshot::Receiver<Times>,
     pub(crate) given_up: CancellationToken,
@@ -57,7 +63,7 @@ impl Push {
         trace: &Trace,
     ) -> Result<Option<HandoffDone>, ServiceError> {
         let (passed, frames) = mpsc::channel(FRAMES);
-        let carrying = carry(self.frames, &self.way, passed, metrics);
+        let carrying = carry(self.parts, self.framing, &self.way, passed, metrics);
         let pushing = decode_nodes.push(&self.address, &self.fingerprint, ReceiverStream::new(frames), trace.headers(&Span::current()));
         let both = async {
             tokio::pin!(carrying, pushing);
@@ -87,34 +93,46 @@ impl Push {
     }
 }
 
-/// Passes frames on; rows that do not go in them go over the communicator before. Those are counted that do.
+/// Makes frames of parts and passes them on; rows that do not go in them go over the communicator before.
 ///
 /// # Errors
-/// Where the communicator has ended.
+/// Where the communicator has ended, or a GPU does not give its rows.
 async fn carry(
-    mut frames: mpsc::Receiver<Framed>,
+    mut parts: mpsc::Receiver<Part>,
+    mut framing: Framing,
     way: &RowsWay,
     passed: mpsc::Sender<KvFrame>,
     metrics: &Metrics,
 ) -> Result<(), ServiceError> {
     loop {
-        let framed = match way {
-            RowsWay::Tcp => frames.recv().await,
+        let part = match way {
+            RowsWay::Tcp { .. } => parts.recv().await,
             RowsWay::Nccl { way, .. } => tokio::select! {
-                framed = frames.recv() => framed,
+                part = parts.recv() => part,
                 error = way.ended() => return Err(error),
             },
         };
-        let Some(Framed { frame, on_gpu }) = framed else { break };
-        if let Some(kv_frame::Body::Rows(rows)) = &frame.body {
-            metrics.frames_sent.inc();
-            let on_gpu = on_gpu.as_ref().map_or(0, GpuBytes::len);
-            metrics.bytes_sent.inc_by((rows.k.len() + rows.v.len() + on_gpu) as u64);
-            metrics.nccl_bytes_sent.inc_by(on_gpu as u64);
-        }
-        if let (RowsWay::Nccl { way, .. }, Some(rows)) = (way, on_gpu) {
-            way.send(Ticket::new(frame.ticket.as_str()), frame.index, rows).await?;
-        }
+        let Some(part) = part else { break };
+        let frame = match part {
+            Part::Rows(piece, rows) => {
+                metrics.frames_sent.inc();
+                metrics.bytes_sent.inc_by(rows.len() as u64);
+                match (rows, way) {
+                    (Carried::Host(rows), _) => framing.rows(piece, rows),
+                    (Carried::Gpu(rows), RowsWay::Tcp { .. }) => framing.rows(piece, rows::halves(rows::read(rows).await?.1.into())),
+                    (Carried::Gpu(rows), RowsWay::Nccl { way, checksum_every }) => {
+                        metrics.nccl_bytes_sent.inc_by(rows.len() as u64);
+                        let chosen = *checksum_every > 0 && rand::random_ratio(1, *checksum_every);
+                        let (rows, seen) =
+                            if chosen { rows::read(rows).await.map(|(rows, seen)| (rows, Some(seen)))? } else { (rows, None) };
+                        let frame = framing.rows_beside(piece, way.communicator(), seen.as_deref());
+                        way.send(framing.ticket().clone(), frame.index, rows).await?;
+                        frame
+                    }
+                }
+            }
+            Part::Commit { prompt_digest, first_token } => framing.commit(prompt_digest, first_token),
+        };
         // The push is over, and says why.
         if passed.send(frame).await.is_err() {
             break;
@@ -122,7 +140,7 @@ async fn carry(
     }
     drop(passed);
     match way {
-        RowsWay::Tcp => Ok(()),
+        RowsWay::Tcp { .. } => Ok(()),
         // What was sent last may still fail.
         RowsWay::Nccl { way, .. } => Err(way.ended().await),
     }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use overfill_kv::{BlockId, wire};
 use overfill_model::{KvCache, ModelError, ThreadPool, Transform};
 use overfill_nccl::{Gpu, GpuBytes};
-use overfill_types::{KvGeometry, WireFormat};
+use overfill_types::{Code, KvGeometry, ServiceError, WireFormat};
 
 /// Rows of one decode-model layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +45,9 @@ impl RowProjector {
         self.transform.targets(layer)
     }
 
-    /// Whether rows go from GPU to GPU as they lie in the cache.
-    pub(crate) fn on_gpu(&self, cache: &KvCache) -> bool {
-        self.transform.is_copy() && cache.is_on_gpu(self.wire)
+    /// The GPU in whose memory rows lie as they travel.
+    pub(crate) fn gpu<'c>(&self, cache: &'c KvCache) -> Option<&'c Gpu> {
+        if self.transform.is_copy() { cache.gpu(self.wire) } else { None }
     }
 
     /// As [`Self::bytes`], keys before values in memory of `gpu`.
@@ -75,4 +75,23 @@ impl RowProjector {
         self.transform.apply(pool, layer, &mut self.v)?;
         Ok([&self.k, &self.v].map(|rows| wire::encode(self.wire, &self.geometry, rows)))
     }
+}
+
+/// Rows of a GPU, with what they are once they are computed. Waits beside the threads that serve.
+///
+/// # Errors
+/// Where the GPU fails.
+pub(crate) async fn read(rows: GpuBytes) -> Result<(GpuBytes, Vec<u8>), ServiceError> {
+    let failed = |why: String| ServiceError::of_node(Code::Internal, format!("rows cannot be read from the GPU: {why}"));
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut rows = rows;
+        rows.read().map(|read| (rows, read))
+    });
+    reading.await.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
+}
+
+/// Keys and values, of keys before values.
+pub(crate) fn halves(mut both: Bytes) -> [Bytes; 2] {
+    let values = both.split_off(both.len() / 2);
+    [both, values]
 }

@@ -111,7 +111,7 @@ impl PrefillService {
                 let way = self.served.way(&h, offer);
                 let (fingerprint, ticket, epoch) = (offer.pair.fingerprint.clone(), Ticket::new(h.ticket), Epoch(h.epoch));
                 self.metrics.way(&way);
-                let way = way.unwrap_or(RowsWay::Tcp);
+                let way = way.unwrap_or(RowsWay::Tcp { gpu: offer.gpu.clone() });
                 let target = HandoffTarget { address: h.address, fingerprint, ticket, epoch, held_tokens: held, way };
                 handoff(target, offer.geometry, offer.wire)
             })
@@ -198,7 +198,7 @@ impl Served {
         match () {
             () if !decode_nodes.over_nccl() => Err(WhyTcp::NotHere),
             () if !handoff.nccl => Err(WhyTcp::NotThere),
-            () if !offer.on_gpu => Err(WhyTcp::Format),
+            () if offer.gpu.is_none() => Err(WhyTcp::Format),
             () => {
                 let way = decode_nodes.way(&handoff.address, &offer.pair.fingerprint)?;
                 Ok(RowsWay::Nccl { way, checksum_every: *nccl_checksums })

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use overfill_kv::BlockId;
 use overfill_model::ModelError;
-use overfill_nccl::GpuBytes;
+use overfill_nccl::{Gpu, GpuBytes};
 use overfill_transport::push::nccl::{NoWay, Way};
 
 use crate::compute::CachedRows;
@@ -12,8 +12,8 @@ use crate::rows::Piece;
 /// Chosen when the prompt comes, by what both nodes offer.
 #[derive(Clone)]
 pub(crate) enum RowsWay {
-    /// In the frames, over whatever connection these take.
-    Tcp,
+    /// In the frames, over whatever connection these take; from the memory of this GPU, if they lie there as they travel.
+    Tcp { gpu: Option<Gpu> },
     /// Over a communicator of NCCL.
     Nccl {
         way: Way,
@@ -52,24 +52,26 @@ impl WhyTcp {
     }
 }
 
-/// Rows of a frame, as its way takes them.
+/// Rows of a frame, as they leave the cache.
 pub(crate) enum Carried {
     /// Keys and values.
     Host([Bytes; 2]),
-    /// Both in a GPU's memory; `seen` is what lies there, where the frame has a checksum of it.
-    Gpu { rows: GpuBytes, seen: Option<Vec<u8>> },
+    /// Keys before values in a GPU's memory, once what was computed before is.
+    Gpu(GpuBytes),
+}
+
+impl Carried {
+    /// Bytes of keys and values.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Host(rows) => rows.iter().map(Bytes::len).sum(),
+            Self::Gpu(rows) => rows.len(),
+        }
+    }
 }
 
 impl RowsWay {
-    /// The communicator's name in frames; empty where there is none.
-    pub(crate) fn communicator(&self) -> &str {
-        match self {
-            Self::Tcp => "",
-            Self::Nccl { way, .. } => way.communicator(),
-        }
-    }
-
-    /// A piece of the rows of a sequence, for this way.
+    /// A piece of the rows of a sequence, for this way. Of a GPU's nothing is waited for: they are copied there when they are computed.
     ///
     /// # Errors
     /// Where the cache does not have them, or the GPU fails.
@@ -80,10 +82,13 @@ impl RowsWay {
         blocks: &[BlockId],
         piece: Piece,
     ) -> Result<Carried, ModelError> {
-        let Self::Nccl { way, checksum_every } = self else { return cached.bytes(pair, blocks, piece).map(Carried::Host) };
-        let mut rows = cached.gather(way.gpu(), pair, blocks, piece)?;
-        let chosen = *checksum_every > 0 && rand::random_ratio(1, *checksum_every);
-        let seen = if chosen { Some(rows.read()?) } else { None };
-        Ok(Carried::Gpu { rows, seen })
+        let gpu = match self {
+            Self::Tcp { gpu } => gpu.as_ref(),
+            Self::Nccl { way, .. } => Some(way.gpu()),
+        };
+        match gpu {
+            Some(gpu) => cached.gather(gpu, pair, blocks, piece).map(Carried::Gpu),
+            None => cached.bytes(pair, blocks, piece).map(Carried::Host),
+        }
     }
 }

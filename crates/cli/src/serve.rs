@@ -78,7 +78,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home, log: &LogArgs) -> anyhow::Result
             admin: args.prefill_admin,
             threads: args.threads,
             cpus: Vec::new(),
-            device: args.device,
+            device: vec![args.device],
             kv_memory: KvMemory::Bytes(args.kv_memory),
             block_tokens: 16,
             max_context: None,

@@ -6,9 +6,11 @@
 use candle_core::{DType, Device, Tensor};
 use overfill_kernels::{BLOCK_MULTIPLE, KvLayer, KvShape, Run, ThreadPool};
 use overfill_kv::{BlockId, wire};
+use overfill_nccl::Gpu;
 use overfill_types::{KvFormat, KvGeometry, WireFormat};
 
 use crate::error::ModelError;
+use crate::gpu::transfer;
 
 /// KV cache of one node, all sequences together.
 ///
@@ -21,6 +23,8 @@ pub struct KvCache {
     blocks: usize,
     block_tokens: usize,
     rows: Storage,
+    /// The one that it lies on, for copies to and from it.
+    gpu: Option<Gpu>,
     /// Rows off the wire on their way to another format, kept so that none allocates.
     decoded: [Vec<f32>; 2],
 }
@@ -40,10 +44,11 @@ pub struct WireRows<'a> {
 
 enum Storage {
     Host(Vec<KvLayer>),
-    Device(Vec<KvTensors>),
+    /// Of each layer what each device has of its KV heads.
+    Devices(Vec<Vec<KvTensors>>),
 }
 
-/// One layer's keys and values on a device, each `[slots, kv_heads, head_dim]`.
+/// One layer's keys and values on a device, of the KV heads that it has, each `[slots, kv_heads, head_dim]`.
 pub(crate) struct KvTensors {
     pub(crate) k: Tensor,
     pub(crate) v: Tensor,
@@ -61,31 +66,67 @@ impl KvCache {
             )));
         }
         let format = held_as(format, device);
+        let gpu = transfer::gpu(device)?;
         let rows = if device.is_cpu() {
             let stored = kernel_format(format);
             Storage::Host((0..geometry.layers).map(|_| KvLayer::new(shape(geometry, blocks, block_tokens), stored)).collect())
         } else {
-            Self::on_device(geometry, format, blocks * block_tokens, device)?
+            Self::on_devices(geometry, format, blocks * block_tokens, std::slice::from_ref(device))?
         };
-        Ok(Self { geometry, format, blocks, block_tokens, rows, decoded: Default::default() })
+        Ok(Self { geometry, format, blocks, block_tokens, rows, gpu, decoded: Default::default() })
     }
 
-    fn on_device(geometry: KvGeometry, format: KvFormat, slots: usize, device: &Device) -> Result<Storage, ModelError> {
+    /// The same, of a model that is split over several devices: each has as many of the KV heads.
+    ///
+    /// # Errors
+    /// As [`KvCache::new`], and where the heads do not come out even.
+    pub fn split(
+        geometry: KvGeometry,
+        format: KvFormat,
+        blocks: usize,
+        block_tokens: usize,
+        devices: &[Device],
+    ) -> Result<Self, ModelError> {
+        if let [device] = devices {
+            return Self::new(geometry, format, blocks, block_tokens, device);
+        }
+        if block_tokens == 0 || !block_tokens.is_multiple_of(BLOCK_MULTIPLE) || !geometry.kv_heads.is_multiple_of(devices.len()) {
+            return Err(ModelError::Mismatch(format!(
+                "blocks of {block_tokens} token positions, {} KV heads over {} devices: a multiple of {BLOCK_MULTIPLE} and as many for \
+                 each are needed",
+                geometry.kv_heads,
+                devices.len()
+            )));
+        }
+        let format = if format == KvFormat::Int8 { KvFormat::F16 } else { format };
+        let gpu = None;
+        let rows = Self::on_devices(geometry, format, blocks * block_tokens, devices)?;
+        Ok(Self { geometry, format, blocks, block_tokens, rows, gpu, decoded: Default::default() })
+    }
+
+    fn on_devices(geometry: KvGeometry, format: KvFormat, slots: usize, devices: &[Device]) -> Result<Storage, ModelError> {
         let dtype = match format {
             KvFormat::F32 => DType::F32,
             KvFormat::F16 => DType::F16,
             KvFormat::Int8 => return Err(ModelError::Device("no kernel of a GPU reads int8 rows: they are held in f16 there".into())),
         };
-        let zeros = || Tensor::zeros((slots, geometry.kv_heads, geometry.head_dim), dtype, device);
-        let layers = (0..geometry.layers).map(|_| Ok(KvTensors { k: zeros()?, v: zeros()? }));
-        Ok(Storage::Device(layers.collect::<Result<_, candle_core::Error>>()?))
+        let zeros = |device| Tensor::zeros((slots, geometry.kv_heads / devices.len(), geometry.head_dim), dtype, device);
+        let layer = || devices.iter().map(|device| Ok(KvTensors { k: zeros(device)?, v: zeros(device)? })).collect();
+        Ok(Storage::Devices((0..geometry.layers).map(|_| layer()).collect::<Result<_, candle_core::Error>>()?))
     }
 
     /// The tensor form on the CPU, so that what runs on other devices can be tested without one.
     #[cfg(test)]
     pub(crate) fn in_tensors(geometry: KvGeometry, format: KvFormat, blocks: usize, block_tokens: usize) -> Self {
-        let rows = Self::on_device(geometry, format, blocks * block_tokens, &Device::Cpu).unwrap();
-        Self { geometry, format, blocks, block_tokens, rows, decoded: Default::default() }
+        Self::over_tensors(geometry, format, blocks, block_tokens, 1)
+    }
+
+    /// The same, split over so many devices, each of which is the CPU.
+    #[cfg(test)]
+    pub(crate) fn over_tensors(geometry: KvGeometry, format: KvFormat, blocks: usize, block_tokens: usize, parts: usize) -> Self {
+        let rows = Self::on_devices(geometry, format, blocks * block_tokens, &vec![Device::Cpu; parts]).unwrap();
+        let gpu = None;
+        Self { geometry, format, blocks, block_tokens, rows, gpu, decoded: Default::default() }
     }
 
     /// Has the system give all of its memory now, while it is still empty, rather than as sequences first write to it.
@@ -152,13 +193,18 @@ impl KvCache {
                 v.resize(count * self.geometry.row(), 0.0);
                 layers[layer].read(Run { blocks: BlockId::numbers(blocks), start, tokens: count }, k, v);
             }
-            Storage::Device(layers) => {
+            Storage::Devices(layers) => {
                 k.clear();
                 v.clear();
-                let take = |rows: &Tensor, slot, n| rows.narrow(0, slot, n)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+                // `[n, kv_heads of all devices, head_dim]`
+                let take = |rows: &[&Tensor], slot, n| {
+                    let parts = rows.iter().map(|rows| rows.narrow(0, slot, n)?.to_dtype(DType::F32)?.to_device(&Device::Cpu));
+                    Tensor::cat(&parts.collect::<Result<Vec<_>, candle_core::Error>>()?, 1)?.flatten_all()?.to_vec1::<f32>()
+                };
+                let (keys, values): (Vec<&Tensor>, Vec<&Tensor>) = layers[layer].iter().map(|rows| (&rows.k, &rows.v)).unzip();
                 for (slot, n) in self.runs(layer, blocks, start, count)? {
-                    k.extend(take(&layers[layer].k, slot, n)?);
-                    v.extend(take(&layers[layer].v, slot, n)?);
+                    k.extend(take(&keys, slot, n)?);
+                    v.extend(take(&values, slot, n)?);
                 }
             }
         }
@@ -214,13 +260,17 @@ impl KvCache {
         let runs = self.runs(layer, blocks, start, tokens)?;
         match &mut self.rows {
             Storage::Host(layers) => layers[layer].write(pool, &[Run { blocks: BlockId::numbers(blocks), start, tokens }], k, v, row),
-            Storage::Device(layers) => {
+            Storage::Devices(layers) => {
                 let KvGeometry { kv_heads, head_dim, .. } = self.geometry;
+                let each = kv_heads / layers[layer].len();
                 let mut from = 0;
                 for (slot, n) in runs {
-                    for (rows, values) in [(&layers[layer].k, k), (&layers[layer].v, v)] {
-                        let values = Tensor::from_slice(&values[from..from + n * row], (n, kv_heads, head_dim), rows.device())?;
-                        rows.slice_set(&values.to_dtype(rows.dtype())?, 0, slot)?;
+                    for (number, rows) in layers[layer].iter().enumerate() {
+                        for (rows, values) in [(&rows.k, k), (&rows.v, v)] {
+                            let values = Tensor::from_slice(&values[from..from + n * row], (n, kv_heads, head_dim), &Device::Cpu)?;
+                            let values = values.narrow(1, number * each, each)?.contiguous()?.to_device(rows.device())?;
+                            rows.slice_set(&values.to_dtype(rows.dtype())?, 0, slot)?;
+                        }
                     }
                     from += n * row;
                 }
@@ -246,6 +296,9 @@ impl KvCache {
             self.host_mut(layer)?.write_bytes(pool, Run { blocks: BlockId::numbers(blocks), start, tokens }, k, v);
             return Ok(());
         }
+        if let Some(gpu) = self.gpu(format) {
+            return self.put(layer, blocks, start, &mut gpu.copy_of(&[k, v])?);
+        }
         let [mut keys, mut values] = std::mem::take(&mut self.decoded);
         wire::decode(format, &self.geometry, k, &mut keys);
         wire::decode(format, &self.geometry, v, &mut values);
@@ -254,12 +307,9 @@ impl KvCache {
         written
     }
 
-    /// Whether rows of this format can go to another GPU as they lie here.
-    pub fn is_on_gpu(&self, format: WireFormat) -> bool {
-        match &self.rows {
-            Storage::Device(layers) => is_same(self.format, format) && layers.iter().all(|rows| rows.k.device().is_cuda()),
-            Storage::Host(_) => false,
-        }
+    /// The GPU in whose memory rows lie as this format has them; `None` where they do not, or lie on several.
+    pub fn gpu(&self, format: WireFormat) -> Option<&Gpu> {
+        self.gpu.as_ref().filter(|_| is_same(self.format, format))
     }
 
     /// Runs of consecutive slots `(first, count)` that hold positions `start..start + count`.
@@ -285,7 +335,7 @@ impl KvCache {
     pub(crate) fn host(&self, layer: usize) -> Result<&KvLayer, ModelError> {
         match &self.rows {
             Storage::Host(layers) => Ok(&layers[layer]),
-            Storage::Device(_) => Err(elsewhere("in main memory", "on a device")),
+            Storage::Devices(_) => Err(elsewhere("in main memory", "on a device")),
         }
     }
 
@@ -293,14 +343,14 @@ impl KvCache {
     pub(crate) fn host_mut(&mut self, layer: usize) -> Result<&mut KvLayer, ModelError> {
         match &mut self.rows {
             Storage::Host(layers) => Ok(&mut layers[layer]),
-            Storage::Device(_) => Err(elsewhere("in main memory", "on a device")),
+            Storage::Devices(_) => Err(elsewhere("in main memory", "on a device")),
         }
     }
 
-    /// One layer on a device.
-    pub(crate) fn tensors(&self, layer: usize) -> Result<&KvTensors, ModelError> {
+    /// What the device of a part of the model has of a layer.
+    pub(crate) fn tensors(&self, layer: usize, part: usize) -> Result<&KvTensors, ModelError> {
         match &self.rows {
-            Storage::Device(layers) => Ok(&layers[layer]),
+            Storage::Devices(layers) => layers[layer].get(part).ok_or_else(|| elsewhere("split over devices", "over fewer of them")),
             Storage::Host(_) => Err(elsewhere("on a device", "in main memory")),
         }
     }

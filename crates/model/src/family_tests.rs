@@ -186,7 +186,7 @@ fn every_family_computes_what_transformers_computes() {
     let fixture = families::Fixture::open();
     let (tokens, rows) = (fixture.tokens(), fixture.rows());
     let pool = ThreadPool::new(1, &[]).unwrap();
-    let mut files = 0;
+    let (mut files, mut split) = (0, 0);
     for (name, config, expected) in fixture.cases() {
         let at = tempfile::tempdir().unwrap();
         families::folder(config, at.path());
@@ -203,9 +203,21 @@ fn every_family_computes_what_transformers_computes() {
         assert!(logits(&model, cache(), &tokens, &rows, &[5, 1, 30, 4]) == whole, "{name}: other bits in pieces");
 
         let weights = Weights::open(at.path()).unwrap();
-        let gpu = Llama::of_gpu(&weights, GpuLlama::load(&weights, WeightFormat::F32, &Device::Cpu).unwrap());
-        let got = logits(&gpu, KvCache::in_tensors(model.config().kv, KvFormat::F32, 3, 16), &tokens, &rows, &[5, 1, 30, 4]);
-        assert!(far(&got) < 1e-3, "{name} in the form for GPUs: {}", far(&got));
+        let form = |parts: usize| GpuLlama::load(&weights, WeightFormat::F32, &vec![Device::Cpu; parts]);
+        let run = |gpu: GpuLlama, parts: usize| {
+            let cache = KvCache::over_tensors(model.config().kv, KvFormat::F32, 3, 16, parts);
+            far(&logits(&Llama::of_gpu(&weights, gpu), cache, &tokens, &rows, &[5, 1, 30, 4]))
+        };
+        let difference = run(form(1).unwrap(), 1);
+        assert!(difference < 1e-3, "{name} in the form for GPUs: {difference}");
+        match form(2) {
+            Ok(gpu) => {
+                let difference = run(gpu, 2);
+                assert!(difference < 1e-3, "{name} split over two devices: {difference}");
+                split += 1;
+            }
+            Err(error) => assert!(error.to_string().contains("cannot be split"), "{name}: {error}"),
+        }
 
         if let Some(file) = gguf(name, config, &[], at.path()) {
             let from_file = load(&file);
@@ -216,7 +228,7 @@ fn every_family_computes_what_transformers_computes() {
             files += 1;
         }
     }
-    assert!(files > 15, "{files}");
+    assert!(files > 15 && split > 5, "{files} from GGUF, {split} split");
 }
 
 #[test]

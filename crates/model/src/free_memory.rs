@@ -7,12 +7,17 @@ use candle_core::Device;
 
 use crate::error::ModelError;
 
-/// Bytes that `device` has free: a GPU's own memory, or main memory: what is left of the container's limit, or where there is none half
-/// of what the machine has available, since others live on it.
+/// Bytes that are free for what is spread evenly over `devices`: of a GPU its own memory, or main memory: what is left of the container's
+/// limit, or where there is none half of what the machine has available, since others live on it.
 ///
 /// # Errors
 /// [`ModelError::Device`] where the system does not say.
-pub fn free_memory(device: &Device) -> Result<u64, ModelError> {
+pub fn free_memory(devices: &[Device]) -> Result<u64, ModelError> {
+    let each = devices.iter().map(of_one).collect::<Result<Vec<_>, _>>()?;
+    Ok(each.into_iter().min().unwrap_or(0) * devices.len() as u64)
+}
+
+fn of_one(device: &Device) -> Result<u64, ModelError> {
     match device {
         #[cfg(feature = "cuda")]
         Device::Cuda(gpu) => match gpu.cuda_stream().context().mem_get_info() {
@@ -79,7 +84,7 @@ mod tests {
         assert_eq!(available("MemTotal:       16384 kB\n"), None);
         assert_eq!(unified("1:cpu:/other\n0::/kubepods/pod1/container\n"), Some("kubepods/pod1/container"));
         assert_eq!(unified("0::/\n"), Some(""));
-        let free = free_memory(&Device::Cpu).unwrap();
+        let free = free_memory(&[Device::Cpu]).unwrap();
         assert!(free > 1 << 20, "{free} bytes");
     }
 }

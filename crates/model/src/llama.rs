@@ -19,7 +19,7 @@ use crate::rope::Rotary;
 use crate::weights::Weights;
 use crate::workspace::Workspace;
 
-/// A Llama, or one of its kin, on one device.
+/// A Llama, or one of its kin, on one device or split over several.
 pub struct Llama {
     config: LlamaConfig,
     device: Device,
@@ -51,9 +51,20 @@ impl Llama {
         let form = if device.is_cpu() {
             Form::Cpu(CpuLlama::load(weights, format, pool)?)
         } else {
-            Form::Gpu(GpuLlama::load(weights, format, device)?)
+            Form::Gpu(GpuLlama::load(weights, format, std::slice::from_ref(device))?)
         };
         Ok(Self::new(weights, device, form))
+    }
+
+    /// Loads it split over several GPUs of this machine, which compute a pass together.
+    ///
+    /// # Errors
+    /// As [`Llama::load`], and where it cannot be split so, or the GPUs are not connected.
+    pub fn split(path: &Path, format: WeightFormat, devices: &[Device]) -> Result<Self, ModelError> {
+        let Some(first) = devices.first() else { return Err(ModelError::Device("a model is on one device at least".into())) };
+        let weights = Weights::open(path)?;
+        let form = Form::Gpu(GpuLlama::load(&weights, format, devices)?);
+        Ok(Self::new(&weights, first, form))
     }
 
     fn new(weights: &Weights, device: &Device, form: Form) -> Self {
@@ -73,7 +84,7 @@ impl Llama {
         &self.config
     }
 
-    /// The device that it computes on.
+    /// The device that it computes on; of several, the first.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -185,7 +196,7 @@ mod tests {
         let mut workspace = Workspace::new(ThreadPool::new(2, &[]).unwrap());
         let model = Llama::load(&folder, WeightFormat::F32, &Device::Cpu, workspace.pool()).unwrap();
         let weights = Weights::open(&folder).unwrap();
-        let gpu = GpuLlama::load(&weights, WeightFormat::F32, &Device::Cpu).unwrap();
+        let gpu = GpuLlama::load(&weights, WeightFormat::F32, &[Device::Cpu]).unwrap();
         let gpu = Llama::of_gpu(&weights, gpu);
         let geometry = model.config().kv;
         let tables: [Vec<BlockId>; 2] = [vec![BlockId(7), BlockId(2), BlockId(3)], vec![BlockId(0), BlockId(9)]];

@@ -44,7 +44,18 @@ impl Pair {
     /// # Errors
     /// [`ModelError::Mismatch`] naming both sides where they are not; as [`Llama::load`].
     pub fn load_full(&self, device: &Device, pool: &ThreadPool) -> Result<Llama, ModelError> {
-        self.load("full model", &self.manifest.full, device, pool)
+        self.load("full model", &self.manifest.full, |path, format| Llama::load(path, format, device, pool))
+    }
+
+    /// Loads the full model split over several GPUs, or on the one device that is named; `pool` packs its weights on the CPU.
+    ///
+    /// # Errors
+    /// As [`Pair::load_full`] and [`Llama::split`].
+    pub fn load_full_over(&self, devices: &[Device], pool: &ThreadPool) -> Result<Llama, ModelError> {
+        match devices {
+            [device] => self.load_full(device, pool),
+            devices => self.load("full model", &self.manifest.full, |path, format| Llama::split(path, format, devices)),
+        }
     }
 
     /// Loads the decode model; its weights' hash and shape must be the manifest's.
@@ -52,7 +63,7 @@ impl Pair {
     /// # Errors
     /// As [`Pair::load_full`].
     pub fn load_decode(&self, device: &Device, pool: &ThreadPool) -> Result<Llama, ModelError> {
-        self.load("decode model", &self.manifest.decode, device, pool)
+        self.load("decode model", &self.manifest.decode, |path, format| Llama::load(path, format, device, pool))
     }
 
     /// Loads the KV transform; the hash of a projection must be the manifest's.
@@ -71,13 +82,18 @@ impl Pair {
         Transform::load(&self.manifest.kv, &self.dir, self.manifest.full.kv, self.manifest.decode.kv, pool)
     }
 
-    fn load(&self, which: &str, said: &ModelManifest, device: &Device, pool: &ThreadPool) -> Result<Llama, ModelError> {
+    fn load(
+        &self,
+        which: &str,
+        said: &ModelManifest,
+        load: impl FnOnce(&Path, WeightFormat) -> Result<Llama, ModelError>,
+    ) -> Result<Llama, ModelError> {
         let begun = Instant::now();
         let path = self.dir.join(&said.path);
         // One thread reads the bytes for their hash while the pool's read them for the model.
         let (hashed, model) = std::thread::scope(|scope| {
             let hash = scope.spawn(|| weights_sha256(&path).map(|sha256| (sha256, begun.elapsed())));
-            let model = Llama::load(&path, said.weights, device, pool);
+            let model = load(&path, said.weights);
             (hash.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), model)
         });
         let (sha256, hashed) = hashed?;

@@ -3,21 +3,27 @@
 //! **Order.** Whatever works on bytes does so on a stream, after all that worked on them before on others: each piece of memory has
 //! one event, which is recorded after each use and waited for before the next, also before it is given back.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUevent_flags;
-use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, result};
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, PinnedHostSlice, result};
 
 use crate::error::NcclError;
 
 const DRIVER: &str = "libcuda.so.1";
+/// Bytes of a piece of the host's memory at least: those of a frame, so that each serves any.
+const LEAST_PINNED: usize = 1 << 20;
+/// Pieces of it that are kept: as many as are copied at a time, and little of what the system can pin.
+const MOST_PINNED: usize = 16;
 
 /// One GPU. Clones share it.
 #[derive(Clone)]
 pub struct Gpu {
     context: Arc<CudaContext>,
-    /// For memory and for copies to and from the host.
+    /// For memory and for copies to and from the host, beside what computes.
     copies: Arc<CudaStream>,
+    /// Memory of the host that the GPU reads and writes by itself, kept from copy to copy.
+    pinned: Arc<Mutex<Vec<PinnedHostSlice<u8>>>>,
 }
 
 impl Gpu {
@@ -38,7 +44,7 @@ impl Gpu {
         // SAFETY: each piece of memory has an event of its own here.
         unsafe { context.disable_event_tracking() };
         let copies = context.new_stream().map_err(NcclError::driver("making a stream"))?;
-        Ok(Self { context, copies })
+        Ok(Self { context, copies, pinned: Arc::default() })
     }
 
     /// Room for so many bytes, which nobody has written.
@@ -49,7 +55,7 @@ impl Gpu {
         // SAFETY: who reads them before they are written reads whatever lay there, which are bytes.
         let memory = unsafe { self.copies.alloc::<u8>(bytes) }.map_err(NcclError::driver("taking memory"))?;
         let used = self.copies.record_event(Some(CUevent_flags::CU_EVENT_DISABLE_TIMING)).map_err(NcclError::driver("taking memory"))?;
-        Ok(GpuBytes { memory: Some(memory), used })
+        Ok(GpuBytes { gpu: self.clone(), memory: Some(memory), used })
     }
 
     /// Bytes of the host, copied there.
@@ -57,17 +63,43 @@ impl Gpu {
     /// # Errors
     /// [`NcclError::Driver`] where the GPU has no memory left, or fails.
     pub fn copy_of(&self, parts: &[&[u8]]) -> Result<GpuBytes, NcclError> {
-        let mut room = self.room(parts.iter().map(|part| part.len()).sum())?;
+        let bytes = parts.iter().map(|part| part.len()).sum();
+        let (mut room, mut host) = (self.room(bytes)?, self.host(bytes)?);
+        let there = host.as_mut_slice().map_err(NcclError::driver("copying to a GPU"))?;
+        let mut at = 0;
+        for part in parts {
+            there[at..at + part.len()].copy_from_slice(part);
+            at += part.len();
+        }
         room.on(&self.copies, |at| {
-            let mut to = at;
-            for part in parts {
-                // SAFETY: the room is as long as all parts, and they are read before this returns.
-                unsafe { result::memcpy_htod_async(to, part, self.copies.cu_stream()) }.map_err(NcclError::driver("copying to a GPU"))?;
-                to += part.len() as u64;
-            }
+            // SAFETY: the room is as long, and the host's memory is neither written nor given back before the stream is through.
+            unsafe { result::memcpy_htod_async(at, &there[..bytes], self.copies.cu_stream()) }
+                .map_err(NcclError::driver("copying to a GPU"))?;
             self.copies.synchronize().map_err(NcclError::driver("copying to a GPU"))
         })?;
+        self.keep(host);
         Ok(room)
+    }
+
+    /// Memory of the host for a copy of so many bytes at least.
+    fn host(&self, bytes: usize) -> Result<PinnedHostSlice<u8>, NcclError> {
+        let kept = {
+            let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+            pinned.iter().position(|host| host.len() >= bytes).map(|i| pinned.swap_remove(i))
+        };
+        match kept {
+            Some(host) => Ok(host),
+            // SAFETY: only what a copy has written is read.
+            None => unsafe { self.context.alloc_pinned_with_flags(bytes.max(LEAST_PINNED), 0) }
+                .map_err(NcclError::driver("taking memory of the host")),
+        }
+    }
+
+    fn keep(&self, host: PinnedHostSlice<u8>) {
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        if pinned.len() < MOST_PINNED {
+            pinned.push(host);
+        }
     }
 
     /// A stream of its own.
@@ -83,6 +115,7 @@ impl Gpu {
 
 /// Bytes in a GPU's memory, which they leave when this is dropped.
 pub struct GpuBytes {
+    gpu: Gpu,
     /// `None` once it is given back.
     memory: Option<CudaSlice<u8>>,
     /// Recorded after what was last asked of them.
@@ -121,13 +154,17 @@ impl GpuBytes {
     /// # Errors
     /// [`NcclError::Driver`] where the GPU fails.
     pub fn read(&mut self) -> Result<Vec<u8>, NcclError> {
-        let Some(stream) = self.memory.as_ref().map(|memory| memory.stream().clone()) else { return Err(NcclError::Ended) };
-        let mut read = vec![0; self.len()];
-        self.on(&stream, |at| {
-            // SAFETY: both are as long, and alive until the stream is through.
-            unsafe { result::memcpy_dtoh_async(&mut read, at, stream.cu_stream()) }.map_err(NcclError::driver("copying from a GPU"))?;
-            stream.synchronize().map_err(NcclError::driver("copying from a GPU"))
+        let (gpu, bytes) = (self.gpu.clone(), self.len());
+        let mut host = gpu.host(bytes)?;
+        let there = host.as_mut_slice().map_err(NcclError::driver("copying from a GPU"))?;
+        self.on(&gpu.copies, |at| {
+            // SAFETY: the host's memory is as long at least, and is neither read nor given back before the stream is through.
+            unsafe { result::memcpy_dtoh_async(&mut there[..bytes], at, gpu.copies.cu_stream()) }
+                .map_err(NcclError::driver("copying from a GPU"))?;
+            gpu.copies.synchronize().map_err(NcclError::driver("copying from a GPU"))
         })?;
+        let read = there[..bytes].to_vec();
+        gpu.keep(host);
         Ok(read)
     }
 

@@ -1,13 +1,16 @@
-//! From GPU to GPU: bytes in a GPU's memory, and communicators of NCCL that carry them to another node's.
+//! From GPU to GPU: bytes in a GPU's memory, communicators of NCCL that carry them to another node's, and sums over the GPUs of one
+//! machine.
 //!
 //! Nothing is linked: the driver (`libcuda.so.1`) and NCCL (`libnccl.so.2`) are loaded when a node is told to use them, and what
 //! is missing is said then. So one executable runs with and without them, and tests run all of this over stand-ins of both.
 
+mod all_reduce;
 mod communicator;
 mod error;
 mod gpu;
 mod library;
 
+pub use all_reduce::{AllReduce, Numbers};
 pub use communicator::{Communicator, Rank};
 pub use error::NcclError;
 pub use gpu::{Gpu, GpuBytes};

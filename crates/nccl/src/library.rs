@@ -15,6 +15,10 @@ const OLDEST: c_int = 21_700;
 const LIBRARY_CHOOSES: c_int = c_int::MIN;
 /// `ncclUint8`
 const BYTES: c_int = 1;
+/// `ncclFloat32`
+const FLOATS: c_int = 7;
+/// `ncclSum`
+const SUM: c_int = 0;
 
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
@@ -61,6 +65,10 @@ struct Functions {
     comm_abort: unsafe extern "C" fn(Comm) -> c_int,
     send: unsafe extern "C" fn(*const c_void, usize, c_int, c_int, Comm, Stream) -> c_int,
     recv: unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Comm, Stream) -> c_int,
+    comm_init_all: unsafe extern "C" fn(*mut Comm, c_int, *const c_int) -> c_int,
+    group_start: unsafe extern "C" fn() -> c_int,
+    group_end: unsafe extern "C" fn() -> c_int,
+    all_reduce: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream) -> c_int,
     get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
     version: c_int,
     /// The functions are its.
@@ -107,6 +115,10 @@ impl Library {
             comm_abort: function!(b"ncclCommAbort"),
             send: function!(b"ncclSend"),
             recv: function!(b"ncclRecv"),
+            comm_init_all: function!(b"ncclCommInitAll"),
+            group_start: function!(b"ncclGroupStart"),
+            group_end: function!(b"ncclGroupEnd"),
+            all_reduce: function!(b"ncclAllReduce"),
             get_error_string: function!(b"ncclGetErrorString"),
             version,
             _library: library,
@@ -175,6 +187,32 @@ impl Library {
         // SAFETY: as the caller promises.
         let result = unsafe { (self.0.recv)(to as *mut c_void, bytes, BYTES, peer, comm, stream) };
         self.progress("receiving", result)
+    }
+
+    /// One communicator of each of these GPUs, all in this process.
+    pub(crate) fn all(&self, gpus: &[c_int]) -> Result<Vec<Comm>, NcclError> {
+        let mut comms = vec![std::ptr::null_mut(); gpus.len()];
+        // SAFETY: both are as long as it is told.
+        let result = unsafe { (self.0.comm_init_all)(comms.as_mut_ptr(), gpus.len() as c_int, gpus.as_ptr()) };
+        self.progress("connecting the GPUs of this machine", result).map(|_| comms)
+    }
+
+    /// Puts the sum of f32 numbers, which lie at an address on each GPU, in their place, on a stream of each.
+    ///
+    /// # Safety
+    /// As [`Self::send`], of each.
+    pub(crate) unsafe fn sum(&self, parts: impl Iterator<Item = ((u64, Stream), Comm)>, count: usize) -> Result<(), NcclError> {
+        // SAFETY: a group has no arguments; the rest is as the caller promises.
+        unsafe {
+            self.progress("adding", (self.0.group_start)())?;
+            let mut asked = parts.map(|((at, stream), comm)| {
+                let result = (self.0.all_reduce)(at as *const c_void, at as *mut c_void, count, FLOATS, SUM, comm, stream);
+                self.progress("adding", result).map(|_| ())
+            });
+            let asked = asked.try_for_each(|asked| asked);
+            // A group that was begun has to be ended.
+            self.progress("adding", (self.0.group_end)()).map(|_| ()).and(asked)
+        }
     }
 
     /// Ends a communicator, and what is under way on it.

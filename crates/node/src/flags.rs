@@ -31,9 +31,9 @@ pub struct NodeArgs {
     /// Cores that this process keeps to, separated by commas; each compute thread gets one of its own [default: any]
     #[arg(long, env = "OVERFILL_CPUS", value_delimiter = ',')]
     pub cpus: Vec<usize>,
-    /// Where the model computes: cpu or cuda:N
-    #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
-    pub device: String,
+    /// Where the model computes: cpu or cuda:N. A prefill node's may be split over several GPUs of its machine: cuda:0,cuda:1
+    #[arg(long, visible_alias = "devices", env = "OVERFILL_DEVICE", default_value = "cpu", value_delimiter = ',')]
+    pub device: Vec<String>,
     /// Memory of the KV cache in bytes (K, M and G are understood), or auto: nine tenths of what is free once the model is loaded, of the
     /// GPU's memory, of the container's limit, or of half of what the machine has left
     #[arg(long, env = "OVERFILL_KV_MEMORY", default_value = "1G")]

@@ -18,7 +18,7 @@ pub struct NcclArgs {
 #[derive(Debug, thiserror::Error)]
 pub enum NcclUnusable {
     /// Its model is not on a GPU.
-    #[error("--nccl on sends from a GPU's memory, and --device is {0}: give it --device cuda:N, or leave out --nccl")]
+    #[error("--nccl on sends from one GPU's memory, and --device is {0}: give it --device cuda:N, or leave out --nccl")]
     NoGpu(String),
     /// Peers know each other by certificates or a token.
     #[error("--nccl on sends KV caches in plain text and asks nobody who they are: leave it out where nodes have TLS or a token")]
@@ -29,16 +29,19 @@ pub enum NcclUnusable {
 }
 
 impl NcclArgs {
-    /// What a node on `device` sends and receives by; `None` where it is told not to.
+    /// What a node on these devices sends and receives by; `None` where it is told not to.
     ///
     /// # Errors
     /// Where it is told to and cannot.
-    pub fn open(&self, device: &str, security: &PeerSecurity) -> Result<Option<Nccl>, NcclUnusable> {
+    pub fn open(&self, devices: &[String], security: &PeerSecurity) -> Result<Option<Nccl>, NcclUnusable> {
         if !self.nccl {
             return Ok(None);
         }
-        let gpu = device.strip_prefix("cuda:").and_then(|number| number.parse().ok());
-        let gpu = gpu.ok_or_else(|| NcclUnusable::NoGpu(device.to_owned()))?;
+        let gpu = match devices {
+            [device] => device.strip_prefix("cuda:").and_then(|number| number.parse().ok()),
+            _ => None,
+        };
+        let gpu = gpu.ok_or_else(|| NcclUnusable::NoGpu(devices.join(",")))?;
         if !security.is_open() {
             return Err(NcclUnusable::Secured);
         }
@@ -54,7 +57,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_used_says_why() {
-        let open = |nccl, device| NcclArgs { nccl }.open(device, &PeerSecurity::default()).map(|nccl| nccl.is_some());
+        let open = |nccl, device: &str| NcclArgs { nccl }.open(&[device.to_owned()], &PeerSecurity::default()).map(|nccl| nccl.is_some());
         assert!(!open(false, "cuda:0").unwrap());
         assert!(open(true, "cpu").unwrap_err().to_string().contains("--device is cpu"));
         // Machines without a driver, or without NCCL; on others it opens.

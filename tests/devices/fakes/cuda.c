@@ -182,6 +182,15 @@ int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
     return SUCCESS;
 }
 
+int cuEventSynchronize(void *of) {
+    struct event *event = of;
+    pthread_mutex_lock(&event->lock);
+    while (event->reached < event->recorded)
+        pthread_cond_wait(&event->changed, &event->lock);
+    pthread_mutex_unlock(&event->lock);
+    return SUCCESS;
+}
+
 int cuEventQuery(void *of) {
     struct event *event = of;
     pthread_mutex_lock(&event->lock);
@@ -218,6 +227,21 @@ int cuMemFreeAsync(uint64_t at, void *stream) {
     return SUCCESS;
 }
 
+/* The host's memory, which a GPU reads and writes by itself. */
+int cuMemHostAlloc(void **made, size_t bytes, unsigned flags) {
+    (void)flags;
+    *made = malloc(bytes);
+    memset(*made, GARBAGE, bytes);
+    fake_counts()->pinned++;
+    return SUCCESS;
+}
+
+int cuMemFreeHost(void *at) {
+    free(at);
+    fake_counts()->pinned--;
+    return SUCCESS;
+}
+
 struct copy { void *to; const void *from; size_t bytes; };
 
 static void copy(void *argument) {
@@ -241,8 +265,8 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
     return copies(to, (const void *)(uintptr_t)from, bytes, stream);
 }
 
-/* Devices and contexts: one GPU, whose only context is this address. */
-static int the_context;
+/* Devices and contexts: two GPUs, each with one context, an address. */
+static int contexts[2];
 static _Thread_local void *current;
 
 int cuInit(unsigned flags) {
@@ -252,7 +276,7 @@ int cuInit(unsigned flags) {
 
 int cuDeviceGet(int *device, int number) {
     *device = number;
-    return number == 0 ? SUCCESS : INVALID_DEVICE;
+    return number < 2 ? SUCCESS : INVALID_DEVICE;
 }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
@@ -262,8 +286,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 
 int cuDevicePrimaryCtxRetain(void **context, int device) {
-    (void)device;
-    *context = &the_context;
+    *context = &contexts[device];
     return SUCCESS;
 }
 

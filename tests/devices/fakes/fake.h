@@ -11,6 +11,7 @@ struct counts {
     atomic_long sent;          /* pieces that went over all communicators */
     atomic_long received;      /* pieces that came */
     atomic_long aborted;       /* communicators that were ended */
+    atomic_long pinned;        /* pieces of the host's memory that the GPU may use by itself */
 };
 struct counts *fake_counts(void);
 

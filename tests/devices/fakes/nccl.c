@@ -25,7 +25,17 @@ struct listening { char name[128]; int socket; struct listening *next; };
 static struct listening *listenings;
 static pthread_mutex_t all = PTHREAD_MUTEX_INITIALIZER;
 
+/* What the communicators of one process add together. */
+struct group {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    int ranks, came, left;
+    long round;
+    float **parts;
+};
+
 struct comm {
+    struct group *group;
     ncclUniqueId id;
     int rank, socket;
     atomic_int state, aborted, references;
@@ -222,4 +232,76 @@ int ncclSend(const void *from, size_t count, int type, int peer, struct comm *co
 int ncclRecv(void *to, size_t count, int type, int peer, struct comm *comm, void *stream) {
     (void)type;
     return piece(to, count, peer, comm, stream, 0);
+}
+
+/* Sums: each stream waits for the others', then has the sum of what all brought, in the order of their ranks. */
+int ncclCommInitAll(struct comm **made, int ranks, const int *devices) {
+    (void)devices;
+    struct group *group = calloc(1, sizeof *group);
+    pthread_mutex_init(&group->lock, NULL);
+    pthread_cond_init(&group->changed, NULL);
+    group->ranks = ranks;
+    group->parts = calloc(ranks, sizeof *group->parts);
+    for (int rank = 0; rank < ranks; rank++) {
+        made[rank] = calloc(1, sizeof **made);
+        made[rank]->group = group;
+        made[rank]->rank = rank;
+        made[rank]->socket = -1;
+        made[rank]->references = 1;
+        fake_counts()->communicators++;
+    }
+    return SUCCESS;
+}
+
+int ncclGroupStart(void) {
+    return SUCCESS;
+}
+
+int ncclGroupEnd(void) {
+    return SUCCESS;
+}
+
+struct sum { struct comm *comm; float *numbers; size_t count; };
+
+static void add(void *argument) {
+    struct sum *sum = argument;
+    struct group *group = sum->comm->group;
+    pthread_mutex_lock(&group->lock);
+    /* The last round is over when all have left it. */
+    while (group->left)
+        pthread_cond_wait(&group->changed, &group->lock);
+    group->parts[sum->comm->rank] = malloc(sum->count * sizeof(float));
+    memcpy(group->parts[sum->comm->rank], sum->numbers, sum->count * sizeof(float));
+    long round = group->round;
+    if (++group->came == group->ranks) {
+        group->came = 0;
+        group->left = group->ranks;
+        group->round++;
+        pthread_cond_broadcast(&group->changed);
+    }
+    while (group->round == round)
+        pthread_cond_wait(&group->changed, &group->lock);
+    for (size_t i = 0; i < sum->count; i++) {
+        sum->numbers[i] = 0;
+        for (int rank = 0; rank < group->ranks; rank++)
+            sum->numbers[i] += group->parts[rank][i];
+    }
+    if (--group->left == 0) {
+        for (int rank = 0; rank < group->ranks; rank++)
+            free(group->parts[rank]);
+        pthread_cond_broadcast(&group->changed);
+    }
+    pthread_mutex_unlock(&group->lock);
+    let_go(sum->comm);
+    free(sum);
+}
+
+int ncclAllReduce(const void *from, void *to, size_t count, int type, int operation, struct comm *comm, void *stream) {
+    if (type != 7 || operation != 0 || from != to)
+        return INVALID_ARGUMENT;
+    struct sum *sum = malloc(sizeof *sum);
+    *sum = (struct sum){comm, to, count};
+    comm->references++;
+    fake_enqueue(stream, add, sum);
+    return SUCCESS;
 }

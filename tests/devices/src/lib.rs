@@ -15,7 +15,7 @@ use overfill_model::Pair;
 use overfill_proto::v1::inference_client::InferenceClient;
 use overfill_simulation::model::undisturbed;
 use overfill_tests::cluster::{request, tokens};
-use overfill_tests::processes::{Etcd, Process, eventually, free_port};
+use overfill_tests::processes::{Etcd, Process, binary, eventually, free_port};
 use overfill_tests::scrape::Scrape;
 use overfill_tests::tiny::{self, Kind, TinyPair};
 use overfill_types::{PairManifest, Quality, SamplingParams, StopConditions};
@@ -26,7 +26,7 @@ pub const LIMIT: Duration = Duration::from_secs(30);
 /// Tokens of each answer.
 const ANSWER: usize = 24;
 /// What the stand-ins count, in their order.
-const COUNTS: [&str; 7] = ["bytes", "streams", "events", "communicators", "sent", "received", "aborted"];
+const COUNTS: [&str; 8] = ["bytes", "streams", "events", "communicators", "sent", "received", "aborted", "pinned"];
 
 /// The folder of the stand-ins, made once a process.
 fn fakes() -> &'static Path {
@@ -45,6 +45,13 @@ fn fakes() -> &'static Path {
         folder
     });
     made.path()
+}
+
+/// What two GPUs have when numbers of theirs were added twice, as `device-node sums` prints it.
+pub fn sums() -> String {
+    let told = Command::new(binary("device-node")).arg("sums").env("LD_LIBRARY_PATH", fakes()).output().unwrap();
+    assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
+    String::from_utf8(told.stdout).unwrap()
 }
 
 /// What is taken of a stand-in at this moment, and what it has done.

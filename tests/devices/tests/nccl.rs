@@ -48,7 +48,7 @@ async fn leaves_nothing(mut node: Node) {
     node.process.signal("TERM");
     assert_eq!(node.process.wait(LIMIT), Some(0));
     let counts = node.counts();
-    for held in ["bytes", "streams", "events", "communicators"] {
+    for held in ["bytes", "streams", "events", "communicators", "pinned"] {
         assert_eq!(counts.get(held), 0, "{held} of {counts:?}");
     }
 }
@@ -84,6 +84,8 @@ async fn rows_go_from_gpu_to_gpu_and_are_those_that_tcp_carries() {
     tcp.answers_at_once(PROMPT, seed, 12).await;
     assert_eq!(sent(&other).await, [all, 0.0]);
     assert_eq!(other.ways("tcp", "off").await, 12.0);
+    assert!(other.counts().get("pinned") > 0, "they leave the GPU beside what computes");
+    leaves_nothing(other).await;
 
     leaves_nothing(prefill).await;
     leaves_nothing(decode).await;
@@ -200,4 +202,9 @@ async fn clients_that_leave_leave_the_others_in_step() {
     decode.until_nothing_is_held().await;
     leaves_nothing(prefill).await;
     leaves_nothing(decode).await;
+}
+
+#[test]
+fn gpus_of_one_machine_have_the_sum_of_what_each_had() {
+    assert_eq!(overfill_devices::sums(), "[22.0, 44.0, 66.0]\n".repeat(2));
 }

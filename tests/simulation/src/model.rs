@@ -8,7 +8,7 @@
 use overfill_kv::BlockId;
 use overfill_model::cache::WireRows;
 use overfill_model::{Chunk, ModelError, Row, Sampled, Sampler};
-use overfill_nccl::GpuBytes;
+use overfill_nccl::{Gpu, GpuBytes};
 use overfill_prefill_node::{CachedRows, OnLayer};
 use overfill_types::{FinishReason, PairManifest, Quality, SamplingParams, StopConditions, WireFormat};
 
@@ -47,8 +47,8 @@ pub struct Model {
     vocabulary: Vocabulary,
     /// Of what the last pass was asked the logits of.
     hashes: Vec<u64>,
-    /// Its rows go from GPU to GPU, as if they lay there.
-    on_gpu: bool,
+    /// In whose memory its rows are, as far as nodes can see.
+    gpu: Option<Gpu>,
 }
 
 /// What tokens there are.
@@ -66,13 +66,13 @@ impl Model {
             Half::Decode(_) => manifest.decode.kv,
         };
         let cache = Cache::new(geometry, manifest.kv_formats.wire, blocks, block_tokens);
-        Self { half, cache, vocabulary: Vocabulary::of(manifest), hashes: Vec::new(), on_gpu: false }
+        Self { half, cache, vocabulary: Vocabulary::of(manifest), hashes: Vec::new(), gpu: None }
     }
 
-    /// The same, whose rows go from GPU to GPU where nodes do so.
+    /// The same, whose rows leave from this GPU, and come to it.
     #[must_use]
-    pub fn on_gpu(self) -> Self {
-        Self { on_gpu: true, ..self }
+    pub fn on(self, gpu: Gpu) -> Self {
+        Self { gpu: Some(gpu), ..self }
     }
 
     /// Reads the tokens of one chunk in one layer.
@@ -119,8 +119,8 @@ impl overfill_prefill_node::Compute for Model {
         &self.cache
     }
 
-    fn on_gpu(&self, _pair: usize) -> bool {
-        self.on_gpu
+    fn gpu(&self, _pair: usize) -> Option<Gpu> {
+        self.gpu.clone()
     }
 }
 
@@ -138,7 +138,7 @@ impl overfill_decode_node::Compute for Model {
     }
 
     fn on_gpu(&self, _wire: WireFormat) -> bool {
-        self.on_gpu
+        self.gpu.is_some()
     }
 
     fn forward(&mut self, chunks: &[Chunk<'_>]) -> Result<(), ModelError> {

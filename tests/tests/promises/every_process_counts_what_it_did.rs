@@ -158,6 +158,7 @@ async fn names_and_buckets_are_those_of_vllm() {
             "result",
             "role",
             "version",
+            "way",
             "what",
         ];
         assert!(told.labels().iter().all(|label| known.contains(label)), "{:?}", told.labels());

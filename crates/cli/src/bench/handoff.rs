@@ -116,7 +116,7 @@ async fn start(args: &HandoffArgs, way: Way, (dir, manifest): (PathBuf, PairMani
         admin: None,
         threads: Some(args.threads),
         cpus: Vec::new(),
-        device: "cpu".into(),
+        device: vec!["cpu".into()],
         kv_memory: KvMemory::Bytes(1 << 30),
         block_tokens: 16,
         max_context: None,

@@ -14,7 +14,7 @@ use crate::gpu::step::Step;
 pub(crate) fn append(cache: &mut KvCache, step: &Step<'_>, layer: usize, k: &Tensor, v: &Tensor) -> Result<(), ModelError> {
     #[cfg(feature = "cuda")]
     if let Some(told) = &step.told {
-        let rows = cache.tensors(layer)?;
+        let rows = cache.tensors(layer, step.part)?;
         launch::append(&rows.k, k, told)?;
         return Ok(launch::append(&rows.v, v, told)?);
     }
@@ -22,7 +22,7 @@ pub(crate) fn append(cache: &mut KvCache, step: &Step<'_>, layer: usize, k: &Ten
     for chunk in step.chunks {
         let count = chunk.tokens.len();
         let runs = cache.runs(layer, chunk.blocks, chunk.start, count)?;
-        let rows = cache.tensors(layer)?;
+        let rows = cache.tensors(layer, step.part)?;
         for (from, to) in [(k, &rows.k), (v, &rows.v)] {
             let mut at = first;
             for &(slot, n) in &runs {
@@ -42,7 +42,7 @@ pub(crate) fn attend(cache: &KvCache, step: &Step<'_>, layer: usize, q: &Tensor)
     #[cfg(feature = "cuda")]
     if let Some(tiles) = step.told.as_ref().and_then(|told| told.tiles.as_ref()) {
         let attention = launch::Attention { tiles, config, window, block_tokens: cache.block_tokens() };
-        let rows = cache.tensors(layer)?;
+        let rows = cache.tensors(layer, step.part)?;
         return Ok(q.contiguous()?.apply_op3_no_bwd(&rows.k, &rows.v, &attention)?.flatten_from(D::Minus(2))?);
     }
     let mut first = 0;
@@ -50,7 +50,14 @@ pub(crate) fn attend(cache: &KvCache, step: &Step<'_>, layer: usize, q: &Tensor)
     for chunk in *chunks {
         let count = chunk.tokens.len();
         let runs = cache.runs(layer, chunk.blocks, 0, chunk.start + count)?;
-        outs.push(attend_chunk(cache.tensors(layer)?, &runs, chunk.start, &q.narrow(0, first, count)?, &config.scalars, window)?);
+        outs.push(attend_chunk(
+            cache.tensors(layer, step.part)?,
+            &runs,
+            chunk.start,
+            &q.narrow(0, first, count)?,
+            &config.scalars,
+            window,
+        )?);
         first += count;
     }
     Ok(Tensor::cat(&outs, 0)?)

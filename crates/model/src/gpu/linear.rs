@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
+use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use overfill_types::pair::WeightFormat;
 
 use crate::error::ModelError;
+use crate::gpu::split::{Along, Part};
 use crate::weight::Weight;
 use crate::weights::Weights;
 
@@ -21,7 +22,27 @@ pub(crate) enum Matrix {
 
 impl Matrix {
     pub(crate) fn load(weights: &Weights, name: &str, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
-        Ok(match weights.matrix(name, format, device)? {
+        Self::held(weights.matrix(name, format, device)?, format)
+    }
+
+    /// A part of it.
+    fn load_part(weights: &Weights, name: &str, format: WeightFormat, place: Place<'_>) -> Result<Self, ModelError> {
+        let Place { device, part, along } = place;
+        if part.of == 1 {
+            return Self::load(weights, name, format, device);
+        }
+        // In main memory: no device has to hold the whole.
+        Ok(match Self::held(part.matrix(&weights.matrix(name, format, &Device::Cpu)?, along)?, format)? {
+            Self::Dense(part) => Self::Dense(part.to_device(device)?),
+            Self::Quantised(part) => {
+                let storage = QStorage::from_data(part.data()?, device, part.dtype())?;
+                Self::Quantised(Arc::new(QTensor::new(storage, part.shape().clone())?))
+            }
+        })
+    }
+
+    fn held(weight: Weight, format: WeightFormat) -> Result<Self, ModelError> {
+        Ok(match weight {
             Weight::Quantised(q) => Matrix::Quantised(q),
             Weight::Dense(t) if format == WeightFormat::Q8_0 && t.dim(1)?.is_multiple_of(GgmlDType::Q8_0.block_size()) => {
                 Matrix::Quantised(Arc::new(QTensor::quantize(&t, GgmlDType::Q8_0)?))
@@ -54,12 +75,27 @@ pub(crate) struct Linear {
     bias: Option<Tensor>,
 }
 
+/// Which part of a matrix is held where.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    pub(crate) device: &'a Device,
+    pub(crate) part: Part,
+    pub(crate) along: Along,
+}
+
 impl Linear {
-    /// Loads `{name}.weight`, and `{name}.bias` where the file has one.
-    pub(crate) fn load(weights: &Weights, name: &str, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
-        let weight = Matrix::load(weights, &format!("{name}.weight"), format, device)?;
+    /// Loads a part of `{name}.weight`, and of `{name}.bias` where the file has one.
+    pub(crate) fn load(weights: &Weights, name: &str, format: WeightFormat, place: Place<'_>) -> Result<Self, ModelError> {
+        let weight = Matrix::load_part(weights, &format!("{name}.weight"), format, place)?;
+        let Place { device, part, along } = place;
         let bias = format!("{name}.bias");
-        let bias = if weights.has(&bias) { Some(weights.vector(&bias, device)?) } else { None };
+        let bias = match along {
+            _ if !weights.has(&bias) => None,
+            Along::Outputs => Some(part.vector(&weights.vector(&bias, device)?)?),
+            // What the parts make is summed: one of them adds it.
+            Along::Inputs if part.number == 0 => Some(weights.vector(&bias, device)?),
+            Along::Inputs => None,
+        };
         Ok(Self { weight, bias })
     }
 

@@ -6,10 +6,12 @@ mod launch;
 mod linear;
 #[cfg(test)]
 mod on_host;
+mod reduce;
+mod split;
 mod step;
 #[cfg(any(feature = "cuda", test))]
 mod tiles;
-mod transfer;
+pub(crate) mod transfer;
 
 use candle_core::{Device, Tensor};
 use candle_nn::ops::{rms_norm, silu};
@@ -21,33 +23,51 @@ use overfill_types::pair::WeightFormat;
 use crate::cache::KvCache;
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
-use crate::gpu::linear::{Linear, Matrix};
+use crate::gpu::linear::{Linear, Matrix, Place};
+use crate::gpu::split::{Along, Devices, Part};
 use crate::gpu::step::Step;
 use crate::pass::Pass;
 use crate::rope::Rotary;
 use crate::weights::Weights;
 
-/// A Llama's weights on a device.
+/// A Llama's weights on a device, or on several that have a part each.
 pub(crate) struct GpuLlama {
-    device: Device,
+    devices: Devices,
     embedding: Matrix,
-    layers: Vec<Layer>,
+    parts: Vec<PartOfLayers>,
     norm: Norm,
     head: Matrix,
 }
 
+/// What one device has of all layers.
+struct PartOfLayers {
+    device: Device,
+    /// Of this part: its heads, its KV heads, its MLP.
+    config: LlamaConfig,
+    layers: Vec<Layer>,
+}
+
 impl GpuLlama {
-    pub(crate) fn load(weights: &Weights, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
-        let config = weights.config();
+    /// On at least one device.
+    pub(crate) fn load(weights: &Weights, format: WeightFormat, devices: &[Device]) -> Result<Self, ModelError> {
+        let (config, devices) = (weights.config(), Devices::of(devices)?);
+        let device = devices.first();
         let embedding = Matrix::load(weights, "model.embed_tokens.weight", format, device)?;
         let head = if config.tied_embeddings || !weights.has("lm_head.weight") {
             embedding.clone()
         } else {
             Matrix::load(weights, "lm_head.weight", format, device)?
         };
-        let layers = (0..config.kv.layers).map(|i| Layer::load(weights, config, i, format, device)).collect::<Result<_, _>>()?;
         let norm = Norm::load(weights, "model.norm.weight", config, device)?;
-        Ok(Self { device: device.clone(), embedding, layers, norm, head })
+        let of = devices.all.len();
+        let parts = devices.all.iter().enumerate().map(|(number, device)| {
+            let part = Part { number, of };
+            let config = part.config(config)?;
+            let layers = (0..config.kv.layers).map(|i| Layer::load(weights, &config, i, format, (device, part)));
+            Ok(PartOfLayers { device: device.clone(), layers: layers.collect::<Result<_, ModelError>>()?, config })
+        });
+        let parts = parts.collect::<Result<_, ModelError>>()?;
+        Ok(Self { devices, embedding, parts, norm, head })
     }
 
     /// Reads all chunks; gives the logits of the rows that are wanted, `[rows, vocab]`.
@@ -60,18 +80,36 @@ impl GpuLlama {
         on_layer: &mut dyn FnMut(usize, &KvCache) -> Result<(), ModelError>,
     ) -> Result<Vec<f32>, ModelError> {
         let tokens: Vec<u32> = chunks.iter().flat_map(|c| c.tokens.iter().copied()).collect();
-        let step = Step::new(config, rotary, chunks, &self.device)?;
-        #[cfg(feature = "cuda")]
-        let step = step.with_told(cache.block_tokens(), &self.device)?;
-        let mut x = (self.embedding.rows(&tokens, &self.device)? * config.scalars.embedding)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            let attended = layer.attention(&normed(layer.attention_norm.as_ref(), &x)?, (&step, i), cache, on_layer)?;
-            x = (x + (normed(layer.attended_norm.as_ref(), &attended)? * config.scalars.residual)?)?;
-            let made = layer.mlp(&normed(layer.mlp_norm.as_ref(), &x)?, config.family.gate())?;
-            x = (x + (normed(layer.down_norm.as_ref(), &made)? * config.scalars.residual)?)?;
+        let steps = self.parts.iter().enumerate().map(|(number, part)| {
+            let step = Step::new(&part.config, rotary, (chunks, number), &part.device)?;
+            #[cfg(feature = "cuda")]
+            let step = step.with_told(cache.block_tokens(), &part.device)?;
+            Ok(step)
+        });
+        let steps: Vec<Step<'_>> = steps.collect::<Result<_, ModelError>>()?;
+        let device = self.devices.first();
+        let mut xs = self.devices.copies((self.embedding.rows(&tokens, device)? * config.scalars.embedding)?)?;
+        let added = |x: &Tensor, norm: Option<&Norm>, made: &Tensor| -> Result<Tensor, ModelError> {
+            Ok((x + (normed(norm, made)? * config.scalars.residual)?)?)
+        };
+        for i in 0..config.kv.layers {
+            let parts = || self.parts.iter().map(|part| &part.layers[i]).zip(&steps);
+            let mut queries = Vec::with_capacity(xs.len());
+            for ((layer, step), x) in parts().zip(&xs) {
+                queries.push(layer.look_up(&normed(layer.attention_norm.as_ref(), x)?, (step, i), cache)?);
+            }
+            on_layer(i, cache)?;
+            let attended = parts().zip(&queries).map(|((layer, step), q)| layer.o.forward(&attention::attend(cache, step, i, q)?));
+            let attended = self.devices.sums(attended.collect::<Result<_, ModelError>>()?)?;
+            let after = parts().zip(xs.iter().zip(&attended)).map(|((layer, _), (x, made))| added(x, layer.attended_norm.as_ref(), made));
+            xs = after.collect::<Result<_, ModelError>>()?;
+            let made = parts().zip(&xs).map(|((layer, _), x)| layer.mlp(&normed(layer.mlp_norm.as_ref(), x)?, config.family.gate()));
+            let made = self.devices.sums(made.collect::<Result<_, ModelError>>()?)?;
+            let after = parts().zip(xs.iter().zip(&made)).map(|((layer, _), (x, made))| added(x, layer.down_norm.as_ref(), made));
+            xs = after.collect::<Result<_, ModelError>>()?;
         }
-        let mut logits =
-            (self.logits(&x, rows)?.unwrap_or(Tensor::zeros(0, candle_core::DType::F32, &self.device)?) * config.scalars.logits)?;
+        let x = xs.swap_remove(0);
+        let mut logits = (self.logits(&x, rows)?.unwrap_or(Tensor::zeros(0, candle_core::DType::F32, device)?) * config.scalars.logits)?;
         if let Some(cap) = config.scalars.logits_cap {
             logits = attention::capped(&logits, cap)?;
         }
@@ -84,7 +122,7 @@ impl GpuLlama {
             return Ok(None);
         }
         let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
-        let rows = Tensor::from_slice(&rows, rows.len(), &self.device)?;
+        let rows = Tensor::from_slice(&rows, rows.len(), self.devices.first())?;
         let x = self.norm.forward(&x.index_select(&rows, 0)?)?;
         Ok(Some(self.head.multiply(&x)?))
     }
@@ -110,8 +148,16 @@ struct Layer {
 }
 
 impl Layer {
-    fn load(weights: &Weights, config: &LlamaConfig, layer: usize, format: WeightFormat, device: &Device) -> Result<Self, ModelError> {
-        let linear = |name: &str| Linear::load(weights, &format!("model.layers.{layer}.{name}"), format, device);
+    fn load(
+        weights: &Weights,
+        config: &LlamaConfig,
+        layer: usize,
+        format: WeightFormat,
+        (device, part): (&Device, Part),
+    ) -> Result<Self, ModelError> {
+        let split =
+            |name: &str, along| Linear::load(weights, &format!("model.layers.{layer}.{name}"), format, Place { device, part, along });
+        let (by_outputs, by_inputs) = (|name| split(name, Along::Outputs), |name| split(name, Along::Inputs));
         let norm = |name: &str| Norm::load(weights, &format!("model.layers.{layer}.{name}.weight"), config, device);
         let maybe = |name: Option<&str>| name.map(norm).transpose();
         let norms = config.family.norms();
@@ -124,25 +170,19 @@ impl Layer {
             query_key_norms,
             attended_norm: maybe(norms.after_attention)?,
             down_norm: maybe(norms.after_mlp)?,
-            q: linear("self_attn.q_proj")?,
-            k: linear("self_attn.k_proj")?,
-            v: linear("self_attn.v_proj")?,
-            o: linear("self_attn.o_proj")?,
+            q: by_outputs("self_attn.q_proj")?,
+            k: by_outputs("self_attn.k_proj")?,
+            v: by_outputs("self_attn.v_proj")?,
+            o: by_inputs("self_attn.o_proj")?,
             mlp_norm: maybe(norms.before_mlp)?,
-            gate: linear("mlp.gate_proj")?,
-            up: linear("mlp.up_proj")?,
-            down: linear("mlp.down_proj")?,
+            gate: by_outputs("mlp.gate_proj")?,
+            up: by_outputs("mlp.up_proj")?,
+            down: by_inputs("mlp.down_proj")?,
         })
     }
 
-    /// `[tokens, hidden]` to `[tokens, hidden]`; the tokens' keys and values go into the cache on the way.
-    fn attention(
-        &self,
-        x: &Tensor,
-        (step, layer): (&Step<'_>, usize),
-        cache: &mut KvCache,
-        on_layer: &mut dyn FnMut(usize, &KvCache) -> Result<(), ModelError>,
-    ) -> Result<Tensor, ModelError> {
+    /// The tokens' queries `[tokens, heads, head_dim]`; their keys and values go into the cache.
+    fn look_up(&self, x: &Tensor, (step, layer): (&Step<'_>, usize), cache: &mut KvCache) -> Result<Tensor, ModelError> {
         let KvGeometry { kv_heads, head_dim, .. } = step.config.kv;
         let (tokens, _) = x.dims2()?;
         let ready = |y: Tensor, heads: usize, norm: Option<&Norm>| -> Result<Tensor, ModelError> {
@@ -162,8 +202,7 @@ impl Layer {
         let k = ready(self.k.forward(x)?, kv_heads, key_norm)?;
         let v = self.v.forward(x)?.reshape((tokens, kv_heads, head_dim))?;
         attention::append(cache, step, layer, &k, &v)?;
-        on_layer(layer, cache)?;
-        self.o.forward(&attention::attend(cache, step, layer, &q)?)
+        Ok(q)
     }
 
     fn mlp(&self, x: &Tensor, act: Gate) -> Result<Tensor, ModelError> {

@@ -152,7 +152,7 @@ impl Case {
         let kv = self.config.kv;
         let slots = self.keys.len() / kv.row();
         let cache = KvCache::in_tensors(KvGeometry { layers: 1, ..kv }, self.format, slots / BLOCK, BLOCK);
-        let tensors = cache.tensors(0).unwrap();
+        let tensors = cache.tensors(0, 0).unwrap();
         for (to, numbers) in [(&tensors.k, &self.keys), (&tensors.v, &self.values)] {
             let rows = Tensor::from_slice(numbers, (slots, kv.kv_heads, kv.head_dim), &Device::Cpu).unwrap();
             to.slice_set(&rows.to_dtype(to.dtype()).unwrap(), 0, 0).unwrap();
@@ -160,7 +160,7 @@ impl Case {
         let q = Tensor::from_slice(q, (q.len() / self.config.heads / kv.head_dim, self.config.heads, kv.head_dim), &Device::Cpu).unwrap();
         let mut config = self.config.clone();
         config.layers[0].window = self.window;
-        let step = Step::new(&config, &Rotary::new(&config), chunks, &Device::Cpu).unwrap();
+        let step = Step::new(&config, &Rotary::new(&config), (chunks, 0), &Device::Cpu).unwrap();
         attend(&cache, &step, 0, &q).unwrap().flatten_all().unwrap().to_vec1().unwrap()
     }
 }
@@ -233,9 +233,9 @@ fn rows_go_to_their_slots() {
         let from: Vec<f32> = (0..53 * row).map(|_| rng.random_range(-2.0..2.0)).collect();
         let mut cache = KvCache::in_tensors(KvGeometry { layers: 1, ..config.kv }, format, case.keys.len() / row / BLOCK, BLOCK);
         let rows = Tensor::from_slice(&from, (53, config.kv.kv_heads, config.kv.head_dim), &Device::Cpu).unwrap();
-        let step = Step::new(&config, &Rotary::new(&config), &chunks, &Device::Cpu).unwrap();
+        let step = Step::new(&config, &Rotary::new(&config), (&chunks, 0), &Device::Cpu).unwrap();
         append(&mut cache, &step, 0, &rows, &rows).unwrap();
-        let expected: Vec<f32> = cache.tensors(0).unwrap().k.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let expected: Vec<f32> = cache.tensors(0, 0).unwrap().k.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         let mut got = stored(format, &vec![0.0; case.keys.len()]);
         let slots = slots(&chunks, BLOCK);
         // SAFETY: as above; every slot is of the cache.

@@ -10,7 +10,10 @@ use crate::pass::Chunk;
 use crate::rope::{Rotary, Turns};
 
 pub(crate) struct Step<'a> {
+    /// Of the part of the model that is on the device.
     pub(crate) config: &'a LlamaConfig,
+    /// Its number.
+    pub(crate) part: usize,
     pub(crate) chunks: &'a [Chunk<'a>],
     /// Cosines and sines of each rotary embedding that layers have, each `[tokens, turned / 2]`.
     turns: Vec<(Rotation, [Tensor; 2])>,
@@ -20,7 +23,13 @@ pub(crate) struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    pub(crate) fn new(config: &'a LlamaConfig, rotary: &Rotary, chunks: &'a [Chunk<'a>], device: &Device) -> Result<Self, ModelError> {
+    /// For one part of a model.
+    pub(crate) fn new(
+        config: &'a LlamaConfig,
+        rotary: &Rotary,
+        (chunks, part): (&'a [Chunk<'a>], usize),
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let tokens: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
         let mut at = Turns::default();
         rotary.at(chunks, &mut at);
@@ -35,6 +44,7 @@ impl<'a> Step<'a> {
         }
         Ok(Self {
             config,
+            part,
             chunks,
             turns,
             #[cfg(feature = "cuda")]

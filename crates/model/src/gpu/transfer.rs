@@ -1,10 +1,23 @@
 //! Rows of a KV cache on their way from one GPU to another: gathered out of their blocks, and put into others.
 
+use candle_core::Device;
 use overfill_kv::BlockId;
 use overfill_nccl::{Gpu, GpuBytes};
 
 use crate::cache::KvCache;
 use crate::error::ModelError;
+
+/// A GPU, for copies to and from what lies there; `None` of the CPU.
+///
+/// # Errors
+/// Where its driver fails.
+pub(crate) fn gpu(device: &Device) -> Result<Option<Gpu>, ModelError> {
+    Ok(match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => Some(Gpu::open(device.cuda_stream().context().ordinal())?),
+        _ => None,
+    })
+}
 
 impl KvCache {
     /// Copies keys, then values, of positions `start..start + count` of a sequence in one layer, `[count, kv_heads, head_dim]` each, to
@@ -71,7 +84,7 @@ mod on_gpu {
         bytes: &mut GpuBytes,
         each: impl Fn(u64, u64, usize, &CudaStream) -> Result<(), Failed>,
     ) -> Result<(), ModelError> {
-        let (row, rows) = (cache.bytes_per_row(), cache.tensors(layer)?);
+        let (row, rows) = (cache.bytes_per_row(), cache.tensors(layer, 0)?);
         let Device::Cuda(device) = rows.k.device() else { return Err(elsewhere()) };
         let stream = device.cuda_stream();
         bytes.on(&stream, |at| {
