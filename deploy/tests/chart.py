@@ -312,6 +312,24 @@ class Weights(unittest.TestCase):
         self.assertEqual(claimed.returncode, 0, claimed.stderr)
         self.assertIn("repository", helm("gpu", 'decode.image={"tag":"1"}').stderr)
 
+    def test_nccl_is_between_gpus_and_has_every_port(self):
+        gpus = ['decode.device="cuda:0"', 'decode.resources.limits={"memory":"8Gi","nvidia.com/gpu":1}', "networkPolicy.enabled=true"]
+        both = ["prefill.nccl=true", "decode.nccl=true"]
+        told = helm("gpu", *gpus, *both)
+        self.assertEqual(told.returncode, 0, told.stderr)
+        objects = [o for o in yaml.safe_load_all(told.stdout) if o]
+        for role in ("prefill", "decode"):
+            self.assertEqual(environment(workloads(objects, role))["OVERFILL_NCCL"], "on")
+        policies = {component(o["metadata"]["labels"]): o["spec"] for o in objects if o["kind"] == "NetworkPolicy"}
+        for role, peer in (("prefill", "decode"), ("decode", "prefill")):
+            for rules, side in ((policies[role]["ingress"], "from"), (policies[role]["egress"], "to")):
+                anywhere = [rule for rule in rules if "ports" not in rule]
+                self.assertEqual([component(p["podSelector"]["matchLabels"]) for rule in anywhere for p in rule[side]], [peer])
+        for alone in (both[:1], both[1:]):
+            self.assertNotIn("NCCL chooses its ports", helm("gpu", *gpus, *alone).stdout)
+        self.assertIn("decode.device is cpu", helm("gpu", *both).stderr)
+        self.assertIn("plain text", helm("gpu", *gpus, *both, 'clusterToken.secretName="token"').stderr)
+
     def test_where_images_cannot_be_mounted_they_are_copied(self):
         for workload in workloads(rendered("copied")):
             role, pod = component(workload["metadata"]["labels"]), workload["spec"]["template"]["spec"]

@@ -58,6 +58,9 @@
 {{- if not (hasPrefix "cuda" $settings.device) }}
 {{- fail (printf "%s.nccl sends from a GPU's memory, and %s.device is %s" $component $component $settings.device) }}
 {{- end }}
+{{- if or $values.tls.peers.enabled $values.clusterToken.secretName }}
+{{- fail (printf "%s.nccl sends KV caches in plain text and asks nobody who they are: leave it out where nodes have certificates or a token" $component) }}
+{{- end }}
 - name: OVERFILL_NCCL
   value: "on"
 {{- end }}

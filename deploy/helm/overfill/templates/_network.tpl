@@ -23,3 +23,10 @@ peers in the values (empty: anyone). The containers' ports and both sides of the
 {{- end }}
 {{- end }}
 {{- end }}
+
+{{/* The component whose pods a component's reach by NCCL; empty where none do. */}}
+{{- define "overfill.ncclPeer" -}}
+{{- if and .root.Values.prefill.nccl .root.Values.decode.nccl }}
+{{- if eq .component "prefill" }}decode{{ else if eq .component "decode" }}prefill{{ end }}
+{{- end }}
+{{- end }}
