@@ -59,7 +59,7 @@ pub fn sums() -> String {
 pub struct Counts([i64; COUNTS.len()]);
 
 impl Counts {
-    /// One of [`COUNTS`], by its name.
+    /// One of them, by its name in `fakes/fake.h`.
     pub fn get(&self, name: &str) -> i64 {
         self.0[COUNTS.iter().position(|count| *count == name).unwrap()]
     }

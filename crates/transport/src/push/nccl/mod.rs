@@ -6,7 +6,7 @@
 //! that order whatever it is for, also what nobody waits for any more: a handoff that is given up leaves the others in step.
 //!
 //! **Invariant:** the call and the communicator live and die together. Whichever end sees either of them fail drops both, so a
-//! node that is gone holds up no other longer than [`PATIENCE`].
+//! node that is gone holds up no other longer than five seconds.
 
 mod joined;
 mod ways;
