@@ -38,6 +38,8 @@ pub struct Assembled<C> {
     pub blocks: BlockPool,
     /// What it counts.
     pub metrics: Registry,
+    /// Its communicators, if it has any.
+    pub(crate) joined: Option<Joined>,
     id: NodeId,
     pair: ServedPair,
     admission: Arc<Admission>,
@@ -81,10 +83,10 @@ pub fn assemble<C: Compute>(
     let pair = ServedPair { model: manifest.name, fingerprint: manifest.fingerprint };
     let registry = metrics.registry.clone();
     let node = (id.clone(), pair.clone());
-    let service = Arc::new(DecodeService::new(node, (admission.clone(), joined), commands, guides, metrics, signals.clone()));
+    let service = Arc::new(DecodeService::new(node, (admission.clone(), joined.clone()), commands, guides, metrics, signals.clone()));
     let routes = Routes::new(DecodeServer::from_arc(service.clone()).max_decoding_message_size(MAX_MESSAGE))
         .add_service(NodeServer::new(NodeService::new(service.clone(), signals.clone())).max_decoding_message_size(MAX_MESSAGE));
-    Ok(Assembled { engine, pulse, routes, takes: service, blocks, metrics: registry, id, pair, admission })
+    Ok(Assembled { engine, pulse, routes, takes: service, blocks, metrics: registry, joined, id, pair, admission })
 }
 
 impl<C> Assembled<C> {

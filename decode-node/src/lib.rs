@@ -64,7 +64,7 @@ pub async fn run_over<C: Compute>(
     let signals = Signals { drain, ..Signals::default() };
     let node = assemble(id.clone(), &config, loaded, nccl, &signals)?;
     let (info, held) = (address.map(|address| node.info(address)), node.held());
-    let Assembled { engine, pulse, routes, takes, blocks, metrics, .. } = node;
+    let Assembled { engine, pulse, routes, takes, blocks, metrics, joined, .. } = node;
     // By where it listens, not by what it advertises: who reaches it through something else is to go on doing so.
     let _open = discovery.within().open(&listening.to_string(), takes.clone());
 
@@ -98,5 +98,9 @@ pub async fn run_over<C: Compute>(
         drain_delay: config.node.drain_delay(),
         drain_timeout: config.node.drain_timeout(),
     };
-    Ok(life.run().await?)
+    let ended = life.run().await;
+    if let Some(joined) = joined {
+        joined.close().await;
+    }
+    Ok(ended?)
 }

@@ -49,6 +49,13 @@ impl DecodeNodes {
         Self { ways: Some(Ways::new(nccl, connector)), ..self }
     }
 
+    /// Ends the communicators.
+    pub(crate) async fn close(&self) {
+        if let Some(ways) = &self.ways {
+            ways.close().await;
+        }
+    }
+
     /// Whether rows may go over NCCL at all.
     pub(crate) fn over_nccl(&self) -> bool {
         self.ways.is_some()

@@ -74,7 +74,7 @@ pub async fn run_over<C: Compute>(
     if let Some(nccl) = nccl {
         decode_nodes = decode_nodes.over(nccl, discovery.connector());
     }
-    let node = assemble(id.clone(), &config, loaded, decode_nodes, &signals)?;
+    let node = assemble(id.clone(), &config, loaded, decode_nodes.clone(), &signals)?;
     let (info, held) = (address.map(|address| node.info(address)), node.held());
     let Assembled { engine, pulse, routes, blocks, metrics, pairs, .. } = node;
 
@@ -108,7 +108,9 @@ pub async fn run_over<C: Compute>(
         drain_delay: config.node.drain_delay(),
         drain_timeout: config.node.drain_timeout(),
     };
-    Ok(life.run().await?)
+    let ended = life.run().await;
+    decode_nodes.close().await;
+    Ok(ended?)
 }
 
 /// What this node holds and has done.

@@ -74,17 +74,22 @@ impl Communicator {
         let (failing, failed) = oneshot::channel();
         let nccl = nccl.clone();
         let started = thread::Builder::new().name("nccl".into()).spawn(move || {
-            let end = End::make(&nccl, id, rank, patience, &received);
-            match end {
-                Ok(mut end) => {
-                    if made.send(Ok(())).is_ok()
-                        && let Err(error) = end.work(&received)
-                    {
-                        // Nobody is there to hear it: then it was given up as well.
-                        let _ = failing.send(error);
-                    }
+            let ended = match End::make(&nccl, id, rank, patience, &received) {
+                Ok(mut end) => match made.send(Ok(())) {
+                    Ok(()) => end.work(&received),
+                    // Nobody waits for it any more.
+                    Err(_) => Ok(()),
+                },
+                Err(error) => {
+                    let _ = made.send(Err(error));
+                    Ok(())
                 }
-                Err(error) => drop(made.send(Err(error))),
+            };
+            // The end is gone by now. Nobody may be there to hear why.
+            drop(received);
+            match ended {
+                Ok(()) => drop(failing),
+                Err(error) => drop(failing.send(error)),
             }
         });
         started.map_err(|error: io::Error| NcclError::Failed { what: "starting its thread", why: error.to_string() })?;
@@ -112,6 +117,14 @@ impl Communicator {
     /// Returns when it has failed, with why.
     pub async fn ended(&mut self) -> NcclError {
         (&mut self.failed).await.unwrap_or(NcclError::Ended)
+    }
+
+    /// Ends it, and returns when nothing of it is left.
+    pub async fn close(self) {
+        let Self { orders, failed } = self;
+        drop(orders);
+        // Whether it failed before does not matter any more.
+        let _ = failed.await;
     }
 
     async fn order(&self, order: Order) -> Result<(), NcclError> {

@@ -12,9 +12,10 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
+use tokio_util::task::TaskTracker;
 use tonic::Status;
 
-use super::{PATIENCE, PIECES};
+use super::{CLOSING, PATIENCE, PIECES};
 
 /// Communicators at most: each holds some of the GPU's memory.
 const NODES: usize = 64;
@@ -31,6 +32,7 @@ pub struct Joined {
     pair: Fingerprint,
     live: Arc<LiveTickets>,
     inboxes: Arc<Mutex<HashMap<String, Arc<Inbox>>>>,
+    keepers: TaskTracker,
 }
 
 /// What came over one communicator.
@@ -45,7 +47,14 @@ struct Inbox {
 impl Joined {
     /// None yet, of a node that serves `pair`; pieces are kept for tickets that are `live`.
     pub fn new(nccl: Nccl, pair: Fingerprint, live: Arc<LiveTickets>) -> Self {
-        Self { nccl, pair, live, inboxes: Arc::default() }
+        Self { nccl, pair, live, inboxes: Arc::default(), keepers: TaskTracker::new() }
+    }
+
+    /// Returns when nothing is left of them, or soon: once no server takes calls any more, each has ended.
+    pub async fn close(&self) {
+        self.keepers.close();
+        // What is left then goes with the process.
+        let _ = timeout(CLOSING, self.keepers.wait()).await;
     }
 
     /// Makes this node's end of a communicator, as the first message asks, and receives what comes over it as long as the call
@@ -84,7 +93,7 @@ impl Joined {
             inboxes.insert(communicator.clone(), inbox.clone());
         }
         let (answer, answers) = mpsc::channel(2);
-        tokio::spawn(self.clone().keep(communicator, inbox, id, told, answer));
+        self.keepers.spawn(self.clone().keep(communicator, inbox, id, told, answer));
         Ok(ReceiverStream::new(answers))
     }
 
@@ -96,11 +105,7 @@ impl Joined {
         told: impl Stream<Item = Result<NcclSend, Status>> + Unpin,
         answer: mpsc::Sender<Result<NcclJoined, Status>>,
     ) {
-        let ended = tokio::select! {
-            ended = self.receive(&inbox, id, told, &answer) => ended,
-            // Nobody hears the answer: the call is over.
-            () = answer.closed() => Ok(()),
-        };
+        let ended = self.receive(&inbox, id, told, &answer).await;
         self.lock().remove(&communicator);
         let why = match ended {
             Ok(()) => "the prefill node has gone".to_owned(),
@@ -124,7 +129,11 @@ impl Joined {
         answer: &mpsc::Sender<Result<NcclJoined, Status>>,
     ) -> Result<(), ServiceError> {
         let failed = |error: NcclError| ServiceError::of_way(Code::Unavailable, error.to_string());
-        let mut end = Communicator::join(&self.nccl, id, Rank::Second, PATIENCE).await.map_err(failed)?;
+        let mut end = tokio::select! {
+            end = Communicator::join(&self.nccl, id, Rank::Second, PATIENCE) => end.map_err(failed)?,
+            // Nobody hears the answer: the call is over.
+            () = answer.closed() => return Ok(()),
+        };
         let _ = answer.try_send(Ok(NcclJoined {}));
         let room = Arc::new(Semaphore::new(PIECES));
         loop {
@@ -133,7 +142,10 @@ impl Joined {
                 error = end.ended() => return Err(failed(error)),
             };
             let piece = match said {
-                None | Some(Err(_)) => return Ok(()),
+                None | Some(Err(_)) => {
+                    end.close().await;
+                    return Ok(());
+                }
                 Some(Ok(NcclSend { what: Some(nccl_send::What::Piece(piece)) })) => piece,
                 Some(Ok(_)) => return Err(ServiceError::of_way(Code::InvalidArgument, "a communicator is joined once")),
             };

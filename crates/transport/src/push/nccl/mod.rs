@@ -19,5 +19,7 @@ pub use ways::{NoWay, Way, Ways};
 /// How long the making of a communicator may take, and each piece from the moment that NCCL was asked for it: both ends ask
 /// within a round trip of each other.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a node that ends waits for its communicators to end.
+const CLOSING: Duration = Duration::from_secs(1);
 /// Pieces that are on their way over one communicator, or wait at the decode node for their frame.
 const PIECES: usize = 32;

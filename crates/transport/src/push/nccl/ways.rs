@@ -12,9 +12,10 @@ use overfill_types::{Code, Fingerprint, ServiceError, Ticket};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
 use tonic::Streaming;
 
-use super::{PATIENCE, PIECES};
+use super::{CLOSING, PATIENCE, PIECES};
 use crate::Connector;
 
 /// How long rows go over TCP to a node whose communicator failed, before another is made.
@@ -30,6 +31,7 @@ pub struct Ways {
     nccl: Nccl,
     connector: Connector,
     nodes: Arc<Mutex<HashMap<String, State>>>,
+    keepers: TaskTracker,
 }
 
 enum State {
@@ -70,7 +72,15 @@ struct Piece {
 impl Ways {
     /// None yet; `connector` makes the connections that communicators are told over.
     pub fn new(nccl: Nccl, connector: Connector) -> Self {
-        Self { nccl, connector, nodes: Arc::default() }
+        Self { nccl, connector, nodes: Arc::default(), keepers: TaskTracker::new() }
+    }
+
+    /// Ends all of them; returns when nothing is left of them, or soon.
+    pub async fn close(&self) {
+        self.lock().clear();
+        self.keepers.close();
+        // What is left then goes with the process.
+        let _ = timeout(CLOSING, self.keepers.wait()).await;
     }
 
     /// The way to the decode node at `address`, which serves this pair; where there is none one is begun. Must be called inside a
@@ -89,7 +99,7 @@ impl Ways {
             None if nodes.len() >= NODES => Err(NoWay::TooMany),
             None => {
                 nodes.insert(address.to_owned(), State::Joining);
-                tokio::spawn(self.clone().keep(address.to_owned(), pair.clone()));
+                self.keepers.spawn(self.clone().keep(address.to_owned(), pair.clone()));
                 Err(NoWay::Joining)
             }
         }
@@ -154,6 +164,7 @@ impl Ways {
                 said = hear.message() => return Err(gone(said.err().map(|status| status.message().to_owned()))),
                 () = sleep_until(used + KEPT) => {
                     if self.let_go(address) {
+                        end.close().await;
                         return Ok(());
                     }
                     used = Instant::now();
@@ -161,7 +172,10 @@ impl Ways {
                 }
             };
             // Its senders are in the map and at handoffs: all gone, it is needed no more.
-            let Some(Piece { ticket, index, bytes }) = piece else { return Ok(()) };
+            let Some(Piece { ticket, index, bytes }) = piece else {
+                end.close().await;
+                return Ok(());
+            };
             used = Instant::now();
             let piece = NcclPiece { ticket: ticket.to_string(), index, bytes: bytes.len() as u32 };
             let telling = tell.send(NcclSend { what: Some(nccl_send::What::Piece(piece)) });
