@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a machine with a GPU can tell of the CUDA path, in under eight minutes and without a network.
 
-    scripts/gpu/check.py OUT [--bin target/release] [--device cuda:0] [--shapes 135m,1b,3b,8b] [--pair DEFAULT]
+    scripts/gpu/check.py OUT [--bin target/release] [--device cuda:0] [--other cuda:1] [--shapes 135m,1b,3b,8b] [--pair DEFAULT]
 
 The binaries are those of a build with `--features cuda`; DEFAULT is the default pair's folder (`overfill fetch`). OUT should have room for 25 GB where all shapes are asked for: their weights are
 random and made there, with numpy (what is there is taken). It tells, as a table and in OUT/check.json:
@@ -9,7 +9,9 @@ random and made there, with numpy (what is there is taken). It tells, as a table
 - whether a cluster of two processes on that device reads and writes as one on the CPU does: log-probabilities of prompts' tokens, and
   greedy answers, of the default pair as it is, with KV caches in f16, and with all numbers in f32;
 - how fast prefill and decode are in bfloat16, at each shape;
-- how many bytes a second the handoffs between the two processes carry, and what of them is hidden;
+- how many bytes a second the handoffs between the two processes carry, and what of them is hidden: by TCP, and with --other, a second
+  GPU, by NCCL as well (it takes no two processes on one GPU);
+- with --other also how fast prefill is with a model split over both, beside one;
 - the most memory of the GPU that was taken.
 
 Exits with 1 where a log-probability differs by more than --most from the CPU's, where both hold the same numbers. With `--device cpu` it checks itself.
@@ -44,6 +46,7 @@ def main():
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--bin", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parents[2] / "target/release")
     parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--other", help="another GPU, for what takes two: NCCL, and a split model")
     parser.add_argument("--shapes", type=lambda text: text.split(",") if text else [], default=["135m", "1b", "3b", "8b"])
     parser.add_argument("--pair", type=pathlib.Path, default=pathlib.Path.home() / ".cache/overfill/pairs/smollm2-135m", help="the default pair, fetched before")
     parser.add_argument("--most", type=float, default=0.05, help="difference of a log-probability that is allowed")
@@ -53,16 +56,27 @@ def main():
     told = {"device": options.device, "gpu": gpu(), "same": [], "speed": [], "handoffs": []}
     with tempfile.TemporaryDirectory() as folder:
         for name, pair, most in pairs(options, pathlib.Path(folder)):
-            same, handoffs = compared(options, pair, pathlib.Path(folder))
-            told["same"].append({"pair": name, "differs": same["largest_difference"] > most, **same})
-            told["handoffs"].append({"pair": name, **handoffs})
+            wanted, _, _ = answers(options, pair, ("cpu", "cpu"), pathlib.Path(folder))
+            # Rows go by NCCL where they lie in the cache as they travel.
+            ways = ["tcp"] if options.other is None or pair == options.pair else ["tcp", "nccl"]
+            for way in ways:
+                devices = (options.device, options.device if way == "tcp" else options.other)
+                found, handoffs, by_nccl = answers(options, pair, devices, pathlib.Path(folder), way)
+                same = compared(wanted, found)
+                told["same"].append({"pair": name, "way": way, "differs": same["largest_difference"] > most, **same})
+                told["handoffs"].append({"pair": name, "way": way, "by_nccl": by_nccl, **carried(handoffs)})
     for shape in options.shapes:
-        told["speed"] += speeds(options, shape)
+        told["speed"] += speeds(options, shape, options.device)
+        # Its heads do not come out even, the smallest one's.
+        if options.other and shape != "135m":
+            told["speed"] += speeds(options, shape, f"{options.device},{options.other}")
     told["peak_memory_mb"] = memory.most()
     (options.out / "check.json").write_text(json.dumps(told, indent=1))
     show(told)
     if any(same["differs"] for same in told["same"]):
         sys.exit(f"log-probabilities differ by more than {options.most}")
+    if any(rate["way"] == "nccl" and not rate["by_nccl"] for rate in told["handoffs"]):
+        sys.exit("no handoff went by NCCL: the nodes' logs and overfill_handoff_ways_total tell why")
 
 
 def gpu():
@@ -116,14 +130,15 @@ def pairs(options, folder):
 
 
 class Cluster:
-    """A router and two nodes, a process each, on one device."""
+    """A router and two nodes, a process each, the prefill node on the first device, the decode node on the second."""
 
-    def __init__(self, options, pair, device, folder):
+    def __init__(self, options, pair, devices, folder, way):
         self.folder, self.processes = folder, []
         decode = f"127.0.0.1:{BASE + 2}"
-        for at, role in ((1, "prefill"), (2, "decode")):
+        nccl = ("--nccl", "on") if way == "nccl" else ()
+        for at, role, device in ((1, "prefill", devices[0]), (2, "decode", devices[1])):
             listen = ("--listen", f"127.0.0.1:{BASE + at}", "--admin", f"127.0.0.1:{BASE + 10 + at}", "--decode-nodes", decode)
-            self.start(options.bin / f"{role}-node", "--pair", pair, *listen, "--device", device, "--kv-memory", "1G")
+            self.start(options.bin / f"{role}-node", "--pair", pair, *listen, "--device", device, "--kv-memory", "1G", *nccl)
         for at in (1, 2):
             self.await_ready(BASE + 10 + at)
         nodes = ("--prefill-nodes", f"127.0.0.1:{BASE + 1}", "--decode-nodes", decode)
@@ -150,6 +165,12 @@ class Cluster:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
+    def by_nccl(self):
+        """Handoffs that the prefill node has pushed so."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{BASE + 11}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("overfill_handoff_ways_total") and 'way="nccl"' in line)
+
     def end(self):
         for process in reversed(self.processes):
             process.terminate()
@@ -157,25 +178,29 @@ class Cluster:
             process.wait(60)
 
 
-def answers(options, pair, device, folder):
-    """Of each prompt the log-probabilities of its tokens and the answer's tokens; and the handoffs that there were."""
-    cluster = Cluster(options, pair, device, folder)
+def answers(options, pair, devices, folder, way="tcp"):
+    """Of each prompt the log-probabilities of its tokens and the answer's tokens; the handoffs that there were, and how many of them
+    went by NCCL."""
+    cluster = Cluster(options, pair, devices, folder, way)
     try:
         model = cluster.asked("/v1/models")["data"][0]["id"]
-        told = []
+        if way == "nccl":
+            # The first handoffs go by TCP while a communicator is made.
+            end = time.monotonic() + 30
+            while not cluster.by_nccl() and time.monotonic() < end:
+                cluster.asked("/v1/completions", {"model": model, "prompt": PROMPTS[0], "max_tokens": 2, "temperature": 0})
+        before, told = cluster.by_nccl(), []
         for prompt in PROMPTS:
             asked = {"model": model, "prompt": prompt, "max_tokens": 48, "temperature": 0, "logprobs": 0, "echo": True}
             choice = cluster.asked("/v1/completions", asked)["choices"][0]["logprobs"]
             told.append((choice["token_logprobs"], choice["tokens"]))
-        return told, cluster.asked("/cluster")["handoffs"]
+        return told, cluster.asked("/cluster")["handoffs"][: len(PROMPTS)], cluster.by_nccl() - before
     finally:
         cluster.end()
 
 
-def compared(options, pair, folder):
-    """The device against the CPU."""
-    wanted, _ = answers(options, pair, "cpu", folder)
-    found, handoffs = answers(options, pair, options.device, folder)
+def compared(wanted, found):
+    """What a device answers, against the CPU."""
     largest, equal, tokens = 0.0, 0, 0
     for (want, words), (got, others) in zip(wanted, found):
         # Until a token differs both have seen the same; the first has no log-probability.
@@ -183,19 +208,22 @@ def compared(options, pair, folder):
         differences = [abs(a - b) for a, b in zip(want[1:same], got[1:same]) if a is not None and b is not None]
         largest = max([largest, *differences])
         equal, tokens = equal + same, tokens + len(words)
+    return {"largest_difference": largest, "equal_tokens": equal, "tokens": tokens}
+
+
+def carried(handoffs):
     seconds, size = sum(handoff["transfer"] for handoff in handoffs), sum(handoff["bytes"] for handoff in handoffs)
-    rate = {"mb": size / 1e6, "mb_per_second": size / 1e6 / seconds, "tail_ms": statistics.median(handoff["tail"] for handoff in handoffs) * 1e3}
-    return {"largest_difference": largest, "equal_tokens": equal, "tokens": tokens}, rate
+    return {"mb": size / 1e6, "mb_per_second": size / 1e6 / seconds, "tail_ms": statistics.median(handoff["tail"] for handoff in handoffs) * 1e3}
 
 
-def speeds(options, shape):
-    """Prefill and decode at one shape."""
+def speeds(options, shape, devices):
+    """Prefill and decode at one shape, on a GPU or split over two."""
     model = options.pair / "full.gguf" if shape == "135m" else made(options, shape)
-    bench = (options.bin / "overfill", "bench", "engine", "--model", model, "--weights", "bf16", "--device", options.device, "--threads", os.cpu_count(), "--json")
+    bench = (options.bin / "overfill", "bench", "engine", "--model", model, "--weights", "bf16", "--device", devices, "--threads", os.cpu_count(), "--json")
     told = run(*bench, "--prompt-tokens", 2048, "--batch", "1,16,64", "--context", 1024, "--new-tokens", 32, "--runs", 3)
     for row in map(json.loads, told.splitlines()):
         rate = row["tokens_per_second"]
-        yield {"shape": shape, "phase": row["phase"], "batch": row["batch"], **{key: rate[key] for key in ("median", "min", "max")}}
+        yield {"shape": shape, "devices": devices, "phase": row["phase"], "batch": row["batch"], **{key: rate[key] for key in ("median", "min", "max")}}
 
 
 def made(options, shape):
@@ -206,13 +234,13 @@ def made(options, shape):
 
 def show(told):
     print(f"{told['device']}: {told['gpu'] or 'no GPU'}; at most {told['peak_memory_mb']} MB of it taken\n")
-    print("| pair | largest difference of a log-probability | greedy tokens as the CPU's | handed over, MB | MB/s | after the last layer, ms |\n|---|---|---|---|---|---|")
+    print("| pair | rows go by | largest difference of a log-probability | greedy tokens as the CPU's | handed over, MB | MB/s | after the last layer, ms |\n|---|---|---|---|---|---|---|")
     for same, rate in zip(told["same"], told["handoffs"]):
         equal = f"{same['equal_tokens']} of {same['tokens']}"
-        print(f"| {same['pair']} | {same['largest_difference']:.5f} | {equal} | {rate['mb']:.1f} | {rate['mb_per_second']:.0f} | {rate['tail_ms']:.1f} |")
-    print("\n| shape | phase | batch | tokens/s |\n|---|---|---|---|")
+        print(f"| {same['pair']} | {same['way']} | {same['largest_difference']:.5f} | {equal} | {rate['mb']:.1f} | {rate['mb_per_second']:.0f} | {rate['tail_ms']:.1f} |")
+    print("\n| shape | on | phase | batch | tokens/s |\n|---|---|---|---|---|")
     for row in told["speed"]:
-        print(f"| {row['shape']} | {row['phase']} | {row['batch']} | {row['median']:,.0f} ({row['min']:,.0f} to {row['max']:,.0f}) |")
+        print(f"| {row['shape']} | {row['devices']} | {row['phase']} | {row['batch']} | {row['median']:,.0f} ({row['min']:,.0f} to {row['max']:,.0f}) |")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ use clap::Args;
 use overfill_kernels::{Vectors, use_at_most};
 use overfill_kv::BlockId;
 use overfill_model::profile::Cost;
-use overfill_model::{Chunk, KvCache, Llama, ModelError, Placement, ThreadPool, Workspace};
+use overfill_model::{Chunk, Device, KvCache, Llama, ModelError, Placement, ThreadPool, Workspace};
 use overfill_types::KvFormat;
 use overfill_types::pair::WeightFormat;
 use serde_json::json;
@@ -63,9 +63,9 @@ pub(crate) struct EngineArgs {
     /// Measured runs; one more comes first and warms up
     #[arg(long, env = "OVERFILL_RUNS", default_value_t = 5)]
     runs: usize,
-    /// Where the model computes: cpu or cuda:N
-    #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
-    device: String,
+    /// Where the model computes: cpu, cuda:N, or several GPUs that have a part each, separated by commas
+    #[arg(long, visible_alias = "devices", env = "OVERFILL_DEVICE", default_value = "cpu", value_delimiter = ',')]
+    device: Vec<String>,
     /// Print a JSON object a line
     #[arg(long, env = "OVERFILL_JSON")]
     json: bool,
@@ -100,6 +100,7 @@ struct Case {
 /// One model on a number of threads.
 struct Bench<'a> {
     args: &'a EngineArgs,
+    devices: &'a [Device],
     model: Llama,
     workspace: Workspace,
 }
@@ -113,15 +114,18 @@ pub(crate) fn run(args: &EngineArgs, home: &Home) -> anyhow::Result<()> {
             [&pair.manifest.full, &pair.manifest.decode].map(|m| (pair.dir.join(&m.path), m.weights)).to_vec()
         }
     };
-    let device = overfill_model::device::parse(&args.device)?;
+    let devices = overfill_model::device::parse_all(&args.device)?;
     Placement { cpus: args.cpus.clone(), nice: 0 }.apply_to_caller();
     for &threads in &args.threads {
         let peaks = args.profile.then(|| Peaks::measure(threads, &args.cpus)).transpose()?;
         for (path, weights) in &models {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let pool = ThreadPool::new(threads, &args.cpus)?;
-            let model = Llama::load(path, *weights, &device, &pool)?;
-            let mut bench = Bench { args, model, workspace: Workspace::new(pool) };
+            let model = match &devices[..] {
+                [device] => Llama::load(path, *weights, device, &pool)?,
+                several => Llama::split(path, *weights, several)?,
+            };
+            let mut bench = Bench { args, devices: &devices, model, workspace: Workspace::new(pool) };
             for case in cases(args, threads) {
                 let rates = Spread::of(bench.measure(case)?);
                 bench.report(&name, case, &rates);
@@ -208,7 +212,7 @@ impl Bench<'_> {
 
     fn cache(&self, sequences: usize, tokens: usize) -> Result<(KvCache, Vec<Vec<BlockId>>), ModelError> {
         let each = tokens.div_ceil(BLOCK_TOKENS);
-        let cache = KvCache::new(self.model.config().kv, self.args.kv_cache, each * sequences, BLOCK_TOKENS, self.model.device())?;
+        let cache = KvCache::split(self.model.config().kv, self.args.kv_cache, each * sequences, BLOCK_TOKENS, self.devices)?;
         let tables = (0..sequences).map(|s| (s * each..(s + 1) * each).map(|b| BlockId(b as u32)).collect()).collect();
         Ok((cache, tables))
     }
