@@ -7,7 +7,7 @@ use crate::error::ModelError;
 /// `cpu` or `cuda:N`.
 ///
 /// # Errors
-/// [`ModelError::Device`] where the name is none, this build has no CUDA, or there is no such GPU.
+/// [`ModelError::Device`] where the name is none, this build has no CUDA, a library of CUDA's is missing, or there is no such GPU.
 pub fn parse(name: &str) -> Result<Device, ModelError> {
     if name == "cpu" {
         return Ok(Device::Cpu);
@@ -15,6 +15,8 @@ pub fn parse(name: &str) -> Result<Device, ModelError> {
     let Some(index) = name.strip_prefix("cuda:").and_then(|n| n.parse().ok()) else {
         return Err(ModelError::Device(format!("'{name}' is no device: use cpu or cuda:N")));
     };
+    #[cfg(feature = "cuda")]
+    overfill_cuda::load().map_err(|missing| ModelError::Device(format!("{name} cannot be used: {missing}")))?;
     Device::new_cuda(index)
         .map_err(|e| ModelError::Device(format!("{name} cannot be used: {e} (a GPU needs a build with `--features cuda`)")))
 }
