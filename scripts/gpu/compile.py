@@ -3,8 +3,8 @@
 
     scripts/gpu/compile.py [sm_80 sm_90 …]
 
-Needs NVIDIA's compiler at run time (`pip install nvidia-cuda-nvrtc`, 100 MB; nothing else of CUDA). Prints for each GPU and format of
-the cache which kernels came out and how large they are, and exits with 1 where one does not compile.
+Needs NVIDIA's compiler at run time (`pip install nvidia-cuda-nvrtc`, 100 MB; nothing else of CUDA). Prints for each GPU and program
+which kernels came out and how large they are, and exits with 1 where one does not compile.
 """
 
 import ctypes
@@ -12,8 +12,13 @@ import importlib.util
 import pathlib
 import sys
 
-SOURCE = pathlib.Path(__file__).resolve().parents[2] / "crates/model/src/gpu/kernels/attention.cu"
-KERNELS = ("append", "attention", "join_segments")
+KERNELS = pathlib.Path(__file__).resolve().parents[2] / "crates/model/src/gpu/kernels"
+# Files, what each is compiled with, and the kernels that are in it.
+PROGRAMS = [
+    ("attention.cu", ["-DCACHE_F16"], ("append", "attention", "join_segments")),
+    ("attention.cu", ["-DCACHE_F32"], ("append", "attention", "join_segments")),
+    ("choose.cu", [], ("choose",)),
+]
 
 
 def library():
@@ -31,7 +36,7 @@ def library():
 def compiled(nvrtc, source, options):
     """The program for one GPU; what the compiler says where there is none."""
     program = ctypes.c_void_p()
-    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"attention.cu", 0, None, None):
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None):
         sys.exit("NVRTC takes no program")
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), given)
@@ -50,13 +55,14 @@ def main():
     if any(argument.startswith("-") for argument in sys.argv[1:]):
         sys.exit(__doc__)
     nvrtc = library()
+    dialect = (KERNELS / "dialect.cu").read_bytes()
     for gpu in sys.argv[1:] or ("sm_80", "sm_90"):
-        for cache in ("CACHE_F16", "CACHE_F32"):
-            binary = compiled(nvrtc, SOURCE.read_bytes(), [f"--gpu-architecture={gpu}", f"-D{cache}", "--fmad=true"])
-            missing = [kernel for kernel in KERNELS if f".text.{kernel}".encode() not in binary]
+        for file, defines, kernels in PROGRAMS:
+            binary = compiled(nvrtc, dialect + (KERNELS / file).read_bytes(), [f"--gpu-architecture={gpu}", *defines, "--fmad=true"])
+            missing = [kernel for kernel in kernels if f".text.{kernel}".encode() not in binary]
             if missing:
-                sys.exit(f"{gpu} {cache}: no kernel {', '.join(missing)}")
-            print(f"{gpu} {cache}: {', '.join(KERNELS)}, {len(binary):,} bytes")
+                sys.exit(f"{gpu} {file} {' '.join(defines)}: no kernel {', '.join(missing)}")
+            print(f"{gpu} {file} {' '.join(defines)}: {', '.join(kernels)}, {len(binary):,} bytes")
 
 
 main()

@@ -187,7 +187,7 @@ impl<'e> Batch<'e> {
                 Chunk { tokens, start: first, blocks: &self.tables[*example], logits: true }
             })
             .collect();
-        Ok(model.forward_each(&chunks, cache, workspace)?.to_vec())
+        Ok(model.forward_each(&chunks, cache, workspace)?.read()?.to_vec())
     }
 }
 
@@ -325,10 +325,10 @@ mod tests {
             }),
             None => model.forward(&[chunk], &mut cache, &mut workspace, &mut |_, _, _| Ok(())),
         };
-        all.push(first.unwrap().to_vec());
+        all.push(first.unwrap().read().unwrap().to_vec());
         for (i, token) in example.response[..example.response.len() - 1].iter().enumerate() {
             let chunk = Chunk { tokens: &[*token], start: example.prompt.len() + i, blocks: &blocks, logits: true };
-            all.push(model.forward(&[chunk], &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap().to_vec());
+            all.push(model.forward(&[chunk], &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap().read().unwrap().to_vec());
         }
         all
     }

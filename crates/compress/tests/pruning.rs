@@ -86,7 +86,7 @@ fn logits(model: &Path) -> Vec<Vec<f32>> {
     let mut cache = KvCache::new(model.config().kv, KvFormat::F32, blocks.len(), 16, &Device::Cpu).unwrap();
     let each = prompt.iter().enumerate().map(|(start, &token)| {
         let chunk = Chunk { tokens: &[token], start, blocks: &blocks, logits: true };
-        model.forward(&[chunk], &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap().to_vec()
+        model.forward(&[chunk], &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap().read().unwrap().to_vec()
     });
     each.collect()
 }

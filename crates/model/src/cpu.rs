@@ -84,7 +84,8 @@ impl CpuLlama {
         workspace: &mut Workspace,
         on_layer: OnLayer<'_>,
     ) -> Result<(), ModelError> {
-        let Workspace { pool, profile, x, input, qkv, attended, gate_up, added, turns, logits, attention } = workspace;
+        let Workspace { pool, profile, x, input, qkv, attended, gate_up, added, turns, logits, unread, attention } = workspace;
+        *unread = None;
         let pool = &*pool;
         let (hidden, head_dim, eps) = (config.hidden_size, config.kv.head_dim, config.rms_norm_eps as f32);
         let (q, kv) = (config.heads * head_dim, config.kv.row());

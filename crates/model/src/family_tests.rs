@@ -175,7 +175,9 @@ fn logits(model: &Llama, mut cache: KvCache, tokens: &[u32], rows: &[usize], pie
         let tokens = &tokens[start..start + length];
         let chunk = Chunk { tokens, start, blocks: &blocks, logits: true };
         let wanted: Vec<usize> = rows.iter().filter(|row| (start..start + length).contains(row)).map(|row| row - start).collect();
-        all.extend_from_slice(model.forward_rows(&[chunk], &wanted, &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap());
+        all.extend_from_slice(
+            model.forward_rows(&[chunk], &wanted, &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap().read().unwrap(),
+        );
         start += length;
     }
     all

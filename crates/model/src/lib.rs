@@ -61,4 +61,4 @@ pub use rounding::round_to_blocks;
 pub use sample::{Sampled, Sampler};
 pub use transform::{Passage, Transform};
 pub use weights::Weights;
-pub use workspace::{Row, Workspace};
+pub use workspace::{Logits, Row, Workspace};

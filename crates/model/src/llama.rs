@@ -17,7 +17,7 @@ use crate::gpu::GpuLlama;
 use crate::pass::{Chunk, OnLayer, Pass};
 use crate::rope::Rotary;
 use crate::weights::Weights;
-use crate::workspace::Workspace;
+use crate::workspace::{Logits, Workspace};
 
 /// A Llama, or one of its kin, on one device or split over several.
 pub struct Llama {
@@ -92,7 +92,8 @@ impl Llama {
     /// Reads all chunks, appending to the cache.
     ///
     /// `on_layer(layer, cache, pool)` is called as soon as a layer's keys and values of all chunks lie in the cache.
-    /// Returns the logits of the chunks that want them, in their order: `[wanted, vocab]`.
+    /// Returns the logits of the chunks that want them, in their order: `[wanted, vocab]`. Unless they are read they stay where they
+    /// were computed, for [`Workspace::sample`].
     ///
     /// **Invariant:** on the CPU a sequence's logits and cache rows are the same bits whatever else is in `chunks`,
     /// however its tokens were cut into them, and on any number of threads.
@@ -106,7 +107,7 @@ impl Llama {
         cache: &mut KvCache,
         workspace: &'w mut Workspace,
         on_layer: OnLayer<'_>,
-    ) -> Result<&'w mut [f32], ModelError> {
+    ) -> Result<Logits<'w>, ModelError> {
         let ends = chunks.iter().scan(0, |end, chunk| {
             *end += chunk.tokens.len();
             Some((*end, chunk.logits))
@@ -124,7 +125,7 @@ impl Llama {
         chunks: &[Chunk<'_>],
         cache: &mut KvCache,
         workspace: &'w mut Workspace,
-    ) -> Result<&'w mut [f32], ModelError> {
+    ) -> Result<Logits<'w>, ModelError> {
         let mut end = 0;
         let rows = chunks.iter().flat_map(|chunk| {
             end += chunk.tokens.len();
@@ -146,7 +147,7 @@ impl Llama {
         cache: &mut KvCache,
         workspace: &'w mut Workspace,
         on_layer: OnLayer<'_>,
-    ) -> Result<&'w mut [f32], ModelError> {
+    ) -> Result<Logits<'w>, ModelError> {
         self.check(chunks, cache)?;
         let tokens: usize = chunks.iter().map(|c| c.tokens.len()).sum();
         if !rows.is_sorted_by(|a, b| a < b) || rows.last().is_some_and(|row| *row >= tokens) {
@@ -158,10 +159,11 @@ impl Llama {
             Form::Gpu(weights) => {
                 let pool = &workspace.pool;
                 let on_layer = &mut |layer, cache: &KvCache| on_layer(layer, cache, pool);
-                workspace.logits = weights.forward(&self.config, &self.rotary, pass, cache, on_layer)?;
+                workspace.unread = weights.forward(&self.config, &self.rotary, pass, cache, on_layer)?;
+                workspace.logits.clear();
             }
         }
-        Ok(&mut workspace.logits)
+        Ok(Logits { workspace })
     }
 
     fn check(&self, chunks: &[Chunk<'_>], cache: &KvCache) -> Result<(), ModelError> {
@@ -209,7 +211,7 @@ mod tests {
                     .iter()
                     .map(|&(tokens, start, sequence)| Chunk { tokens, start, blocks: &tables[sequence], logits: true })
                     .collect();
-                all.extend_from_slice(model.forward(&chunks, &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap());
+                all.extend_from_slice(model.forward(&chunks, &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap().read().unwrap());
             }
             all
         };
@@ -220,11 +222,11 @@ mod tests {
         let (mut cache, mut scratch) = (new(), Workspace::new(ThreadPool::new(1, &[]).unwrap()));
         for start in 0..tokens.len() {
             let chunk = Chunk { tokens: &tokens[start..=start], start, blocks: &tables[0], logits: true };
-            one_by_one.extend_from_slice(model.forward(&[chunk], &mut cache, &mut scratch, &mut |_, _, _| Ok(())).unwrap());
+            one_by_one.extend_from_slice(model.forward(&[chunk], &mut cache, &mut scratch, &mut |_, _, _| Ok(())).unwrap().read().unwrap());
         }
         let quiet = Chunk { tokens: &[4, 4, 8], start: 0, blocks: &tables[1], logits: false };
         let whole = Chunk { tokens: &tokens, start: 0, blocks: &tables[0], logits: true };
-        let each = model.forward_each(&[quiet, whole], &mut new(), &mut scratch).unwrap();
+        let each = model.forward_each(&[quiet, whole], &mut new(), &mut scratch).unwrap().read().unwrap();
         assert_eq!(each, one_by_one);
 
         let cpu = run(&model, KvCache::new(geometry, KvFormat::F32, 12, 16, &Device::Cpu).unwrap());

@@ -17,6 +17,18 @@ pub struct Sampled {
     pub logprob: Option<TokenLogprob>,
 }
 
+/// A choice that depends on logits, temperature and filters alone; as in [`SamplingParams`].
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "only a GPU is told more of it than that there is one"))]
+pub(crate) struct Plain {
+    pub(crate) temperature: f32,
+    pub(crate) top_p: f32,
+    pub(crate) top_k: u32,
+    pub(crate) min_p: f32,
+    /// In [0, 1): where in the weights of what the filters keep the token lies, in the order of ids.
+    pub(crate) drawn: f64,
+}
+
 /// Chooses one sequence's tokens.
 pub struct Sampler {
     params: SamplingParams,
@@ -39,6 +51,18 @@ impl Sampler {
     /// at position `end` (prompt length + most tokens) at the latest.
     pub fn guided(self, guide: Option<Matcher>, end: usize) -> Self {
         Self { guide, end, ..self }
+    }
+
+    /// How the token for `position` is chosen, where that depends on nothing but the logits.
+    pub(crate) fn plain(&self, position: usize) -> Option<Plain> {
+        let SamplingParams { temperature, top_p, top_k, min_p, seed, .. } = self.params;
+        let as_they_are = self.params.logit_bias.is_empty()
+            && self.params.repetition_penalty == 1.0
+            && self.params.presence_penalty == 0.0
+            && self.params.frequency_penalty == 0.0;
+        let drawn = if temperature == 0.0 { 0.0 } else { uniform(seed, position) };
+        let plain = Plain { temperature, top_p, top_k, min_p, drawn };
+        (as_they_are && self.guide.is_none() && self.params.logprobs.is_none()).then_some(plain)
     }
 
     /// Counts a token of the answer that was chosen elsewhere (the full model's first token, a replayed one).

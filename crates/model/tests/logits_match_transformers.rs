@@ -109,7 +109,7 @@ fn company_changes_no_bit() {
     let tables = [&[BlockId(5)][..], &[BlockId(1)], &[BlockId(7), BlockId(0), BlockId(3)]];
     let vocabulary = model.config().vocab_size;
     let mut forward = |chunks: &[Chunk<'_>]| -> Vec<Vec<f32>> {
-        let logits = model.forward(chunks, &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap();
+        let logits = model.forward(chunks, &mut cache, &mut workspace, &mut |_, _, _| Ok(())).unwrap().read().unwrap();
         logits.chunks_exact(vocabulary).map(<[f32]>::to_vec).collect()
     };
     let chunk = |sequence: usize, tokens, start, logits| Chunk { tokens, start, blocks: tables[sequence], logits };

@@ -113,6 +113,8 @@ impl TwoModels {
                     Ok(())
                 })
                 .unwrap()
+                .read()
+                .unwrap()
                 .to_vec();
             full.length += tokens.len();
         }

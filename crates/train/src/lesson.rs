@@ -98,7 +98,7 @@ impl FullModel {
         for start in (prompt..end).step_by(LOGIT_ROWS) {
             let tokens = &tokens[start..(start + LOGIT_ROWS).min(end)];
             let chunk = Chunk { tokens, start, blocks: &blocks, logits: true };
-            let logits = self.model.forward_each(&[chunk], &mut cache, &mut self.workspace)?;
+            let logits = self.model.forward_each(&[chunk], &mut cache, &mut self.workspace)?.read()?;
             for (ids, log_probs) in most_likely(logits, tokens.len(), top) {
                 lesson.ids.extend(ids);
                 lesson.log_probs.extend(log_probs);

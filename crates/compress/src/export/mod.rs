@@ -241,7 +241,7 @@ mod tests {
         let vocabulary = model.config().vocab_size as u32;
         let tokens: Vec<u32> = (0..30).map(|i| i * 29 % vocabulary).collect();
         let chunk = Chunk { tokens: &tokens, start: 0, blocks: &[BlockId(0), BlockId(1)], logits: true };
-        model.forward_each(&[chunk], &mut cache, &mut workspace).unwrap().to_vec()
+        model.forward_each(&[chunk], &mut cache, &mut workspace).unwrap().read().unwrap().to_vec()
     }
 
     fn difference(a: &[f32], b: &[f32]) -> f32 {

@@ -24,7 +24,7 @@ fn logits(path: &Path) -> Vec<f32> {
     let mut cache = KvCache::new(model.config().kv, KvFormat::F32, 2, 16, &Device::Cpu).unwrap();
     let tokens: Vec<u32> = (0..30).map(|i| i * 29 % 60).collect();
     let chunk = Chunk { tokens: &tokens, start: 0, blocks: &[BlockId(0), BlockId(1)], logits: true };
-    model.forward_each(&[chunk], &mut cache, &mut workspace).unwrap().to_vec()
+    model.forward_each(&[chunk], &mut cache, &mut workspace).unwrap().read().unwrap().to_vec()
 }
 
 fn far(a: &[f32], b: &[f32]) -> f32 {

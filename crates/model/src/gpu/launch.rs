@@ -1,38 +1,26 @@
-//! Our kernels on a GPU (`kernels/attention.cu`): compiled by NVRTC when one first needs them.
-
-use std::sync::OnceLock;
+//! Attention on a GPU, and how rows get into its cache (`kernels/attention.cu`).
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaSlice, DeviceRepr, LaunchConfig, PushKernelArg};
-use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use half::f16;
 
 use crate::config::LlamaConfig;
+use crate::gpu::compiled::Program;
 use crate::gpu::tiles::{THREADS, Tiles, fits, shared, slots};
 use crate::pass::Chunk;
 
 const SOURCE: &str = include_str!("kernels/attention.cu");
-/// The oldest GPUs that the compiled kernels run on; newer ones compile them on.
-const ARCHITECTURE: &str = "compute_80";
 
 /// A kernel for a cache of this format.
 fn kernel(device: &CudaDevice, name: &str, cache: DType) -> Result<CudaFunction> {
-    static COMPILED: [OnceLock<std::result::Result<String, String>>; 2] = [const { OnceLock::new() }; 2];
-    let (place, format) = match cache {
-        DType::F16 => (0, "CACHE_F16"),
-        DType::F32 => (1, "CACHE_F32"),
+    static F16: Program = Program::new("attention_f16", SOURCE, &["CACHE_F16"]);
+    static F32: Program = Program::new("attention_f32", SOURCE, &["CACHE_F32"]);
+    match cache {
+        DType::F16 => F16.kernel(device, name),
+        DType::F32 => F32.kernel(device, name),
         other => bail!("a KV cache of {other:?} is not known to the attention kernel"),
-    };
-    let compile = || {
-        let options = CompileOptions { options: vec![format!("-D{format}")], arch: Some(ARCHITECTURE), ..CompileOptions::default() };
-        let compiled = compile_ptx_with_opts(SOURCE, options);
-        compiled.map(|ptx| ptx.to_src()).map_err(|error| format!("the attention kernel cannot be compiled: {error:?}"))
-    };
-    match COMPILED[place].get_or_init(compile) {
-        Ok(ptx) => Ok(device.get_or_load_custom_func(name, format, ptx)?.into_cuda_function()),
-        Err(why) => bail!("{why}"),
     }
 }
 

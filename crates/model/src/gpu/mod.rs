@@ -1,6 +1,9 @@
 //! The forward pass on devices that are not the CPU: candle's operations, but for attention, which on a GPU is a kernel of ours.
 
 mod attention;
+pub(crate) mod choice;
+#[cfg(feature = "cuda")]
+mod compiled;
 #[cfg(feature = "cuda")]
 mod launch;
 mod linear;
@@ -70,7 +73,8 @@ impl GpuLlama {
         Ok(Self { devices, embedding, parts, norm, head })
     }
 
-    /// Reads all chunks; gives the logits of the rows that are wanted, `[rows, vocab]`.
+    /// Reads all chunks; gives the logits of the rows that are wanted, `[rows, vocab]` in f32, where they were
+    /// computed; `None` where none are.
     pub(crate) fn forward(
         &self,
         config: &LlamaConfig,
@@ -78,7 +82,7 @@ impl GpuLlama {
         Pass { chunks, rows }: Pass<'_>,
         cache: &mut KvCache,
         on_layer: &mut dyn FnMut(usize, &KvCache) -> Result<(), ModelError>,
-    ) -> Result<Vec<f32>, ModelError> {
+    ) -> Result<Option<Tensor>, ModelError> {
         let tokens: Vec<u32> = chunks.iter().flat_map(|c| c.tokens.iter().copied()).collect();
         let steps = self.parts.iter().enumerate().map(|(number, part)| {
             let step = Step::new(&part.config, rotary, (chunks, number), &part.device)?;
@@ -109,11 +113,15 @@ impl GpuLlama {
             xs = after.collect::<Result<_, ModelError>>()?;
         }
         let x = xs.swap_remove(0);
-        let mut logits = (self.logits(&x, rows)?.unwrap_or(Tensor::zeros(0, candle_core::DType::F32, device)?) * config.scalars.logits)?;
-        if let Some(cap) = config.scalars.logits_cap {
-            logits = attention::capped(&logits, cap)?;
-        }
-        Ok(logits.flatten_all()?.to_vec1()?)
+        let Some(logits) = self.logits(&x, rows)? else { return Ok(None) };
+        let logits = (logits * config.scalars.logits)?;
+        let logits = match config.scalars.logits_cap {
+            Some(cap) => attention::capped(&logits, cap)?,
+            None => logits,
+        };
+        // So that a pass takes as long as it says, and fails where it fails.
+        device.synchronize()?;
+        Ok(Some(logits))
     }
 
     /// `[rows, vocab]`, before factor and cap; `None` where none are wanted.

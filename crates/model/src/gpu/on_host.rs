@@ -1,5 +1,5 @@
-//! Our GPU kernels, run on the CPU: the C compiler takes `kernels/attention.cu` as it is, with `kernels/on_host.c` around it, and
-//! what comes out is held against candle's operations.
+//! Our GPU kernels, run on the CPU: the C compiler takes `kernels/*.cu` as they are, with `kernels/on_host.c` around them, and
+//! what comes out is held against candle's operations, and against our sampler.
 
 use std::ffi::{c_int, c_void};
 use std::path::Path;
@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use half::f16;
 use libloading::Library;
 use overfill_kv::BlockId;
-use overfill_types::{KvFormat, KvGeometry};
+use overfill_types::{KvFormat, KvGeometry, SamplingParams};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -19,10 +19,12 @@ use serde_json::json;
 use crate::cache::KvCache;
 use crate::config::{LlamaConfig, Scalars};
 use crate::gpu::attention::{append, attend};
+use crate::gpu::choice::{Draw, SHARED};
 use crate::gpu::step::Step;
 use crate::gpu::tiles::{SEGMENT, Tiles, fits, shared, slots};
 use crate::pass::Chunk;
 use crate::rope::Rotary;
+use crate::sample::Sampler;
 
 const BLOCK: usize = 16;
 
@@ -45,6 +47,7 @@ struct Arguments {
     cap: f32,
 }
 
+type Choose = unsafe extern "C" fn(*const f32, c_int, *const Draw, *mut c_int, c_int, c_int) -> c_int;
 type Attention = unsafe extern "C" fn(*const Arguments, c_int, c_int, c_int) -> c_int;
 type Join = unsafe extern "C" fn(*mut f32, *const f32, c_int, c_int, c_int) -> c_int;
 type Append = unsafe extern "C" fn(*mut c_void, *const f32, *const i32, c_int, c_int) -> c_int;
@@ -262,4 +265,67 @@ fn a_pass_is_cut_into_tiles() {
     let long = chunk(1, 3000, &table);
     assert_eq!(Tiles::of(&[long], BLOCK, 3, 3).segments, 6, "each of six segments has a block");
     assert_eq!(Tiles::of(&vec![long; 200], BLOCK, 3, 3).segments, 1, "there are enough blocks");
+}
+
+/// Logits of a row: peaked, flat, in few different values, with infinities and what is no number.
+fn row_of_logits(rng: &mut StdRng, vocabulary: usize, kind: usize) -> Vec<f32> {
+    let spread = [1.0, 6.0, 2.0, 3.0, 0.0][kind % 5];
+    let mut logits: Vec<f32> = (0..vocabulary).map(|_| rng.random_range(-1.0..1.0f32).powi(3) * 4.0 * spread).collect();
+    if kind % 5 == 2 {
+        logits.iter_mut().for_each(|logit| *logit = (*logit * 2.0).round() / 2.0);
+    }
+    if kind % 5 == 3 {
+        for (i, other) in [f32::NAN, f32::NEG_INFINITY, -0.0, 0.0, -f32::NAN].into_iter().enumerate() {
+            logits[(7 * i + kind) % vocabulary] = other;
+        }
+    }
+    logits
+}
+
+#[test]
+fn the_kernel_chooses_the_tokens_that_the_sampler_does() {
+    let mut rng = StdRng::seed_from_u64(4);
+    for vocabulary in [1, 5, 512, 513, 3000] {
+        let rows = 60;
+        let mut logits: Vec<Vec<f32>> = (0..rows).map(|kind| row_of_logits(&mut rng, vocabulary, kind)).collect();
+        let params = |rng: &mut StdRng, row: usize| SamplingParams {
+            temperature: [0.0, 1.0, 0.2, 2.5][row % 4],
+            top_p: if rng.random_bool(0.5) { 1.0 } else { [0.0, 0.3, 0.9, 0.999][rng.random_range(0..4)] },
+            top_k: if rng.random_bool(0.5) { 0 } else { rng.random_range(1..60) },
+            min_p: if rng.random_bool(0.6) { 0.0 } else { rng.random_range(0.0..0.5) },
+            seed: row as u64,
+            ..SamplingParams::greedy()
+        };
+        // The last rows first: which row a block takes is told, not guessed.
+        let numbers: Vec<usize> = (0..rows).rev().collect();
+        let params: Vec<SamplingParams> = numbers.iter().map(|&row| params(&mut rng, row)).collect();
+        let draw = |(&row, params): (&usize, &SamplingParams)| Draw::of(row, Sampler::new(params.clone(), &[]).plain(100 + row).unwrap());
+        let draws: Vec<Draw> = numbers.iter().zip(&params).map(draw).collect();
+        let (all, mut chosen) = (logits.concat(), vec![-1; rows]);
+        // SAFETY: as above; there are as many rows of logits as draws.
+        unsafe {
+            let choose = library(KvFormat::F16).get::<Choose>("host_choose").unwrap();
+            let stuck = choose(all.as_ptr(), vocabulary as c_int, draws.as_ptr(), chosen.as_mut_ptr(), rows as c_int, SHARED as c_int);
+            assert_eq!(stuck, 0, "threads wait for each other");
+        }
+        for ((row, params), chosen) in numbers.into_iter().zip(params).zip(chosen) {
+            let expected = Sampler::new(params.clone(), &[]).sample(&mut logits[row], 100 + row).token;
+            assert_eq!(chosen, expected as c_int, "row {row} of {vocabulary}: {params:?}");
+        }
+    }
+}
+
+#[test]
+fn no_row_of_numbers_gives_token_0() {
+    let params = SamplingParams { temperature: 1.0, ..SamplingParams::greedy() };
+    for logits in [[f32::NAN; 3], [f32::NEG_INFINITY; 3], [f32::INFINITY; 3]] {
+        let draw = Draw::of(0, Sampler::new(params.clone(), &[]).plain(1).unwrap());
+        let mut chosen = -1;
+        // SAFETY: as above, of one row.
+        unsafe {
+            let choose = library(KvFormat::F16).get::<Choose>("host_choose").unwrap();
+            assert_eq!(choose(logits.as_ptr(), 3, &raw const draw, &raw mut chosen, 1, SHARED as c_int), 0);
+        }
+        assert_eq!(chosen, Sampler::new(params.clone(), &[]).sample(&mut logits.clone(), 1).token as c_int, "{logits:?}");
+    }
 }

@@ -40,7 +40,7 @@ impl Sequence {
     pub(crate) fn read(&mut self, model: &Llama, tokens: &[u32]) -> Vec<f32> {
         let chunk = Chunk { tokens, start: self.length, blocks: &self.blocks, logits: true };
         self.length += tokens.len();
-        model.forward(&[chunk], &mut self.cache, &mut self.workspace, &mut |_, _, _| Ok(())).unwrap().to_vec()
+        model.forward(&[chunk], &mut self.cache, &mut self.workspace, &mut |_, _, _| Ok(())).unwrap().read().unwrap().to_vec()
     }
 }
 

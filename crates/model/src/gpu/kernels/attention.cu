@@ -1,8 +1,7 @@
 // Attention of a pass's tokens over the paged KV cache, and how their rows get there.
 //
-// Compiled by NVRTC when a GPU first needs it, once for each format of the cache (-DCACHE_F16 or -DCACHE_F32), and, for the tests, by a
-// C compiler with ON_HOST, where `on_host.c` says what the words of CUDA mean on a CPU. So it is C, includes nothing, and every thread
-// of a block comes to every barrier.
+// Compiled by NVRTC after `dialect.cu` when a GPU first needs it, once for each format of the cache (-DCACHE_F16 or -DCACHE_F32), and,
+// for the tests, by a C compiler after `on_host.c`.
 //
 // A block of threads takes a tile: some tokens of one sequence, one after the other, with all query heads of one KV head: at most ROWS
 // rows of queries, which share each key and value that is read. It goes through the sequence in segments of SEGMENT positions; each has
@@ -12,34 +11,6 @@
 // Invariant: what comes of a row is the same bits whatever is in the pass beside it, however its prompt is cut, and whether its
 // segments were joined by one block or by `join_segments`. Positions that a row does not see weigh nothing, and change no bit.
 
-#ifndef ON_HOST
-#define KERNEL extern "C" __global__ void
-#define DEVICE static __device__ __forceinline__
-#define SHARED(name) extern __shared__ float name[]
-#define THREAD ((int)threadIdx.x)
-#define BLOCK_X ((int)blockIdx.x)
-#define BLOCK_Y ((int)blockIdx.y)
-#define BLOCK_Z ((int)blockIdx.z)
-#define GRID_Z ((int)gridDim.z)
-#define BARRIER() __syncthreads()
-#define OF_LANE(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
-#define UNROLL _Pragma("unroll")
-
-DEVICE float from_half(unsigned short bits)
-{
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-}
-
-DEVICE unsigned short to_half(float value)
-{
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-#endif
-
 // Threads of a block, and positions that it looks at together.
 #define THREADS 128
 #define SEGMENT 512
@@ -47,9 +18,6 @@ DEVICE unsigned short to_half(float value)
 // Dimensions of a head that one thread sums: heads have at most WIDE * THREADS.
 #define WIDE 2
 #define NOTHING (-INFINITY)
-#ifndef INFINITY
-#define INFINITY __int_as_float(0x7f800000)
-#endif
 
 #ifdef CACHE_F16
 typedef unsigned short stored;

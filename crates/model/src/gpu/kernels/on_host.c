@@ -1,4 +1,5 @@
-// The kernels of `attention.cu` on a CPU, for tests: each thread of a block is a fiber, run in turn from barrier to barrier.
+// Our kernels on a CPU, for tests: each thread of a block is a fiber, run in turn from barrier to barrier. What `dialect.cu` says on a GPU
+// is said here.
 
 #define _GNU_SOURCE
 #include <math.h>
@@ -6,7 +7,6 @@
 #include <string.h>
 #include <ucontext.h>
 
-#define ON_HOST
 #define KERNEL static void
 #define DEVICE static inline
 #define SHARED(name) float *name = block.shared
@@ -17,10 +17,11 @@
 #define GRID_Z (block.of_z)
 #define BARRIER() wait_at(OF_BLOCK)
 #define OF_LANE(value, mask) of_lane(value, mask)
+#define ADD_SHARED(address, value) (*(address) += (value))
 #define UNROLL
 
-#define MOST_THREADS 128
-#define STACK (256 * 1024)
+#define MOST_THREADS 512
+#define STACK (64 * 1024)
 
 enum { RUNS, OF_WARP, OF_BLOCK, DONE };
 
@@ -45,6 +46,20 @@ static float of_lane(float value, int mask)
     wait_at(OF_WARP);
     value = block.lanes[block.running ^ mask];
     wait_at(OF_WARP);
+    return value;
+}
+
+static inline unsigned bits_of(float value)
+{
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float of_bits(unsigned bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
     return value;
 }
 
@@ -76,6 +91,7 @@ static inline unsigned short to_half(float number)
 }
 
 #include "attention.cu"
+#include "choose.cu"
 
 static _Thread_local void (*kernel)(const void *);
 static _Thread_local const void *arguments;
@@ -96,9 +112,9 @@ static void pass(int first, int count, int barrier)
 }
 
 // 0, or 1 where threads wait for each other at different barriers.
-static int run(int blocks_x, int blocks_y, int blocks_z, size_t shared_bytes)
+static int run(int threads, int blocks_x, int blocks_y, int blocks_z, size_t shared_bytes)
 {
-    char *stacks = malloc((size_t)MOST_THREADS * STACK);
+    char *stacks = malloc((size_t)threads * STACK);
     int stuck = 0;
     block.shared = malloc(shared_bytes);
     block.of_z = blocks_z;
@@ -106,7 +122,7 @@ static int run(int blocks_x, int blocks_y, int blocks_z, size_t shared_bytes)
         block.x = number % blocks_x, block.y = number / blocks_x % blocks_y, block.z = number / blocks_x / blocks_y;
         // What was there before is no number to count on.
         memset(block.shared, 0xff, shared_bytes);
-        for (int i = 0; i < MOST_THREADS; i++) {
+        for (int i = 0; i < threads; i++) {
             block.at[i] = RUNS;
             getcontext(&block.fiber[i]);
             block.fiber[i].uc_stack.ss_sp = stacks + (size_t)i * STACK;
@@ -118,17 +134,17 @@ static int run(int blocks_x, int blocks_y, int blocks_z, size_t shared_bytes)
             ran = 0;
             // From the first to the last in one block, from the last to the first in the next: where a barrier is missing, one of
             // them reads what is not there yet.
-            for (int turn = 0; turn < MOST_THREADS; turn++) {
-                const int i = number % 2 ? MOST_THREADS - 1 - turn : turn;
+            for (int turn = 0; turn < threads; turn++) {
+                const int i = number % 2 ? threads - 1 - turn : turn;
                 if (block.at[i] != RUNS) continue;
                 ran = 1;
                 block.running = i;
                 swapcontext(&block.turns, &block.fiber[i]);
             }
-            for (int warp = 0; warp < MOST_THREADS; warp += 32) pass(warp, 32, OF_WARP);
-            pass(0, MOST_THREADS, OF_BLOCK);
+            for (int warp = 0; warp < threads; warp += 32) pass(warp, 32, OF_WARP);
+            pass(0, threads, OF_BLOCK);
         }
-        for (int i = 0; i < MOST_THREADS; i++) stuck |= block.at[i] != DONE;
+        for (int i = 0; i < threads; i++) stuck |= block.at[i] != DONE;
     }
     free(block.shared);
     free(stacks);
@@ -152,7 +168,7 @@ int host_append(stored *rows, const float *from, const int *slots, int tokens, i
 {
     const struct append_arguments a = { rows, from, slots, width };
     kernel = call_append, arguments = &a;
-    return run(tokens, 1, 1, 4);
+    return run(THREADS, tokens, 1, 1, 4);
 }
 
 struct attention_arguments {
@@ -174,7 +190,7 @@ static void call_attention(const void *given)
 int host_attention(const struct attention_arguments *a, int tiles, int segments, int shared_bytes)
 {
     kernel = call_attention, arguments = a;
-    return run(tiles, a->kv_heads, segments, shared_bytes);
+    return run(THREADS, tiles, a->kv_heads, segments, shared_bytes);
 }
 
 struct join_arguments {
@@ -193,5 +209,25 @@ int host_join(float *out, const float *partial, int rows, int segments, int head
 {
     const struct join_arguments a = { out, partial, segments, head_dim };
     kernel = call_join, arguments = &a;
-    return run(rows, 1, 1, 4);
+    return run(THREADS, rows, 1, 1, 4);
+}
+
+struct choose_arguments {
+    const float *logits;
+    int vocabulary;
+    const draw *draws;
+    int *chosen;
+};
+
+static void call_choose(const void *given)
+{
+    const struct choose_arguments *a = given;
+    choose(a->logits, a->vocabulary, a->draws, a->chosen);
+}
+
+int host_choose(const float *logits, int vocabulary, const draw *draws, int *chosen, int rows, int shared_bytes)
+{
+    const struct choose_arguments a = { logits, vocabulary, draws, chosen };
+    kernel = call_choose, arguments = &a;
+    return run(CHOOSERS, rows, 1, 1, shared_bytes);
 }
