@@ -1,5 +1,6 @@
 //! Which version of CUDA the libraries are of, and something for the linker to find where it is told to link them.
 
+use std::error::Error;
 use std::path::PathBuf;
 use std::process::Command;
 use std::{env, fs};
@@ -7,19 +8,20 @@ use std::{env, fs};
 /// What cudarc's and candle's build scripts ask the linker for.
 const LIBRARIES: [&str; 6] = ["cuda", "cudart", "cublas", "cublasLt", "curand", "nvrtc"];
 
-fn main() {
+fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed=PATH");
     println!("cargo:rustc-env=CUDA_MAJOR={}", major().unwrap_or_else(|| "12".into()));
     // Elsewhere the functions are linked as candle wants it.
-    if env::var("CARGO_CFG_TARGET_ARCH").as_deref() != Ok("x86_64") {
-        return;
+    if env::var_os("CARGO_CFG_TARGET_ARCH").is_none_or(|architecture| architecture != "x86_64") {
+        return Ok(());
     }
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
     for library in LIBRARIES {
-        fs::write(out.join(format!("lib{library}.a")), "!<arch>\n").expect("the folder is ours");
+        fs::write(out.join(format!("lib{library}.a")), "!<arch>\n")?;
     }
     println!("cargo:rustc-link-search=native={}", out.display());
+    Ok(())
 }
 
 /// Of CUDA's compiler, which candle's kernels are compiled with; `None` where there is none.
