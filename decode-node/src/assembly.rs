@@ -45,7 +45,7 @@ pub struct Assembled<C> {
     admission: Arc<Admission>,
 }
 
-/// Puts a decode node together, which takes rows over `nccl` too, if it is given and they lie so in its cache.
+/// Puts a decode node together, which takes rows over `nccl` too, if it is given and its cache takes them from there.
 ///
 /// # Errors
 /// Where its metrics are malformed.

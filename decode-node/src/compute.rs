@@ -17,13 +17,13 @@ pub trait Compute: Send + 'static {
     /// Where they do not fit the cache.
     fn write(&mut self, layer: usize, blocks: &[BlockId], rows: WireRows<'_>) -> Result<(), ModelError>;
 
-    /// As [`Self::write`], of rows that came to a GPU's memory, keys before values. Asked only of what is [`Self::on_gpu`].
+    /// As [`Self::write`], of rows that came to a GPU's memory, keys before values. Asked only of a format that is [`Self::on_gpu`].
     ///
     /// # Errors
     /// Where they do not fit the cache.
-    fn put(&mut self, layer: usize, blocks: &[BlockId], start: usize, rows: &mut GpuBytes) -> Result<(), ModelError>;
+    fn put(&mut self, format: WireFormat, layer: usize, blocks: &[BlockId], start: usize, rows: &mut GpuBytes) -> Result<(), ModelError>;
 
-    /// Whether it takes rows of this format from GPU to GPU: its cache holds them so, in a GPU's memory.
+    /// Whether it takes rows of this format from GPU to GPU: its cache is in a GPU's memory, and holds them so or can.
     fn on_gpu(&self, wire: WireFormat) -> bool;
 
     /// One forward pass over all chunks, which appends to the cache. Done again it writes the same.
@@ -49,8 +49,8 @@ impl Compute for DecodeModel {
         self.cache.write_wire(self.workspace.pool(), layer, blocks, rows)
     }
 
-    fn put(&mut self, layer: usize, blocks: &[BlockId], start: usize, rows: &mut GpuBytes) -> Result<(), ModelError> {
-        self.cache.put(layer, blocks, start, rows)
+    fn put(&mut self, format: WireFormat, layer: usize, blocks: &[BlockId], start: usize, rows: &mut GpuBytes) -> Result<(), ModelError> {
+        self.cache.put(format, layer, blocks, start, rows)
     }
 
     fn on_gpu(&self, wire: WireFormat) -> bool {

@@ -169,7 +169,7 @@ impl<C: Compute> Engine<C> {
                         Rows::Host { k, v } => {
                             compute.write(layer, blocks(sequence), WireRows { format: settings.wire, start, k: &k, v: &v })
                         }
-                        Rows::Gpu(mut rows) => compute.put(layer, blocks(sequence), start, &mut rows),
+                        Rows::Gpu(mut rows) => compute.put(settings.wire, layer, blocks(sequence), start, &mut rows),
                     }
                 });
                 match written {

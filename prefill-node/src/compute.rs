@@ -27,7 +27,7 @@ pub trait Compute: Send + 'static {
     /// Rows that lie in the cache.
     fn cached(&mut self) -> impl CachedRows;
 
-    /// The GPU in whose memory rows for this pair lie as they travel.
+    /// The GPU in whose memory rows for this pair lie as they travel, or are made so.
     fn gpu(&self, pair: usize) -> Option<Gpu>;
 }
 

@@ -18,7 +18,7 @@ pub(crate) struct Offer {
     /// Of the decode model.
     pub(crate) geometry: KvGeometry,
     pub(crate) wire: WireFormat,
-    /// In whose memory its rows lie as they travel.
+    /// In whose memory its rows lie as they travel, or are made so.
     pub(crate) gpu: Option<Gpu>,
 }
 
@@ -71,7 +71,7 @@ pub(crate) fn rows(pairs: &[Pair], pool: &ThreadPool) -> Result<Vec<RowProjector
 }
 
 impl Offers {
-    /// Of these pairs; `gpu` says of each, by its number, in which GPU's memory its rows lie as they travel.
+    /// Of these pairs; `gpu` says of each, by its number, in which GPU's memory its rows lie as they travel, or are made so.
     pub(crate) fn new(manifests: &[PairManifest], gpu: impl Fn(usize) -> Option<Gpu>) -> Self {
         let full = manifests.first().map(|m| format!("{} {:?}", m.full.sha256, m.kv_formats.cache));
         let offer = |(number, m): (usize, &PairManifest)| Offer {

@@ -45,7 +45,7 @@ impl RowProjector {
         self.transform.targets(layer)
     }
 
-    /// The GPU in whose memory rows lie as they travel.
+    /// The GPU in whose memory rows lie as they travel, or are made so.
     pub(crate) fn gpu<'c>(&self, cache: &'c KvCache) -> Option<&'c Gpu> {
         if self.transform.is_copy() { cache.gpu(self.wire) } else { None }
     }
@@ -55,7 +55,7 @@ impl RowProjector {
     /// # Errors
     /// Where the cache does not have them, or not there.
     pub(crate) fn gather(&self, cache: &KvCache, gpu: &Gpu, blocks: &[BlockId], piece: Piece) -> Result<GpuBytes, ModelError> {
-        cache.gather(gpu, self.sources[piece.layer], blocks, piece.start, piece.tokens)
+        cache.gather(gpu, self.wire, self.sources[piece.layer], blocks, piece.start, piece.tokens)
     }
 
     /// Keys and values of a piece of the sequence that has `blocks`, each `[tokens, kv_heads, head_dim]`.

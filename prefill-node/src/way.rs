@@ -12,7 +12,7 @@ use crate::rows::Piece;
 /// Chosen when the prompt comes, by what both nodes offer.
 #[derive(Clone)]
 pub(crate) enum RowsWay {
-    /// In the frames, over whatever connection these take; from the memory of this GPU, if they lie there as they travel.
+    /// In the frames, over whatever connection these take; from the memory of this GPU, if they lie there as they travel, or are made so.
     Tcp { gpu: Option<Gpu> },
     /// Over a communicator of NCCL.
     Nccl {
@@ -29,7 +29,7 @@ pub(crate) enum WhyTcp {
     NotHere,
     /// The decode node is not, or not for this pair.
     NotThere,
-    /// This node does not have them in a GPU's memory as they travel.
+    /// This node cannot have them in a GPU's memory as they travel.
     Format,
     /// The decode node is not known to discovery yet.
     Unknown,

@@ -57,8 +57,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name, pair, most in pairs(options, pathlib.Path(folder)):
             wanted, _, _ = answers(options, pair, ("cpu", "cpu"), pathlib.Path(folder))
-            # Rows go by NCCL where they lie in the cache as they travel.
-            ways = ["tcp"] if options.other is None or pair == options.pair else ["tcp", "nccl"]
+            ways = ["tcp"] if options.other is None else ["tcp", "nccl"]
             for way in ways:
                 devices = (options.device, options.device if way == "tcp" else options.other)
                 found, handoffs, by_nccl = answers(options, pair, devices, pathlib.Path(folder), way)

@@ -13,11 +13,15 @@ import pathlib
 import sys
 
 KERNELS = pathlib.Path(__file__).resolve().parents[2] / "crates/model/src/gpu/kernels"
-# Files, what each is compiled with, and the kernels that are in it.
+# Files of a program, after dialect.cu; what it is compiled with; and the kernels that are in it.
 PROGRAMS = [
-    ("attention.cu", ["-DCACHE_F16"], ("append", "attention", "join_segments")),
-    ("attention.cu", ["-DCACHE_F32"], ("append", "attention", "join_segments")),
-    ("choose.cu", [], ("choose",)),
+    (files, defines, kernels)
+    for files, formats, kernels in [
+        (("stored.cu", "attention.cu"), ("-DCACHE_F16", "-DCACHE_F32"), ("append", "attention", "join_segments")),
+        (("stored.cu", "wire.cu"), ("-DCACHE_F16", "-DCACHE_F32"), ("pack", "unpack")),
+        (("choose.cu",), ("",), ("choose",)),
+    ]
+    for defines in ([define] if define else [] for define in formats)
 ]
 
 
@@ -57,12 +61,13 @@ def main():
     nvrtc = library()
     dialect = (KERNELS / "dialect.cu").read_bytes()
     for gpu in sys.argv[1:] or ("sm_80", "sm_90"):
-        for file, defines, kernels in PROGRAMS:
-            binary = compiled(nvrtc, dialect + (KERNELS / file).read_bytes(), [f"--gpu-architecture={gpu}", *defines, "--fmad=true"])
+        for files, defines, kernels in PROGRAMS:
+            source = dialect + b"".join((KERNELS / file).read_bytes() for file in files)
+            binary = compiled(nvrtc, source, [f"--gpu-architecture={gpu}", *defines, "--fmad=true"])
             missing = [kernel for kernel in kernels if f".text.{kernel}".encode() not in binary]
             if missing:
-                sys.exit(f"{gpu} {file} {' '.join(defines)}: no kernel {', '.join(missing)}")
-            print(f"{gpu} {file} {' '.join(defines)}: {', '.join(kernels)}, {len(binary):,} bytes")
+                sys.exit(f"{gpu} {files[-1]} {' '.join(defines)}: no kernel {', '.join(missing)}")
+            print(f"{gpu} {files[-1]} {' '.join(defines)}: {', '.join(kernels)}, {len(binary):,} bytes")
 
 
 main()

@@ -151,11 +151,6 @@ impl KvCache {
         bytes_held(self.geometry, self.format)
     }
 
-    /// Bytes of the keys of one token position in one layer; its values have as many.
-    pub(crate) fn bytes_per_row(&self) -> usize {
-        self.bytes_per_token() / (2 * self.geometry.layers)
-    }
-
     /// Whether a block table covers `end` positions with blocks that are there.
     ///
     /// # Errors
@@ -297,7 +292,7 @@ impl KvCache {
             return Ok(());
         }
         if let Some(gpu) = self.gpu(format) {
-            return self.put(layer, blocks, start, &mut gpu.copy_of(&[k, v])?);
+            return self.put(format, layer, blocks, start, &mut gpu.copy_of(&[k, v])?);
         }
         let [mut keys, mut values] = std::mem::take(&mut self.decoded);
         wire::decode(format, &self.geometry, k, &mut keys);
@@ -307,9 +302,9 @@ impl KvCache {
         written
     }
 
-    /// The GPU in whose memory rows lie as this format has them; `None` where they do not, or lie on several.
+    /// The GPU in whose memory rows lie as this format has them, or can be made so; `None` where they cannot, or lie on several.
     pub fn gpu(&self, format: WireFormat) -> Option<&Gpu> {
-        self.gpu.as_ref().filter(|_| is_same(self.format, format))
+        self.gpu.as_ref().filter(|_| is_same(self.format, format) || format == WireFormat::Int8)
     }
 
     /// Runs of consecutive slots `(first, count)` that hold positions `start..start + count`.

@@ -130,7 +130,7 @@ impl overfill_decode_node::Compute for Model {
         Ok(())
     }
 
-    fn put(&mut self, layer: usize, blocks: &[BlockId], start: usize, rows: &mut GpuBytes) -> Result<(), ModelError> {
+    fn put(&mut self, _: WireFormat, layer: usize, blocks: &[BlockId], start: usize, rows: &mut GpuBytes) -> Result<(), ModelError> {
         let both = rows.read()?;
         let (k, v) = both.split_at(both.len() / 2);
         self.cache.write(layer, blocks, start, k, v);

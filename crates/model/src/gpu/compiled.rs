@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use candle_core::cuda_backend::cudarc::driver::CudaFunction;
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
-use candle_core::{CudaDevice, Result, bail};
+use candle_core::{CudaDevice, DType, Result, bail};
 
 /// What their words mean on a GPU.
 const DIALECT: &str = include_str!("kernels/dialect.cu");
@@ -39,6 +39,31 @@ impl Program {
         match self.compiled.get_or_init(compile) {
             Ok(ptx) => Ok(device.get_or_load_custom_func(name, self.name, ptx)?.into_cuda_function()),
             Err(why) => bail!("{why}"),
+        }
+    }
+}
+
+/// Kernels over the KV cache, for each format that it may have.
+pub(crate) struct OverCache {
+    f16: Program,
+    f32: Program,
+}
+
+impl OverCache {
+    /// `source` comes after `kernels/stored.cu`. The names are those of no other program.
+    pub(crate) const fn new([f16, f32]: [&'static str; 2], source: &'static str) -> Self {
+        Self { f16: Program::new(f16, source, &["CACHE_F16"]), f32: Program::new(f32, source, &["CACHE_F32"]) }
+    }
+
+    /// One of them, for a cache of this format.
+    ///
+    /// # Errors
+    /// As [`Program::kernel`], and where it is no format of a cache.
+    pub(crate) fn kernel(&self, device: &CudaDevice, name: &str, cache: DType) -> Result<CudaFunction> {
+        match cache {
+            DType::F16 => self.f16.kernel(device, name),
+            DType::F32 => self.f32.kernel(device, name),
+            other => bail!("a KV cache of {other:?} is not known to our kernels"),
         }
     }
 }

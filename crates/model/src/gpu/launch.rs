@@ -1,28 +1,18 @@
 //! Attention on a GPU, and how rows get into its cache (`kernels/attention.cu`).
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaSlice, DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use half::f16;
 
 use crate::config::LlamaConfig;
-use crate::gpu::compiled::Program;
+use crate::gpu::compiled::OverCache;
 use crate::gpu::tiles::{THREADS, Tiles, fits, shared, slots};
 use crate::pass::Chunk;
 
-const SOURCE: &str = include_str!("kernels/attention.cu");
-
-/// A kernel for a cache of this format.
-fn kernel(device: &CudaDevice, name: &str, cache: DType) -> Result<CudaFunction> {
-    static F16: Program = Program::new("attention_f16", SOURCE, &["CACHE_F16"]);
-    static F32: Program = Program::new("attention_f32", SOURCE, &["CACHE_F32"]);
-    match cache {
-        DType::F16 => F16.kernel(device, name),
-        DType::F32 => F32.kernel(device, name),
-        other => bail!("a KV cache of {other:?} is not known to the attention kernel"),
-    }
-}
+static KERNELS: OverCache =
+    OverCache::new(["attention_f16", "attention_f32"], concat!(include_str!("kernels/stored.cu"), include_str!("kernels/attention.cu")));
 
 fn grid(x: usize, y: usize, z: usize, shared_floats: usize) -> LaunchConfig {
     LaunchConfig {
@@ -77,7 +67,7 @@ struct Append<'a> {
 impl Append<'_> {
     fn run<T: CudaDType + DeviceRepr>(&self, rows: &mut CudaStorage, from: &CudaStorage, layout: &Layout) -> Result<()> {
         let device = from.device().clone();
-        let append = kernel(&device, "append", rows.dtype())?;
+        let append = KERNELS.kernel(&device, "append", rows.dtype())?;
         let from = from.as_cuda_slice::<f32>()?.slice(layout.start_offset()..);
         let width = (layout.shape().elem_count() / self.slots.len()) as i32;
         let stream = device.cuda_stream();
@@ -132,7 +122,7 @@ impl Attention<'_> {
         let window = i32::try_from(self.window).unwrap_or(i32::MAX);
         let scale = self.config.scalars.attention as f32;
         let cap = self.config.scalars.attention_cap.unwrap_or(0.0) as f32;
-        let attention = kernel(device, "attention", keys.dtype())?;
+        let attention = KERNELS.kernel(device, "attention", keys.dtype())?;
         let stream = device.cuda_stream();
         let mut launch = stream.launch_builder(&attention);
         launch.arg(&mut out).arg(&mut partial).arg(&q).arg(keys.as_cuda_slice::<T>()?).arg(values.as_cuda_slice::<T>()?);
@@ -141,7 +131,7 @@ impl Attention<'_> {
         // SAFETY: tiles and tables are of the chunks, which were checked against the cache; the others have the sizes that are told.
         unsafe { launch.launch(grid(tiles.len() / 4, kv.kv_heads, *segments, shared(kv.head_dim))) }.w()?;
         if *segments > 1 {
-            let join = kernel(device, "join_segments", keys.dtype())?;
+            let join = KERNELS.kernel(device, "join_segments", keys.dtype())?;
             let segments = *segments as i32;
             let mut launch = stream.launch_builder(&join);
             launch.arg(&mut out).arg(&partial).arg(&segments).arg(&head_dim);

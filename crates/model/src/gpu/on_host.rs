@@ -10,7 +10,8 @@ use candle_core::{DType, Device, Tensor};
 use half::f16;
 use libloading::Library;
 use overfill_kv::BlockId;
-use overfill_types::{KvFormat, KvGeometry, SamplingParams};
+use overfill_kv::wire::{decode, encode};
+use overfill_types::{KvFormat, KvGeometry, SamplingParams, WireFormat};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -47,6 +48,19 @@ struct Arguments {
     cap: f32,
 }
 
+/// What `on_host.c` takes for a launch of `pack` or `unpack`.
+#[repr(C)]
+struct WireArguments {
+    packed: *mut u8,
+    keys: *mut c_void,
+    values: *mut c_void,
+    slots: *const i32,
+    tokens: c_int,
+    kv_heads: c_int,
+    head_dim: c_int,
+}
+
+type Wire = unsafe extern "C" fn(*const WireArguments, c_int) -> c_int;
 type Choose = unsafe extern "C" fn(*const f32, c_int, *const Draw, *mut c_int, c_int, c_int) -> c_int;
 type Attention = unsafe extern "C" fn(*const Arguments, c_int, c_int, c_int) -> c_int;
 type Join = unsafe extern "C" fn(*mut f32, *const f32, c_int, c_int, c_int) -> c_int;
@@ -265,6 +279,61 @@ fn a_pass_is_cut_into_tiles() {
     let long = chunk(1, 3000, &table);
     assert_eq!(Tiles::of(&[long], BLOCK, 3, 3).segments, 6, "each of six segments has a block");
     assert_eq!(Tiles::of(&vec![long; 200], BLOCK, 3, 3).segments, 1, "there are enough blocks");
+}
+
+#[test]
+fn rows_leave_and_come_as_the_wire_has_them() {
+    let mut rng = StdRng::seed_from_u64(6);
+    for (kv_heads, head_dim, format) in [(3, 64, KvFormat::F16), (2, 200, KvFormat::F32), (1, 6, KvFormat::F16)] {
+        let geometry = KvGeometry { layers: 1, kv_heads, head_dim };
+        let (slots, row) = (40, geometry.row());
+        // As the cache rounds them; a head of nothing, one of the smallest numbers, and one with what is no number.
+        let mut numbers: Vec<f32> =
+            (0..slots * row).map(|_| rng.random_range(-1.0..1.0f32).powi(5) * 30.0).map(|n| f16::from_f32(n).to_f32()).collect();
+        let taken: Vec<i32> = vec![7, 8, 9, 0, 39, 25, 24, 3];
+        numbers[7 * row..7 * row + head_dim].fill(0.0);
+        numbers[9 * row..9 * row + head_dim].fill(f16::from_bits(1).to_f32());
+        [numbers[0], numbers[39 * row]] = [f32::NAN; 2];
+        let other: Vec<f32> = numbers.iter().rev().copied().collect();
+        let of = |numbers: &[f32]| -> Vec<f32> {
+            taken.iter().flat_map(|&slot| numbers[slot as usize * row..(slot as usize + 1) * row].to_vec()).collect()
+        };
+        let expected = [&numbers, &other].map(|numbers| encode(WireFormat::Int8, &geometry, &of(numbers))).concat();
+
+        let (mut keys, mut values) = (stored(format, &numbers), stored(format, &other));
+        let mut packed = vec![0xaa; expected.len()];
+        let mut run = |keys: &mut Vec<u8>, values: &mut Vec<u8>, packs: bool| {
+            let arguments = WireArguments {
+                packed: packed.as_mut_ptr(),
+                keys: keys.as_mut_ptr().cast(),
+                values: values.as_mut_ptr().cast(),
+                slots: taken.as_ptr(),
+                tokens: taken.len() as c_int,
+                kv_heads: kv_heads as c_int,
+                head_dim: head_dim as c_int,
+            };
+            // SAFETY: as above; the slots are of the rows, and the bytes are those of so many.
+            let stuck = unsafe { library(format).get::<Wire>("host_wire").unwrap()(&raw const arguments, packs.into()) };
+            assert_eq!(stuck, 0, "threads wait for each other");
+            packed.clone()
+        };
+        assert!(run(&mut keys, &mut values, true) == expected, "{geometry} in {format:?}");
+        assert!(keys == stored(format, &numbers) && values == stored(format, &other), "rows that leave stay as they are");
+
+        let (mut keys, mut values) = (vec![0x55; keys.len()], vec![0x55; values.len()]);
+        let untouched = keys.clone();
+        run(&mut keys, &mut values, false);
+        let size = keys.len() / slots;
+        for (came, half) in [(keys, &expected[..expected.len() / 2]), (values, &expected[expected.len() / 2..])] {
+            let mut decoded = Vec::new();
+            assert!(decode(WireFormat::Int8, &geometry, half, &mut decoded));
+            let mut expected = untouched.clone();
+            for (&slot, rows) in taken.iter().zip(stored(format, &decoded).chunks(size)) {
+                expected[slot as usize * size..(slot as usize + 1) * size].copy_from_slice(rows);
+            }
+            assert!(came == expected, "{geometry} in {format:?}");
+        }
+    }
 }
 
 /// Logits of a row: peaked, flat, in few different values, with infinities and what is no number.

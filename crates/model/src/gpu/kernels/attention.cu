@@ -1,7 +1,6 @@
 // Attention of a pass's tokens over the paged KV cache, and how their rows get there.
 //
-// Compiled by NVRTC after `dialect.cu` when a GPU first needs it, once for each format of the cache (-DCACHE_F16 or -DCACHE_F32), and,
-// for the tests, by a C compiler after `on_host.c`.
+// Compiled by NVRTC after `dialect.cu` and `stored.cu` when a GPU first needs it, and, for the tests, by a C compiler after `on_host.c`.
 //
 // A block of threads takes a tile: some tokens of one sequence, one after the other, with all query heads of one KV head: at most ROWS
 // rows of queries, which share each key and value that is read. It goes through the sequence in segments of SEGMENT positions; each has
@@ -18,16 +17,6 @@
 // Dimensions of a head that one thread sums: heads have at most WIDE * THREADS.
 #define WIDE 2
 #define NOTHING (-INFINITY)
-
-#ifdef CACHE_F16
-typedef unsigned short stored;
-DEVICE float loaded(stored number) { return from_half(number); }
-DEVICE stored rounded(float number) { return to_half(number); }
-#else
-typedef float stored;
-DEVICE float loaded(stored number) { return number; }
-DEVICE stored rounded(float number) { return number; }
-#endif
 
 // Eight numbers that lie at a multiple of 16 bytes: read in one piece or two.
 #if defined(CACHE_F16)

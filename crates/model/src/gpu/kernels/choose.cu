@@ -1,8 +1,8 @@
 // The next token of rows of logits, where it depends on logits, temperature and filters alone: what `sample.rs` does on a CPU.
 //
-// Compiled as `attention.cu` is. A block of CHOOSERS threads takes a row. Weights are whole numbers, UNIT times what they are beside
-// the most likely token's, so that sums are the same in any order and a draw is the same whichever thread comes first. Filters find the
-// least likely token that they keep digit by digit, from the first 8 bits of its logit to the last, without sorting.
+// A block of CHOOSERS threads takes a row. Weights are whole numbers, UNIT times what they are beside the most likely token's, so that
+// sums are the same in any order and a draw is the same whichever thread comes first. Filters find the least likely token that they keep
+// digit by digit, from the first 8 bits of its logit to the last, without sorting.
 
 #define CHOOSERS 512
 #define DIGITS 256

@@ -90,8 +90,10 @@ static inline unsigned short to_half(float number)
     return sign | (coded < 0x7c00 ? coded : 0x7c00);
 }
 
+#include "stored.cu"
 #include "attention.cu"
 #include "choose.cu"
+#include "wire.cu"
 
 static _Thread_local void (*kernel)(const void *);
 static _Thread_local const void *arguments;
@@ -230,4 +232,29 @@ int host_choose(const float *logits, int vocabulary, const draw *draws, int *cho
     const struct choose_arguments a = { logits, vocabulary, draws, chosen };
     kernel = call_choose, arguments = &a;
     return run(CHOOSERS, rows, 1, 1, shared_bytes);
+}
+
+struct wire_arguments {
+    unsigned char *packed;
+    stored *keys, *values;
+    const int *slots;
+    int tokens, kv_heads, head_dim;
+};
+
+static void call_pack(const void *given)
+{
+    const struct wire_arguments *a = given;
+    pack(a->packed, a->keys, a->values, a->slots, a->tokens, a->kv_heads, a->head_dim);
+}
+
+static void call_unpack(const void *given)
+{
+    const struct wire_arguments *a = given;
+    unpack(a->packed, a->keys, a->values, a->slots, a->tokens, a->kv_heads, a->head_dim);
+}
+
+int host_wire(const struct wire_arguments *a, int packs)
+{
+    kernel = packs ? call_pack : call_unpack, arguments = a;
+    return run(PACKERS, a->tokens, a->kv_heads, 2, 4 * PACKERS);
 }
